@@ -1,0 +1,9 @@
+"""Compiled state-space scans for feature maps: C++ kernels on CPUs, one PyTorch reference as the oracle.
+
+The package imports torch and nothing else. See the docstrings of the public functions for shapes and equations, and run
+``python -m cuda_ops`` to see which backend serves which device.
+"""
+
+from cuda_ops.route_scan import cross_selective_scan, line_scan, selective_scan
+
+__all__ = ['cross_selective_scan', 'line_scan', 'selective_scan']

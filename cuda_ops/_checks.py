@@ -1,0 +1,71 @@
+"""Checks of what users pass to the public functions, with messages that name the offending value and the remedy."""
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def ndim(name: str, value: Tensor, dims: int, meaning: str) -> None:
+    """Raise ValueError unless ``value`` has ``dims`` dimensions."""
+    if value.dim() != dims:
+        raise ValueError(f'{name} must have {dims} dimensions {meaning}, got shape {tuple(value.shape)}')
+
+
+def shape(name: str, value: Tensor | None, expected: tuple[int, ...], meaning: str) -> None:
+    """Raise ValueError unless ``value`` is None or has the expected shape."""
+    if value is not None and value.shape != expected:
+        raise ValueError(f'{name} must have shape {tuple(expected)}, which is {meaning}, got {tuple(value.shape)}')
+
+
+def grid(x: Tensor) -> None:
+    """Raise ValueError unless the map (B, H, W, E) has at least one pixel."""
+    if x.shape[1] < 1 or x.shape[2] < 1:
+        raise ValueError(f'x must have height and width of at least 1, got shape {tuple(x.shape)}')
+
+
+def same_dtype_and_device(**tensors: Tensor | None) -> None:
+    """Raise TypeError or ValueError unless all tensors share a supported floating dtype and a device."""
+    given = [(name, value) for name, value in tensors.items() if value is not None]
+    first_name, first = given[0]
+    if first.dtype not in _DTYPES:
+        raise TypeError(f'{first_name} must be float32, bfloat16, float16 or float64, got {first.dtype}')
+    if first.dtype == torch.float64 and first.device.type == 'cuda':
+        raise TypeError(f'{first_name} is float64, which the scans serve on CPU alone; use float32 on {first.device}')
+    for name, value in given[1:]:
+        if value.dtype != first.dtype:
+            raise TypeError(f'{name} must have the dtype of {first_name}, {first.dtype}, got {value.dtype}; '
+                            f'convert it with {name}.to({first.dtype})')
+    same_device(first, **dict(given[1:]))
+
+
+def same_device(first: Tensor, **tensors: Tensor | None) -> None:
+    """Raise TypeError or ValueError unless each given tensor is floating and on the first one's device."""
+    for name, value in tensors.items():
+        if value is None:
+            continue
+        if not value.is_floating_point():
+            raise TypeError(f'{name} must be a floating tensor, got {value.dtype}')
+        if value.device != first.device:
+            raise ValueError(f'{name} is on {value.device}, the map is on {first.device}; '
+                             f'move it with {name}.to({str(first.device)!r})')
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under autocast, cast float tensors to its dtype as matrix products do; float64 stays as it is."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(value if value is None or value.dtype == torch.float64 else value.to(dtype) for value in tensors)
+
+
+def decay_rates(A: Tensor) -> None:
+    """Raise ValueError if A on the CPU is positive or not finite; on other devices reading it would stall the stream."""
+    if A.device.type != 'cpu' or not A.numel():
+        return
+    wrong = ~(torch.isfinite(A) & (A <= 0))
+    if wrong.any():
+        value = A[wrong][0].item()
+        raise ValueError(f'A must be finite and not positive, got {value}; A is usually minus the exponential of a '
+                         'parameter, and a NaN there means that training has diverged')

@@ -1,0 +1,343 @@
+"""Route scans: the selective scan along routes over a grid, as registered operators and public functions.
+
+One operator, ``cuda_ops::route_scan``, serves the three public functions. A route visits every pixel row by row, column by
+column, or in the reverse of either; several routes are summed in image order without being materialised. The state may run
+through the whole image (VMamba), or start from zero at every line (V2M). A sequence is a grid of height 1 (Mamba).
+
+The equations, for one route with positions l and one channel, in float32 (float64 for float64 input)::
+
+    d_l = softplus(delta_l + delta_bias)                                (without softplus: delta_l + delta_bias)
+    h_l[n] = exp(d_l * A[n]) * h_{l-1}[n] + d_l * B_l[n] * u_l          h_0 = 0
+    y_l = sum_n C_l[n] * h_l[n] + D * u_l
+
+Source: Gu and Dao, "Mamba", arXiv 2312.00752; the four routes: Liu et al., "VMamba", arXiv 2401.10166.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cuda_ops import _checks, _library, reference
+from cuda_ops.reference import COLUMN, COLUMN_REVERSED, ROW, ROW_REVERSED, state_dtype
+
+_LIBRARY = torch.library.Library('cuda_ops', 'FRAGMENT')
+_LIBRARY.define('route_scan(Tensor x, Tensor delta, Tensor A, Tensor? B, Tensor? C, Tensor? D, Tensor? delta_bias, '
+                'int[] routes, bool per_line, bool delta_softplus, int chunk) -> (Tensor, Tensor, Tensor)')
+_LIBRARY.define('route_scan_backward(Tensor grad_output, Tensor? grad_last, Tensor x, Tensor delta, Tensor A, Tensor? B, '
+                'Tensor? C, Tensor? D, Tensor? delta_bias, Tensor states, int[] routes, bool per_line, '
+                'bool delta_softplus, int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)')
+
+CROSS_ROUTES = [ROW, COLUMN, ROW_REVERSED, COLUMN_REVERSED]
+_AXES = {'row': ROW, 'column': COLUMN}
+
+
+def _chunk_length(states: int) -> int:
+    """Positions between two saved states: the working set of a chunk's recomputation stays in a core's cache."""
+    return 64 if states <= 4 else 32
+
+
+def _saved_chunks(x: Tensor, routes: Sequence[int], per_line: bool, chunk: int) -> tuple[int, int]:
+    """Lines a route consists of, and the states saved along each; the last chunk's end needs none."""
+    height, width = x.shape[1], x.shape[2]
+    if not per_line:
+        return 1, (height * width - 1) // chunk
+    lines, length = (width, height) if routes[0] in (COLUMN, COLUMN_REVERSED) else (height, width)
+    return lines, (length - 1) // chunk
+
+
+def _empty_outputs(x: Tensor, A: Tensor, routes: Sequence[int], per_line: bool,
+                   chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate the output, the last states and the saved states (none where ``chunk`` is 0)."""
+    batch, channels, states = x.shape[0], x.shape[3], A.shape[2]
+    dtype = state_dtype(x.dtype)
+    output = torch.empty_like(x, memory_format=torch.contiguous_format)
+    last = x.new_empty((0 if per_line else batch, len(routes), channels, states), dtype=dtype)
+    lines, saved = _saved_chunks(x, routes, per_line, chunk) if chunk else (1, 0)
+    return output, last, x.new_empty((batch, len(routes), lines, saved, states, channels), dtype=dtype)
+
+
+def _empty_gradients(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Tensor | None, D: Tensor | None,
+                     delta_bias: Tensor | None) -> tuple[Tensor, ...]:
+    """Allocate the gradients in the operator's order; an input that was not given has an empty one."""
+    dtype = state_dtype(x.dtype)
+
+    def like(value: Tensor | None, value_dtype: torch.dtype) -> Tensor:
+        if value is None:
+            return x.new_empty((0,), dtype=value_dtype)
+        return torch.empty_like(value, dtype=value_dtype, memory_format=torch.contiguous_format)
+
+    # Delta is by far the largest: its gradient keeps the strides it came with, so that its producer need not copy.
+    return (like(x, x.dtype), torch.empty_like(delta), like(A, dtype), like(B, x.dtype), like(C, x.dtype),
+            like(D, dtype), like(delta_bias, dtype))
+
+
+@torch.library.register_fake('cuda_ops::route_scan')
+def _(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus, chunk):
+    return _empty_outputs(x, A, routes, per_line, chunk)
+
+
+@torch.library.register_fake('cuda_ops::route_scan_backward')
+def _(grad_output, grad_last, x, delta, A, B, C, D, delta_bias, states, routes, per_line, delta_softplus, chunk):
+    return _empty_gradients(x, delta, A, B, C, D, delta_bias)
+
+
+def _reference_forward(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus, chunk):
+    _checks.decay_rates(A)
+    outputs = _empty_outputs(x, A, routes, per_line, 0)
+    y, last = reference.route_scan(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus)
+    return y, last, outputs[2] if not chunk else _empty_outputs(x, A, routes, per_line, chunk)[2].zero_()
+
+
+def _reference_backward(grad_output, grad_last, x, delta, A, B, C, D, delta_bias, states, routes, per_line,
+                        delta_softplus, chunk):
+    grads = reference.route_scan_backward(grad_output, grad_last, x, delta, A, B, C, D, delta_bias, routes, per_line,
+                                          delta_softplus)
+    outputs = _empty_gradients(x, delta, A, B, C, D, delta_bias)
+    for name, output in zip(('x', 'delta', 'A', 'B', 'C', 'D', 'delta_bias'), outputs, strict=True):
+        if name in grads:
+            output.copy_(grads[name])
+    return outputs
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus, chunk = inputs
+    ctx.save_for_backward(x, delta, A, B, C, D, delta_bias, output[2])
+    ctx.options = (routes, per_line, delta_softplus, chunk)
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_output, grad_last, _grad_states):
+    tensors = ctx.saved_tensors
+    x, states = tensors[0], tensors[-1]
+    if grad_output is None:
+        grad_output = torch.zeros_like(x)
+    if ctx.options[-1] == 0:
+        raise RuntimeError('route_scan ran with chunk=0, which saves no states for a backward pass; pass a chunk length')
+    grads = torch.ops.cuda_ops.route_scan_backward(grad_output, grad_last, *tensors[:-1], states, *ctx.options)
+    given = [grad.to(tensor.dtype) if tensor is not None else None
+             for grad, tensor in zip(grads, tensors[:-1], strict=True)]
+    return *given, None, None, None, None
+
+
+def _no_double_backward(ctx, *grads):
+    raise NotImplementedError('the scans cannot be differentiated twice: cuda_ops::route_scan_backward has no '
+                              'gradient of its own. Use cuda_ops.reference for second derivatives.')
+
+
+torch.library.register_autograd('cuda_ops::route_scan', _backward, setup_context=_save_for_backward)
+torch.library.register_autograd('cuda_ops::route_scan_backward', _no_double_backward,
+                                setup_context=lambda ctx, inputs, output: None)
+_library.serve(_LIBRARY, {'route_scan': _reference_forward, 'route_scan_backward': _reference_backward})
+
+
+def route_scan_flops(x_shape: Sequence[int], delta_shape: Sequence[int], A_shape: Sequence[int], *args: object,
+                     **kwargs: object) -> int:
+    """The field's count of a selective scan, 9 * L * E * N for each route and image (multiply-adds counted once)."""
+    batch, height, width, channels = x_shape
+    return 9 * batch * height * width * channels * A_shape[2] * A_shape[0]
+
+
+def _scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Tensor | None, D: Tensor | None,
+          delta_bias: Tensor | None, routes: list[int], per_line: bool, delta_softplus: bool) -> tuple[Tensor, Tensor]:
+    """Call the operator on checked inputs: low precision under autocast, float32 parameters, states saved if needed."""
+    x, delta, B, C = _checks.autocast(x, delta, B, C)
+    _checks.same_dtype_and_device(x=x, delta=delta, B=B, C=C)
+    _checks.same_device(x, A=A, D=D, delta_bias=delta_bias)
+    dtype = state_dtype(x.dtype)
+    A, D, delta_bias = (None if value is None else value.to(dtype) for value in (A, D, delta_bias))
+    tensors = (x, delta, A, B, C, D, delta_bias)
+    differentiable = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in tensors)
+    chunk = _chunk_length(A.shape[2]) if differentiable else 0
+    output, last, _ = torch.ops.cuda_ops.route_scan(*tensors, routes, per_line, delta_softplus, chunk)
+    return output, last
+
+
+def cross_selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+                         delta_bias: Tensor | None = None, delta_softplus: bool = True) -> Tensor:
+    """SS2D's core: four selective scans over the grid, summed in image order.
+
+    The routes are, in this order along every dimension of size 4: row-major, column-major, row-major reversed,
+    column-major reversed. See the module's docstring for the equations.
+
+    Args:
+        x: (B, H, W, E) map; float32, bfloat16 or float16 (float64 on CPU). H and W are at least 1.
+        delta: (B, H, W, 4, E) step sizes before bias and softplus, in x's dtype.
+        A: (4, E, N) decay rates, finite and not positive (checked on CPU; a GPU would have to wait for the answer).
+        B: (B, H, W, 4, N) input projections, in x's dtype.
+        C: (B, H, W, 4, N) output projections, in x's dtype.
+        D: (4, E) skip weights, or None for no skip.
+        delta_bias: (4, E), or None.
+        delta_softplus: whether delta + delta_bias passes a softplus.
+
+    Returns:
+        (B, H, W, E) in x's dtype. Differentiable once, in every floating input. Under autocast, x, delta, B and C are
+        cast to autocast's dtype; states are float32 all the same.
+
+    Raises:
+        ValueError: a shape does not fit, or A is positive or not finite.
+        TypeError: dtypes are mixed or not supported.
+    """
+    _checks.ndim('x', x, 4, '(batch, height, width, channels)')
+    batch, height, width, channels = x.shape
+    _checks.ndim('A', A, 3, '(4, channels, states)')
+    states = A.shape[2]
+    _checks.shape('delta', delta, (batch, height, width, 4, channels), '(batch, height, width, 4, channels)')
+    _checks.shape('A', A, (4, channels, states), '(4, channels, states)')
+    for name, value in (('B', B), ('C', C)):
+        _checks.shape(name, value, (batch, height, width, 4, states), '(batch, height, width, 4, states)')
+    for name, value in (('D', D), ('delta_bias', delta_bias)):
+        _checks.shape(name, value, (4, channels), '(4, channels)')
+    _checks.grid(x)
+    return _scan(x, delta, A, B.unsqueeze(4), C.unsqueeze(4), D, delta_bias, CROSS_ROUTES, False, delta_softplus)[0]
+
+
+def line_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Tensor | None, D: Tensor | None = None,
+              delta_bias: Tensor | None = None, delta_softplus: bool = True, *, axis: str,
+              reverse: bool = False) -> Tensor:
+    """A selective scan along every row or every column, each from a zero state.
+
+    See the module's docstring for the equations. The map is neither flipped, transposed nor copied in any direction.
+
+    Args:
+        x: (B, H, W, E) map; float32, bfloat16 or float16 (float64 on CPU). H and W are at least 1.
+        delta: (B, H, W, E) step sizes before bias and softplus, in x's dtype.
+        A: (E, N) decay rates, finite and not positive (checked on CPU).
+        B: (B, H, W, N) input projections in x's dtype, or None, meaning ones.
+        C: (B, H, W, N) output projections in x's dtype, or None, meaning ones: the states are summed.
+        D: (E) skip weights, or None for no skip.
+        delta_bias: (E), or None.
+        delta_softplus: whether delta + delta_bias passes a softplus.
+        axis: 'row' scans along W within each row, 'column' along H within each column.
+        reverse: start from the right (or the bottom) end.
+
+    Returns:
+        (B, H, W, E) in x's dtype. Differentiable once, in every floating input.
+
+    Raises:
+        ValueError: a shape or the axis does not fit, or A is positive or not finite.
+        TypeError: dtypes are mixed or not supported.
+    """
+    if axis not in _AXES:
+        raise ValueError(f"axis must be 'row' (along W) or 'column' (along H), got {axis!r}")
+    _checks.ndim('x', x, 4, '(batch, height, width, channels)')
+    batch, height, width, channels = x.shape
+    _checks.ndim('A', A, 2, '(channels, states)')
+    states = A.shape[1]
+    _checks.shape('delta', delta, (batch, height, width, channels), '(batch, height, width, channels)')
+    _checks.shape('A', A, (channels, states), '(channels, states)')
+    for name, value in (('B', B), ('C', C)):
+        _checks.shape(name, value, (batch, height, width, states), '(batch, height, width, states)')
+    for name, value in (('D', D), ('delta_bias', delta_bias)):
+        _checks.shape(name, value, (channels,), '(channels,)')
+    _checks.grid(x)
+    B, C = (None if value is None else value[:, :, :, None, None] for value in (B, C))
+    D, delta_bias = (None if value is None else value.unsqueeze(0) for value in (D, delta_bias))
+    route = _AXES[axis] | (ROW_REVERSED if reverse else ROW)
+    return _scan(x, delta.unsqueeze(3), A.unsqueeze(0), B, C, D, delta_bias, [route], True, delta_softplus)[0]
+
+
+def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+                   z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
+                   return_last_state: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    """Mamba's selective scan over a sequence, with the interface of Mamba's own function.
+
+    See the module's docstring for the equations. The kernels run channel-last: prefer :func:`line_scan` or
+    :func:`cross_selective_scan` for maps, which need no transposition.
+
+    Args:
+        u: (B, E, L) sequence; float32, bfloat16 or float16 (float64 on CPU). L is at least 1.
+        delta: (B, E, L) step sizes before bias and softplus, in u's dtype.
+        A: (E, N) real decay rates, finite and not positive (checked on CPU).
+        B: input projections: (B, N, L), (B, G, N, L) with G dividing E, or constant (E, N).
+        C: output projections, in the same forms.
+        D: (E) skip weights, or None for no skip.
+        z: (B, E, L) gate in u's dtype: the output is multiplied by silu(z); or None.
+        delta_bias: (E), or None.
+        delta_softplus: whether delta + delta_bias passes a softplus.
+        return_last_state: also return the state behind the last position.
+
+    Returns:
+        (B, E, L) in u's dtype, and with ``return_last_state`` also (B, E, N) in float32 (float64 for float64 input).
+        Both are differentiable once, in every floating input.
+
+    Raises:
+        ValueError: a shape does not fit, or A is positive or not finite.
+        TypeError: dtypes are mixed or not supported.
+    """
+    _checks.ndim('u', u, 3, '(batch, channels, length)')
+    batch, channels, length = u.shape
+    _checks.ndim('A', A, 2, '(channels, states)')
+    _checks.shape('A', A, (channels, A.shape[1]), '(channels, states)')
+    for name, value in (('delta', delta), ('z', z)):
+        _checks.shape(name, value, (batch, channels, length), '(batch, channels, length)')
+    for name, value in (('D', D), ('delta_bias', delta_bias)):
+        _checks.shape(name, value, (channels,), '(channels,)')
+    if length < 1:
+        raise ValueError('u must hold at least one position, got length 0')
+    states = A.shape[1]
+    B, B_constant = _sequence_projection('B', B, batch, channels, states, length)
+    C, C_constant = _sequence_projection('C', C, batch, channels, states, length)
+    if B is not None and C is not None and B.shape[4] != C.shape[4]:
+        # Groups of one projection may be finer than the other's: bring both to the finer common division.
+        groups = math.lcm(B.shape[4], C.shape[4])
+        B, C = (value.repeat_interleave(groups // value.shape[4], dim=4) for value in (B, C))
+    x, step = (value.transpose(1, 2).unsqueeze(1) for value in (u, delta))
+    step = step.unsqueeze(3)
+    bias = None if delta_bias is None else delta_bias.unsqueeze(0)
+    skip = None if D is None else D.unsqueeze(0)
+    if B_constant is None and C_constant is None:
+        y, last = _scan(x, step, A.unsqueeze(0), B, C, skip, bias, [ROW], False, delta_softplus)
+    else:
+        y, last = _scan_by_state(x, step, A.unsqueeze(0), B, C, skip, bias, delta_softplus, B_constant, C_constant)
+    y = y.squeeze(1).transpose(1, 2)
+    if z is not None:
+        z, = _checks.autocast(z)
+        y = y * F.silu(z)
+    return (y, last.squeeze(1)) if return_last_state else y
+
+
+def _sequence_projection(name: str, value: Tensor, batch: int, channels: int, states: int,
+                         length: int) -> tuple[Tensor | None, Tensor | None]:
+    """Bring B or C to the operator's (B, 1, L, 1, G, N), or return it as the constant (E, N) that it is."""
+    if value.dim() == 2:
+        _checks.shape(name, value, (channels, states), '(channels, states)')
+        return None, value
+    if value.dim() == 3:
+        _checks.shape(name, value, (batch, states, length), '(batch, states, length)')
+        value = value.unsqueeze(1)
+    _checks.ndim(name, value, 4, '(channels, states), (batch, states, length) or (batch, groups, states, length)')
+    groups = value.shape[1]
+    _checks.shape(name, value, (batch, groups, states, length), '(batch, groups, states, length)')
+    if groups < 1 or channels % groups:
+        raise ValueError(f'{name} has {groups} groups, which do not divide the {channels} channels')
+    return value.permute(0, 3, 1, 2)[:, None, :, None], None
+
+
+def _scan_by_state(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Tensor | None, D: Tensor | None,
+                   delta_bias: Tensor | None, delta_softplus: bool, B_constant: Tensor | None,
+                   C_constant: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The scan with B or C constant along the sequence but different for each channel.
+
+    A state is linear in a constant B, and the output in a constant C, so both leave the recurrence as weights of the single
+    states' scans.
+    """
+    output, lasts = None, []
+    dtype = state_dtype(x.dtype)
+    for n in range(A.shape[2]):
+        B_n, C_n = (None if value is None else value[..., n:n + 1] for value in (B, C))
+        y, last = _scan(x, delta, A[..., n:n + 1], B_n, C_n, None, delta_bias, [ROW], False, delta_softplus)
+        weight = torch.ones_like(A[0, :, n], dtype=dtype)
+        if B_constant is not None:
+            weight = weight * B_constant[:, n]
+            last = last * B_constant[:, n:n + 1]
+        if C_constant is not None:
+            weight = weight * C_constant[:, n]
+        output = y * weight if output is None else output + y * weight
+        lasts.append(last)
+    if D is not None:
+        output = output + D[0] * x
+    return output.to(x.dtype), torch.cat(lasts, dim=-1)
