@@ -118,7 +118,7 @@ def route_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Tensor 
         if D is not None:
             y = y + D[k] * r.u
         output += onto_grid(y, route, height, width)
-        if not per_line and r.states.shape[1]:
+        if not per_line:
             last[:, k] = r.states[:, -1]
     return output.to(x.dtype), last
 
@@ -141,7 +141,7 @@ def route_scan_backward(grad_output: Tensor, grad_last: Tensor | None, x: Tensor
         dy = along_route(grad_output, route, per_line).to(dtype)
         source = dy.unsqueeze(-1) * r.C
         source = source.expand(r.states.shape).clone()
-        if grad_last is not None and source.shape[1]:
+        if grad_last is not None and not per_line:
             source[:, -1] += grad_last[:, k].to(dtype)
         shifted = torch.cat([r.decay[:, 1:], torch.zeros_like(r.decay[:, :1])], dim=1)
         g = linear_recurrence(shifted.flip(1), source.flip(1)).flip(1)

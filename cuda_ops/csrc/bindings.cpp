@@ -1,0 +1,214 @@
+// The operators' CPU implementations for PyTorch: checks, allocation and the thread pool. Allocation follows the shape
+// functions in route_scan.py, which serve fake tensors.
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+#include <torch/types.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "route_scan.h"
+
+namespace cuda_ops {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, const void*), const void* context) {
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+DataType data_type(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat: return DataType::kFloat32;
+    case at::kBFloat16: return DataType::kBFloat16;
+    case at::kHalf: return DataType::kFloat16;
+    case at::kDouble: return DataType::kFloat64;
+    default: TORCH_CHECK_TYPE(false, "x must be float32, bfloat16, float16 or float64, got ", x.scalar_type());
+  }
+}
+
+at::ScalarType state_type(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+// Kernels need unit stride along the last dimension, and take any other stride.
+Tensor last_contiguous(const Tensor& tensor) {
+  return tensor.size(-1) <= 1 || tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
+}
+
+OptionalTensor last_contiguous(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(last_contiguous(*tensor)) : std::nullopt;
+}
+
+OptionalTensor contiguous(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt;
+}
+
+void check_shape(const char* name, const OptionalTensor& tensor, at::IntArrayRef expected, at::ScalarType type) {
+  if (!tensor) return;
+  TORCH_CHECK_VALUE(tensor->sizes() == expected, name, " must have shape ", expected, ", got ", tensor->sizes());
+  TORCH_CHECK_TYPE(tensor->scalar_type() == type, name, " must be ", type, ", got ", tensor->scalar_type());
+  TORCH_CHECK_VALUE(tensor->device().is_cpu(), name, " must be on the CPU like x, got ", tensor->device());
+}
+
+void check_decay_rates(const Tensor& A) {
+  AT_DISPATCH_FLOATING_TYPES(A.scalar_type(), "check_decay_rates", [&] {
+    const scalar_t* rates = A.const_data_ptr<scalar_t>();
+    for (int64_t i = 0; i < A.numel(); ++i)
+      TORCH_CHECK_VALUE(rates[i] <= 0 && rates[i] >= std::numeric_limits<scalar_t>::lowest(),
+                        "A must be finite and not positive, got ", rates[i],
+                        "; A is usually minus the exponential of a parameter, and a NaN there means that training has "
+                        "diverged");
+  });
+}
+
+// The (B, H, W, [K, [G,]] ...) tensor's address and strides; dimensions that it lacks are never stepped along.
+GridTensor grid_tensor(const OptionalTensor& tensor) {
+  GridTensor grid;
+  if (!tensor) return grid;
+  const auto strides = tensor->strides();
+  // A tensor of no elements has no address, and is given all the same.
+  static char no_elements;
+  grid.data = tensor->numel() ? tensor->data_ptr() : &no_elements;
+  grid.batch = strides[0], grid.row = strides[1], grid.column = strides[2];
+  grid.route = strides.size() > 4 ? strides[3] : 0;
+  grid.group = strides.size() > 5 ? strides[4] : 0;
+  return grid;
+}
+
+const void* address(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+
+// What the forward and the backward pass share: inputs checked, made addressable, and kept alive.
+struct Inputs {
+  Tensor x, delta, A;
+  OptionalTensor B, C, D, delta_bias;
+  RouteScanParams params{};
+
+  Inputs(const Tensor& x_, const Tensor& delta_, const Tensor& A_, const OptionalTensor& B_, const OptionalTensor& C_,
+         const OptionalTensor& D_, const OptionalTensor& delta_bias_, at::IntArrayRef routes, bool per_line,
+         bool delta_softplus, int64_t chunk) {
+    TORCH_CHECK_VALUE(x_.dim() == 4, "x must be (batch, height, width, channels), got ", x_.sizes());
+    TORCH_CHECK_VALUE(A_.dim() == 3, "A must be (routes, channels, states), got ", A_.sizes());
+    const int64_t count = int64_t(routes.size());
+    TORCH_CHECK_VALUE(count >= 1 && count <= kMaxRoutes && (!per_line || count == 1), "1 to ", kMaxRoutes,
+                      " routes are served, or one with per_line, got ", routes);
+    RouteScanParams& p = params;
+    p.dtype = data_type(x_);
+    p.batch = x_.size(0), p.height = x_.size(1), p.width = x_.size(2), p.channels = x_.size(3);
+    TORCH_CHECK_VALUE(p.height >= 1 && p.width >= 1, "x must have height and width of at least 1, got ", x_.sizes());
+    TORCH_CHECK_VALUE(chunk >= 0, "chunk must not be negative, got ", chunk);
+    p.routes = count, p.states = A_.size(2), p.chunk = chunk;
+    p.per_line = per_line, p.delta_softplus = delta_softplus;
+    for (int64_t k = 0; k < count; ++k) {
+      TORCH_CHECK_VALUE(routes[k] >= kRow && routes[k] <= kColumnReversed, "routes are 0 to 3, got ", routes);
+      p.route[k] = int32_t(routes[k]);
+    }
+    const OptionalTensor& projection = B_ ? B_ : C_;
+    TORCH_CHECK_VALUE(!projection || projection->dim() == 6, "B and C must be (batch, height, width, routes, groups, "
+                      "states), got ", projection ? projection->sizes() : at::IntArrayRef{});
+    p.groups = projection ? projection->size(4) : 1;
+    TORCH_CHECK_VALUE(p.groups >= 1 && p.channels % p.groups == 0, "the ", p.groups, " groups must divide the ",
+                      p.channels, " channels");
+    const auto type = x_.scalar_type(), state = state_type(x_);
+    const std::vector<int64_t> projected{p.batch, p.height, p.width, count, p.groups, p.states};
+    TORCH_CHECK_VALUE(x_.device().is_cpu(), "x must be on the CPU, got ", x_.device());
+    check_shape("delta", delta_, {p.batch, p.height, p.width, count, p.channels}, type);
+    check_shape("A", A_, {count, p.channels, p.states}, state);
+    check_shape("B", B_, projected, type);
+    check_shape("C", C_, projected, type);
+    check_shape("D", D_, {count, p.channels}, state);
+    check_shape("delta_bias", delta_bias_, {count, p.channels}, state);
+
+    x = last_contiguous(x_), delta = last_contiguous(delta_), A = A_.contiguous();
+    B = last_contiguous(B_), C = last_contiguous(C_), D = contiguous(D_), delta_bias = contiguous(delta_bias_);
+    check_decay_rates(A);
+    p.x = grid_tensor(x), p.delta = grid_tensor(delta), p.B = grid_tensor(B), p.C = grid_tensor(C);
+    p.A = A.const_data_ptr(), p.D = address(D), p.delta_bias = address(delta_bias);
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> route_scan(const Tensor& x, const Tensor& delta, const Tensor& A,
+                                              const OptionalTensor& B, const OptionalTensor& C,
+                                              const OptionalTensor& D, const OptionalTensor& delta_bias,
+                                              at::IntArrayRef routes, bool per_line, bool delta_softplus,
+                                              int64_t chunk) {
+  Inputs inputs(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus, chunk);
+  RouteScanParams& p = inputs.params;
+  const auto state = x.options().dtype(state_type(x));
+  const RouteShape shape = route_shape(p.route[0], per_line, p.height, p.width);
+  Tensor y = at::empty(x.sizes(), state);
+  Tensor last = at::empty({per_line ? 0 : p.batch, p.routes, p.channels, p.states}, state);
+  Tensor saved = at::empty(
+      {p.batch, p.routes, chunk ? shape.lines : 1, saved_states(shape.length, chunk), p.states, p.channels}, state);
+  p.y = y.data_ptr(), p.saved = saved.data_ptr(), p.last = per_line ? nullptr : last.data_ptr();
+  route_scan_forward_cpu(p, parallel_for);
+  return {y.to(x.scalar_type()), last, saved};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route_scan_backward(
+    const Tensor& grad_output, const OptionalTensor& grad_last, const Tensor& x, const Tensor& delta, const Tensor& A,
+    const OptionalTensor& B, const OptionalTensor& C, const OptionalTensor& D, const OptionalTensor& delta_bias,
+    const Tensor& saved_states_, at::IntArrayRef routes, bool per_line, bool delta_softplus, int64_t chunk) {
+  TORCH_CHECK_VALUE(chunk >= 1, "the backward pass needs the states saved with a chunk of at least 1, got ", chunk);
+  Inputs inputs(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus, chunk);
+  RouteScanParams& p = inputs.params;
+  const auto type = x.scalar_type();
+  const auto state = x.options().dtype(state_type(x));
+  const RouteShape shape = route_shape(p.route[0], per_line, p.height, p.width);
+  check_shape("grad_output", grad_output, x.sizes(), type);
+  check_shape("states", saved_states_,
+              {p.batch, p.routes, shape.lines, saved_states(shape.length, chunk), p.states, p.channels},
+              state_type(x));
+  check_shape("grad_last", grad_last, {per_line ? 0 : p.batch, p.routes, p.channels, p.states}, state_type(x));
+  const Tensor grad_y = last_contiguous(grad_output), saved = saved_states_.contiguous();
+  const OptionalTensor grad_last_state = per_line ? std::nullopt : contiguous(grad_last);
+  const RouteScanWork work = route_scan_work(p);
+
+  Tensor grad_x = at::empty(x.sizes(), state);
+  Tensor grad_delta = at::empty_like(delta);
+  // The kernel writes where the gradient has unit stride along channels, as delta usually has.
+  Tensor grad_delta_rows = grad_delta.stride(-1) == 1 || p.channels <= 1
+                               ? grad_delta
+                               : at::empty_like(delta, at::MemoryFormat::Contiguous);
+  Tensor grad_A = at::empty({work.parts, p.batch, p.routes, p.channels, p.states}, state);
+  auto sums_if = [&](const OptionalTensor& input, at::IntArrayRef sizes) {
+    return input ? at::empty(sizes, state) : Tensor();
+  };
+  const std::vector<int64_t> per_channel{work.parts, p.batch, p.routes, p.channels};
+  const std::vector<int64_t> per_pixel{work.tiles, p.batch, p.height, p.width, p.routes, p.groups, p.states};
+  Tensor grad_D = sums_if(D, per_channel), grad_bias = sums_if(delta_bias, per_channel);
+  Tensor grad_B = sums_if(B, per_pixel), grad_C = sums_if(C, per_pixel);
+
+  auto pointer = [](const Tensor& tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; };
+  p.saved = saved.data_ptr(), p.grad_last = address(grad_last_state);
+  p.grad_y = grid_tensor(grad_y), p.grad_x = grad_x.data_ptr(), p.grad_delta = grid_tensor(grad_delta_rows);
+  p.grad_A = grad_A.data_ptr(), p.grad_D = pointer(grad_D), p.grad_delta_bias = pointer(grad_bias);
+  p.grad_B = pointer(grad_B), p.grad_C = pointer(grad_C);
+  route_scan_backward_cpu(p, parallel_for);
+
+  if (!grad_delta_rows.is_same(grad_delta)) grad_delta.copy_(grad_delta_rows);
+  auto per_parameter = [&](const Tensor& parts) {
+    return parts.defined() ? parts.sum(at::IntArrayRef{0, 1}) : at::empty({0}, state);
+  };
+  auto per_projection = [&](const Tensor& tiles) {
+    if (!tiles.defined()) return at::empty({0}, state.dtype(type));
+    return (tiles.size(0) == 1 ? tiles.squeeze(0) : tiles.sum(0)).to(type);
+  };
+  return {grad_x.to(type),        grad_delta,           per_parameter(grad_A),   per_projection(grad_B),
+          per_projection(grad_C), per_parameter(grad_D), per_parameter(grad_bias)};
+}
+
+
+
+}  // namespace
+}  // namespace cuda_ops
+
+TORCH_LIBRARY_FRAGMENT(cuda_ops, library) {
+  library.def("cpu_capability() -> str", [] { return std::string(cuda_ops::cpu_capability()); });
+}
+
+TORCH_LIBRARY_IMPL(cuda_ops, CPU, library) {
+  library.impl("route_scan", cuda_ops::route_scan);
+  library.impl("route_scan_backward", cuda_ops::route_scan_backward);
+}

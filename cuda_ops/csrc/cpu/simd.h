@@ -1,0 +1,213 @@
+// Fixed-width vectors and the few functions that the scans need, in the compilers' vector extensions, so that one source
+// serves every instruction set. Included by kernels that are compiled once for each capability.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../route_scan.h"
+
+namespace cuda_ops {
+namespace SSM_CPU_CAPABILITY {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class S>
+struct Vector {
+  static constexpr int kLanes = kVectorBytes / int(sizeof(S));
+  typedef S type __attribute__((vector_size(kVectorBytes)));
+};
+template <class S>
+using Vec = typename Vector<S>::type;
+
+typedef int32_t IntVec __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t UIntVec __attribute__((vector_size(kVectorBytes)));
+
+template <class To, class From>
+static inline To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+template <class S>
+static inline Vec<S> splat(S value) {
+  return value - Vec<S>{};
+}
+
+// --- 16-bit types, by their bits ---
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct HalfBits {
+  static constexpr int kLanes = Vector<float>::kLanes;
+  typedef uint16_t type __attribute__((vector_size(kVectorBytes / 2)));
+};
+
+static inline Vec<float> widen(UIntVec bits, BFloat16*) { return bit_cast<Vec<float>>(bits << 16); }
+
+static inline UIntVec narrow(Vec<float> value, BFloat16*) {
+  const UIntVec bits = bit_cast<UIntVec>(value);
+  const UIntVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  return (value == value) ? rounded : (bits >> 16) | 0x40;             // a NaN stays one
+}
+
+static inline Vec<float> widen(UIntVec bits, Float16*) {
+  // The exponent's bias differs by 112: a multiplication puts it right, for subnormal numbers too.
+  const UIntVec magnitude = (bits & 0x7fff) << 13;
+  const UIntVec scaled = bit_cast<UIntVec>(bit_cast<Vec<float>>(magnitude) * 0x1p112f);
+  const UIntVec finite_or_not = ((bits & 0x7c00) == 0x7c00) ? magnitude | 0x7f800000u : scaled;
+  return bit_cast<Vec<float>>(finite_or_not | ((bits & 0x8000) << 16));
+}
+
+static inline UIntVec narrow(Vec<float> value, Float16*) {
+  const UIntVec bits = bit_cast<UIntVec>(value);
+  const UIntVec sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  const UIntVec rounded = (magnitude + 0xfff + ((magnitude >> 13) & 1) - 0x38000000u) >> 13;
+  // Adding 0.5 lines a subnormal result up with the last bit of the sum's mantissa, which rounds it.
+  const UIntVec subnormal = bit_cast<UIntVec>(bit_cast<Vec<float>>(magnitude) + 0.5f) - 0x3f000000u;
+  UIntVec result = (magnitude < 0x38800000u) ? subnormal : rounded;
+  result = (magnitude >= 0x477ff000u) ? UIntVec{} + 0x7c00u : result;
+  result = (magnitude > 0x7f800000u) ? UIntVec{} + 0x7e00u : result;
+  return result | sign;
+}
+
+// --- loads and stores of `count` elements, at most a vector; lanes beyond are zero ---
+
+template <class S>
+static inline Vec<S> load(const S* source, int count) {
+  Vec<S> value{};
+  if (count == Vector<S>::kLanes) {
+    std::memcpy(&value, source, sizeof(value));
+  } else {
+    std::memcpy(&value, source, size_t(count) * sizeof(S));
+  }
+  return value;
+}
+
+template <class Half>
+static inline Vec<float> load_half(const Half* source, int count) {
+  typename HalfBits<Half>::type raw{};
+  if (count == HalfBits<Half>::kLanes) {
+    std::memcpy(&raw, source, sizeof(raw));
+  } else {
+    std::memcpy(&raw, source, size_t(count) * sizeof(Half));
+  }
+  return widen(__builtin_convertvector(raw, UIntVec), static_cast<Half*>(nullptr));
+}
+static inline Vec<float> load(const BFloat16* source, int count) { return load_half(source, count); }
+static inline Vec<float> load(const Float16* source, int count) { return load_half(source, count); }
+
+template <class S>
+static inline void store(S* target, Vec<S> value, int count) {
+  if (count == Vector<S>::kLanes) {
+    std::memcpy(target, &value, sizeof(value));
+  } else {
+    std::memcpy(target, &value, size_t(count) * sizeof(S));
+  }
+}
+
+template <class Half>
+static inline void store_half(Half* target, Vec<float> value, int count) {
+  const auto raw = __builtin_convertvector(narrow(value, static_cast<Half*>(nullptr)), typename HalfBits<Half>::type);
+  std::memcpy(target, &raw, size_t(count) * sizeof(Half));
+}
+static inline void store(BFloat16* target, Vec<float> value, int count) { store_half(target, value, count); }
+static inline void store(Float16* target, Vec<float> value, int count) { store_half(target, value, count); }
+
+// One element, as a state scalar.
+static inline float scalar(const float* source) { return *source; }
+static inline double scalar(const double* source) { return *source; }
+static inline float scalar(const BFloat16* source) { return bit_cast<float>(uint32_t(source->bits) << 16); }
+static inline float scalar(const Float16* source) { return load_half(source, 1)[0]; }
+
+// --- functions ---
+
+// Sum of the lanes, by halves.
+template <class S, int Lanes = Vector<S>::kLanes, class V = Vec<S>>
+static inline S sum_lanes(V value) {
+  if constexpr (Lanes == 2) {
+    return value[0] + value[1];
+  } else {
+    typedef S Half __attribute__((vector_size(Lanes / 2 * sizeof(S))));
+    Half halves[2];
+    std::memcpy(halves, &value, sizeof(value));
+    return sum_lanes<S, Lanes / 2, Half>(halves[0] + halves[1]);
+  }
+}
+
+// 2^x. Relative error below 2e-7 where the result is a normal number; below 2^-126 the result is 2^-126.
+static inline Vec<float> exp2(Vec<float> x) {
+  const Vec<float> low = splat(-126.f);
+  const Vec<float> clamped = (x < low) ? low : x;
+  const Vec<float> magic = splat(0x1.8p23f);  // adding it rounds to an integer, left in the low bits
+  const Vec<float> shifted = clamped + magic;
+  const Vec<float> f = clamped - (shifted - magic);
+  // Minimax polynomial of 2^f on [-1/2, 1/2].
+  Vec<float> p = splat(1.5060982408e-4f);
+  p = p * f + 1.3371712153e-3f;
+  p = p * f + 9.6191232425e-3f;
+  p = p * f + 5.5504084531e-2f;
+  p = p * f + 2.4022650574e-1f;
+  p = p * f + 6.9314718058e-1f;
+  p = p * f + 1.0f;
+  const UIntVec exponent = bit_cast<UIntVec>(shifted) << 23;
+  const Vec<float> result = bit_cast<Vec<float>>(bit_cast<UIntVec>(p) + exponent);
+  return (x < splat(128.f)) ? result : x + INFINITY;  // a NaN stays one
+}
+
+static inline Vec<double> exp2(Vec<double> x) {
+  for (int lane = 0; lane < Vector<double>::kLanes; ++lane) x[lane] = std::exp2(x[lane]);
+  return x;
+}
+
+template <class S>
+struct Softplus {
+  Vec<S> value;       // log(1 + exp(v))
+  Vec<S> derivative;  // 1 / (1 + exp(-v))
+};
+
+constexpr double kLog2E = 1.4426950408889634;
+
+static inline Softplus<float> softplus(Vec<float> v) {
+  const Vec<float> zero{};
+  const auto positive = v > zero;
+  const Vec<float> t = exp2((positive ? -v : v) * float(kLog2E));
+  // log(1 + t) = 2 atanh(t / (2 + t)), by a minimax polynomial for t in [0, 1].
+  const Vec<float> s = t / (t + 2.f);
+  const Vec<float> z = s * s;
+  Vec<float> q = splat(2.5848155178e-1f);
+  q = q * z + 2.8405319656e-1f;
+  q = q * z + 4.0001240873e-1f;
+  q = q * z + 6.6666665228e-1f;
+  q = q * z + 2.0f;
+  const Vec<float> value = q * s + (positive ? v : zero);
+  const Vec<float> reciprocal = 1.f / (t + 1.f);
+  return {value, positive ? reciprocal : t * reciprocal};
+}
+
+static inline Softplus<double> softplus(Vec<double> v) {
+  Softplus<double> result;
+  for (int lane = 0; lane < Vector<double>::kLanes; ++lane) {
+    result.value[lane] = v[lane] > 20 ? v[lane] : std::log1p(std::exp(v[lane]));
+    result.derivative[lane] = 1 / (1 + std::exp(-v[lane]));
+  }
+  return result;
+}
+
+}  // namespace SSM_CPU_CAPABILITY
+}  // namespace cuda_ops
