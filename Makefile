@@ -1,0 +1,38 @@
+# The host libraries: openmmlab (the default) or onedl, their maintained forks. The two cannot share an environment.
+STACK ?= openmmlab
+VENV ?= $(if $(filter onedl,$(STACK)),.venv-onedl,.venv)
+PYTHON ?= python3
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+IN_VENV = "$(VENV)/bin/python"
+given = $(filter command environment,$(firstword $(origin $(1))))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+help:
+	@echo 'make demo     set up, then train, evaluate and show a small model (DEMO_ARGS, FAMILY, TASK are passed on)'
+	@echo 'make test     set up, then check style and types and run the tests (PYTEST_ARGS are passed on)'
+	@echo 'make setup    make or complete the environment alone'
+	@echo 'make lint     set up, then check style and types alone'
+	@echo 'make clean    remove what compiling and testing left; the environment and the data stay'
+	@echo 'Variables: PYTHON=python3.12 (to make the environment with), VENV=folder, STACK=openmmlab or onedl'
+
+setup:
+	@command -v $(PYTHON) >/dev/null || { echo 'error: $(PYTHON) not found; install Python 3.10 or newer, or name it with PYTHON=...' >&2; exit 1; }
+	@$(PYTHON) tools/bootstrap.py --venv "$(VENV)" --stack $(STACK) $(if $(call given,PYTHON),--this-python)
+
+demo: setup
+	@$(IN_VENV) tools/demo.py $(if $(FAMILY),--family $(FAMILY)) $(if $(TASK),--task $(TASK)) $(DEMO_ARGS)
+
+lint: setup
+	@$(IN_VENV) -m ruff check .
+	@$(IN_VENV) -m mypy
+
+test: lint
+	@$(IN_VENV) -m pytest $(PYTEST_ARGS)
+
+clean:
+	rm -rf build dist *.egg-info cuda_ops/_C.so* cuda_ops/_build_info.json* .mypy_cache .pytest_cache .ruff_cache
+	find cuda_ops ssm_backbones tools tests -name __pycache__ -type d -prune -exec rm -rf {} +

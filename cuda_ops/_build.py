@@ -1,0 +1,370 @@
+"""Compile the op library: which sources, with which flags, into which files.
+
+Imports the standard library alone, so that setup.py can load this file by its path before torch is known to be
+installed, and so that reading back what a library was built from costs nothing. Kernels are compiled without torch's
+headers; only ``bindings.cpp`` sees them.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CSRC = Path(__file__).resolve().parent / 'csrc'
+LIBRARY_NAME = '_C.so'
+INFO_NAME = '_build_info.json'
+
+CXX_FLAGS = ['-O3', '-std=c++17', '-fPIC', '-fvisibility=hidden', '-g0', '-Wall']
+NVCC_FLAGS = ['-O3', '-std=c++17', '-Xcompiler', '-fPIC,-fvisibility=hidden']
+X86_CAPABILITIES = {
+    'baseline': [],
+    'avx2': ['-mavx2', '-mfma'],
+    'avx512': ['-mavx512f', '-mavx512bw', '-mavx512dq', '-mavx512vl', '-mfma', '-mprefer-vector-width=512'],
+}
+SOURCE_SUFFIXES = ('.cpp', '.h', '.cu', '.cuh')
+
+
+class BuildError(Exception):
+    """The library cannot be built; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One compiler run: ``argv`` makes ``output`` from ``inputs`` (and lists the headers it met in a depfile)."""
+
+    output: Path
+    inputs: tuple[Path, ...]
+    argv: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CudaPlan:
+    """Whether CUDA kernels are compiled, and why (not)."""
+
+    build: bool
+    reason: str
+    gencode: tuple[str, ...] = ()
+
+
+def source_hash(csrc: Path = CSRC) -> str | None:
+    """SHA-256 over the names and contents of the sources, or None where they are not installed."""
+    files = sorted(path for path in csrc.rglob('*') if path.suffix in SOURCE_SUFFIXES)
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for path in files:
+        content = path.read_bytes()
+        digest.update(f'{path.relative_to(csrc).as_posix()}\0{len(content)}\0'.encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def cpu_capabilities(machine: str) -> dict[str, list[str]]:
+    """Instruction sets the kernels are compiled for, baseline first, with the flags that select them."""
+    if machine.lower() in ('x86_64', 'amd64'):
+        return X86_CAPABILITIES
+    return {'baseline': []}
+
+
+def find_compiler(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """The C++ compiler's command: ``CXX`` where it is set, else the first of c++, g++, clang++ on the path."""
+    candidates = [shlex.split(environ['CXX'])] if environ.get('CXX') else [['c++'], ['g++'], ['clang++']]
+    for command in candidates:
+        if shutil.which(command[0], path=environ.get('PATH')):
+            return command
+    names = ', '.join(command[0] for command in candidates)
+    raise BuildError(f'no C++ compiler found (looked for {names}); install one, for example with '
+                     '`apt install g++` or `dnf install gcc-c++`, or name it in CXX')
+
+
+def compiler_version(command: Sequence[str]) -> str:
+    """The first line of the compiler's ``--version``."""
+    try:
+        output = subprocess.run([*command, '--version'], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BuildError(f'the C++ compiler {shlex.join(command)} does not run: {error}') from None
+    return output.partition('\n')[0].strip()
+
+
+def gencode_flags(arch_list: str) -> tuple[str, ...]:
+    """nvcc's ``-gencode`` flags for a list as in ``TORCH_CUDA_ARCH_LIST``, e.g. ``8.0;9.0a+PTX``.
+
+    Raises:
+        BuildError: for an entry that is not a compute capability with an optional ``+PTX``.
+    """
+    flags = []
+    for entry in arch_list.replace(';', ' ').replace(',', ' ').split():
+        match = re.fullmatch(r'(\d+)\.(\d)([af]?)(\+PTX)?', entry)
+        if not match:
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST has the entry {entry!r}; write compute capabilities such as "
+                             "'8.0;9.0+PTX'")
+        arch = ''.join(match.group(1, 2, 3))
+        flags.append(f'-gencode=arch=compute_{arch},code=sm_{arch}')
+        if match.group(4):
+            flags.append(f'-gencode=arch=compute_{arch},code=compute_{arch}')
+    if not flags:
+        raise BuildError('TORCH_CUDA_ARCH_LIST names no architecture')
+    return tuple(dict.fromkeys(flags))
+
+
+def plan_cuda(force: str, *, sources: Sequence[Path], torch_cuda: str | None, nvcc_version: str | None,
+              arch_list: str) -> CudaPlan:
+    """Decide whether CUDA kernels are compiled.
+
+    Args:
+        force: ``FORCE_CUDA``: 1 demands them, 0 forbids them, ``auto`` or empty takes them where everything is there.
+        sources: the ``.cu`` files.
+        torch_cuda: the CUDA version torch was built for, None for a CPU build of torch.
+        nvcc_version: the CUDA compiler's version, None where there is no nvcc.
+        arch_list: the architectures to compile for, as in ``TORCH_CUDA_ARCH_LIST``.
+
+    Raises:
+        BuildError: if ``force`` is unknown, or is 1 and torch or the toolkit cannot serve.
+    """
+    if force not in ('', 'auto', '0', '1'):
+        raise BuildError(f'FORCE_CUDA is {force!r}; it must be 1, 0 or auto')
+    if force == '0':
+        return CudaPlan(False, 'FORCE_CUDA=0')
+    if not sources:
+        return CudaPlan(False, 'this version has no CUDA kernels yet'
+                        + ('; FORCE_CUDA=1 changes nothing here' if force == '1' else ''))
+    if torch_cuda is None:
+        obstacle = 'the installed torch is a CPU build'
+    elif nvcc_version is None:
+        obstacle = f'there is no nvcc; install the CUDA toolkit {torch_cuda} and set CUDA_HOME'
+    elif nvcc_version.partition('.')[0] != torch_cuda.partition('.')[0]:
+        obstacle = f'nvcc is version {nvcc_version}, but torch was built for CUDA {torch_cuda}'
+    elif not arch_list:
+        obstacle = 'no GPU is visible; name its compute capability in TORCH_CUDA_ARCH_LIST, for example 9.0'
+    else:
+        return CudaPlan(True, f'nvcc {nvcc_version}, torch for CUDA {torch_cuda}', gencode_flags(arch_list))
+    if force == '1':
+        raise BuildError(f'FORCE_CUDA=1, but {obstacle}')
+    return CudaPlan(False, obstacle)
+
+
+def find_nvcc(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """The CUDA compiler: below ``CUDA_HOME`` where that is set, else on the path."""
+    if environ.get('CUDA_HOME'):
+        nvcc = Path(environ['CUDA_HOME'], 'bin', 'nvcc')
+        return nvcc if nvcc.is_file() else None
+    found = shutil.which('nvcc', path=environ.get('PATH'))
+    return Path(found) if found else None
+
+
+def nvcc_version(nvcc: Path | None) -> str | None:
+    """The toolkit's version, e.g. 13.0, or None where nvcc is missing or does not run."""
+    if nvcc is None:
+        return None
+    try:
+        output = subprocess.run([str(nvcc), '--version'], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    match = re.search(r'release (\d+\.\d+)', output)
+    return match.group(1) if match else None
+
+
+def cpu_steps(csrc: Path, objects: Path, compiler: Sequence[str], machine: str) -> list[Step]:
+    """Compile every kernel once per instruction set; a ``*_dispatch.cpp``, which chooses between them, once.
+
+    The order is the linker's: where two objects carry the same inline function, the first one's is kept, and it must
+    be one that every CPU can run.
+    """
+    sources = sorted((csrc / 'cpu').glob('*.cpp'))
+    dispatch = [source for source in sources if source.stem.endswith('_dispatch')]
+    kernels = [source for source in sources if source not in dispatch]
+    steps = [_cxx(compiler, source, objects / f'{source.stem}.o', [f'-I{csrc}']) for source in dispatch]
+    for capability, isa_flags in cpu_capabilities(machine).items():
+        flags = [f'-I{csrc}', *isa_flags, f'-DSSM_CPU_CAPABILITY={capability}']
+        steps += [_cxx(compiler, source, objects / f'{source.stem}.{capability}.o', flags) for source in kernels]
+    return steps
+
+
+def cuda_steps(csrc: Path, objects: Path, nvcc: Path, compiler: Sequence[str], gencode: Sequence[str]) -> list[Step]:
+    """Compile every CUDA kernel by nvcc alone."""
+    steps = []
+    for source in sorted((csrc / 'cuda').glob('*.cu')):
+        output = objects / f'{source.stem}.cuda.o'
+        argv = [str(nvcc), '-ccbin', compiler[-1], *NVCC_FLAGS, *gencode, f'-I{csrc}',
+                '--generate-dependencies-with-compile', '--dependency-output', f'{output}.d',
+                '-c', str(source), '-o', str(output)]
+        steps.append(Step(output, (source,), tuple(argv)))
+    return steps
+
+
+def binding_step(csrc: Path, objects: Path, compiler: Sequence[str], torch: Any, cuda: CudaPlan,
+                 cuda_home: Path | None) -> Step:
+    """Compile ``bindings.cpp``, the one file with torch's headers."""
+    from torch.utils.cpp_extension import include_paths
+
+    flags = [f'-I{csrc}', *_openmp(), f'-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}']
+    flags += [flag for path in include_paths() for flag in ('-isystem', path)]
+    if cuda.build and cuda_home:
+        flags += ['-DSSM_WITH_CUDA', '-isystem', str(cuda_home / 'include')]
+    return _cxx(compiler, csrc / 'bindings.cpp', objects / 'bindings.o', flags)
+
+
+def link_step(library: Path, objects: Sequence[Path], compiler: Sequence[str], cuda: CudaPlan,
+              cuda_home: Path | None) -> Step:
+    """Link the library. It carries no path to torch: torch is in the process before the library is loaded."""
+    from torch.utils.cpp_extension import library_paths
+
+    argv = [*compiler, '-shared', *_openmp(), *map(str, objects), *(f'-L{path}' for path in library_paths()),
+            '-lc10', '-ltorch_cpu', '-ltorch']
+    if cuda.build and cuda_home:
+        argv += ['-lc10_cuda', '-ltorch_cuda', f'-L{cuda_home / "lib64"}', '-lcudart_static', '-ldl', '-lrt',
+                 '-lpthread']
+    return Step(library, tuple(objects), (*argv, '-o', str(library)))
+
+
+def build(package: Path, build_dir: Path, csrc: Path = CSRC, environ: Mapping[str, str] = os.environ) -> None:
+    """Compile the library and put it, with the record of what it was built from, into ``package``.
+
+    Args:
+        package: folder that receives ``_C.so`` and ``_build_info.json``.
+        build_dir: folder for objects; what is up to date there is not compiled again.
+        csrc: the sources.
+        environ: read for CXX, FORCE_CUDA, TORCH_CUDA_ARCH_LIST, CUDA_HOME and MAX_JOBS.
+
+    Raises:
+        BuildError: with the reason and the remedy in one line.
+    """
+    torch = _import_torch()
+    compiler = find_compiler(environ)
+    version = compiler_version(compiler)
+    machine = platform.machine()
+    nvcc = find_nvcc(environ)
+    toolkit = nvcc_version(nvcc)
+    sources = sorted((csrc / 'cuda').glob('*.cu'))
+    arch_list = environ.get('TORCH_CUDA_ARCH_LIST') or _visible_archs(torch)
+    cuda = plan_cuda(environ.get('FORCE_CUDA', ''), sources=sources, torch_cuda=torch.version.cuda,
+                     nvcc_version=toolkit, arch_list=arch_list)
+    print(f'cuda_ops: torch {torch.__version__}, {version}')
+    print(f'cuda_ops: CPU kernels for {machine}: {", ".join(cpu_capabilities(machine))}')
+    print(f'cuda_ops: CUDA kernels: {"yes" if cuda.build else "no"}: {cuda.reason}', flush=True)
+
+    build_dir.mkdir(parents=True, exist_ok=True)
+    with _exclusive(build_dir / 'lock'):
+        cuda_home = nvcc.resolve().parent.parent if nvcc else None
+        steps = [binding_step(csrc, build_dir, compiler, torch, cuda, cuda_home),
+                 *cpu_steps(csrc, build_dir, compiler, machine)]
+        if cuda.build and nvcc:
+            steps += cuda_steps(csrc, build_dir, nvcc, compiler, cuda.gencode)
+        library = build_dir / LIBRARY_NAME
+        steps.append(link_step(library, [step.output for step in steps], compiler, cuda, cuda_home))
+        hashed = source_hash(csrc)
+        run_steps(steps, build_dir, environ)
+        info = {
+            'torch': torch.__version__,
+            'cxx11_abi': torch.compiled_with_cxx11_abi(),
+            'compiler': version,
+            'machine': machine,
+            'capabilities': list(cpu_capabilities(machine)),
+            'cuda': {'toolkit': toolkit, 'arch_list': arch_list} if cuda.build else None,
+            'cuda_reason': cuda.reason,
+            'source_hash': hashed,
+        }
+        _install(library, info, package)
+
+
+def run_steps(steps: Sequence[Step], build_dir: Path, environ: Mapping[str, str] = os.environ) -> None:
+    """Run the steps, the last after all others: by ninja where there is one, else one after the other.
+
+    Raises:
+        BuildError: if a step fails; the compiler's own messages have been printed by then.
+    """
+    ninja = _find_ninja(environ)
+    if ninja:
+        (build_dir / 'build.ninja').write_text(ninja_file(steps))
+        jobs = ['-j', environ['MAX_JOBS']] if environ.get('MAX_JOBS') else []
+        failed = subprocess.run([ninja, '-C', str(build_dir), *jobs], env=dict(environ)).returncode
+    else:
+        failed = 0
+        for number, step in enumerate(steps, 1):
+            print(f'[{number}/{len(steps)}] {step.output.name}', flush=True)
+            failed = failed or subprocess.run(step.argv, env=dict(environ)).returncode
+    if failed:
+        raise BuildError("the op library does not compile; the compiler's messages are above")
+
+
+def ninja_file(steps: Sequence[Step]) -> str:
+    """The steps as a ninja build file, with the headers each compiled file includes tracked by ninja."""
+    lines = ['rule run', '  command = $argv', '  description = $name', '']
+    for step in steps:
+        inputs = ' '.join(map(_ninja_path, step.inputs))
+        argv = shlex.join(step.argv).replace('$', '$$')
+        lines += [f'build {_ninja_path(step.output)}: run {inputs}', f'  argv = {argv}', f'  name = {step.output.name}']
+        if step.output.suffix == '.o':
+            lines += ['  deps = gcc', f'  depfile = {step.output}.d'.replace('$', '$$')]
+    return '\n'.join(lines) + '\n'
+
+
+def _cxx(compiler: Sequence[str], source: Path, output: Path, flags: Sequence[str]) -> Step:
+    argv = [*compiler, '-MMD', '-MF', f'{output}.d', *CXX_FLAGS, *flags, '-c', str(source), '-o', str(output)]
+    return Step(output, (source,), tuple(argv))
+
+
+def _openmp() -> list[str]:
+    # Apple's clang has no -fopenmp; ATen's loops run on one thread there.
+    return ['-fopenmp'] if sys.platform.startswith('linux') else []
+
+
+def _ninja_path(path: Path) -> str:
+    return re.sub(r'([$ :])', r'$\1', str(path))
+
+
+def _find_ninja(environ: Mapping[str, str]) -> str | None:
+    # The virtual environment's own ninja comes first: its folder is on no path unless the environment is activated.
+    return shutil.which('ninja', path=os.pathsep.join([str(Path(sys.executable).parent), environ.get('PATH', '')]))
+
+
+def _import_torch() -> Any:
+    if importlib.util.find_spec('torch') is None:
+        raise BuildError('torch is needed to compile cuda_ops and is not installed where the build runs; install it '
+                         'first and switch build isolation off: `pip install --no-build-isolation ...`')
+    import torch
+
+    return torch
+
+
+def _visible_archs(torch: Any) -> str:
+    if not torch.cuda.is_available():
+        return ''
+    found = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
+    return ';'.join(f'{major}.{minor}' for major, minor in sorted(found))
+
+
+@contextlib.contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    """Hold a lock file, so that two builds of one checkout take turns."""
+    import fcntl
+
+    with path.open('w') as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _install(library: Path, info: Mapping[str, object], package: Path) -> None:
+    """Put library and record in place, never a record beside a library that it does not describe."""
+    package.mkdir(parents=True, exist_ok=True)
+    record = package / INFO_NAME
+    record.unlink(missing_ok=True)
+    # A running process may have the old library mapped: replace the file, do not write into it.
+    fresh = package / f'{LIBRARY_NAME}.{os.getpid()}'
+    shutil.copyfile(library, fresh)
+    fresh.chmod(0o755)
+    fresh.replace(package / LIBRARY_NAME)
+    fresh_record = package / f'{INFO_NAME}.{os.getpid()}'
+    fresh_record.write_text(json.dumps(info, indent=2) + '\n')
+    fresh_record.replace(record)
