@@ -1,0 +1,13 @@
+"""State-space vision backbones for mmpretrain, mmdetection and mmsegmentation.
+
+``custom_imports = dict(imports=['ssm_backbones'])`` in a config makes them available by ``type=``.
+"""
+
+from ssm_backbones.compat import apply_mends
+
+# Before anything else: the mends let the host libraries import and resume.
+apply_mends()
+
+from ssm_backbones.backbones import VMamba  # noqa: E402
+
+__all__ = ['VMamba']

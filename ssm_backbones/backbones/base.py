@@ -1,0 +1,251 @@
+"""What all backbones have in common: stages, output norms, freezing, layer depths, and checks of what users pass."""
+
+import difflib
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution, and the downsampling that leads to the next stage.
+
+    ``forward`` runs the blocks alone, because a feature map is taken before the downsampling.
+
+    Args:
+        blocks: modules from (B, H, W, C) to (B, H, W, C).
+        downsample: what follows the blocks where there is a next stage; None means nothing.
+        with_cp: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None = None, with_cp: bool = False) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = nn.Identity() if downsample is None else downsample
+        self.with_cp = with_cp
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            if self.with_cp and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
+
+class SSMBackbone(BaseModule):
+    """Base of the backbones: ``patch_embed``, ``stages`` and, for each chosen stage i, an output norm ``norm{i}``.
+
+    A subclass calls this constructor, assigns ``patch_embed`` (image (B, C, H, W) to map (B, H, W, C)) and ``stages``
+    (an ``nn.ModuleList`` of :class:`Stage`, the first ``self.num_built_stages`` of the architecture), and ends its own
+    constructor with :meth:`finish`. Stages behind the last chosen one are not built: they would hold parameters that
+    no gradient reaches.
+
+    Args:
+        num_features: channels of each of the architecture's stages.
+        in_channels: channels of the images.
+        out_indices: stages whose maps are returned, in the order of the returned tuple; negative ones count
+            from the end.
+        frozen_stages: -1 trains everything, 0 freezes the stem, k the stem and the first k stages (with their output
+            norms and downsampling).
+        with_cp: trade time for memory: recompute the blocks in the backward pass.
+        norm_eval: keep batch norms in evaluation mode while training. Layer norms behave alike in both modes, so this
+            matters only where a batch norm was put in.
+        init_cfg: mmengine's initialisation config, e.g. ``dict(type='Pretrained', checkpoint=...)``.
+    """
+
+    patch_embed: nn.Module
+    stages: nn.ModuleList
+
+    def __init__(self, *, num_features: Sequence[int], in_channels: int = 3, out_indices: int | Sequence[int] = -1,
+                 frozen_stages: int = -1, with_cp: bool = False, norm_eval: bool = False,
+                 init_cfg: dict | list[dict] | None = None) -> None:
+        super().__init__(init_cfg)
+        self.num_features = tuple(num_features)
+        self.in_channels = check_integer('in_channels', in_channels, minimum=1)
+        self.out_indices = resolve_out_indices(out_indices, len(self.num_features))
+        self.frozen_stages = check_integer('frozen_stages', frozen_stages, minimum=-1, maximum=len(self.num_features))
+        self.with_cp = with_cp
+        self.norm_eval = norm_eval
+
+    @property
+    def num_built_stages(self) -> int:
+        """How many of the architecture's stages exist: up to the last one in ``out_indices``."""
+        return max(self.out_indices) + 1
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Blocks of each built stage."""
+        return tuple(len(stage.blocks) for stage in self.stages)
+
+    def finish(self) -> None:
+        """Add the output norms and freeze what is to be frozen; the last step of a subclass's constructor."""
+        for i in sorted(self.out_indices):
+            self.add_module(f'norm{i}', self.build_output_norm(i))
+        self._freeze()
+
+    def build_output_norm(self, stage: int) -> nn.Module:
+        """The norm of a stage's feature map, on (B, H, W, C)."""
+        return nn.LayerNorm(self.num_features[stage])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Turn images (B, in_channels, H, W) of any H, W >= 1 into maps (B, C_i, H_i, W_i), one for each out index.
+
+        The maps are channel-last in memory.
+        """
+        self.check_images(x)
+        x = self.patch_embed(x)
+        maps = {}
+        for i, stage in enumerate(self.stages):
+            x = stage(x)
+            if i in self.out_indices:
+                maps[i] = getattr(self, f'norm{i}')(x).permute(0, 3, 1, 2)
+            x = stage.downsample(x)
+        return tuple(maps[i] for i in self.out_indices)
+
+    def check_images(self, x: Tensor) -> None:
+        """Raise a ValueError or TypeError that says what is wrong with a batch of images."""
+        name = type(self).__name__
+        if not isinstance(x, Tensor):
+            raise TypeError(f'{name} takes a tensor of images (B, {self.in_channels}, H, W), got {type(x).__name__}')
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f'{name} takes images of shape (B, {self.in_channels}, H, W), got {tuple(x.shape)}; '
+                             'in_channels sets the number of channels')
+        if x.shape[2] == 0 or x.shape[3] == 0:
+            raise ValueError(f'{name} takes images of at least 1x1 pixels, got shape {tuple(x.shape)}')
+        if not x.is_floating_point():
+            raise TypeError(f'{name} takes floating-point images, got {x.dtype}; normalise them first, as the data '
+                            'preprocessor of mmpretrain, mmdet and mmseg does')
+
+    def train(self, mode: bool = True) -> 'SSMBackbone':
+        """Switch the mode of everything but the frozen stages, which stay in evaluation mode."""
+        super().train(mode)
+        self._freeze()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def frozen_modules(self) -> Iterator[nn.Module]:
+        """The modules that ``frozen_stages`` covers."""
+        if self.frozen_stages >= 0:
+            yield self.patch_embed
+        for i, stage in enumerate(self.stages[:max(self.frozen_stages, 0)]):
+            yield stage
+            if i in self.out_indices:
+                yield getattr(self, f'norm{i}')
+
+    def _freeze(self) -> None:
+        for module in self.frozen_modules():
+            module.eval().requires_grad_(False)
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """The depth of a parameter for layer-wise learning-rate decay, as mmpretrain's optimiser constructor asks.
+
+        Args:
+            param_name: the parameter's name in the whole model.
+            prefix: the backbone's own prefix in that name, e.g. ``'backbone.'``.
+
+        Returns:
+            (layer_id, num_layers): 0 for the stem, the running number of the block (from 1) for blocks, that of the
+            stage's last block for a downsampling, num_layers - 1 for output norms and all that is not the backbone's.
+        """
+        depths = self.depths
+        num_layers = sum(depths) + 2
+        parts = param_name[len(prefix):].split('.')
+        if not param_name.startswith(prefix) or parts[0] not in ('patch_embed', 'stages'):
+            return num_layers - 1, num_layers
+        if parts[0] == 'patch_embed':
+            return 0, num_layers
+        stage = int(parts[1])
+        if parts[2] == 'blocks':
+            return sum(depths[:stage]) + int(parts[3]) + 1, num_layers
+        return sum(depths[:stage + 1]), num_layers
+
+
+def resolve_arch(family: str, arch: str | Mapping[str, Any], archs: Mapping[str, Mapping[str, Any]],
+                 aliases: Mapping[str, str], keys: Sequence[str]) -> dict[str, Any]:
+    """The settings that ``arch`` stands for: a row of the family's table by its name or alias, or a dict of its own.
+
+    Args:
+        family: the backbone's type, for messages.
+        arch: a name, or a mapping with exactly ``keys``.
+        archs: the family's table.
+        aliases: short names and what they stand for.
+        keys: what a dict has to set.
+
+    Raises:
+        ValueError: if the name is unknown, or keys are missing or unknown.
+        TypeError: if ``arch`` is neither a name nor a mapping.
+    """
+    if isinstance(arch, str):
+        name = aliases.get(arch, arch)
+        if name not in archs:
+            known = [*aliases, *archs]
+            close = difflib.get_close_matches(arch, known, n=1)
+            raise ValueError(f'{family} has no arch {arch!r}{f"; did you mean {close[0]!r}?" if close else ""}. '
+                             f'Known: {", ".join(known)}; or pass a dict with the keys {", ".join(keys)}')
+        return dict(archs[name])
+    if not isinstance(arch, Mapping):
+        raise TypeError(f"{family}'s arch is a name or a dict, got {type(arch).__name__}: {arch!r}")
+    missing = [key for key in keys if key not in arch]
+    unknown = [str(key) for key in arch if key not in keys]
+    if missing or unknown:
+        faults = [f'{what} {", ".join(found)}' for what, found in (('lacks', missing), ('has unknown', unknown))
+                  if found]
+        raise ValueError(f"{family}'s arch dict {' and '.join(faults)}; its keys are {', '.join(keys)}")
+    return dict(arch)
+
+
+def resolve_out_indices(out_indices: int | Sequence[int], num_stages: int) -> tuple[int, ...]:
+    """Stage numbers in the given order, negative ones counted from the end.
+
+    Raises:
+        TypeError: for anything but an integer or a sequence of integers.
+        ValueError: if none is given, one is out of range, or one is given twice.
+    """
+    given = [out_indices] if isinstance(out_indices, int) else out_indices
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise TypeError(f'out_indices takes an integer or a sequence of integers, got {out_indices!r}')
+    indices = tuple(check_integer('out_indices', i, minimum=-num_stages, maximum=num_stages - 1) % num_stages
+                    for i in given)
+    if not indices:
+        raise ValueError('out_indices is empty; name at least one stage')
+    if len(set(indices)) < len(indices):
+        raise ValueError(f'out_indices names a stage twice: {tuple(given)} of {num_stages} stages')
+    return indices
+
+
+def check_integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
+    """``value`` as an int, or an error that names it."""
+    if isinstance(value, bool):
+        raise TypeError(f'{name} takes integers, got {value!r}')
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f'{name} takes integers, got {value!r}') from None
+    if number < minimum or (maximum is not None and number > maximum):
+        allowed = f'at least {minimum}' if maximum is None else f'between {minimum} and {maximum}'
+        raise ValueError(f'{name} must be {allowed}, got {number}')
+    return number
+
+
+def check_depths(name: str, depths: Any) -> tuple[int, ...]:
+    """A non-empty sequence of positive block numbers, as a tuple."""
+    if isinstance(depths, str) or not isinstance(depths, Sequence) or not depths:
+        raise TypeError(f'{name} takes a non-empty sequence of integers, got {depths!r}')
+    return tuple(check_integer(name, depth, minimum=1) for depth in depths)
+
+
+def drop_path_schedule(drop_path_rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """Drop probabilities of each stage's blocks, rising linearly from 0 to ``drop_path_rate`` over all blocks."""
+    if not 0.0 <= drop_path_rate < 1.0:
+        raise ValueError(f'drop_path_rate must lie in [0, 1), got {drop_path_rate!r}')
+    rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device='cpu').tolist())
+    return [[next(rates) for _ in range(depth)] for depth in depths]

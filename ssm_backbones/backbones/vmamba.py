@@ -1,0 +1,136 @@
+"""VMamba: visual state-space model, Liu et al. 2024, arXiv 2401.10166."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from ssm_backbones.backbones.base import (
+    SSMBackbone,
+    Stage,
+    check_depths,
+    check_integer,
+    drop_path_schedule,
+    resolve_arch,
+)
+from ssm_backbones.layers.common import MLP, ConvNorm, ConvStem, PatchEmbed, PatchMerging, Residual, init_linear_layers
+from ssm_backbones.layers.ss2d import SS2D
+
+MLP_RATIO = 4
+
+
+class VSSBlock(nn.Module):
+    """``x + SS2D(LN(x))``, then ``x + MLP(LN(x))``, on maps (B, H, W, C).
+
+    Version v0, the first release, has no MLP; its SS2D is gated and its depthwise convolution has a bias.
+
+    Args:
+        channels: width C.
+        d_state: state size N of the scan.
+        ssm_ratio: inner width of the scan over C.
+        version: 'v2' or 'v0'.
+        drop_path: probability of dropping each branch of a sample while training.
+    """
+
+    def __init__(self, channels: int, d_state: int, ssm_ratio: float, version: str, drop_path: float = 0.0) -> None:
+        super().__init__()
+        first_release = version == 'v0'
+        self.norm1 = nn.LayerNorm(channels)
+        self.mixer = SS2D(channels, inner_channels=int(ssm_ratio * channels), d_state=d_state,
+                          dt_rank=math.ceil(channels / 16), gate=first_release, conv_bias=first_release)
+        self.norm2 = None if first_release else nn.LayerNorm(channels)
+        self.mlp = None if first_release else MLP(channels, MLP_RATIO * channels)
+        self.residual = Residual(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.residual(x, self.mixer(self.norm1(x)))
+        if self.mlp is not None:
+            x = self.residual(x, self.mlp(self.norm2(x)))
+        return x
+
+
+def _arch(embed_dims: int, depths: list[int], ssm_ratio: float) -> dict[str, Any]:
+    return dict(embed_dims=embed_dims, depths=depths, d_state=1, ssm_ratio=ssm_ratio, version='v2')
+
+
+def _first_release(embed_dims: int, depths: list[int]) -> dict[str, Any]:
+    return dict(embed_dims=embed_dims, depths=depths, d_state=16, ssm_ratio=2.0, version='v0')
+
+
+@MODELS.register_module()
+class VMamba(SSMBackbone):
+    """VMamba's hierarchical backbone.
+
+    Args:
+        arch: one of ``VMamba.ARCHS`` or ``VMamba.ALIASES`` ('tiny', 'small', 'base'), or a dict with the keys
+            ``embed_dims`` (channels of the first stage; they double with each), ``depths`` (blocks of each stage),
+            ``d_state`` (state size), ``ssm_ratio`` (inner width of the scan over the channels) and ``version``: 'v2',
+            or 'v0' for the first release.
+        in_channels: channels of the images.
+        out_indices: stages whose maps are returned, in that order. Stage i has stride ``4 * 2**i``.
+        drop_path_rate: probability of dropping a branch in the last block; it rises linearly from 0 in the first one.
+        frozen_stages: -1 trains everything, 0 freezes the stem, k the stem and the first k stages.
+        with_cp: recompute the blocks in the backward pass to save memory.
+        norm_eval: see :class:`~ssm_backbones.backbones.base.SSMBackbone`.
+        init_cfg: mmengine's initialisation config.
+
+    Any image size works. v2 halves with padded convolutions, giving ceil(size / 2) each time. v0 cuts patches, and
+    fills incomplete ones with zeros at the bottom and right.
+    """
+
+    ARCHS: ClassVar[dict[str, dict[str, Any]]] = {
+        'tiny-s1l8': _arch(96, [2, 2, 8, 2], ssm_ratio=1.0),
+        'tiny-s2l5': _arch(96, [2, 2, 5, 2], ssm_ratio=2.0),
+        'small-s2l15': _arch(96, [2, 2, 15, 2], ssm_ratio=2.0),
+        'small-s1l20': _arch(96, [2, 2, 20, 2], ssm_ratio=1.0),
+        'base-s2l15': _arch(128, [2, 2, 15, 2], ssm_ratio=2.0),
+        'base-s1l20': _arch(128, [2, 2, 20, 2], ssm_ratio=1.0),
+        'tiny-v0': _first_release(96, [2, 2, 9, 2]),
+        'small-v0': _first_release(96, [2, 2, 27, 2]),
+        'base-v0': _first_release(128, [2, 2, 27, 2]),
+        'test': _arch(16, [1, 1, 2, 1], ssm_ratio=1.0),
+    }
+    ALIASES: ClassVar[dict[str, str]] = {'tiny': 'tiny-s1l8', 'small': 'small-s2l15', 'base': 'base-s2l15'}
+    _ARCH_KEYS = ('embed_dims', 'depths', 'd_state', 'ssm_ratio', 'version')
+
+    def __init__(self, arch: str | Mapping[str, Any] = 'tiny', in_channels: int = 3,
+                 out_indices: int | Sequence[int] = (0, 1, 2, 3), drop_path_rate: float = 0.0, frozen_stages: int = -1,
+                 with_cp: bool = False, norm_eval: bool = False, init_cfg: dict | list[dict] | None = None) -> None:
+        settings = resolve_arch('VMamba', arch, self.ARCHS, self.ALIASES, self._ARCH_KEYS)
+        version = settings['version']
+        if version not in ('v0', 'v2'):
+            raise ValueError(f"VMamba's version is 'v2' or 'v0' (the first release), got {version!r}")
+        embed_dims = check_integer('embed_dims', settings['embed_dims'], minimum=2)
+        d_state = check_integer('d_state', settings['d_state'], minimum=1)
+        depths = check_depths('depths', settings['depths'])
+        ssm_ratio = settings['ssm_ratio']
+        if version == 'v2' and embed_dims % 2:
+            raise ValueError(f"VMamba v2's stem halves embed_dims, which must be even, got {embed_dims}")
+        if not ssm_ratio > 0 or ssm_ratio * embed_dims % 1:
+            raise ValueError('ssm_ratio must be positive and give a whole number of channels, '
+                             f'got {ssm_ratio!r} of {embed_dims}')
+
+        widths = [embed_dims * 2**i for i in range(len(depths))]
+        super().__init__(num_features=widths, in_channels=in_channels, out_indices=out_indices,
+                         frozen_stages=frozen_stages, with_cp=with_cp, norm_eval=norm_eval, init_cfg=init_cfg)
+        rates = drop_path_schedule(drop_path_rate, depths)
+        if version == 'v2':
+            self.patch_embed = ConvStem(in_channels, embed_dims)
+        else:
+            self.patch_embed = PatchEmbed(in_channels, embed_dims, patch_size=4)
+        self.stages = nn.ModuleList()
+        for i in range(self.num_built_stages):
+            blocks = [VSSBlock(widths[i], d_state, ssm_ratio, version, rate) for rate in rates[i]]
+            last = i + 1 == self.num_built_stages
+            downsample = None if last else self._downsample(widths[i], widths[i + 1], version)
+            self.stages.append(Stage(blocks, downsample, with_cp))
+        init_linear_layers(self)
+        self.finish()
+
+    @staticmethod
+    def _downsample(in_channels: int, out_channels: int, version: str) -> nn.Module:
+        if version == 'v2':
+            return ConvNorm(in_channels, out_channels, kernel_size=3, stride=2, padding=1)
+        return PatchMerging(in_channels, out_channels)

@@ -1,0 +1,91 @@
+"""SS2D, VMamba's token mixer: a selective scan along four routes over the grid, summed."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import cuda_ops
+from ssm_backbones.layers.common import ChannelLastConv2d, Pointwise, pointwise
+
+ROUTES = 4
+
+
+class SS2D(nn.Module):
+    """The 2-D selective scan of VMamba (arXiv 2401.10166, section 4) over a channel-last map.
+
+    ``in_proj -> depthwise 3x3 convolution -> SiLU -> scan -> LayerNorm (-> * SiLU(z) with a gate) -> out_proj``. The
+    routes are row-major, column-major, and their reverses, in this order. Step sizes, B and C of all routes come from
+    one pointwise projection of the map, so no route is ever materialised.
+
+    Args:
+        channels: width C of the input and output.
+        inner_channels: width E at which the scan runs.
+        d_state: state size N for each channel.
+        dt_rank: rank R of the step sizes' projection.
+        gate: whether a second half of ``in_proj`` gates the output (VMamba's first release).
+        conv_bias: whether the depthwise convolution has a bias.
+    """
+
+    def __init__(self, channels: int, inner_channels: int, d_state: int, dt_rank: int, *, gate: bool = False,
+                 conv_bias: bool = False) -> None:
+        super().__init__()
+        self.d_state = d_state
+        self.dt_rank = dt_rank
+        self.gate = gate
+        self.in_proj = Pointwise(channels, inner_channels * (2 if gate else 1), bias=False)
+        self.conv = ChannelLastConv2d(inner_channels, inner_channels, 3, padding=1, groups=inner_channels,
+                                      bias=conv_bias)
+        self.x_proj = Pointwise(inner_channels, ROUTES * (dt_rank + 2 * d_state), bias=False)
+        self.dt_weight = nn.Parameter(torch.empty(ROUTES, inner_channels, dt_rank))
+        self.dt_bias = nn.Parameter(torch.empty(ROUTES, inner_channels))
+        self.A_log = nn.Parameter(torch.empty(ROUTES, inner_channels, d_state))
+        self.D = nn.Parameter(torch.empty(ROUTES, inner_channels))
+        self.norm = nn.LayerNorm(inner_channels)
+        self.out_proj = Pointwise(inner_channels, channels, bias=False)
+        self.reset_scan_parameters()
+
+    @torch.no_grad()
+    def reset_scan_parameters(self, dt_min: float = 1e-3, dt_max: float = 1e-1, dt_floor: float = 1e-4) -> None:
+        """Initialise the recurrence as Mamba does (arXiv 2312.00752, section 3.6).
+
+        ``A = -(1..N)``, ``D = 1``, and step sizes whose softplus is log-uniform in [dt_min, dt_max].
+        """
+        states = torch.arange(1, self.d_state + 1, dtype=self.A_log.dtype, device=self.A_log.device)
+        self.A_log.copy_(states.log().expand_as(self.A_log))
+        self.D.fill_(1.0)
+        self.dt_weight.uniform_(-self.dt_rank ** -0.5, self.dt_rank ** -0.5)
+        step = torch.empty_like(self.dt_bias).uniform_(math.log(dt_min), math.log(dt_max)).exp_().clamp_(min=dt_floor)
+        # The inverse of softplus, in a form that does not cancel for small steps.
+        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix a map (B, H, W, C) into one of the same shape."""
+        batch, height, width, _ = x.shape
+        z = None
+        if self.gate:
+            # Two products, because the halves of one would be strided and the convolution would have to copy its half.
+            weight, gate_weight = self.in_proj.weight.chunk(2)
+            z = pointwise(x, gate_weight)
+            x = pointwise(x, weight)
+        else:
+            x = self.in_proj(x)
+        x = F.silu(self.conv(x))
+
+        steps, B, C = (self.x_proj(x).view(batch, height, width, ROUTES, -1)
+                       .split((self.dt_rank, self.d_state, self.d_state), dim=-1))
+        # One batched product over the routes, left in the order in which it comes: (4, B*H*W, E).
+        delta = torch.bmm(steps.flatten(0, 2).transpose(0, 1), self.dt_weight.transpose(1, 2))
+        delta = delta.view(ROUTES, batch, height, width, -1).permute(1, 2, 3, 0, 4)
+        y = cuda_ops.cross_selective_scan(x, delta, self.decay_rates(), B, C, self.D, self.dt_bias,
+                                          delta_softplus=True)
+
+        y = self.norm(y)
+        if z is not None:
+            y = y * F.silu(z)
+        return self.out_proj(y)
+
+    def decay_rates(self) -> Tensor:
+        """A = -exp(A_log), (4, E, N), in at least float32 whatever the parameters' type."""
+        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
