@@ -78,24 +78,30 @@ T* at(const GridTensor& tensor, int64_t batch, Pixel pixel, int64_t route, int64
 }
 
 // Everything about one route that does not depend on the position, for one tile of channels.
-// T is the map's element type, S the state's.
-template <class T, class S>
+// T is the map's element type, S the state's. Units is the tile's width where it holds whole units of channels, so that the
+// compiler can unroll the loops over vectors; 0 serves any width.
+template <class T, class S, int Units>
 class TileScan {
  public:
   static constexpr int kLanes = Vector<S>::kLanes;
-  static constexpr int kMaxVectors = (kTileChannels + kLanes - 1) / kLanes;
+  static constexpr int kVectors = Units * int(kTileUnit) / kLanes;
+  static constexpr int kMaxVectors = kVectors ? kVectors : (int(kTileChannels) + kLanes - 1) / kLanes;
   using V = Vec<S>;
 
   TileScan(const RouteScanParams& p, const Piece& piece)
       : p_(p),
         piece_(piece),
         states_(int(p.states)),
-        vectors_(int(ceil_div(piece.channels, kLanes))),
-        rate_(p.states * kMaxVectors),
-        state_(p.states * kMaxVectors) {}
+        any_vectors_(int(ceil_div(piece.channels, kLanes))),
+        rate_(p.states * vectors()),
+        state_(p.states * vectors()) {}
 
  protected:
+  int vectors() const { return kVectors ? kVectors : any_vectors_; }
+
+  // Channels in a vector: all of its lanes but for the last one of a tile.
   int lanes(int v) const {
+    if (kVectors) return kLanes;
     const int rest = piece_.channels - v * kLanes;
     return rest < kLanes ? rest : kLanes;
   }
@@ -106,20 +112,20 @@ class TileScan {
   void load_parameters(int64_t k) {
     const S* A = static_cast<const S*>(p_.A) + (k * p_.channels + piece_.channel) * states_;
     for (int n = 0; n < states_; ++n) {
-      for (int v = 0; v < vectors_; ++v) {
+      for (int v = 0; v < vectors(); ++v) {
         V rate{};
         for (int lane = 0; lane < lanes(v); ++lane) rate[lane] = A[(v * kLanes + lane) * states_ + n];
-        rate_.data()[n * vectors_ + v] = rate * S(kLog2E);
+        rate_.data()[n * vectors() + v] = rate * S(kLog2E);
       }
     }
-    for (int v = 0; v < vectors_; ++v) {
+    for (int v = 0; v < vectors(); ++v) {
       D_[v] = p_.D ? load(parameter(p_.D, k) + v * kLanes, lanes(v)) : V{};
       bias_[v] = p_.delta_bias ? load(parameter(p_.delta_bias, k) + v * kLanes, lanes(v)) : V{};
     }
   }
 
   void clear_state() {
-    for (int i = 0; i < states_ * vectors_; ++i) state_.data()[i] = V{};
+    for (int i = 0; i < states_ * vectors(); ++i) state_.data()[i] = V{};
   }
 
   Pixel pixel(int64_t k, int64_t line, int64_t position) const {
@@ -161,18 +167,18 @@ class TileScan {
 
   const RouteScanParams& p_;
   const Piece& piece_;
-  const int states_, vectors_;
+  const int states_, any_vectors_;
   Scratch<S> rate_;   // A * log2(e), [n][v]
   Scratch<S> state_;  // [n][v]
   V D_[kMaxVectors], bias_[kMaxVectors];
 };
 
-template <class T, class S>
-class TileForward : TileScan<T, S> {
-  using Base = TileScan<T, S>;
+template <class T, class S, int Units>
+class TileForward : TileScan<T, S, Units> {
+  using Base = TileScan<T, S, Units>;
   using typename Base::V;
   using Base::bias_, Base::D_, Base::kLanes, Base::kMaxVectors, Base::lanes, Base::p_, Base::piece_, Base::rate_,
-      Base::state_, Base::states_, Base::vectors_;
+      Base::state_, Base::states_, Base::vectors;
 
  public:
   using Base::Base;
@@ -201,7 +207,7 @@ class TileForward : TileScan<T, S> {
       if (--until_saved == 0 && position + 1 < shape.length) {
         S* target = this->saved(k, shape, line, chunk++);
         for (int n = 0; n < states_; ++n, target += p_.channels)
-          for (int v = 0; v < vectors_; ++v) store(target + v * kLanes, state_.data()[n * vectors_ + v], lanes(v));
+          for (int v = 0; v < vectors(); ++v) store(target + v * kLanes, state_.data()[n * vectors() + v], lanes(v));
         until_saved = p_.chunk;
       }
     }
@@ -210,14 +216,14 @@ class TileForward : TileScan<T, S> {
   // One position. States is the number of states where known when compiling, else 0.
   template <int States>
   void step(int64_t k, Pixel pixel) {
-    const int states = States ? States : states_;
+    const int states = States ? States : states_, vectors = this->vectors();
     const T* x = at<T>(p_.x, piece_.batch, pixel, 0, 0) + piece_.channel;
     const T* delta = at<T>(p_.delta, piece_.batch, pixel, k, 0) + piece_.channel;
     const T* B = p_.B.data ? at<T>(p_.B, piece_.batch, pixel, k, piece_.group) : nullptr;
     const T* C = p_.C.data ? at<T>(p_.C, piece_.batch, pixel, k, piece_.group) : nullptr;
     S* y = this->per_map(p_.y, pixel);
     V d[kMaxVectors], inflow[kMaxVectors], output[kMaxVectors];
-    for (int v = 0; v < vectors_; ++v) {
+    for (int v = 0; v < vectors; ++v) {
       const V raw = load(delta + v * kLanes, lanes(v)) + bias_[v];
       const V u = load(x + v * kLanes, lanes(v));
       d[v] = p_.delta_softplus ? softplus(raw).value : raw;
@@ -226,13 +232,13 @@ class TileForward : TileScan<T, S> {
     }
     for (int n = 0; n < states; ++n) {
       const S B_n = B ? scalar(B + n) : S(1), C_n = C ? scalar(C + n) : S(1);
-      for (int v = 0; v < vectors_; ++v) {
-        V& h = state_.data()[n * vectors_ + v];
-        h = exp2(d[v] * rate_.data()[n * vectors_ + v]) * h + B_n * inflow[v];
+      for (int v = 0; v < vectors; ++v) {
+        V& h = state_.data()[n * vectors + v];
+        h = exp2(d[v] * rate_.data()[n * vectors + v]) * h + B_n * inflow[v];
         output[v] += C_n * h;
       }
     }
-    for (int v = 0; v < vectors_; ++v) this->accumulate(y + v * kLanes, output[v], lanes(v), k == 0);
+    for (int v = 0; v < vectors; ++v) this->accumulate(y + v * kLanes, output[v], lanes(v), k == 0);
   }
 
   void save_last(int64_t k) {
@@ -240,34 +246,34 @@ class TileForward : TileScan<T, S> {
               ((piece_.batch * p_.routes + k) * p_.channels + piece_.channel) * int64_t(states_);
     for (int n = 0; n < states_; ++n)
       for (int c = 0; c < piece_.channels; ++c)
-        last[c * states_ + n] = state_.data()[n * vectors_ + c / kLanes][c % kLanes];
+        last[c * states_ + n] = state_.data()[n * vectors() + c / kLanes][c % kLanes];
   }
 };
 
-template <class T, class S>
-class TileBackward : TileScan<T, S> {
-  using Base = TileScan<T, S>;
+template <class T, class S, int Units>
+class TileBackward : TileScan<T, S, Units> {
+  using Base = TileScan<T, S, Units>;
   using typename Base::V;
   using Base::bias_, Base::D_, Base::kLanes, Base::kMaxVectors, Base::lanes, Base::p_, Base::piece_, Base::rate_,
-      Base::state_, Base::states_, Base::vectors_;
+      Base::state_, Base::states_, Base::vectors;
 
  public:
   TileBackward(const RouteScanParams& p, const Piece& piece)
       : Base(p, piece),
         chunk_(chunk_length(p)),
         pixels_(new Pixel[chunk_]),
-        step_(chunk_ * vectors_),
-        slope_(chunk_ * vectors_),
-        decay_(chunk_ * vectors_ * states_),
-        states_of_((chunk_ + 1) * vectors_ * states_),
-        carry_(vectors_ * states_),
-        grad_rate_(vectors_ * states_) {}
+        step_(chunk_ * vectors()),
+        slope_(chunk_ * vectors()),
+        decay_(chunk_ * vectors() * states_),
+        states_of_((chunk_ + 1) * vectors() * states_),
+        carry_(vectors() * states_),
+        grad_rate_(vectors() * states_) {}
 
   void run() {
     for (int64_t k = 0; k < p_.routes; ++k) {
       this->load_parameters(k);
-      for (int i = 0; i < vectors_ * states_; ++i) grad_rate_.data()[i] = V{};
-      for (int v = 0; v < vectors_; ++v) grad_D_[v] = grad_bias_[v] = V{};
+      for (int i = 0; i < vectors() * states_; ++i) grad_rate_.data()[i] = V{};
+      for (int v = 0; v < vectors(); ++v) grad_D_[v] = grad_bias_[v] = V{};
       const RouteShape shape = route_shape(p_.route[k], p_.per_line, p_.height, p_.width);
       for (int64_t line = piece_.first_line; line < piece_.end_line; ++line) run_line(k, shape, line);
       store_parameter_gradients(k);
@@ -307,34 +313,34 @@ class TileBackward : TileScan<T, S> {
   }
 
   void start_carry(int64_t k) {
-    for (int i = 0; i < vectors_ * states_; ++i) carry_.data()[i] = V{};
+    for (int i = 0; i < vectors() * states_; ++i) carry_.data()[i] = V{};
     if (!p_.grad_last) return;
     const S* grad = static_cast<const S*>(p_.grad_last) +
                     ((piece_.batch * p_.routes + k) * p_.channels + piece_.channel) * int64_t(states_);
     for (int n = 0; n < states_; ++n)
       for (int c = 0; c < piece_.channels; ++c)
-        carry_.data()[n * vectors_ + c / kLanes][c % kLanes] = grad[c * states_ + n];
+        carry_.data()[n * vectors() + c / kLanes][c % kLanes] = grad[c * states_ + n];
   }
 
   // The state before the chunk.
   void load_state(int64_t k, RouteShape shape, int64_t line, int64_t chunk) {
     const S* source = chunk ? this->saved(k, shape, line, chunk - 1) : nullptr;
     for (int n = 0; n < states_; ++n)
-      for (int v = 0; v < vectors_; ++v)
-        states_of_.data()[n * vectors_ + v] = source ? load(source + n * p_.channels + v * kLanes, lanes(v)) : V{};
+      for (int v = 0; v < vectors(); ++v)
+        states_of_.data()[n * vectors() + v] = source ? load(source + n * p_.channels + v * kLanes, lanes(v)) : V{};
   }
 
   template <int States>
   void recompute(int64_t k, int i) {
-    const int states = States ? States : states_;
+    const int states = States ? States : states_, vectors = this->vectors();
     const Pixel pixel = pixels_[i];
     const T* x = at<T>(p_.x, piece_.batch, pixel, 0, 0) + piece_.channel;
     const T* delta = at<T>(p_.delta, piece_.batch, pixel, k, 0) + piece_.channel;
     const T* B = p_.B.data ? at<T>(p_.B, piece_.batch, pixel, k, piece_.group) : nullptr;
     V inflow[kMaxVectors];
-    V* d = step_.data() + i * vectors_;
-    V* slope = slope_.data() + i * vectors_;
-    for (int v = 0; v < vectors_; ++v) {
+    V* d = step_.data() + i * vectors;
+    V* slope = slope_.data() + i * vectors;
+    for (int v = 0; v < vectors; ++v) {
       const V raw = load(delta + v * kLanes, lanes(v)) + bias_[v];
       if (p_.delta_softplus) {
         const Softplus<S> result = softplus(raw);
@@ -346,13 +352,13 @@ class TileBackward : TileScan<T, S> {
       }
       inflow[v] = d[v] * load(x + v * kLanes, lanes(v));
     }
-    V* decay = decay_.data() + int64_t(i) * states * vectors_;
-    const V* before = states_of_.data() + int64_t(i) * states * vectors_;
-    V* after = states_of_.data() + int64_t(i + 1) * states * vectors_;
+    V* decay = decay_.data() + int64_t(i) * states * vectors;
+    const V* before = states_of_.data() + int64_t(i) * states * vectors;
+    V* after = states_of_.data() + int64_t(i + 1) * states * vectors;
     for (int n = 0; n < states; ++n) {
       const S B_n = B ? scalar(B + n) : S(1);
-      for (int v = 0; v < vectors_; ++v) {
-        const int s = n * vectors_ + v;
+      for (int v = 0; v < vectors; ++v) {
+        const int s = n * vectors + v;
         decay[s] = exp2(d[v] * rate_.data()[s]);
         after[s] = decay[s] * before[s] + B_n * inflow[v];
       }
@@ -361,7 +367,7 @@ class TileBackward : TileScan<T, S> {
 
   template <int States>
   void step(int64_t k, int i) {
-    const int states = States ? States : states_;
+    const int states = States ? States : states_, vectors = this->vectors();
     const Pixel pixel = pixels_[i];
     const T* x = at<T>(p_.x, piece_.batch, pixel, 0, 0) + piece_.channel;
     const T* grad_y = at<T>(p_.grad_y, piece_.batch, pixel, 0, 0) + piece_.channel;
@@ -369,22 +375,22 @@ class TileBackward : TileScan<T, S> {
     const T* C = p_.C.data ? at<T>(p_.C, piece_.batch, pixel, k, piece_.group) : nullptr;
     S* grad_B = p_.grad_B ? projection_gradient(p_.grad_B, k, pixel) : nullptr;
     S* grad_C = p_.grad_C ? projection_gradient(p_.grad_C, k, pixel) : nullptr;
-    const V* d = step_.data() + i * vectors_;
+    const V* d = step_.data() + i * vectors;
     V u[kMaxVectors], dy[kMaxVectors], inflow[kMaxVectors], through_input[kMaxVectors], grad_d[kMaxVectors];
-    for (int v = 0; v < vectors_; ++v) {
+    for (int v = 0; v < vectors; ++v) {
       u[v] = load(x + v * kLanes, lanes(v));
       dy[v] = load(grad_y + v * kLanes, lanes(v));
       inflow[v] = d[v] * u[v];
       through_input[v] = grad_d[v] = V{};
     }
-    const V* decay = decay_.data() + int64_t(i) * states * vectors_;
-    const V* before = states_of_.data() + int64_t(i) * states * vectors_;
-    const V* after = states_of_.data() + int64_t(i + 1) * states * vectors_;
+    const V* decay = decay_.data() + int64_t(i) * states * vectors;
+    const V* before = states_of_.data() + int64_t(i) * states * vectors;
+    const V* after = states_of_.data() + int64_t(i + 1) * states * vectors;
     for (int n = 0; n < states; ++n) {
       const S B_n = B ? scalar(B + n) : S(1), C_n = C ? scalar(C + n) : S(1);
       V sum_B{}, sum_C{};
-      for (int v = 0; v < vectors_; ++v) {
-        const int s = n * vectors_ + v;
+      for (int v = 0; v < vectors; ++v) {
+        const int s = n * vectors + v;
         const V g = carry_.data()[s] + C_n * dy[v];
         const V carried = g * decay[s];
         const V through_decay = carried * before[s];
@@ -400,8 +406,8 @@ class TileBackward : TileScan<T, S> {
     }
     S* grad_x = this->per_map(p_.grad_x, pixel);
     T* grad_delta = at<T>(p_.grad_delta, piece_.batch, pixel, k, 0) + piece_.channel;
-    const V* slope = slope_.data() + i * vectors_;
-    for (int v = 0; v < vectors_; ++v) {
+    const V* slope = slope_.data() + i * vectors;
+    for (int v = 0; v < vectors; ++v) {
       // rate is A * log2(e), so the part that went through the exponent is scaled back.
       const V grad_raw = (grad_d[v] * S(kLn2) + through_input[v] * u[v]) * slope[v];
       store(grad_delta + v * kLanes, grad_raw, lanes(v));
@@ -422,8 +428,8 @@ class TileBackward : TileScan<T, S> {
     S* grad_A = static_cast<S*>(p_.grad_A) + row * states_;
     for (int n = 0; n < states_; ++n)
       for (int c = 0; c < piece_.channels; ++c)
-        grad_A[c * states_ + n] = grad_rate_.data()[n * vectors_ + c / kLanes][c % kLanes];
-    for (int v = 0; v < vectors_; ++v) {
+        grad_A[c * states_ + n] = grad_rate_.data()[n * vectors() + c / kLanes][c % kLanes];
+    for (int v = 0; v < vectors(); ++v) {
       if (p_.grad_D) store(static_cast<S*>(p_.grad_D) + row + v * kLanes, grad_D_[v], lanes(v));
       if (p_.grad_delta_bias) store(static_cast<S*>(p_.grad_delta_bias) + row + v * kLanes, grad_bias_[v], lanes(v));
     }
@@ -438,7 +444,22 @@ class TileBackward : TileScan<T, S> {
   V grad_D_[kMaxVectors], grad_bias_[kMaxVectors];
 };
 
-template <template <class, class> class Tile, class T, class S>
+template <template <class, class, int> class Tile, class T, class S>
+void run_piece(const RouteScanParams& p, const Piece& piece) {
+  // Narrow vectors gain nothing from more code.
+  constexpr bool kUnroll = kVectorBytes > 16 && sizeof(S) == 4;
+  if (kUnroll && piece.channels % kTileUnit == 0) {
+    switch (piece.channels / kTileUnit) {
+      case 1: return Tile<T, S, kUnroll ? 1 : 0>(p, piece).run();
+      case 2: return Tile<T, S, kUnroll ? 2 : 0>(p, piece).run();
+      case 3: return Tile<T, S, kUnroll ? 3 : 0>(p, piece).run();
+      case 4: return Tile<T, S, kUnroll ? 4 : 0>(p, piece).run();
+    }
+  }
+  Tile<T, S, 0>(p, piece).run();
+}
+
+template <template <class, class, int> class Tile, class T, class S>
 void run_typed(const RouteScanParams& p, ParallelFor parallel_for) {
   struct Context {
     const RouteScanParams& p;
@@ -452,14 +473,13 @@ void run_typed(const RouteScanParams& p, ParallelFor parallel_for) {
       [](int64_t begin, int64_t end, const void* opaque) {
         const Context& context = *static_cast<const Context*>(opaque);
         for (int64_t index = begin; index < end; ++index) {
-          const Piece piece = context.division.piece(context.p, index);
-          Tile<T, S>(context.p, piece).run();
+          run_piece<Tile, T, S>(context.p, context.division.piece(context.p, index));
         }
       },
       &context);
 }
 
-template <template <class, class> class Tile>
+template <template <class, class, int> class Tile>
 void run(const RouteScanParams& p, ParallelFor parallel_for) {
   switch (p.dtype) {
     case DataType::kFloat32: return run_typed<Tile, float, float>(p, parallel_for);
