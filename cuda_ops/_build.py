@@ -49,6 +49,16 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Toolkit:
+    """A CUDA compiler, its version (e.g. 13.0), and the folders of the runtime's headers and libraries."""
+
+    nvcc: Path
+    version: str
+    includes: tuple[str, ...]
+    libraries: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class CudaPlan:
     """Whether CUDA kernels are compiled, and why (not)."""
 
@@ -154,25 +164,21 @@ def plan_cuda(force: str, *, sources: Sequence[Path], torch_cuda: str | None, nv
     return CudaPlan(False, obstacle)
 
 
-def find_nvcc(environ: Mapping[str, str] = os.environ) -> Path | None:
-    """The CUDA compiler: below ``CUDA_HOME`` where that is set, else on the path."""
-    if environ.get('CUDA_HOME'):
-        nvcc = Path(environ['CUDA_HOME'], 'bin', 'nvcc')
-        return nvcc if nvcc.is_file() else None
-    found = shutil.which('nvcc', path=environ.get('PATH'))
-    return Path(found) if found else None
-
-
-def nvcc_version(nvcc: Path | None) -> str | None:
-    """The toolkit's version, e.g. 13.0, or None where nvcc is missing or does not run."""
+def find_toolkit(environ: Mapping[str, str] = os.environ) -> Toolkit | None:
+    """The CUDA toolkit below ``CUDA_HOME`` where that is set, else of the nvcc on the path; None where none runs."""
+    nvcc = shutil.which('nvcc', path=str(Path(environ['CUDA_HOME'], 'bin')) if environ.get('CUDA_HOME')
+                        else environ.get('PATH'))
     if nvcc is None:
         return None
-    try:
-        output = subprocess.run([str(nvcc), '--version'], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
+    # The nvcc on the path may be a script or a link anywhere, so the compiler itself is asked for its folders.
+    command = f'{shlex.quote(nvcc)} --version && {shlex.quote(nvcc)} --dryrun -c -x cu /dev/null -o /dev/null 2>&1'
+    output = subprocess.run(['sh', '-c', command], capture_output=True, text=True, env=dict(environ)).stdout
+    version = re.search(r'release (\d+\.\d+)', output)
+    folders = {name: tuple(flag[2:] for flag in shlex.split(values)) for name, values in
+               re.findall(r'^#\$ (INCLUDES|LIBRARIES)=(.*)$', output, re.MULTILINE)}
+    if version is None or len(folders) != 2:
         return None
-    match = re.search(r'release (\d+\.\d+)', output)
-    return match.group(1) if match else None
+    return Toolkit(Path(nvcc), version.group(1), folders['INCLUDES'], folders['LIBRARIES'])
 
 
 def cpu_steps(csrc: Path, objects: Path, compiler: Sequence[str], machine: str) -> list[Step]:
@@ -203,28 +209,26 @@ def cuda_steps(csrc: Path, objects: Path, nvcc: Path, compiler: Sequence[str], g
     return steps
 
 
-def binding_step(csrc: Path, objects: Path, compiler: Sequence[str], torch: Any, cuda: CudaPlan,
-                 cuda_home: Path | None) -> Step:
-    """Compile ``bindings.cpp``, the one file with torch's headers."""
+def binding_step(csrc: Path, objects: Path, compiler: Sequence[str], torch: Any, toolkit: Toolkit | None) -> Step:
+    """Compile ``bindings.cpp``, the one file with torch's headers; with a CUDA toolkit, for CUDA too."""
     from torch.utils.cpp_extension import include_paths
 
     flags = [f'-I{csrc}', *_openmp(), f'-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}']
     flags += [flag for path in include_paths() for flag in ('-isystem', path)]
-    if cuda.build and cuda_home:
-        flags += ['-DSSM_WITH_CUDA', '-isystem', str(cuda_home / 'include')]
+    if toolkit:
+        flags += ['-DSSM_WITH_CUDA', *(flag for path in toolkit.includes for flag in ('-isystem', path))]
     return _cxx(compiler, csrc / 'bindings.cpp', objects / 'bindings.o', flags)
 
 
-def link_step(library: Path, objects: Sequence[Path], compiler: Sequence[str], cuda: CudaPlan,
-              cuda_home: Path | None) -> Step:
+def link_step(library: Path, objects: Sequence[Path], compiler: Sequence[str], toolkit: Toolkit | None) -> Step:
     """Link the library. It carries no path to torch: torch is in the process before the library is loaded."""
     from torch.utils.cpp_extension import library_paths
 
     argv = [*compiler, '-shared', *_openmp(), *map(str, objects), *(f'-L{path}' for path in library_paths()),
             '-lc10', '-ltorch_cpu', '-ltorch']
-    if cuda.build and cuda_home:
-        argv += ['-lc10_cuda', '-ltorch_cuda', f'-L{cuda_home / "lib64"}', '-lcudart_static', '-ldl', '-lrt',
-                 '-lpthread']
+    if toolkit:
+        argv += ['-lc10_cuda', '-ltorch_cuda', *(f'-L{path}' for path in toolkit.libraries), '-lcudart_static', '-ldl',
+                 '-lrt', '-lpthread']
     return Step(library, tuple(objects), (*argv, '-o', str(library)))
 
 
@@ -244,25 +248,24 @@ def build(package: Path, build_dir: Path, csrc: Path = CSRC, environ: Mapping[st
     compiler = find_compiler(environ)
     version = compiler_version(compiler)
     machine = platform.machine()
-    nvcc = find_nvcc(environ)
-    toolkit = nvcc_version(nvcc)
+    toolkit = find_toolkit(environ)
     sources = sorted((csrc / 'cuda').glob('*.cu'))
     arch_list = environ.get('TORCH_CUDA_ARCH_LIST') or _visible_archs(torch)
     cuda = plan_cuda(environ.get('FORCE_CUDA', ''), sources=sources, torch_cuda=torch.version.cuda,
-                     nvcc_version=toolkit, arch_list=arch_list)
+                     nvcc_version=toolkit.version if toolkit else None, arch_list=arch_list)
+    toolkit = toolkit if cuda.build else None
     print(f'cuda_ops: torch {torch.__version__}, {version}')
     print(f'cuda_ops: CPU kernels for {machine}: {", ".join(cpu_capabilities(machine))}')
     print(f'cuda_ops: CUDA kernels: {"yes" if cuda.build else "no"}: {cuda.reason}', flush=True)
 
     build_dir.mkdir(parents=True, exist_ok=True)
     with _exclusive(build_dir / 'lock'):
-        cuda_home = nvcc.resolve().parent.parent if nvcc else None
-        steps = [binding_step(csrc, build_dir, compiler, torch, cuda, cuda_home),
+        steps = [binding_step(csrc, build_dir, compiler, torch, toolkit),
                  *cpu_steps(csrc, build_dir, compiler, machine)]
-        if cuda.build and nvcc:
-            steps += cuda_steps(csrc, build_dir, nvcc, compiler, cuda.gencode)
+        if toolkit:
+            steps += cuda_steps(csrc, build_dir, toolkit.nvcc, compiler, cuda.gencode)
         library = build_dir / LIBRARY_NAME
-        steps.append(link_step(library, [step.output for step in steps], compiler, cuda, cuda_home))
+        steps.append(link_step(library, [step.output for step in steps], compiler, toolkit))
         hashed = source_hash(csrc)
         run_steps(steps, build_dir, environ)
         info = {
@@ -271,7 +274,7 @@ def build(package: Path, build_dir: Path, csrc: Path = CSRC, environ: Mapping[st
             'compiler': version,
             'machine': machine,
             'capabilities': list(cpu_capabilities(machine)),
-            'cuda': {'toolkit': toolkit, 'arch_list': arch_list} if cuda.build else None,
+            'cuda': {'toolkit': toolkit.version, 'arch_list': arch_list} if toolkit else None,
             'cuda_reason': cuda.reason,
             'source_hash': hashed,
         }

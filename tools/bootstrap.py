@@ -61,7 +61,7 @@ class Step:
         title: what the progress line says.
         action: called without arguments; raises StepFailed.
         inputs: strings the result depends on.
-        gigabytes: disk space taken at most.
+        gigabytes: disk space it takes, with a build of torch for the CPU (one for CUDA takes several more).
         compiles: whether a C++ compiler is needed.
         in_place: called without arguments; False where the result is missing in spite of a stamp.
     """
@@ -164,18 +164,18 @@ def diagnose(output, log):
     """
     see = ' (full log: {})'.format(log)
     if re.search(FULL_DISK, output):
-        return 'the disk is full; free some space ({} is also written to) and run the same command again{}'.format(
-            tempfile.gettempdir(), see)
+        return ('the disk is full; free some space (it takes 3 GB, 10 with a torch for CUDA, and also writes to '
+                '{}) and run the same command again{}'.format(tempfile.gettempdir(), see))
     if re.search(NO_MEMORY, output):
         return 'not enough memory to compile; close other programs or compile one file at a time with MAX_JOBS=1' + see
     if re.search(NO_NETWORK, output):
         return ('the package index cannot be reached; check the network (a proxy goes into HTTPS_PROXY, another index '
                 'into PIP_INDEX_URL) and run the same command again' + see)
-    missing = re.search(r'No matching distribution found for (\S+)', output)
+    missing = re.search(r'No matching distribution found for (\S+)|Cannot install (\S+) because', output)
     if missing:
-        return ('the package index has no {} for Python {}.{} on {} {}; try another Python with PYTHON=..., or '
-                'another index with PIP_INDEX_URL'.format(missing.group(1), *sys.version_info[:2], platform.system(),
-                                                          platform.machine()) + see)
+        return ('the package index has no fitting {} for Python {}.{} on {} {}; try another Python with PYTHON=..., or '
+                'another index with PIP_INDEX_URL'.format(missing.group(missing.lastindex), *sys.version_info[:2],
+                                                          platform.system(), platform.machine()) + see)
     if re.search(r'Permission denied|Errno 13\b', output):
         return 'a file or folder may not be written; mend its permissions and run the same command again' + see
     lines = [line.strip() for line in output.splitlines() if line.strip()]
@@ -338,13 +338,13 @@ class Setup:
         return [
             Step('venv', 'virtual environment: a few seconds', self._make_venv, []),
             Step('tools', 'build tools: a few seconds', self._install_tools,
-                 [pins[0], self._content('requirements/build.txt')], 0.2),
+                 [pins[0], self._content('requirements/build.txt')], 0.1),
             Step('torch', 'torch and torchvision: half a minute to several, by the network', self._install_torch,
-                 [pins[0], self._content('requirements/base.txt')], 1.5),
+                 [pins[0], self._content('requirements/base.txt')], 1.2),
             Step('mmcv', mmcv_title.format(mmcv, max(1, round(MMCV_CORE_MINUTES / cores)), cores),
-                 self._install_mmcv, [*pins, str(find_nvcc(self.environ))], 1.0, compiles=True),
+                 self._install_mmcv, [*pins, str(find_nvcc(self.environ))], 0.5, compiles=True),
             Step('libraries', 'detection, segmentation and classification libraries, and test tools: half a minute',
-                 self._install_libraries, [*pins, self._content('requirements/dev.txt')], 1.0),
+                 self._install_libraries, [*pins, self._content('requirements/dev.txt')], 0.6),
             Step('ops', 'the ops, compiled: about a minute', self._build_ops,
                  [self._content('cuda_ops/_build.py')] + [
                      self.environ.get(name, '') for name in ('CXX', 'FORCE_CUDA', 'TORCH_CUDA_ARCH_LIST')],
@@ -374,7 +374,7 @@ class Setup:
             probed = interpreter or json.loads(subprocess.check_output([sys.executable, '-c', PROBE]).decode())
             check_headers(probed['include'], probed['version'])
         check_disk({self.venv: sum(step.gigabytes for step in due),
-                    tempfile.gettempdir(): 1.0 if any(step.gigabytes >= 1 for step in due) else 0.1})
+                    tempfile.gettempdir(): 1.0 if any(step.gigabytes >= 0.5 for step in due) else 0.1})
 
     def _make_venv(self):
         if self._probe() is not None:
@@ -405,14 +405,14 @@ class Setup:
 
     def _install_mmcv(self):
         mmengine, mmcv = STACKS[self.stack]
-        self._pip('--no-build-isolation', mmengine)
-        self._mend_opencv()
+        self._pip(mmengine)
         use_cuda = self._cuda_for_mmcv()
         environ = dict(self.environ)
         environ.setdefault('MAX_JOBS', str(compile_jobs()))
         if not use_cuda:
             environ['CUDA_VISIBLE_DEVICES'] = ''
         self._pip('--no-build-isolation', '--verbose', mmcv, environ=environ)
+        self._mend_opencv()
         try:
             self._python('-c', CHECK_MMCV, str(int(use_cuda)))
         except StepFailed:

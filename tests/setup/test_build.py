@@ -1,0 +1,236 @@
+"""How the ops are compiled: flags, order, CUDA's place, incremental builds, and what is said when it cannot be done."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cuda_ops import _library
+
+
+@pytest.fixture
+def csrc(tmp_path):
+    """A kernel, its dispatcher and a header, in a folder whose name needs quoting."""
+    folder = tmp_path / 'my $ources'
+    (folder / 'cpu').mkdir(parents=True)
+    (folder / 'shared.h').write_text('inline int shared() { return 1; }\n')
+    (folder / 'cpu' / 'scan.cpp').write_text('#include "shared.h"\nint scan() { return shared(); }\n')
+    (folder / 'cpu' / 'scan_dispatch.cpp').write_text('int choose() { return 0; }\n')
+    return folder
+
+
+def flags_by_object(build, csrc, machine):
+    return {step.output.name: step.argv for step in build.cpu_steps(csrc, csrc, ['c++'], machine)}
+
+
+def test_kernels_are_compiled_for_three_instruction_sets_on_x86(build, csrc):
+    flags = flags_by_object(build, csrc, 'x86_64')
+    assert list(flags) == ['scan_dispatch.o', 'scan.baseline.o', 'scan.avx2.o', 'scan.avx512.o']
+    assert not any(flag.startswith('-m') for flag in flags['scan.baseline.o'])
+    assert {'-mavx2', '-mfma', '-DSSM_CPU_CAPABILITY=avx2'} <= set(flags['scan.avx2.o'])
+    assert {'-mavx512f', '-mavx512bw', '-mavx512dq', '-mavx512vl', '-mfma', '-mprefer-vector-width=512',
+            '-DSSM_CPU_CAPABILITY=avx512'} <= set(flags['scan.avx512.o'])
+
+
+def test_dispatcher_runs_on_every_processor(build, csrc):
+    flags = flags_by_object(build, csrc, 'x86_64')['scan_dispatch.o']
+    assert not any(flag.startswith(('-m', '-DSSM_CPU_CAPABILITY')) for flag in flags)
+
+
+@pytest.mark.parametrize('machine', ['aarch64', 'arm64', 'ppc64le', 'riscv64'])
+def test_other_processors_get_the_baseline_alone(build, csrc, machine):
+    flags = flags_by_object(build, csrc, machine)
+    assert list(flags) == ['scan_dispatch.o', 'scan.baseline.o']
+    assert '-DSSM_CPU_CAPABILITY=baseline' in flags['scan.baseline.o']
+    assert not any(flag.startswith('-m') for argv in flags.values() for flag in argv)
+
+
+@pytest.mark.parametrize('machine', ['x86_64', 'aarch64'])
+def test_arithmetic_keeps_its_rules(build, csrc, machine):
+    for argv in flags_by_object(build, csrc, machine).values():
+        assert not {'-ffast-math', '-Ofast', '-march=native', '-funsafe-math-optimizations'} & set(argv)
+        assert {'-O3', '-std=c++17', '-fPIC', '-fvisibility=hidden'} <= set(argv)
+
+
+@pytest.mark.parametrize(('arch_list', 'expected'), [
+    ('8.0', ['compute_80,code=sm_80']),
+    ('8.0;9.0a+PTX', ['compute_80,code=sm_80', 'compute_90a,code=sm_90a', 'compute_90a,code=compute_90a']),
+    ('7.5 12.0', ['compute_75,code=sm_75', 'compute_120,code=sm_120']),
+    ('8.6,8.6', ['compute_86,code=sm_86']),
+])
+def test_gencode_flags(build, arch_list, expected):
+    assert build.gencode_flags(arch_list) == tuple(f'-gencode=arch={flag}' for flag in expected)
+
+
+@pytest.mark.parametrize('arch_list', ['Hopper', '90', '8.0;sm_90', ' ; '])
+def test_gencode_refuses_what_is_no_compute_capability(build, arch_list):
+    with pytest.raises(build.BuildError, match='TORCH_CUDA_ARCH_LIST'):
+        build.gencode_flags(arch_list)
+
+
+COMPLETE = {'sources': ['scan.cu'], 'torch_cuda': '13.0', 'nvcc_version': '13.1', 'arch_list': '9.0'}
+
+
+@pytest.mark.parametrize(('force', 'changed', 'reason'), [
+    ('0', {}, 'FORCE_CUDA=0'),
+    ('auto', {'sources': []}, 'no CUDA kernels yet'),
+    ('1', {'sources': []}, 'no CUDA kernels yet; FORCE_CUDA=1 changes nothing'),
+    ('', {'torch_cuda': None}, 'CPU build'),
+    ('auto', {'nvcc_version': None}, 'no nvcc'),
+    ('auto', {'nvcc_version': '12.8'}, 'nvcc is version 12.8, but torch was built for CUDA 13.0'),
+    ('auto', {'arch_list': ''}, 'TORCH_CUDA_ARCH_LIST'),
+])
+def test_cuda_is_left_out_with_a_reason(build, force, changed, reason):
+    plan = build.plan_cuda(force, **{**COMPLETE, **changed})
+    assert not plan.build and reason in plan.reason
+
+
+@pytest.mark.parametrize('force', ['', 'auto', '1'])
+def test_cuda_is_built_where_everything_is_there(build, force):
+    plan = build.plan_cuda(force, **COMPLETE)
+    assert plan.build and plan.gencode == build.gencode_flags('9.0')
+
+
+@pytest.mark.parametrize('changed', [{'torch_cuda': None}, {'nvcc_version': None}, {'nvcc_version': '12.8'},
+                                     {'arch_list': ''}])
+def test_forced_cuda_fails_where_something_lacks(build, changed):
+    with pytest.raises(build.BuildError, match='FORCE_CUDA=1, but'):
+        build.plan_cuda('1', **{**COMPLETE, **changed})
+
+
+def test_unknown_force_cuda_is_refused(build):
+    with pytest.raises(build.BuildError, match="'yes'"):
+        build.plan_cuda('yes', **COMPLETE)
+
+
+def test_toolkit_is_read_from_the_compiler(build, tmp_path):
+    nvcc = tmp_path / 'bin' / 'nvcc'
+    nvcc.parent.mkdir()
+    nvcc.write_text('''#!/bin/sh
+case "$1" in
+--version) echo 'Cuda compilation tools, release 12.8, V12.8.9';;
+*) echo '#$ INCLUDES="-I/t/include"  '; echo '#$ LIBRARIES=  "-L/t/stubs" "-L/t/lib"';;
+esac
+''')
+    nvcc.chmod(0o755)
+    toolkit = build.find_toolkit({'CUDA_HOME': str(tmp_path), 'PATH': os.environ['PATH']})
+    assert toolkit == build.Toolkit(nvcc, '12.8', ('/t/include',), ('/t/stubs', '/t/lib'))
+    assert build.find_toolkit({'CUDA_HOME': str(tmp_path / 'nothing'), 'PATH': os.environ['PATH']}) is None
+
+
+def test_cuda_kernels_are_compiled_by_nvcc_alone(build, csrc):
+    (csrc / 'cuda').mkdir()
+    (csrc / 'cuda' / 'scan.cu').write_text('')
+    (step,) = build.cuda_steps(csrc, csrc, '/t/bin/nvcc', ['ccache', 'g++'], build.gencode_flags('8.0'))
+    assert step.argv[:3] == ('/t/bin/nvcc', '-ccbin', 'g++')
+    assert '-gencode=arch=compute_80,code=sm_80' in step.argv and '--use_fast_math' not in step.argv
+    assert not any('torch' in flag for flag in step.argv)
+
+
+def test_cuda_library_carries_the_runtime(build):
+    toolkit = build.Toolkit('/t/bin/nvcc', '13.0', ('/t/include',), ('/t/lib',))
+    argv = build.link_step('lib.so', [], ['c++'], toolkit).argv
+    assert {'-lcudart_static', '-lc10_cuda', '-ltorch_cuda', '-L/t/lib'} <= set(argv)
+    assert not any('cuda' in flag for flag in build.link_step('lib.so', [], ['c++'], None).argv)
+
+
+def test_source_hash_follows_names_and_contents(build, csrc):
+    seen = {build.source_hash(csrc)}
+    (csrc / 'shared.h').write_text('inline int shared() { return 2; }\n')
+    seen.add(build.source_hash(csrc))
+    (csrc / 'cpu' / 'scan.cpp').rename(csrc / 'cpu' / 'other.cpp')
+    seen.add(build.source_hash(csrc))
+    assert len(seen) == 3
+    (csrc / 'notes.txt').write_text('no source')
+    assert build.source_hash(csrc) in seen
+    assert build.source_hash(csrc / 'nothing') is None
+
+
+def steps_to_library(build, csrc, objects):
+    steps = build.cpu_steps(csrc, objects, build.find_compiler(), 'aarch64')
+    link = build.link_step(objects / 'lib.so', [step.output for step in steps], build.find_compiler(), None)
+    # Linked without torch, so that the test takes no time.
+    return [*steps, dataclasses.replace(link, argv=tuple(flag for flag in link.argv if not flag.startswith('-l')))]
+
+
+@pytest.mark.parametrize('ninja', [True, False])
+def test_sources_become_a_library(build, csrc, tmp_path, monkeypatch, ninja):
+    if not ninja:
+        monkeypatch.setattr(build, '_find_ninja', lambda environ: None)
+    build.run_steps(steps_to_library(build, csrc, tmp_path), tmp_path)
+    assert (tmp_path / 'lib.so').exists()
+    assert (tmp_path / 'build.ninja').exists() == ninja
+
+
+def test_changed_header_compiles_what_includes_it_and_no_more(build, csrc, tmp_path):
+    steps = steps_to_library(build, csrc, tmp_path)
+    build.run_steps(steps, tmp_path)
+    before = {step.output.name: step.output.stat().st_mtime_ns for step in steps}
+    build.run_steps(steps, tmp_path)
+    assert before == {step.output.name: step.output.stat().st_mtime_ns for step in steps}
+    (csrc / 'shared.h').write_text('inline int shared() { return 2; }\n')
+    build.run_steps(steps, tmp_path)
+    changed = {step.output.name for step in steps if step.output.stat().st_mtime_ns != before[step.output.name]}
+    assert changed == {'scan.baseline.o', 'lib.so'}
+
+
+@pytest.mark.parametrize('ninja', [True, False])
+def test_broken_source_is_reported(build, csrc, tmp_path, monkeypatch, ninja):
+    if not ninja:
+        monkeypatch.setattr(build, '_find_ninja', lambda environ: None)
+    (csrc / 'cpu' / 'scan.cpp').write_text('int scan( {')
+    with pytest.raises(build.BuildError, match='does not compile'):
+        build.run_steps(steps_to_library(build, csrc, tmp_path), tmp_path)
+    assert not (tmp_path / 'lib.so').exists()
+
+
+def test_compiler_is_cxx_or_the_first_on_the_path(build, tmp_path):
+    (tmp_path / 'g++').write_text('#!/bin/sh\n')
+    (tmp_path / 'g++').chmod(0o755)
+    assert build.find_compiler({'PATH': str(tmp_path)}) == ['g++']
+    assert build.find_compiler({'PATH': str(tmp_path), 'CXX': f'{tmp_path}/g++ -m64'}) == [f'{tmp_path}/g++', '-m64']
+    with pytest.raises(build.BuildError, match=r'no C\+\+ compiler found \(looked for icpx\)'):
+        build.find_compiler({'PATH': str(tmp_path), 'CXX': 'icpx'})
+
+
+def test_missing_torch_is_explained(build, tmp_path, monkeypatch):
+    monkeypatch.setattr(build.importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(build.BuildError, match='--no-build-isolation'):
+        build.build(tmp_path, tmp_path)
+
+
+def test_record_never_describes_another_library(build, tmp_path, monkeypatch):
+    library, package = tmp_path / 'new.so', tmp_path / 'package'
+    library.write_bytes(b'new')
+    build._install(library, {'torch': '1'}, package)
+    assert (package / '_C.so').read_bytes() == b'new'
+    assert json.loads((package / '_build_info.json').read_text()) == {'torch': '1'}
+    assert sorted(path.name for path in package.iterdir()) == ['_C.so', '_build_info.json']
+
+    def fail(*arguments):
+        raise OSError('disk full')
+
+    monkeypatch.setattr(build.shutil, 'copyfile', fail)
+    with pytest.raises(OSError, match='disk full'):
+        build._install(library, {'torch': '2'}, package)
+    assert not (package / '_build_info.json').exists()
+
+
+def test_installed_library_is_of_these_sources_and_this_torch(build):
+    info = json.loads(_library.INFO_PATH.read_text())
+    assert info['torch'] == torch.__version__
+    assert info.get('source_hash') == build.source_hash(), 'the ops on disk are of other sources: run `make setup`'
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc')
+def test_library_shares_torchs_thread_pool():
+    script = ('import torch, cuda_ops, re\n'
+              'assert cuda_ops._library.STATUS.compiled, cuda_ops._library.STATUS.reason\n'
+              'maps = open("/proc/self/maps").read()\n'
+              'print(*set(re.findall(r"\\S+/lib(?:gomp|omp|iomp)\\S*", maps)), sep="\\n")')
+    output = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True).stdout
+    assert len(output.split()) == 1, output
