@@ -89,7 +89,7 @@ static inline UIntVec narrow(Vec<float> value, Float16*) {
 // --- loads and stores of `count` elements, at most a vector; lanes beyond are zero ---
 
 template <class S>
-static inline Vec<S> load(const S* source, int count) {
+static inline Vec<S> load_state(const S* source, int count) {
   Vec<S> value{};
   if (count == Vector<S>::kLanes) {
     std::memcpy(&value, source, sizeof(value));
@@ -109,11 +109,13 @@ static inline Vec<float> load_half(const Half* source, int count) {
   }
   return widen(__builtin_convertvector(raw, UIntVec), static_cast<Half*>(nullptr));
 }
+static inline Vec<float> load(const float* source, int count) { return load_state(source, count); }
+static inline Vec<double> load(const double* source, int count) { return load_state(source, count); }
 static inline Vec<float> load(const BFloat16* source, int count) { return load_half(source, count); }
 static inline Vec<float> load(const Float16* source, int count) { return load_half(source, count); }
 
 template <class S>
-static inline void store(S* target, Vec<S> value, int count) {
+static inline void store_state(S* target, Vec<S> value, int count) {
   if (count == Vector<S>::kLanes) {
     std::memcpy(target, &value, sizeof(value));
   } else {
@@ -126,6 +128,8 @@ static inline void store_half(Half* target, Vec<float> value, int count) {
   const auto raw = __builtin_convertvector(narrow(value, static_cast<Half*>(nullptr)), typename HalfBits<Half>::type);
   std::memcpy(target, &raw, size_t(count) * sizeof(Half));
 }
+static inline void store(float* target, Vec<float> value, int count) { store_state(target, value, count); }
+static inline void store(double* target, Vec<double> value, int count) { store_state(target, value, count); }
 static inline void store(BFloat16* target, Vec<float> value, int count) { store_half(target, value, count); }
 static inline void store(Float16* target, Vec<float> value, int count) { store_half(target, value, count); }
 
