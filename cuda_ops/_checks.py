@@ -1,9 +1,18 @@
 """Checks of what users pass to the public functions, with messages that name the offending value and the remedy."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def tensors(**values: object) -> None:
+    """Raise TypeError unless each value is a tensor."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f'{name} must be a tensor, got {type(value).__name__}')
 
 
 def ndim(name: str, value: Tensor, dims: int, meaning: str) -> None:
@@ -22,6 +31,12 @@ def grid(x: Tensor) -> None:
     """Raise ValueError unless the map (B, H, W, E) has at least one pixel."""
     if x.shape[1] < 1 or x.shape[2] < 1:
         raise ValueError(f'x must have height and width of at least 1, got shape {tuple(x.shape)}')
+
+
+def states(A: Tensor) -> None:
+    """Raise ValueError unless the decay rates (..., N) are those of at least one state."""
+    if A.shape[-1] < 1:
+        raise ValueError(f'A must hold at least one state for each channel, got shape {tuple(A.shape)}')
 
 
 def same_dtype_and_device(**tensors: Tensor | None) -> None:
@@ -51,17 +66,19 @@ def same_device(first: Tensor, **tensors: Tensor | None) -> None:
                              f'move it with {name}.to({str(first.device)!r})')
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(*tensors: Any) -> tuple[Any, ...]:
     """Under autocast, cast float tensors to its dtype as matrix products do; float64 stays as it is."""
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    # The meta device has no autocast, and asking for it is an error there.
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(value if value is None or value.dtype == torch.float64 else value.to(dtype) for value in tensors)
+    return tuple(value.to(dtype) if value is not None and value.is_floating_point() and value.dtype != torch.float64
+                 else value for value in tensors)
 
 
 def decay_rates(A: Tensor) -> None:
-    """Raise ValueError if A on the CPU is positive or not finite; on other devices reading it would stall the stream."""
+    """Raise ValueError if A is positive or not finite; on other devices than the CPU reading it would stall."""
     if A.device.type != 'cpu' or not A.numel():
         return
     wrong = ~(torch.isfinite(A) & (A <= 0))

@@ -37,6 +37,8 @@ def _load() -> Status:
         return Status(False, f'the compiled library {LIBRARY_PATH.name} does not exist', {})
     try:
         info = json.loads(INFO_PATH.read_text())
+        if not isinstance(info, dict):
+            raise ValueError(f'it holds {info!r:.40} instead of an object')
     except (OSError, ValueError) as error:
         return Status(False, f'the record of its build, {INFO_PATH.name}, cannot be read ({error})', {})
     built_for = str(info.get('torch'))

@@ -2,8 +2,8 @@
 
 A first-order recurrence ``h_l = a_l * h_{l-1} + b_l`` is an associative scan, so it is computed here in a logarithmic
 number of tensor operations (Hillis and Steele, 1986) rather than by a loop over positions. The states of every position
-are materialised, (batch, length, channels, states) for each route: this is the fallback and the yardstick, not the way to
-train. The gradients are written out too, since a recurrence's adjoint is the same recurrence run backwards.
+are materialised, (batch, length, channels, states) for each route: this is the fallback and the yardstick, not the way
+to train. The gradients are written out too, since a recurrence's adjoint is the same recurrence run backwards.
 """
 
 import torch
@@ -64,7 +64,8 @@ class _Route:
     def __init__(self, k: int, x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Tensor | None,
                  delta_bias: Tensor | None, route: int, per_line: bool, delta_softplus: bool) -> None:
         dtype = state_dtype(x.dtype)
-        groups = 1 if B is None and C is None else (C if B is None else B).shape[4]
+        projection = C if B is None else B
+        groups = 1 if projection is None else projection.shape[4]
         self.channels_per_group = x.shape[3] // groups
         self.u = along_route(x, route, per_line).to(dtype)
         self.raw = along_route(delta[:, :, :, k], route, per_line).to(dtype)
@@ -150,7 +151,8 @@ def route_scan_backward(grad_output: Tensor, grad_last: Tensor | None, x: Tensor
         through_input = (g * r.B).sum(-1)
         d_delta = (through_decay * r.A).sum(-1) + through_input * r.u
         if delta_softplus:
-            d_delta = d_delta * torch.sigmoid(r.raw)
+            # Above 20 softplus returns its argument.
+            d_delta = torch.where(r.raw > 20, d_delta, d_delta * torch.sigmoid(r.raw))
         du = through_input * r.d
         if D is not None:
             du = du + D[k] * dy

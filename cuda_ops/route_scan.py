@@ -1,8 +1,9 @@
 """Route scans: the selective scan along routes over a grid, as registered operators and public functions.
 
-One operator, ``cuda_ops::route_scan``, serves the three public functions. A route visits every pixel row by row, column by
-column, or in the reverse of either; several routes are summed in image order without being materialised. The state may run
-through the whole image (VMamba), or start from zero at every line (V2M). A sequence is a grid of height 1 (Mamba).
+One operator, ``cuda_ops::route_scan``, serves the three public functions. A route visits every pixel row by row, column
+by column, or in the reverse of either; several routes are summed in image order without being materialised. The state
+may run through the whole image (VMamba), or start from zero at every line (V2M). A sequence is a grid of height 1
+(Mamba).
 
 The equations, for one route with positions l and one channel, in float32 (float64 for float64 input)::
 
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 from cuda_ops import _checks, _library, reference
 from cuda_ops.reference import COLUMN, COLUMN_REVERSED, ROW, ROW_REVERSED, state_dtype
@@ -26,8 +28,8 @@ from cuda_ops.reference import COLUMN, COLUMN_REVERSED, ROW, ROW_REVERSED, state
 _LIBRARY = torch.library.Library('cuda_ops', 'FRAGMENT')
 _LIBRARY.define('route_scan(Tensor x, Tensor delta, Tensor A, Tensor? B, Tensor? C, Tensor? D, Tensor? delta_bias, '
                 'int[] routes, bool per_line, bool delta_softplus, int chunk) -> (Tensor, Tensor, Tensor)')
-_LIBRARY.define('route_scan_backward(Tensor grad_output, Tensor? grad_last, Tensor x, Tensor delta, Tensor A, Tensor? B, '
-                'Tensor? C, Tensor? D, Tensor? delta_bias, Tensor states, int[] routes, bool per_line, '
+_LIBRARY.define('route_scan_backward(Tensor grad_output, Tensor? grad_last, Tensor x, Tensor delta, Tensor A, '
+                'Tensor? B, Tensor? C, Tensor? D, Tensor? delta_bias, Tensor states, int[] routes, bool per_line, '
                 'bool delta_softplus, int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)')
 
 CROSS_ROUTES = [ROW, COLUMN, ROW_REVERSED, COLUMN_REVERSED]
@@ -116,7 +118,8 @@ def _backward(ctx, grad_output, grad_last, _grad_states):
     if grad_output is None:
         grad_output = torch.zeros_like(x)
     if ctx.options[-1] == 0:
-        raise RuntimeError('route_scan ran with chunk=0, which saves no states for a backward pass; pass a chunk length')
+        raise RuntimeError('route_scan ran with chunk=0, which saves no states for a backward pass; '
+                           'pass a chunk length')
     grads = torch.ops.cuda_ops.route_scan_backward(grad_output, grad_last, *tensors[:-1], states, *ctx.options)
     given = [grad.to(tensor.dtype) if tensor is not None else None
              for grad, tensor in zip(grads, tensors[:-1], strict=True)]
@@ -134,6 +137,7 @@ torch.library.register_autograd('cuda_ops::route_scan_backward', _no_double_back
 _library.serve(_LIBRARY, {'route_scan': _reference_forward, 'route_scan_backward': _reference_backward})
 
 
+@register_flop_formula(torch.ops.cuda_ops.route_scan)
 def route_scan_flops(x_shape: Sequence[int], delta_shape: Sequence[int], A_shape: Sequence[int], *args: object,
                      **kwargs: object) -> int:
     """The field's count of a selective scan, 9 * L * E * N for each route and image (multiply-adds counted once)."""
@@ -143,12 +147,10 @@ def route_scan_flops(x_shape: Sequence[int], delta_shape: Sequence[int], A_shape
 
 def _scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Tensor | None, D: Tensor | None,
           delta_bias: Tensor | None, routes: list[int], per_line: bool, delta_softplus: bool) -> tuple[Tensor, Tensor]:
-    """Call the operator on checked inputs: low precision under autocast, float32 parameters, states saved if needed."""
-    x, delta, B, C = _checks.autocast(x, delta, B, C)
-    _checks.same_dtype_and_device(x=x, delta=delta, B=B, C=C)
-    _checks.same_device(x, A=A, D=D, delta_bias=delta_bias)
+    """Call the operator on checked inputs: parameters in the state dtype, states saved if a backward pass may come."""
     dtype = state_dtype(x.dtype)
-    A, D, delta_bias = (None if value is None else value.to(dtype) for value in (A, D, delta_bias))
+    A = A.to(dtype)
+    D, delta_bias = (None if value is None else value.to(dtype) for value in (D, delta_bias))
     tensors = (x, delta, A, B, C, D, delta_bias)
     differentiable = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in tensors)
     chunk = _chunk_length(A.shape[2]) if differentiable else 0
@@ -181,17 +183,22 @@ def cross_selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tens
         ValueError: a shape does not fit, or A is positive or not finite.
         TypeError: dtypes are mixed or not supported.
     """
+    _checks.tensors(x=x, delta=delta, A=A, B=B, C=C)
     _checks.ndim('x', x, 4, '(batch, height, width, channels)')
     batch, height, width, channels = x.shape
     _checks.ndim('A', A, 3, '(4, channels, states)')
     states = A.shape[2]
     _checks.shape('delta', delta, (batch, height, width, 4, channels), '(batch, height, width, 4, channels)')
     _checks.shape('A', A, (4, channels, states), '(4, channels, states)')
-    for name, value in (('B', B), ('C', C)):
-        _checks.shape(name, value, (batch, height, width, 4, states), '(batch, height, width, 4, states)')
-    for name, value in (('D', D), ('delta_bias', delta_bias)):
-        _checks.shape(name, value, (4, channels), '(4, channels)')
+    for name, projection in (('B', B), ('C', C)):
+        _checks.shape(name, projection, (batch, height, width, 4, states), '(batch, height, width, 4, states)')
+    for name, parameter in (('D', D), ('delta_bias', delta_bias)):
+        _checks.shape(name, parameter, (4, channels), '(4, channels)')
     _checks.grid(x)
+    _checks.states(A)
+    x, delta, B, C = _checks.autocast(x, delta, B, C)
+    _checks.same_dtype_and_device(x=x, delta=delta, B=B, C=C)
+    _checks.same_device(x, A=A, D=D, delta_bias=delta_bias)
     return _scan(x, delta, A, B.unsqueeze(4), C.unsqueeze(4), D, delta_bias, CROSS_ROUTES, False, delta_softplus)[0]
 
 
@@ -223,6 +230,7 @@ def line_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Tensor |
     """
     if axis not in _AXES:
         raise ValueError(f"axis must be 'row' (along W) or 'column' (along H), got {axis!r}")
+    _checks.tensors(x=x, delta=delta, A=A)
     _checks.ndim('x', x, 4, '(batch, height, width, channels)')
     batch, height, width, channels = x.shape
     _checks.ndim('A', A, 2, '(channels, states)')
@@ -234,6 +242,10 @@ def line_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Tensor |
     for name, value in (('D', D), ('delta_bias', delta_bias)):
         _checks.shape(name, value, (channels,), '(channels,)')
     _checks.grid(x)
+    _checks.states(A)
+    x, delta, B, C = _checks.autocast(x, delta, B, C)
+    _checks.same_dtype_and_device(x=x, delta=delta, B=B, C=C)
+    _checks.same_device(x, A=A, D=D, delta_bias=delta_bias)
     B, C = (None if value is None else value[:, :, :, None, None] for value in (B, C))
     D, delta_bias = (None if value is None else value.unsqueeze(0) for value in (D, delta_bias))
     route = _AXES[axis] | (ROW_REVERSED if reverse else ROW)
@@ -252,7 +264,8 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
         u: (B, E, L) sequence; float32, bfloat16 or float16 (float64 on CPU). L is at least 1.
         delta: (B, E, L) step sizes before bias and softplus, in u's dtype.
         A: (E, N) real decay rates, finite and not positive (checked on CPU).
-        B: input projections: (B, N, L), (B, G, N, L) with G dividing E, or constant (E, N).
+        B: input projections: (B, N, L) or (B, G, N, L) with G dividing E in u's dtype, or constant (E, N), a parameter
+            like A.
         C: output projections, in the same forms.
         D: (E) skip weights, or None for no skip.
         z: (B, E, L) gate in u's dtype: the output is multiplied by silu(z); or None.
@@ -268,34 +281,39 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
         ValueError: a shape does not fit, or A is positive or not finite.
         TypeError: dtypes are mixed or not supported.
     """
+    _checks.tensors(u=u, delta=delta, A=A, B=B, C=C)
     _checks.ndim('u', u, 3, '(batch, channels, length)')
     batch, channels, length = u.shape
     _checks.ndim('A', A, 2, '(channels, states)')
-    _checks.shape('A', A, (channels, A.shape[1]), '(channels, states)')
+    states = A.shape[1]
+    _checks.shape('A', A, (channels, states), '(channels, states)')
     for name, value in (('delta', delta), ('z', z)):
         _checks.shape(name, value, (batch, channels, length), '(batch, channels, length)')
     for name, value in (('D', D), ('delta_bias', delta_bias)):
         _checks.shape(name, value, (channels,), '(channels,)')
     if length < 1:
         raise ValueError('u must hold at least one position, got length 0')
-    states = A.shape[1]
-    B, B_constant = _sequence_projection('B', B, batch, channels, states, length)
-    C, C_constant = _sequence_projection('C', C, batch, channels, states, length)
-    if B is not None and C is not None and B.shape[4] != C.shape[4]:
+    _checks.states(A)
+    B_sequence, B_constant = _sequence_projection('B', B, batch, channels, states, length)
+    C_sequence, C_constant = _sequence_projection('C', C, batch, channels, states, length)
+    u, delta, z, B_sequence, C_sequence = _checks.autocast(u, delta, z, B_sequence, C_sequence)
+    _checks.same_dtype_and_device(u=u, delta=delta, z=z, B=B_sequence, C=C_sequence)
+    _checks.same_device(u, A=A, B=B_constant, C=C_constant, D=D, delta_bias=delta_bias)
+    if B_sequence is not None and C_sequence is not None and B_sequence.shape[4] != C_sequence.shape[4]:
         # Groups of one projection may be finer than the other's: bring both to the finer common division.
-        groups = math.lcm(B.shape[4], C.shape[4])
-        B, C = (value.repeat_interleave(groups // value.shape[4], dim=4) for value in (B, C))
-    x, step = (value.transpose(1, 2).unsqueeze(1) for value in (u, delta))
-    step = step.unsqueeze(3)
+        groups = math.lcm(B_sequence.shape[4], C_sequence.shape[4])
+        B_sequence, C_sequence = (value.repeat_interleave(groups // value.shape[4], dim=4)
+                                  for value in (B_sequence, C_sequence))
+    x, step = u.transpose(1, 2).unsqueeze(1), delta.transpose(1, 2)[:, None, :, None]
+    A = A.unsqueeze(0)
     bias = None if delta_bias is None else delta_bias.unsqueeze(0)
     skip = None if D is None else D.unsqueeze(0)
     if B_constant is None and C_constant is None:
-        y, last = _scan(x, step, A.unsqueeze(0), B, C, skip, bias, [ROW], False, delta_softplus)
+        y, last = _scan(x, step, A, B_sequence, C_sequence, skip, bias, [ROW], False, delta_softplus)
     else:
-        y, last = _scan_by_state(x, step, A.unsqueeze(0), B, C, skip, bias, delta_softplus, B_constant, C_constant)
+        y, last = _scan_by_state(x, step, A, B_sequence, C_sequence, skip, bias, delta_softplus, B_constant, C_constant)
     y = y.squeeze(1).transpose(1, 2)
     if z is not None:
-        z, = _checks.autocast(z)
         y = y * F.silu(z)
     return (y, last.squeeze(1)) if return_last_state else y
 
@@ -322,22 +340,23 @@ def _scan_by_state(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Ten
                    C_constant: Tensor | None) -> tuple[Tensor, Tensor]:
     """The scan with B or C constant along the sequence but different for each channel.
 
-    A state is linear in a constant B, and the output in a constant C, so both leave the recurrence as weights of the single
-    states' scans.
+    A state is linear in a constant B, and the output in a constant C, so both leave the recurrence as weights of the
+    single states' scans. These are summed in the state dtype, so that the output is rounded once.
     """
-    output, lasts = None, []
     dtype = state_dtype(x.dtype)
+    wide, delta = x.to(dtype), delta.to(dtype)
+    B, C, D, B_constant, C_constant = (
+        None if value is None else value.to(dtype) for value in (B, C, D, B_constant, C_constant))
+    output = torch.zeros_like(wide) if D is None else D[0] * wide
+    lasts = []
     for n in range(A.shape[2]):
         B_n, C_n = (None if value is None else value[..., n:n + 1] for value in (B, C))
-        y, last = _scan(x, delta, A[..., n:n + 1], B_n, C_n, None, delta_bias, [ROW], False, delta_softplus)
-        weight = torch.ones_like(A[0, :, n], dtype=dtype)
+        y, last = _scan(wide, delta, A[..., n:n + 1], B_n, C_n, None, delta_bias, [ROW], False, delta_softplus)
         if B_constant is not None:
-            weight = weight * B_constant[:, n]
+            y = y * B_constant[:, n]
             last = last * B_constant[:, n:n + 1]
         if C_constant is not None:
-            weight = weight * C_constant[:, n]
-        output = y * weight if output is None else output + y * weight
+            y = y * C_constant[:, n]
+        output = output + y
         lasts.append(last)
-    if D is not None:
-        output = output + D[0] * x
     return output.to(x.dtype), torch.cat(lasts, dim=-1)

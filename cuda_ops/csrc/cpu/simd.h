@@ -207,8 +207,9 @@ static inline Softplus<float> softplus(Vec<float> v) {
 static inline Softplus<double> softplus(Vec<double> v) {
   Softplus<double> result;
   for (int lane = 0; lane < Vector<double>::kLanes; ++lane) {
-    result.value[lane] = v[lane] > 20 ? v[lane] : std::log1p(std::exp(v[lane]));
-    result.derivative[lane] = 1 / (1 + std::exp(-v[lane]));
+    const bool linear = v[lane] > 20;
+    result.value[lane] = linear ? v[lane] : std::log1p(std::exp(v[lane]));
+    result.derivative[lane] = linear ? 1 : 1 / (1 + std::exp(-v[lane]));
   }
   return result;
 }
