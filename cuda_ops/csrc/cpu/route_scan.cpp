@@ -267,13 +267,14 @@ class TileBackward : TileScan<T, S, Units> {
         decay_(chunk_ * vectors() * states_),
         states_of_((chunk_ + 1) * vectors() * states_),
         carry_(vectors() * states_),
-        grad_rate_(vectors() * states_) {}
+        grad_rate_(vectors() * states_),
+        total_rate_(vectors() * states_) {}
 
   void run() {
     for (int64_t k = 0; k < p_.routes; ++k) {
       this->load_parameters(k);
-      for (int i = 0; i < vectors() * states_; ++i) grad_rate_.data()[i] = V{};
-      for (int v = 0; v < vectors(); ++v) grad_D_[v] = grad_bias_[v] = V{};
+      for (int i = 0; i < vectors() * states_; ++i) grad_rate_.data()[i] = total_rate_.data()[i] = V{};
+      for (int v = 0; v < vectors(); ++v) grad_D_[v] = total_D_[v] = grad_bias_[v] = total_bias_[v] = V{};
       const RouteShape shape = route_shape(p_.route[k], p_.per_line, p_.height, p_.width);
       for (int64_t line = piece_.first_line; line < piece_.end_line; ++line) run_line(k, shape, line);
       store_parameter_gradients(k);
@@ -309,6 +310,20 @@ class TileBackward : TileScan<T, S, Units> {
           step<0>(k, i);
         }
       }
+      add_chunk_to_totals();
+    }
+  }
+
+  // Sums over positions are taken chunk by chunk: one long sum would lose precision with the length.
+  void add_chunk_to_totals() {
+    for (int i = 0; i < vectors() * states_; ++i) {
+      total_rate_.data()[i] += grad_rate_.data()[i];
+      grad_rate_.data()[i] = V{};
+    }
+    for (int v = 0; v < vectors(); ++v) {
+      total_D_[v] += grad_D_[v];
+      total_bias_[v] += grad_bias_[v];
+      grad_D_[v] = grad_bias_[v] = V{};
     }
   }
 
@@ -428,10 +443,10 @@ class TileBackward : TileScan<T, S, Units> {
     S* grad_A = static_cast<S*>(p_.grad_A) + row * states_;
     for (int n = 0; n < states_; ++n)
       for (int c = 0; c < piece_.channels; ++c)
-        grad_A[c * states_ + n] = grad_rate_.data()[n * vectors() + c / kLanes][c % kLanes];
+        grad_A[c * states_ + n] = total_rate_.data()[n * vectors() + c / kLanes][c % kLanes];
     for (int v = 0; v < vectors(); ++v) {
-      if (p_.grad_D) store(static_cast<S*>(p_.grad_D) + row + v * kLanes, grad_D_[v], lanes(v));
-      if (p_.grad_delta_bias) store(static_cast<S*>(p_.grad_delta_bias) + row + v * kLanes, grad_bias_[v], lanes(v));
+      if (p_.grad_D) store(static_cast<S*>(p_.grad_D) + row + v * kLanes, total_D_[v], lanes(v));
+      if (p_.grad_delta_bias) store(static_cast<S*>(p_.grad_delta_bias) + row + v * kLanes, total_bias_[v], lanes(v));
     }
   }
 
@@ -440,8 +455,9 @@ class TileBackward : TileScan<T, S, Units> {
   std::unique_ptr<Pixel[]> pixels_;
   Scratch<S> step_, slope_;       // [position][v]
   Scratch<S> decay_, states_of_;  // [position][n][v]; states_of_ starts with the state before the chunk
-  Scratch<S> carry_, grad_rate_;  // [n][v]
-  V grad_D_[kMaxVectors], grad_bias_[kMaxVectors];
+  Scratch<S> carry_;                      // [n][v]
+  Scratch<S> grad_rate_, total_rate_;     // [n][v]; of the chunk, and of the chunks behind it
+  V grad_D_[kMaxVectors], total_D_[kMaxVectors], grad_bias_[kMaxVectors], total_bias_[kMaxVectors];
 };
 
 template <template <class, class, int> class Tile, class T, class S>
