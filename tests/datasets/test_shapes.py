@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -159,13 +160,13 @@ def test_a_killed_run_leaves_nothing_that_looks_complete(tmp_path: Path) -> None
 
 
 def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
-    arguments = ('--train', '150', '--val', '1', '--size', '64', '64', '--formats', 'coco')
+    arguments = ('--train', '600', '--val', '1', '--size', '64', '64', '--formats', 'coco')
     first = _start(tmp_path, *arguments)
     _wait_for(lambda: (tmp_path / '.coco.partial').is_dir(), first)
     lines: list[str] = []
-    options = ShapesOptions(train=150, val=1, size=(64, 64))
+    options = ShapesOptions(train=600, val=1, size=(64, 64))
     assert make_shapes(tmp_path, options, ['coco'], report=lines.append) == {'coco': False}
-    assert first.communicate()[0].splitlines()[0] == f'{tmp_path / "coco"}: writing 150 + 1 pictures'
+    assert first.communicate()[0].splitlines()[0] == f'{tmp_path / "coco"}: writing 600 + 1 pictures'
     assert first.returncode == 0
     assert 'waiting for another process' in lines[0]
 
@@ -185,7 +186,7 @@ def test_the_command_makes_what_the_function_makes(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope='module')
-def tool():  # noqa: ANN201
+def tool() -> ModuleType:
     """The tool as a module, so that its errors can be tried without a process for each."""
     from importlib.util import module_from_spec, spec_from_file_location
 
@@ -207,21 +208,21 @@ def tool():  # noqa: ANN201
         (['--formats', 'coco', 'voc'], "error: unknown format 'voc'; known are coco, ade20k, imagenet"),
     ],
 )
-def test_bad_options_are_clear_errors(tool, tmp_path: Path, capsys, arguments: list[str], message: str) -> None:
+def test_bad_options_are_clear_errors(tool: ModuleType, tmp_path: Path, capsys, arguments: list[str], message: str) -> None:
     assert tool.main([str(tmp_path / 'new'), *arguments]) == 2
     assert capsys.readouterr().err == message + '\n'
     assert not (tmp_path / 'new').exists()
 
 
 @pytest.mark.parametrize('arguments', [['--train', 'many'], ['--size', '64'], ['--formats'], ['--colour', 'red']])
-def test_malformed_options_are_usage_errors(tool, tmp_path: Path, capsys, arguments: list[str]) -> None:
+def test_malformed_options_are_usage_errors(tool: ModuleType, tmp_path: Path, capsys, arguments: list[str]) -> None:
     with pytest.raises(SystemExit, match='2'):
         tool.main([str(tmp_path / 'new'), *arguments])
     assert arguments[0] in capsys.readouterr().err
     assert not (tmp_path / 'new').exists()
 
 
-def test_a_file_as_root_is_a_clear_error(tool, tmp_path: Path, capsys) -> None:
+def test_a_file_as_root_is_a_clear_error(tool: ModuleType, tmp_path: Path, capsys) -> None:
     (tmp_path / 'file').write_text('')
     assert tool.main([str(tmp_path / 'file')]) == 2
     assert capsys.readouterr().err == f'error: {tmp_path / "file"} is a file; name a folder\n'
