@@ -1,0 +1,3 @@
+_base_ = 'mmdet::_base_/default_runtime.py'
+# Makes the backbones available by type=, in mmdet's own tools too.
+custom_imports = dict(imports=['ssm_backbones'], allow_failed_imports=False)

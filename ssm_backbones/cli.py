@@ -1,0 +1,117 @@
+"""The command lines of ``tools/``: arguments in, the functions of this package, one clear line where they fail."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mmengine.config import DictAction
+
+from ssm_backbones.preflight import CommandError
+
+_CFG_OPTIONS_HELP = (
+    'replace settings of the config: KEY=VALUE pairs, nested keys joined by dots; lists as KEY="[a,b]" or KEY=a,b, '
+    'tuples within them as KEY="[(a,b),(c,d)]", quoted and without spaces'
+)
+
+
+def train_main(argv: Sequence[str] | None = None) -> int:
+    """Run ``tools/train.py`` with these arguments (the process's by default) and return its exit status."""
+    parser = argparse.ArgumentParser(description='Train a model from an mmpretrain, mmdet or mmseg config.')
+    parser.add_argument('config', help='config file')
+    parser.add_argument(
+        '--work-dir', help="folder for logs and checkpoints (default: work_dirs/ and the config's name)"
+    )
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='PATH',
+        help='go on from this checkpoint; without PATH, or with auto, from the latest one in the work dir, if any',
+    )
+    parser.add_argument('--amp', action='store_true', help='mixed precision: float16 on a GPU, bfloat16 on a CPU')
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help="scale the learning rate from the config's base batch to the actual one",
+    )
+    _add_common_arguments(parser)
+    args = parser.parse_args(argv)
+
+    def run() -> None:
+        from ssm_backbones.runner import TrainOptions, train
+
+        train(TrainOptions(**_options(args)))
+
+    return run_command(run)
+
+
+def test_main(argv: Sequence[str] | None = None) -> int:
+    """Run ``tools/test.py`` with these arguments (the process's by default) and return its exit status."""
+    parser = argparse.ArgumentParser(description='Test a model from an mmpretrain, mmdet or mmseg config.')
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file or URL')
+    parser.add_argument('--work-dir', help="folder for logs and metrics (default: work_dirs/ and the config's name)")
+    parser.add_argument(
+        '--out', help='dump the predictions: a .pkl file (mmpretrain, mmdet), a folder of label maps (mmseg)'
+    )
+    parser.add_argument('--show', action='store_true', help='show the predictions in windows')
+    parser.add_argument('--show-dir', help='save pictures with the predictions drawn on them in this folder')
+    parser.add_argument('--wait-time', type=float, default=2.0, help='seconds that each window stays (default: 2)')
+    parser.add_argument('--tta', action='store_true', help="test-time augmentation: the config's, or else flipping")
+    _add_common_arguments(parser)
+    args = parser.parse_args(argv)
+
+    def run() -> None:
+        from ssm_backbones.runner import TestOptions, test
+
+        test(TestOptions(**_options(args)))
+
+    return run_command(run)
+
+
+train_main.__test__ = test_main.__test__ = False  # type: ignore[attr-defined]
+
+
+def run_command(run: Callable[[], Any]) -> int:
+    """Call a command; print a :class:`CommandError` as one line and return 2, or 130 after Ctrl-C, else 0."""
+    logging.basicConfig(format='%(levelname)s: %(message)s')
+    # mmengine finds the libraries' own configs through pkg_resources, which says each time that it is deprecated.
+    warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
+    try:
+        run()
+    except CommandError as error:
+        print(f'error: {_without_worker_traceback(error)}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        return 130
+    return 0
+
+
+def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help=_CFG_OPTIONS_HELP)
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='what started the processes, if many',
+    )
+    # torch.distributed.launch passes one spelling or the other; torchrun sets LOCAL_RANK instead.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    options = vars(args)
+    os.environ.setdefault('LOCAL_RANK', str(options.pop('local_rank')))
+    return options
+
+
+def _without_worker_traceback(error: CommandError) -> str:
+    # A DataLoader worker's error comes as the text of its traceback, which ends in the message.
+    return str(error).rstrip().rpartition(f'{CommandError.__name__}: ')[2]

@@ -1,0 +1,164 @@
+"""Checks before a training or a test starts, so that what is missing is named at once and nothing is half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.registry import DATASETS, DefaultScope
+
+
+class CommandError(RuntimeError):
+    """A command cannot do what it was asked; the message says why and what to do."""
+
+
+def check_data(cfg: Config, modes: Sequence[str]) -> None:
+    """Check that the files and folders that the datasets and evaluators of ``modes`` name exist.
+
+    Annotation files, picture folders and data roots on the local disk are looked up; files behind another storage
+    backend are not, nor are datasets that download themselves.
+
+    Args:
+        cfg: The config.
+        modes: Some of ``'train'``, ``'val'`` and ``'test'``.
+
+    Raises:
+        CommandError: Naming the config key and the path that is missing.
+    """
+    for mode in modes:
+        loader = cfg.get(f'{mode}_dataloader')
+        if loader is not None:
+            for key, dataset in _leaf_datasets(loader.dataset, f'{mode}_dataloader.dataset'):
+                _check_dataset(dataset, key, cfg.default_scope)
+        evaluators = cfg.get(f'{mode}_evaluator') or []
+        for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
+            _check_path(evaluator, 'ann_file', None, f'{mode}_evaluator')
+
+
+def check_checkpoint(path: str | None, key: str) -> None:
+    """Check that a checkpoint on the local disk exists; URLs and ``scheme://`` names are left to mmengine.
+
+    Raises:
+        CommandError: Naming the option or config key and the path.
+    """
+    if path is not None and '://' not in path and not os.path.isfile(os.path.expanduser(path)):
+        raise CommandError(f'{key}: checkpoint {path} does not exist.')
+
+
+def check_init_cfg(model: Mapping[str, Any], key: str = 'model') -> None:
+    """Check every checkpoint that an ``init_cfg`` anywhere in the model names.
+
+    Raises:
+        CommandError: Naming the config key and the path.
+    """
+    for name, value in model.items():
+        inner = f'{key}.{name}'
+        if name == 'init_cfg' and isinstance(value, Mapping):
+            check_checkpoint(value.get('checkpoint'), f'{inner}.checkpoint')
+        elif isinstance(value, Mapping):
+            check_init_cfg(value, inner)
+        elif isinstance(value, (list, tuple)):
+            for index, item in enumerate(value):
+                if isinstance(item, Mapping):
+                    check_init_cfg(item, f'{inner}[{index}]')
+
+
+@contextlib.contextmanager
+def naming_unreadable_files() -> Iterator[None]:
+    """While active, a picture or label map that cannot be read ends in a :class:`CommandError` that names the file.
+
+    The libraries' loading transforms let a decoder's error pass without the file's name, or say nothing at all of a
+    file that decodes to nothing; DataLoader workers, which are forked meanwhile, inherit the naming.
+    """
+    loading = importlib.import_module('mmcv.transforms.loading')
+    originals = {cls: cls.transform for cls in (loading.LoadImageFromFile, loading.LoadAnnotations)}
+    try:
+        loading.LoadImageFromFile.transform = _naming(originals[loading.LoadImageFromFile], 'img_path', 'image')
+        loading.LoadAnnotations.transform = _naming(originals[loading.LoadAnnotations], 'seg_map_path', 'label map')
+        yield
+    finally:
+        for cls, transform in originals.items():
+            cls.transform = transform
+
+
+def _naming(transform: Callable[..., Any], key: str, kind: str) -> Callable[..., Any]:
+    def named(self: Any, results: dict[str, Any]) -> Any:
+        try:
+            return transform(self, results)
+        except CommandError:
+            raise
+        except Exception as error:
+            if results.get(key) is None:
+                raise
+            raise CommandError(
+                f'{kind} {results[key]} cannot be read ({type(error).__name__}: {str(error).strip()}). '
+                'Replace the file, or take it out of the annotations.'
+            ) from error
+
+    return named
+
+
+def _leaf_datasets(dataset: Mapping[str, Any], key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if isinstance(dataset.get('dataset'), Mapping):
+        yield from _leaf_datasets(dataset['dataset'], f'{key}.dataset')
+    elif isinstance(dataset.get('datasets'), (list, tuple)):
+        for index, inner in enumerate(dataset['datasets']):
+            yield from _leaf_datasets(inner, f'{key}.datasets[{index}]')
+    else:
+        yield key, dataset
+
+
+def _check_dataset(dataset: Mapping[str, Any], key: str, scope: str) -> None:
+    if _is_remote(dataset) or _downloads_itself(dataset, scope):
+        return
+    root = dataset.get('data_root') or ''
+    if root and _is_local(root) and not os.path.isdir(root):
+        raise CommandError(_missing(f'{key}.data_root', root))
+    # mmpretrain's datasets with a `split` fall back on scanning the folder where their list file is not there.
+    if not dataset.get('split'):
+        _check_path(dataset, 'ann_file', root, key)
+    prefix = dataset.get('data_prefix') or {}
+    if isinstance(prefix, str):
+        _check_path(dataset, 'data_prefix', root, key)
+    else:
+        for name in prefix:
+            _check_path(prefix, name, root, f'{key}.data_prefix')
+
+
+def _check_path(owner: Mapping[str, Any], name: str, root: str | None, key: str) -> None:
+    value = owner.get(name)
+    if not isinstance(value, str) or not value or _is_remote(owner):
+        return
+    path = os.path.join(root, value) if root else value
+    if _is_local(path) and not os.path.exists(path):
+        raise CommandError(_missing(f'{key}.{name}', path))
+
+
+def _missing(key: str, path: str) -> str:
+    if 'shapes' in Path(path).parts:
+        remedy = 'Generate the data: python tools/make_shapes.py'
+    else:
+        remedy = (
+            'Put or link the data set there (ln -s), or name its place in a config of your own or by --cfg-options.'
+        )
+    return f'{key}: {path} does not exist. {remedy}'
+
+
+def _is_local(path: str) -> bool:
+    return '://' not in path and not path.startswith('s3:')
+
+
+def _is_remote(owner: Mapping[str, Any]) -> bool:
+    return (owner.get('backend_args') or {}).get('backend', 'local') != 'local'
+
+
+def _downloads_itself(dataset: Mapping[str, Any], scope: str) -> bool:
+    with DefaultScope.overwrite_default_scope(scope):
+        kind = DATASETS.get(dataset['type']) if isinstance(dataset['type'], str) else dataset['type']
+    return kind is not None and 'download' in inspect.signature(kind.__init__).parameters

@@ -1,0 +1,338 @@
+"""Training and testing of mmpretrain, mmdet and mmseg configs: what ``tools/train.py`` and ``tools/test.py`` do.
+
+One pair of functions serves the three libraries. A config says which one it belongs to by its ``default_scope``; what
+its own command lines do beyond mmengine's runner (how pictures are drawn, how predictions are dumped, what ``--tta``
+means, dataloader defaults) is done here for that library.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from ssm_backbones.preflight import CommandError, check_checkpoint, check_data, check_init_cfg, naming_unreadable_files
+
+logger = logging.getLogger(__name__)
+
+HOST_PACKAGES = {'mmpretrain': 'mmpretrain', 'mmdet': 'mmdet', 'mmseg': 'mmsegmentation'}
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What ``tools/train.py`` is told.
+
+    Attributes:
+        config: The config file.
+        work_dir: Where logs and checkpoints go; by default the config's ``work_dir``, else ``work_dirs/<config name>``.
+        resume: ``None`` to start anew, ``'auto'`` to go on from the latest checkpoint in ``work_dir`` if there is one,
+            or the checkpoint to go on from.
+        amp: Mixed precision: float16 with dynamic loss scaling on a GPU, bfloat16 on a CPU.
+        auto_scale_lr: Scale the learning rate by the actual over the config's ``auto_scale_lr.base_batch_size``.
+        cfg_options: Values that replace the config's, by dotted key.
+        launcher: ``'none'``, ``'pytorch'``, ``'slurm'`` or ``'mpi'``.
+    """
+
+    config: str
+    work_dir: str | None = None
+    resume: str | None = None
+    amp: bool = False
+    auto_scale_lr: bool = False
+    cfg_options: Mapping[str, Any] = field(default_factory=dict)
+    launcher: str = 'none'
+
+
+@dataclass(frozen=True)
+class TestOptions:
+    """What ``tools/test.py`` is told.
+
+    Attributes:
+        config: The config file.
+        checkpoint: The checkpoint to test, a path or a URL.
+        work_dir: As in :class:`TrainOptions`.
+        out: Where predictions are dumped: a ``.pkl`` file for mmdet and mmpretrain, a folder of label maps for mmseg.
+        show: Show every prediction in a window.
+        show_dir: Folder for pictures with the predictions drawn on them, by each library's own rule for its place.
+        wait_time: Seconds that each window stays.
+        tta: Test-time augmentation.
+        cfg_options: Values that replace the config's, by dotted key.
+        launcher: As in :class:`TrainOptions`.
+    """
+
+    __test__ = False  # pytest would take the class for a test by its name
+
+    config: str
+    checkpoint: str
+    work_dir: str | None = None
+    out: str | None = None
+    show: bool = False
+    show_dir: str | None = None
+    wait_time: float = 2.0
+    tta: bool = False
+    cfg_options: Mapping[str, Any] = field(default_factory=dict)
+    launcher: str = 'none'
+
+
+def train(options: TrainOptions) -> Runner:
+    """Train as the options say and return the runner that did.
+
+    Raises:
+        CommandError: If the config, its data, a checkpoint or the machine does not allow it; the message says how to
+            mend it. Nothing has been written then, unless a file turned out unreadable during the training.
+    """
+    cfg = load_config(options.config, options.cfg_options)
+    _set_work_dir(cfg, options.config, options.work_dir)
+    if options.amp:
+        _enable_amp(cfg)
+    if options.auto_scale_lr:
+        _enable_auto_scale_lr(cfg)
+    if options.resume is not None:
+        cfg.resume = True
+        cfg.load_from = None if options.resume == 'auto' else options.resume
+    if cfg.default_scope == 'mmpretrain':
+        _set_mmpretrain_dataloaders(cfg, ('train_dataloader', 'val_dataloader', 'test_dataloader'))
+    check_data(cfg, ('train', 'val'))
+    check_init_cfg(cfg.model)
+    check_checkpoint(_checkpoint_to_load(cfg), 'load_from')
+    _prepare_launch(cfg, options.launcher)
+    with naming_unreadable_files():
+        runner = _build_runner(cfg)
+        runner.train()
+    return runner
+
+
+def test(options: TestOptions) -> dict[str, float]:
+    """Test as the options say and return the metrics.
+
+    Raises:
+        CommandError: If the config, its data, the checkpoint or the machine does not allow it.
+    """
+    cfg = load_config(options.config, options.cfg_options)
+    _set_work_dir(cfg, options.config, options.work_dir)
+    cfg.load_from = options.checkpoint
+    cfg.resume = False
+    scope = cfg.default_scope
+    if options.show or options.show_dir:
+        _enable_drawing(cfg, options)
+    if options.tta:
+        _enable_tta(cfg)
+    if scope == 'mmpretrain':
+        _set_mmpretrain_dataloaders(cfg, ('test_dataloader',))
+    check_data(cfg, ('test',))
+    check_checkpoint(options.checkpoint, 'checkpoint')
+    _check_out(options.out, scope)
+    _prepare_launch(cfg, options.launcher)
+    if options.out is not None and scope == 'mmseg':
+        cfg.test_evaluator.output_dir = options.out
+        cfg.test_evaluator.keep_results = True
+    with naming_unreadable_files():
+        runner = _build_runner(cfg)
+        if options.out is not None and scope != 'mmseg':
+            runner.test_evaluator.metrics.append(_dump_metric(scope, options.out))
+        return runner.test()
+
+
+test.__test__ = False  # type: ignore[attr-defined]
+
+
+def load_config(path: str | Path, cfg_options: Mapping[str, Any] | None = None) -> Config:
+    """Read a config file, import the library that it belongs to, and apply the options.
+
+    Raises:
+        CommandError: If the file is missing or no config, if its ``default_scope`` is none of mmpretrain, mmdet and
+            mmseg, or if that library is not installed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CommandError(
+            f'config file {path} does not exist. The configs that come with this package are in configs/.'
+        )
+    try:
+        cfg = Config.fromfile(path)
+        if cfg_options:
+            cfg.merge_from_dict(dict(cfg_options))
+    except Exception as error:
+        raise CommandError(f'config file {path} cannot be read: {type(error).__name__}: {error}') from error
+    scope = cfg.get('default_scope')
+    if scope not in HOST_PACKAGES:
+        raise CommandError(
+            f'config file {path} has default_scope={scope!r}; expected one of {", ".join(map(repr, HOST_PACKAGES))}. '
+            "Inherit the library's default_runtime.py or set default_scope."
+        )
+    try:
+        importlib.import_module(scope)
+    except ImportError as error:
+        raise CommandError(
+            f'config file {path} needs {HOST_PACKAGES[scope]}, which cannot be imported ({error}). '
+            f'Install it: pip install {HOST_PACKAGES[scope]}'
+        ) from error
+    if 'model' not in cfg:
+        raise CommandError(f'config file {path} has no `model`.')
+    return cfg
+
+
+def _set_work_dir(cfg: Config, config: str, work_dir: str | None) -> None:
+    if work_dir is not None:
+        cfg.work_dir = work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = os.path.join('work_dirs', Path(config).stem)
+
+
+def _enable_amp(cfg: Config) -> None:
+    kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
+    if kind in ('AmpOptimWrapper', 'BFloat16OptimWrapper'):
+        logger.warning('--amp: the config has mixed precision already (optim_wrapper.type=%r).', kind)
+    elif kind != 'OptimWrapper':
+        raise CommandError(f"--amp replaces optim_wrapper.type='OptimWrapper' only; this config has {kind!r}.")
+    elif torch.cuda.is_available():
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    else:
+        cfg.optim_wrapper.type = 'BFloat16OptimWrapper'
+
+
+def _enable_auto_scale_lr(cfg: Config) -> None:
+    if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+        raise CommandError(
+            '--auto-scale-lr: the config does not say for which batch its learning rate was chosen. '
+            'Add auto_scale_lr=dict(base_batch_size=...) to it.'
+        )
+    cfg.auto_scale_lr.enable = True
+
+
+def _set_mmpretrain_dataloaders(cfg: Config, names: tuple[str, ...]) -> None:
+    """mmpretrain's command lines, not its configs, say how samples are collated."""
+    for name in names:
+        loader = cfg.get(name)
+        if loader is None:
+            continue
+        loader.setdefault('collate_fn', dict(type='default_collate'))
+        loader.setdefault('pin_memory', torch.cuda.is_available())
+        if name != 'test_dataloader':
+            loader.setdefault('persistent_workers', loader.get('num_workers', 0) > 0)
+
+
+def _checkpoint_to_load(cfg: Config) -> str | None:
+    if cfg.get('load_from') is not None or not cfg.get('resume'):
+        return cfg.get('load_from')
+    record = Path(cfg.work_dir, 'last_checkpoint')
+    return record.read_text().strip() if record.is_file() else None
+
+
+def _enable_drawing(cfg: Config, options: TestOptions) -> None:
+    hook = cfg.get('default_hooks', {}).get('visualization')
+    if hook is None:
+        raise CommandError(
+            "--show and --show-dir need the library's visualization hook in the config's default_hooks; "
+            f"inherit {cfg.default_scope}'s default_runtime.py."
+        )
+    if cfg.default_scope == 'mmpretrain':
+        hook.update(enable=True, show=options.show, wait_time=options.wait_time, out_dir=options.show_dir, interval=1)
+        return
+    hook.draw = True
+    if options.show:
+        hook.update(show=True, wait_time=options.wait_time)
+    if options.show_dir and cfg.default_scope == 'mmdet':
+        hook.test_out_dir = options.show_dir
+    elif options.show_dir:
+        cfg.visualizer.save_dir = options.show_dir
+
+
+def _enable_tta(cfg: Config) -> None:
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    if cfg.default_scope == 'mmseg':
+        missing = [key for key in ('tta_model', 'tta_pipeline') if key not in cfg]
+        if missing:
+            raise CommandError(
+                f"--tta: the config has no {' and no '.join(missing)}; mmseg's _base_/default_runtime.py gives the "
+                'first, its _base_/datasets/ files give the second.'
+            )
+    elif cfg.default_scope == 'mmdet':
+        cfg.setdefault('tta_model', _mmdet_tta_model())
+        cfg.setdefault('tta_pipeline', _flip_pipeline(dataset.pipeline, _MMDET_TTA_PACK))
+        _predict_boxes_alone(cfg)
+    else:
+        cfg.setdefault('tta_model', dict(type='mmpretrain.AverageClsScoreTTA'))
+        cfg.setdefault('tta_pipeline', _flip_pipeline(dataset.pipeline, dataset.pipeline[-1]))
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    dataset.pipeline = cfg.tta_pipeline
+
+
+_MMDET_TTA_PACK = dict(
+    type='PackDetInputs',
+    meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction'),
+)
+
+
+def _mmdet_tta_model() -> dict[str, Any]:
+    return dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
+
+
+def _flip_pipeline(pipeline: list[Any], pack: Mapping[str, Any]) -> list[Any]:
+    flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
+    return [*deepcopy(pipeline[:-1]), dict(type='TestTimeAug', transforms=[flips, [deepcopy(pack)]])]
+
+
+def _predict_boxes_alone(cfg: Config) -> None:
+    """mmdet merges augmented boxes but refuses masks, so a model with a mask head is tested for its boxes."""
+    roi_head = cfg.model.get('roi_head')
+    if roi_head is None or roi_head.get('mask_head') is None:
+        return
+    logger.warning('--tta: mmdet merges boxes only; masks are neither predicted nor evaluated.')
+    roi_head.mask_head = None
+    roi_head.mask_roi_extractor = None
+    evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
+    for evaluator in evaluators:
+        if isinstance(evaluator.get('metric'), list):
+            evaluator.metric = [name for name in evaluator.metric if name != 'segm']
+
+
+def _check_out(out: str | None, scope: str) -> None:
+    if out is None:
+        return
+    if scope == 'mmseg':
+        if os.path.isfile(out):
+            raise CommandError(f'--out {out} is a file; mmseg writes a folder of label maps.')
+    elif not out.endswith(('.pkl', '.pickle')):
+        raise CommandError(f'--out {out}: {scope} writes a pickle, so the name must end in .pkl or .pickle.')
+
+
+def _dump_metric(scope: str, out: str) -> Any:
+    if scope == 'mmdet':
+        return importlib.import_module('mmdet.evaluation').DumpDetResults(out_file_path=out)
+    return importlib.import_module('mmengine.evaluator').DumpResults(out_file_path=out)
+
+
+def _prepare_launch(cfg: Config, launcher: str) -> None:
+    cfg.launcher = launcher
+    if launcher == 'none' or torch.cuda.is_available():
+        return
+    if launcher != 'pytorch':
+        raise CommandError(f'--launcher {launcher} needs a GPU for every process and none is visible here.')
+    # mmengine's own start selects a GPU first; on CPUs the processes join through gloo before it looks.
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group('gloo')
+    wrapper = cfg.setdefault('model_wrapper_cfg', ConfigDict(type='MMDistributedDataParallel'))
+    wrapper.setdefault('broadcast_buffers', False)
+    wrapper.setdefault('find_unused_parameters', cfg.get('find_unused_parameters', False))
+    wrapper['device_ids'] = None
+
+
+def _build_runner(cfg: Config) -> Runner:
+    if cfg.default_scope == 'mmdet':
+        importlib.import_module('mmdet.utils').setup_cache_size_limit_of_dynamo()
+    if 'runner_type' in cfg:
+        return RUNNERS.build(cfg)
+    return Runner.from_cfg(cfg)
