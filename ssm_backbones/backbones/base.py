@@ -60,7 +60,8 @@ class SSMBackbone(BaseModule):
     """
 
     patch_embed: nn.Module
-    stages: nn.ModuleList
+    # An nn.ModuleList, whose items would otherwise count as plain modules instead of stages.
+    stages: Any
 
     def __init__(self, *, num_features: Sequence[int], in_channels: int = 3, out_indices: int | Sequence[int] = -1,
                  frozen_stages: int = -1, with_cp: bool = False, norm_eval: bool = False,
@@ -189,7 +190,7 @@ def resolve_arch(family: str, arch: str | Mapping[str, Any], archs: Mapping[str,
         if name not in archs:
             known = [*aliases, *archs]
             close = difflib.get_close_matches(arch, known, n=1)
-            raise ValueError(f'{family} has no arch {arch!r}{f"; did you mean {close[0]!r}?" if close else ""}. '
+            raise ValueError(f'{family} has no arch {arch!r}{f" (did you mean {close[0]!r}?)" if close else ""}. '
                              f'Known: {", ".join(known)}; or pass a dict with the keys {", ".join(keys)}')
         return dict(archs[name])
     if not isinstance(arch, Mapping):

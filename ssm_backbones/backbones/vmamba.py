@@ -46,7 +46,7 @@ class VSSBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.residual(x, self.mixer(self.norm1(x)))
-        if self.mlp is not None:
+        if self.norm2 is not None and self.mlp is not None:
             x = self.residual(x, self.mlp(self.norm2(x)))
         return x
 

@@ -62,7 +62,6 @@ class SS2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map (B, H, W, C) into one of the same shape."""
-        batch, height, width, _ = x.shape
         z = None
         if self.gate:
             # Two products, because the halves of one would be strided and the convolution would have to copy its half.
@@ -73,11 +72,11 @@ class SS2D(nn.Module):
             x = self.in_proj(x)
         x = F.silu(self.conv(x))
 
-        steps, B, C = (self.x_proj(x).view(batch, height, width, ROUTES, -1)
+        steps, B, C = (self.x_proj(x).unflatten(-1, (ROUTES, self.dt_rank + 2 * self.d_state))
                        .split((self.dt_rank, self.d_state, self.d_state), dim=-1))
         # One batched product over the routes, left in the order in which it comes: (4, B*H*W, E).
         delta = torch.bmm(steps.flatten(0, 2).transpose(0, 1), self.dt_weight.transpose(1, 2))
-        delta = delta.view(ROUTES, batch, height, width, -1).permute(1, 2, 3, 0, 4)
+        delta = delta.view(ROUTES, *x.shape).permute(1, 2, 3, 0, 4)
         y = cuda_ops.cross_selective_scan(x, delta, self.decay_rates(), B, C, self.D, self.dt_bias,
                                           delta_softplus=True)
 

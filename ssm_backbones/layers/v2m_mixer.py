@@ -1,0 +1,192 @@
+"""V2M's token mixers: a 2-D state-space model, done as a scan along rows and then along columns, from four corners.
+
+With g the horizontal and v the vertical state, for the upper left corner and one channel (V2M, arXiv 2410.10382)::
+
+    g(i,j)[n] = exp(d1 * A1[n]) * g(i,j-1)[n] + d1 * B1(i,j)[n] * x(i,j)       s(i,j) = sum_n g(i,j)[n] + D1 * x(i,j)
+    v(i,j)[n] = exp(d2 * A2[n]) * v(i-1,j)[n] + d2 * s'(i,j)                   y(i,j) = sum_n C2(i,j)[n] * v(i,j)[n] + D2 * s'(i,j)
+
+where s' is s times the gate, and d the softplus of a step size. The other corners mirror the directions with the same
+weights. Their outputs are added in image order, halved, and gated again. Maps are channel-last throughout, and no corner
+flips, transposes or copies one.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import cuda_ops
+from ssm_backbones.layers.common import (
+    ChannelLastConv2d,
+    Pointwise,
+    decay_rates,
+    init_scan_parameters,
+    pointwise,
+)
+
+PASSES = 2
+ROW, COLUMN = range(PASSES)
+
+
+class V2MMixer(nn.Module):
+    """What the mixers of both layouts share: the projections into and out of the scans, and the two scans' parameters.
+
+    Args:
+        channels: width C of the input and output.
+        inner_channels: width E at which the scans run.
+        d_state: state size N for each channel.
+        dt_rank: rank R of the step sizes' projection.
+    """
+
+    def __init__(self, channels: int, inner_channels: int, d_state: int, dt_rank: int) -> None:
+        super().__init__()
+        self.d_state = d_state
+        self.dt_rank = dt_rank
+        self.in_proj = Pointwise(channels, 2 * inner_channels, bias=False)
+        self.dt_weight = nn.Parameter(torch.empty(PASSES, inner_channels, dt_rank))
+        self.dt_bias = nn.Parameter(torch.empty(PASSES, inner_channels))
+        self.A_log = nn.Parameter(torch.empty(PASSES, inner_channels, d_state))
+        self.D = nn.Parameter(torch.empty(PASSES, inner_channels))
+        self.out_proj = Pointwise(inner_channels, channels, bias=False)
+        init_scan_parameters(self.A_log, self.D, self.dt_weight, self.dt_bias)
+
+    def enter(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Project a map (B, H, W, C) to the scans' input and the gate SiLU(z), both (B, H, W, E)."""
+        # Two products, because the halves of one would be strided and everything behind would have to copy its half.
+        weight, gate_weight = self.in_proj.weight.chunk(2)
+        return pointwise(x, weight), F.silu(pointwise(x, gate_weight))
+
+    def scan_rows(self, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, from_right: bool) -> Tensor:
+        """s of the module's equations, along W and away from the left or right edge; A is that of both passes."""
+        return cuda_ops.line_scan(x, delta, A[ROW], B, None, self.D[ROW], self.dt_bias[ROW], axis='row',
+                                  reverse=from_right)
+
+    def scan_columns(self, x: Tensor, delta: Tensor, A: Tensor, C: Tensor, from_bottom: bool) -> Tensor:
+        """y of the module's equations, along H and away from the top or bottom edge; A is that of both passes."""
+        return cuda_ops.line_scan(x, delta, A[COLUMN], None, C, self.D[COLUMN], self.dt_bias[COLUMN], axis='column',
+                                  reverse=from_bottom)
+
+
+class PlainV2MMixer(V2MMixer):
+    """The mixer of the plain layout: each scan has a causal convolution before it, and projections of its own.
+
+    ``in_proj`` to (x, z); causal depthwise convolution along W, SiLU, scan along W, times SiLU(z); causal depthwise
+    convolution along H, SiLU, scan along H, times SiLU(z); ``out_proj``. A convolution is causal in its scan's own
+    direction. The corners at one side share their scan along W, so that two scans along W and four along H are run.
+
+    Args:
+        channels, inner_channels, d_state, dt_rank: see :class:`V2MMixer`.
+        taps: length of the causal convolutions.
+    """
+
+    def __init__(self, channels: int, inner_channels: int, d_state: int, dt_rank: int, taps: int = 4) -> None:
+        super().__init__(channels, inner_channels, d_state, dt_rank)
+        self.row_conv = CausalConv(inner_channels, taps, axis='row')
+        self.column_conv = CausalConv(inner_channels, taps, axis='column')
+        self.x_proj = nn.Parameter(torch.empty(PASSES, dt_rank + d_state, inner_channels))
+        nn.init.trunc_normal_(self.x_proj, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix a map (B, H, W, C) into one of the same shape."""
+        x, gate = self.enter(x)
+        A = decay_rates(self.A_log)
+        y = None
+        for from_right in (False, True):
+            s = self.first_pass(x, gate, A, from_right)
+            for from_bottom in (False, True):
+                corner = self.second_pass(s, A, from_bottom)
+                y = corner if y is None else y + corner
+        # The sum of the corners is halved by way of the weight, which is smaller than the map.
+        return pointwise(y * gate, 0.5 * self.out_proj.weight)
+
+    def corner(self, x: Tensor, gate: Tensor, from_right: bool, from_bottom: bool) -> Tensor:
+        """One corner's y, from what :meth:`enter` returns; all maps are (B, H, W, E)."""
+        A = decay_rates(self.A_log)
+        return self.second_pass(self.first_pass(x, gate, A, from_right), A, from_bottom)
+
+    def first_pass(self, x: Tensor, gate: Tensor, A: Tensor, from_right: bool) -> Tensor:
+        """The gated scan along W from one side, s'."""
+        x = F.silu(self.row_conv(x, from_right))
+        return gate * self.scan_rows(x, *self.project(ROW, x, A), from_right)
+
+    def second_pass(self, s: Tensor, A: Tensor, from_bottom: bool) -> Tensor:
+        """The scan of s' along H from the top or bottom, y."""
+        s = F.silu(self.column_conv(s, from_bottom))
+        return self.scan_columns(s, *self.project(COLUMN, s, A), from_bottom)
+
+    def project(self, which: int, x: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A pass's step sizes (B, H, W, E), A itself, and its B or C (B, H, W, N)."""
+        steps, projection = pointwise(x, self.x_proj[which]).split((self.dt_rank, self.d_state), dim=-1)
+        return pointwise(steps, self.dt_weight[which]), A, projection
+
+
+class HierarchicalV2MMixer(V2MMixer):
+    """The mixer of the hierarchical layout: VMamba's SS2D with the 2-D state-space model for its scan.
+
+    ``in_proj`` to (x, z) -> depthwise 3x3 convolution of x -> SiLU -> scans along W, times SiLU(z), scans along H
+    -> LayerNorm -> times SiLU(z) -> ``out_proj``. The input that the step sizes, B and C depend on is x at the pixel, for
+    both passes. They are then the same for all corners, the second scan is linear in the first one's result, and the
+    sum over the four corners is two scans along W, added, and two along H.
+
+    Args:
+        channels, inner_channels, d_state, dt_rank: see :class:`V2MMixer`.
+    """
+
+    def __init__(self, channels: int, inner_channels: int, d_state: int, dt_rank: int) -> None:
+        super().__init__(channels, inner_channels, d_state, dt_rank)
+        self.conv = ChannelLastConv2d(inner_channels, inner_channels, 3, padding=1, groups=inner_channels, bias=False)
+        self.x_proj = Pointwise(inner_channels, PASSES * (dt_rank + d_state), bias=False)
+        self.norm = nn.LayerNorm(inner_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix a map (B, H, W, C) into one of the same shape."""
+        x, gate = self.enter(x)
+        x = F.silu(self.conv(x))
+        A = decay_rates(self.A_log)
+        delta, B, C = self.project(x)
+        s = gate * (self.scan_rows(x, delta[ROW], A, B, False) + self.scan_rows(x, delta[ROW], A, B, True))
+        down = self.scan_columns(s, delta[COLUMN], A, C, False)
+        up = self.scan_columns(s, delta[COLUMN], A, C, True)
+        return self.out_proj(self.norm(torch.lerp(down, up, 0.5)) * gate)
+
+    def corner(self, x: Tensor, gate: Tensor, from_right: bool, from_bottom: bool) -> Tensor:
+        """One corner's y, from x behind the convolution and SiLU, and the gate; all maps are (B, H, W, E)."""
+        A = decay_rates(self.A_log)
+        delta, B, C = self.project(x)
+        s = gate * self.scan_rows(x, delta[ROW], A, B, from_right)
+        return self.scan_columns(s, delta[COLUMN], A, C, from_bottom)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The step sizes of both passes (2, B, H, W, E), B of the first and C of the second (B, H, W, N)."""
+        steps, projections = (self.x_proj(x).split((PASSES * self.dt_rank, PASSES * self.d_state), dim=-1))
+        steps = steps.unflatten(-1, (PASSES, self.dt_rank)).flatten(0, 2).transpose(0, 1)
+        delta = torch.bmm(steps, self.dt_weight.transpose(1, 2)).view(PASSES, *x.shape)
+        B, C = projections.chunk(PASSES, dim=-1)
+        return delta, B, C
+
+
+class CausalConv(nn.Module):
+    """A depthwise convolution along rows or columns that sees a pixel and the ones before it, (B, H, W, C) -> the same.
+
+    Args:
+        channels: C.
+        taps: how many pixels it sees; beyond the edge they are zeros. The last tap is the pixel itself.
+        axis: 'row' (along W) or 'column' (along H).
+    """
+
+    def __init__(self, channels: int, taps: int, axis: str) -> None:
+        super().__init__()
+        self.dim = {'column': 2, 'row': 3}[axis]
+        kernel = (1, taps) if axis == 'row' else (taps, 1)
+        conv = nn.Conv2d(channels, channels, kernel, groups=channels)
+        self.weight, self.bias = conv.weight, conv.bias
+
+    def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
+        """``reverse`` takes the pixels behind it, along the axis, for the ones before it."""
+        weight = self.weight.flip(self.dim) if reverse else self.weight
+        padding = [size - 1 for size in weight.shape[2:]]
+        x = x.permute(0, 3, 1, 2)
+        length = x.shape[self.dim]
+        # Zeros at both ends, which the convolution adds without a copy; the results that look ahead are left out.
+        y = F.conv2d(x, weight, self.bias, padding=padding, groups=weight.shape[0])
+        start = y.shape[self.dim] - length if reverse else 0
+        return y.narrow(self.dim, start, length).permute(0, 2, 3, 1)
