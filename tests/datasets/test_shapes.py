@@ -208,7 +208,9 @@ def tool() -> ModuleType:
         (['--formats', 'coco', 'voc'], "error: unknown format 'voc'; known are coco, ade20k, imagenet"),
     ],
 )
-def test_bad_options_are_clear_errors(tool: ModuleType, tmp_path: Path, capsys, arguments: list[str], message: str) -> None:
+def test_bad_options_are_clear_errors(
+    tool: ModuleType, tmp_path: Path, capsys, arguments: list[str], message: str
+) -> None:
     assert tool.main([str(tmp_path / 'new'), *arguments]) == 2
     assert capsys.readouterr().err == message + '\n'
     assert not (tmp_path / 'new').exists()
