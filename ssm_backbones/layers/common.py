@@ -1,5 +1,6 @@
 """Layers that the families share. Maps are channel-last, (B, H, W, C), throughout."""
 
+import math
 from typing import Any
 
 import torch
@@ -155,3 +156,33 @@ def init_linear_layers(module: nn.Module) -> None:
             nn.init.trunc_normal_(layer.weight, std=0.02)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+@torch.no_grad()
+def init_scan_parameters(A_log: Tensor, D: Tensor, dt_weight: Tensor, dt_bias: Tensor, dt_min: float = 1e-3,
+                         dt_max: float = 1e-1, dt_floor: float = 1e-4) -> None:
+    """Initialise a recurrence's parameters as Mamba does (arXiv 2312.00752, section 3.6).
+
+    ``A = -(1..N)``, ``D = 1``, and step sizes whose softplus is log-uniform in [dt_min, dt_max].
+
+    Args:
+        A_log: (..., E, N), the logarithm of -A.
+        D: (..., E).
+        dt_weight: (..., E, R) from the rank of the step sizes' projection.
+        dt_bias: (..., E).
+        dt_min: smallest step size drawn.
+        dt_max: largest step size drawn.
+        dt_floor: smallest step size left.
+    """
+    A_log.copy_(torch.arange(1, A_log.shape[-1] + 1, dtype=A_log.dtype, device=A_log.device).log().expand_as(A_log))
+    D.fill_(1.0)
+    bound = dt_weight.shape[-1] ** -0.5
+    dt_weight.uniform_(-bound, bound)
+    step = torch.empty_like(dt_bias).uniform_(math.log(dt_min), math.log(dt_max)).exp_().clamp_(min=dt_floor)
+    # The inverse of softplus, in a form that does not cancel for small steps.
+    dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
+
+
+def decay_rates(A_log: Tensor) -> Tensor:
+    """A = -exp(A_log), in at least float32 whatever the parameters' type."""
+    return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))

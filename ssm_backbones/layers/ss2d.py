@@ -1,13 +1,11 @@
 """SS2D, VMamba's token mixer: a selective scan along four routes over the grid, summed."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cuda_ops
-from ssm_backbones.layers.common import ChannelLastConv2d, Pointwise, pointwise
+from ssm_backbones.layers.common import ChannelLastConv2d, Pointwise, decay_rates, init_scan_parameters, pointwise
 
 ROUTES = 4
 
@@ -44,21 +42,7 @@ class SS2D(nn.Module):
         self.D = nn.Parameter(torch.empty(ROUTES, inner_channels))
         self.norm = nn.LayerNorm(inner_channels)
         self.out_proj = Pointwise(inner_channels, channels, bias=False)
-        self.reset_scan_parameters()
-
-    @torch.no_grad()
-    def reset_scan_parameters(self, dt_min: float = 1e-3, dt_max: float = 1e-1, dt_floor: float = 1e-4) -> None:
-        """Initialise the recurrence as Mamba does (arXiv 2312.00752, section 3.6).
-
-        ``A = -(1..N)``, ``D = 1``, and step sizes whose softplus is log-uniform in [dt_min, dt_max].
-        """
-        states = torch.arange(1, self.d_state + 1, dtype=self.A_log.dtype, device=self.A_log.device)
-        self.A_log.copy_(states.log().expand_as(self.A_log))
-        self.D.fill_(1.0)
-        self.dt_weight.uniform_(-self.dt_rank ** -0.5, self.dt_rank ** -0.5)
-        step = torch.empty_like(self.dt_bias).uniform_(math.log(dt_min), math.log(dt_max)).exp_().clamp_(min=dt_floor)
-        # The inverse of softplus, in a form that does not cancel for small steps.
-        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
+        init_scan_parameters(self.A_log, self.D, self.dt_weight, self.dt_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map (B, H, W, C) into one of the same shape."""
@@ -86,5 +70,5 @@ class SS2D(nn.Module):
         return self.out_proj(y)
 
     def decay_rates(self) -> Tensor:
-        """A = -exp(A_log), (4, E, N), in at least float32 whatever the parameters' type."""
-        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        """A, (4, E, N); see :func:`~ssm_backbones.layers.common.decay_rates`."""
+        return decay_rates(self.A_log)
