@@ -28,7 +28,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MINIMUM_PYTHON = (3, 10)
 HEARTBEAT_SECONDS = 30
 # Compiling mmcv takes this many minutes of one core, and this much memory for each job.
-MMCV_CORE_MINUTES = 18
+MMCV_CORE_MINUTES = 20
 GIGABYTES_PER_JOB = 1.5
 STACKS = {'openmmlab': ['mmengine', 'mmcv'], 'onedl': ['onedl-mmengine', 'onedl-mmcv']}
 
