@@ -1,7 +1,7 @@
 """VMamba: visual state-space model, Liu et al. 2024, arXiv 2401.10166."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from mmengine.registry import MODELS
@@ -22,26 +22,21 @@ MLP_RATIO = 4
 
 
 class VSSBlock(nn.Module):
-    """``x + SS2D(LN(x))``, then ``x + MLP(LN(x))``, on maps (B, H, W, C).
-
-    Version v0, the first release, has no MLP; its SS2D is gated and its depthwise convolution has a bias.
+    """``x + mixer(LN(x))``, then ``x + MLP(LN(x))``, on maps (B, H, W, C).
 
     Args:
         channels: width C.
-        d_state: state size N of the scan.
-        ssm_ratio: inner width of the scan over C.
-        version: 'v2' or 'v0'.
+        mixer: module from (B, H, W, C) to the same.
+        mlp: whether there is the MLP, which VMamba's first release lacks.
         drop_path: probability of dropping each branch of a sample while training.
     """
 
-    def __init__(self, channels: int, d_state: int, ssm_ratio: float, version: str, drop_path: float = 0.0) -> None:
+    def __init__(self, channels: int, mixer: nn.Module, mlp: bool = True, drop_path: float = 0.0) -> None:
         super().__init__()
-        first_release = version == 'v0'
         self.norm1 = nn.LayerNorm(channels)
-        self.mixer = SS2D(channels, inner_channels=int(ssm_ratio * channels), d_state=d_state,
-                          dt_rank=math.ceil(channels / 16), gate=first_release, conv_bias=first_release)
-        self.norm2 = None if first_release else nn.LayerNorm(channels)
-        self.mlp = None if first_release else MLP(channels, MLP_RATIO * channels)
+        self.mixer = mixer
+        self.norm2 = nn.LayerNorm(channels) if mlp else None
+        self.mlp = MLP(channels, MLP_RATIO * channels) if mlp else None
         self.residual = Residual(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,6 +44,50 @@ class VSSBlock(nn.Module):
         if self.norm2 is not None and self.mlp is not None:
             x = self.residual(x, self.mlp(self.norm2(x)))
         return x
+
+
+class VSSBackbone(SSMBackbone):
+    """VMamba's macro design around any mixer: stem, stages of :class:`VSSBlock`, and downsampling between them.
+
+    Args:
+        embed_dims: channels of the first stage; they double with each.
+        depths: blocks of each stage.
+        mixer: makes a mixer for a number of channels.
+        drop_path_rate: probability of dropping a branch in the last block; it rises linearly from 0 in the first one.
+        first_release: cut and merge patches instead of halving by padded convolutions, and leave out the MLPs.
+        options: of :class:`~ssm_backbones.backbones.base.SSMBackbone`.
+    """
+
+    def __init__(self, *, embed_dims: int, depths: Sequence[int], mixer: Callable[[int], nn.Module],
+                 drop_path_rate: float, first_release: bool = False, **options: Any) -> None:
+        widths = [embed_dims * 2**i for i in range(len(depths))]
+        super().__init__(num_features=widths, **options)
+        rates = drop_path_schedule(drop_path_rate, depths)
+        if first_release:
+            self.patch_embed = PatchEmbed(self.in_channels, embed_dims, patch_size=4)
+        elif embed_dims % 2:
+            raise ValueError(f'the stem halves embed_dims, which must be even, got {embed_dims}')
+        else:
+            self.patch_embed = ConvStem(self.in_channels, embed_dims)
+        self.stages = nn.ModuleList()
+        for i in range(self.num_built_stages):
+            blocks = [VSSBlock(widths[i], mixer(widths[i]), mlp=not first_release, drop_path=rate)
+                      for rate in rates[i]]
+            downsample: nn.Module | None = None
+            if i + 1 < self.num_built_stages:
+                downsample = (PatchMerging(widths[i], widths[i + 1]) if first_release else
+                              ConvNorm(widths[i], widths[i + 1], kernel_size=3, stride=2, padding=1))
+            self.stages.append(Stage(blocks, downsample, self.with_cp))
+        init_linear_layers(self)
+        self.finish()
+
+
+def check_ssm_ratio(ssm_ratio: float, embed_dims: int) -> float:
+    """The inner width of the scans over the channels, which has to give a whole number of channels."""
+    if not ssm_ratio > 0 or ssm_ratio * embed_dims % 1:
+        raise ValueError('ssm_ratio must be positive and give a whole number of channels, '
+                         f'got {ssm_ratio!r} of {embed_dims}')
+    return ssm_ratio
 
 
 def _arch(embed_dims: int, depths: list[int], ssm_ratio: float) -> dict[str, Any]:
@@ -60,7 +99,7 @@ def _first_release(embed_dims: int, depths: list[int]) -> dict[str, Any]:
 
 
 @MODELS.register_module()
-class VMamba(SSMBackbone):
+class VMamba(VSSBackbone):
     """VMamba's hierarchical backbone.
 
     Args:
@@ -105,32 +144,13 @@ class VMamba(SSMBackbone):
         embed_dims = check_integer('embed_dims', settings['embed_dims'], minimum=2)
         d_state = check_integer('d_state', settings['d_state'], minimum=1)
         depths = check_depths('depths', settings['depths'])
-        ssm_ratio = settings['ssm_ratio']
-        if version == 'v2' and embed_dims % 2:
-            raise ValueError(f"VMamba v2's stem halves embed_dims, which must be even, got {embed_dims}")
-        if not ssm_ratio > 0 or ssm_ratio * embed_dims % 1:
-            raise ValueError('ssm_ratio must be positive and give a whole number of channels, '
-                             f'got {ssm_ratio!r} of {embed_dims}')
+        ssm_ratio = check_ssm_ratio(settings['ssm_ratio'], embed_dims)
+        first_release = version == 'v0'
 
-        widths = [embed_dims * 2**i for i in range(len(depths))]
-        super().__init__(num_features=widths, in_channels=in_channels, out_indices=out_indices,
+        def mixer(channels: int) -> nn.Module:
+            return SS2D(channels, inner_channels=int(ssm_ratio * channels), d_state=d_state,
+                        dt_rank=math.ceil(channels / 16), gate=first_release, conv_bias=first_release)
+
+        super().__init__(embed_dims=embed_dims, depths=depths, mixer=mixer, drop_path_rate=drop_path_rate,
+                         first_release=first_release, in_channels=in_channels, out_indices=out_indices,
                          frozen_stages=frozen_stages, with_cp=with_cp, norm_eval=norm_eval, init_cfg=init_cfg)
-        rates = drop_path_schedule(drop_path_rate, depths)
-        if version == 'v2':
-            self.patch_embed = ConvStem(in_channels, embed_dims)
-        else:
-            self.patch_embed = PatchEmbed(in_channels, embed_dims, patch_size=4)
-        self.stages = nn.ModuleList()
-        for i in range(self.num_built_stages):
-            blocks = [VSSBlock(widths[i], d_state, ssm_ratio, version, rate) for rate in rates[i]]
-            last = i + 1 == self.num_built_stages
-            downsample = None if last else self._downsample(widths[i], widths[i + 1], version)
-            self.stages.append(Stage(blocks, downsample, with_cp))
-        init_linear_layers(self)
-        self.finish()
-
-    @staticmethod
-    def _downsample(in_channels: int, out_channels: int, version: str) -> nn.Module:
-        if version == 'v2':
-            return ConvNorm(in_channels, out_channels, kernel_size=3, stride=2, padding=1)
-        return PatchMerging(in_channels, out_channels)
