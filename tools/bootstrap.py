@@ -342,7 +342,7 @@ class Setup:
             Step('torch', 'torch and torchvision: half a minute to several, by the network', self._install_torch,
                  [pins[0], self._content('requirements/base.txt')], 1.2),
             Step('mmcv', mmcv_title.format(mmcv, max(1, round(MMCV_CORE_MINUTES / cores)), cores),
-                 self._install_mmcv, [*pins, str(find_nvcc(self.environ))], 0.5, compiles=True),
+                 self._install_mmcv, [*pins, str(nvcc_version(find_nvcc(self.environ)))], 0.5, compiles=True),
             Step('libraries', 'detection, segmentation and classification libraries, and test tools: half a minute',
                  self._install_libraries, [*pins, self._content('requirements/dev.txt')], 0.6),
             Step('ops', 'the ops, compiled: about a minute', self._build_ops,

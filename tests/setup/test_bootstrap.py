@@ -411,6 +411,13 @@ def test_mmcv_serves_the_gpu_where_it_can(bootstrap, complete, run, monkeypatch,
     assert 'There is a GPU' not in out if says is None else says in out and 'install the CUDA toolkit 13.0' in out
 
 
+def test_mmcv_is_looked_at_again_when_a_toolkit_came(complete, monkeypatch, bootstrap):
+    monkeypatch.setattr(bootstrap, 'nvcc_version', lambda path: None)
+    complete()
+    monkeypatch.setattr(bootstrap, 'nvcc_version', lambda path: '13.0')
+    assert complete()[0] == 'mmcv'
+
+
 def test_environments_tools_come_first(complete, run, checkout):
     complete(environ=dict(os.environ, PYTHONPATH='/elsewhere'))
     for _, environ in run.commands:
