@@ -237,6 +237,8 @@ def _enable_drawing(cfg: Config, options: TestOptions) -> None:
             f"inherit {cfg.default_scope}'s default_runtime.py."
         )
     if cfg.default_scope == 'mmpretrain':
+        if options.tta:
+            raise CommandError('mmpretrain cannot draw augmented pictures; give --show or --show-dir without --tta.')
         hook.update(enable=True, show=options.show, wait_time=options.wait_time, out_dir=options.show_dir, interval=1)
         return
     hook.draw = True
