@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_CAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (*_CAST_DTYPES, torch.float64)
 
 
 def tensors(**values: object) -> None:
@@ -13,6 +14,13 @@ def tensors(**values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, Tensor):
             raise TypeError(f'{name} must be a tensor, got {type(value).__name__}')
+
+
+def tensors_or_none(**values: object) -> None:
+    """Raise TypeError unless each value is a tensor or None."""
+    for name, value in values.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f'{name} must be a tensor or None, got {type(value).__name__}')
 
 
 def ndim(name: str, value: Tensor, dims: int, meaning: str) -> None:
@@ -73,8 +81,7 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(value.to(dtype) if value is not None and value.is_floating_point() and value.dtype != torch.float64
-                 else value for value in tensors)
+    return tuple(value.to(dtype) if value is not None and value.dtype in _CAST_DTYPES else value for value in tensors)
 
 
 def decay_rates(A: Tensor) -> None:

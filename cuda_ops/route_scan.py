@@ -184,6 +184,7 @@ def cross_selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tens
         TypeError: dtypes are mixed or not supported.
     """
     _checks.tensors(x=x, delta=delta, A=A, B=B, C=C)
+    _checks.tensors_or_none(D=D, delta_bias=delta_bias)
     _checks.ndim('x', x, 4, '(batch, height, width, channels)')
     batch, height, width, channels = x.shape
     _checks.ndim('A', A, 3, '(4, channels, states)')
@@ -231,6 +232,7 @@ def line_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Tensor |
     if axis not in _AXES:
         raise ValueError(f"axis must be 'row' (along W) or 'column' (along H), got {axis!r}")
     _checks.tensors(x=x, delta=delta, A=A)
+    _checks.tensors_or_none(B=B, C=C, D=D, delta_bias=delta_bias)
     _checks.ndim('x', x, 4, '(batch, height, width, channels)')
     batch, height, width, channels = x.shape
     _checks.ndim('A', A, 2, '(channels, states)')
@@ -282,6 +284,7 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
         TypeError: dtypes are mixed or not supported.
     """
     _checks.tensors(u=u, delta=delta, A=A, B=B, C=C)
+    _checks.tensors_or_none(D=D, z=z, delta_bias=delta_bias)
     _checks.ndim('u', u, 3, '(batch, channels, length)')
     batch, channels, length = u.shape
     _checks.ndim('A', A, 2, '(channels, states)')
