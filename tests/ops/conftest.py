@@ -1,0 +1,34 @@
+"""What the tests of the ops share as fixtures, and which kernels they test."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from cuda_ops import _library
+
+
+def pytest_report_header() -> str:
+    """The kernels under test, which the tests of other instruction sets read as well."""
+    if not _library.STATUS.compiled:
+        return f'cuda_ops: not compiled: {_library.STATUS.reason}'
+    return f'cuda_ops: {torch.ops.cuda_ops.cpu_capability()} kernels'
+
+
+@pytest.fixture
+def nan_in_fresh_memory() -> Iterator[None]:
+    """Every tensor allocated without values is NaN, so that what a kernel does not write shows."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty_like(torch.zeros(8)).isnan().all(), 'fresh memory is not poisoned'
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """The number of threads is put back after the test."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

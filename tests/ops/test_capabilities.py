@@ -1,0 +1,47 @@
+"""Every instruction set the kernels are compiled for, each in a process of its own, since the choice is made once."""
+
+import os
+import platform
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.ops.helpers import ROOT
+
+# The names of torch's own detection, from the least to the most able.
+TORCH_NAMES = {'baseline': 'DEFAULT', 'avx2': 'AVX2', 'avx512': 'AVX512'}
+FILES = ('test_route_scans.py', 'test_values.py')
+
+
+def able(capability: str) -> bool:
+    """Whether the processor has an instruction set, by torch's reckoning, which is not the library's."""
+    order = list(TORCH_NAMES.values())
+    found = torch.backends.cpu.get_cpu_capability()
+    return found in order and order.index(found) >= order.index(TORCH_NAMES[capability])
+
+
+@pytest.mark.parametrize('capability', ('baseline', 'avx2'))
+def test_capability_passes_the_tests(capability: str) -> None:
+    if capability != 'baseline' and platform.machine() not in ('x86_64', 'AMD64'):
+        pytest.skip(f'{capability} is an instruction set of x86-64, this is {platform.machine()}')
+    if capability != 'baseline' and not able(capability):
+        pytest.skip(f'this processor lacks {capability}')
+    # Scratch memory that is read before it is written holds huge values under MALLOC_PERTURB_.
+    environ = os.environ | {'SSM_OPS_CPU_CAPABILITY': capability, 'MALLOC_PERTURB_': '128'}
+    files = [str(ROOT / 'tests' / 'ops' / name) for name in FILES]
+    result = subprocess.run([sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider', '--tb=short', *files], cwd=ROOT,
+                            env=environ, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    assert f'cuda_ops: {capability} kernels' in result.stdout
+    passed = re.search(r'(\d+) passed', result.stdout)
+    assert passed and int(passed.group(1)) > 100 and 'skipped' not in result.stdout, result.stdout[-500:]
+
+
+def test_the_most_able_kernels_are_chosen() -> None:
+    if 'SSM_OPS_CPU_CAPABILITY' in os.environ or 'ATEN_CPU_CAPABILITY' in os.environ:
+        pytest.skip('the choice is capped from outside')
+    best = [name for name in TORCH_NAMES if able(name)][-1] if platform.machine() in ('x86_64', 'AMD64') else 'baseline'
+    assert torch.ops.cuda_ops.cpu_capability() == best
