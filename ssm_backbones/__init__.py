@@ -8,6 +8,7 @@ from ssm_backbones.compat import apply_mends
 # Before anything else: the mends let the host libraries import and resume.
 apply_mends()
 
-from ssm_backbones.backbones import V2M, VMamba  # noqa: E402
+from ssm_backbones.amp import BFloat16OptimWrapper  # noqa: E402
+from ssm_backbones.backbones import VMamba  # noqa: E402
 
-__all__ = ['V2M', 'VMamba']
+__all__ = ['BFloat16OptimWrapper', 'VMamba']
