@@ -1,5 +1,6 @@
 """The backbones. Importing this package registers them in mmengine's root ``MODELS``."""
 
+from ssm_backbones.backbones.v2m import V2M
 from ssm_backbones.backbones.vmamba import VMamba
 
-__all__ = ['VMamba']
+__all__ = ['V2M', 'VMamba']

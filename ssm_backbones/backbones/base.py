@@ -80,6 +80,11 @@ class SSMBackbone(BaseModule):
         return max(self.out_indices) + 1
 
     @property
+    def out_channels(self) -> tuple[int, ...]:
+        """Channels of each returned map."""
+        return tuple(self.num_features[i] for i in self.out_indices)
+
+    @property
     def depths(self) -> tuple[int, ...]:
         """Blocks of each built stage."""
         return tuple(len(stage.blocks) for stage in self.stages)
@@ -105,9 +110,13 @@ class SSMBackbone(BaseModule):
         for i, stage in enumerate(self.stages):
             x = stage(x)
             if i in self.out_indices:
-                maps[i] = getattr(self, f'norm{i}')(x).permute(0, 3, 1, 2)
+                maps[i] = self.output(i, x)
             x = stage.downsample(x)
         return tuple(maps[i] for i in self.out_indices)
+
+    def output(self, stage: int, x: Tensor) -> Tensor:
+        """What the backbone returns of a stage, from the map (B, H, W, C) behind its blocks."""
+        return getattr(self, f'norm{stage}')(x).permute(0, 3, 1, 2)
 
     def check_images(self, x: Tensor) -> None:
         """Raise a ValueError or TypeError that says what is wrong with a batch of images."""

@@ -74,16 +74,17 @@ class ConvStem(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches: an image (B, C_in, H, W) -> (B, ceil(H/patch), ceil(W/patch), embed_dims), normalised.
+    """Non-overlapping patches: an image (B, C_in, H, W) -> (B, ceil(H/patch), ceil(W/patch), embed_dims).
 
-    An image whose sides the patch does not divide gets zeros at the bottom and right, as mmpretrain's own patch
-    embedding does by default.
+    They pass a LayerNorm unless ``norm`` is False. An image whose sides the patch does not divide gets zeros at the
+    bottom and right, as mmpretrain's own patch embedding does by default.
     """
 
-    def __init__(self, in_channels: int, embed_dims: int, patch_size: int) -> None:
+    def __init__(self, in_channels: int, embed_dims: int, patch_size: int, norm: bool = True) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.projection = ConvNorm(in_channels, embed_dims, kernel_size=patch_size, stride=patch_size)
+        projection = ConvNorm if norm else ChannelLastConv2d
+        self.projection = projection(in_channels, embed_dims, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
         x = pad_to_multiple(x.permute(0, 2, 3, 1), self.patch_size)

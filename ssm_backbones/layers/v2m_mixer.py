@@ -2,11 +2,13 @@
 
 With g the horizontal and v the vertical state, for the upper left corner and one channel (V2M, arXiv 2410.10382)::
 
-    g(i,j)[n] = exp(d1 * A1[n]) * g(i,j-1)[n] + d1 * B1(i,j)[n] * x(i,j)       s(i,j) = sum_n g(i,j)[n] + D1 * x(i,j)
-    v(i,j)[n] = exp(d2 * A2[n]) * v(i-1,j)[n] + d2 * s'(i,j)                   y(i,j) = sum_n C2(i,j)[n] * v(i,j)[n] + D2 * s'(i,j)
+    g(i,j)[n] = exp(d1 * A1[n]) * g(i,j-1)[n] + d1 * B1(i,j)[n] * x(i,j)
+    s(i,j) = sum_n g(i,j)[n] + D1 * x(i,j)
+    v(i,j)[n] = exp(d2 * A2[n]) * v(i-1,j)[n] + d2 * s'(i,j)
+    y(i,j) = sum_n C2(i,j)[n] * v(i,j)[n] + D2 * s'(i,j)
 
 where s' is s times the gate, and d the softplus of a step size. The other corners mirror the directions with the same
-weights. Their outputs are added in image order, halved, and gated again. Maps are channel-last throughout, and no corner
+weights. Their outputs are added in image order, halved, and gated again. Maps are channel-last throughout; no corner
 flips, transposes or copies one.
 """
 
@@ -15,13 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cuda_ops
-from ssm_backbones.layers.common import (
-    ChannelLastConv2d,
-    Pointwise,
-    decay_rates,
-    init_scan_parameters,
-    pointwise,
-)
+from ssm_backbones.layers.common import ChannelLastConv2d, Pointwise, decay_rates, init_scan_parameters, pointwise
 
 PASSES = 2
 ROW, COLUMN = range(PASSES)
@@ -82,19 +78,16 @@ class PlainV2MMixer(V2MMixer):
         super().__init__(channels, inner_channels, d_state, dt_rank)
         self.row_conv = CausalConv(inner_channels, taps, axis='row')
         self.column_conv = CausalConv(inner_channels, taps, axis='column')
-        self.x_proj = nn.Parameter(torch.empty(PASSES, dt_rank + d_state, inner_channels))
-        nn.init.trunc_normal_(self.x_proj, std=0.02)
+        self.x_proj = nn.ModuleList(Pointwise(inner_channels, dt_rank + d_state, bias=False) for _ in range(PASSES))
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map (B, H, W, C) into one of the same shape."""
         x, gate = self.enter(x)
         A = decay_rates(self.A_log)
-        y = None
-        for from_right in (False, True):
-            s = self.first_pass(x, gate, A, from_right)
-            for from_bottom in (False, True):
-                corner = self.second_pass(s, A, from_bottom)
-                y = corner if y is None else y + corner
+        left = self.first_pass(x, gate, A, from_right=False)
+        y = self.second_pass(left, A, from_bottom=False) + self.second_pass(left, A, from_bottom=True)
+        right = self.first_pass(x, gate, A, from_right=True)
+        y = y + self.second_pass(right, A, from_bottom=False) + self.second_pass(right, A, from_bottom=True)
         # The sum of the corners is halved by way of the weight, which is smaller than the map.
         return pointwise(y * gate, 0.5 * self.out_proj.weight)
 
@@ -106,26 +99,28 @@ class PlainV2MMixer(V2MMixer):
     def first_pass(self, x: Tensor, gate: Tensor, A: Tensor, from_right: bool) -> Tensor:
         """The gated scan along W from one side, s'."""
         x = F.silu(self.row_conv(x, from_right))
-        return gate * self.scan_rows(x, *self.project(ROW, x, A), from_right)
+        delta, B = self.project(ROW, x)
+        return gate * self.scan_rows(x, delta, A, B, from_right)
 
     def second_pass(self, s: Tensor, A: Tensor, from_bottom: bool) -> Tensor:
         """The scan of s' along H from the top or bottom, y."""
         s = F.silu(self.column_conv(s, from_bottom))
-        return self.scan_columns(s, *self.project(COLUMN, s, A), from_bottom)
+        delta, C = self.project(COLUMN, s)
+        return self.scan_columns(s, delta, A, C, from_bottom)
 
-    def project(self, which: int, x: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A pass's step sizes (B, H, W, E), A itself, and its B or C (B, H, W, N)."""
-        steps, projection = pointwise(x, self.x_proj[which]).split((self.dt_rank, self.d_state), dim=-1)
-        return pointwise(steps, self.dt_weight[which]), A, projection
+    def project(self, which: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A pass's step sizes (B, H, W, E), and its B or C (B, H, W, N)."""
+        steps, projection = self.x_proj[which](x).split((self.dt_rank, self.d_state), dim=-1)
+        return pointwise(steps, self.dt_weight[which]), projection
 
 
 class HierarchicalV2MMixer(V2MMixer):
     """The mixer of the hierarchical layout: VMamba's SS2D with the 2-D state-space model for its scan.
 
     ``in_proj`` to (x, z) -> depthwise 3x3 convolution of x -> SiLU -> scans along W, times SiLU(z), scans along H
-    -> LayerNorm -> times SiLU(z) -> ``out_proj``. The input that the step sizes, B and C depend on is x at the pixel, for
-    both passes. They are then the same for all corners, the second scan is linear in the first one's result, and the
-    sum over the four corners is two scans along W, added, and two along H.
+    -> LayerNorm -> times SiLU(z) -> ``out_proj``. Step sizes, B and C of both passes depend on x at the pixel. They are
+    then the same for all corners, the second scan is linear in the first one's result, and the sum of the four corners
+    is two scans along W, added, and two along H.
 
     Args:
         channels, inner_channels, d_state, dt_rank: see :class:`V2MMixer`.
@@ -157,14 +152,14 @@ class HierarchicalV2MMixer(V2MMixer):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The step sizes of both passes (2, B, H, W, E), B of the first and C of the second (B, H, W, N)."""
-        steps, projections = (self.x_proj(x).split((PASSES * self.dt_rank, PASSES * self.d_state), dim=-1))
+        steps, projections = self.x_proj(x).split((PASSES * self.dt_rank, PASSES * self.d_state), dim=-1)
         steps = steps.unflatten(-1, (PASSES, self.dt_rank)).flatten(0, 2).transpose(0, 1)
         delta = torch.bmm(steps, self.dt_weight.transpose(1, 2)).view(PASSES, *x.shape)
         B, C = projections.chunk(PASSES, dim=-1)
         return delta, B, C
 
 
-class CausalConv(nn.Module):
+class CausalConv(nn.Conv2d):
     """A depthwise convolution along rows or columns that sees a pixel and the ones before it, (B, H, W, C) -> the same.
 
     Args:
@@ -174,19 +169,15 @@ class CausalConv(nn.Module):
     """
 
     def __init__(self, channels: int, taps: int, axis: str) -> None:
-        super().__init__()
-        self.dim = {'column': 2, 'row': 3}[axis]
-        kernel = (1, taps) if axis == 'row' else (taps, 1)
-        conv = nn.Conv2d(channels, channels, kernel, groups=channels)
-        self.weight, self.bias = conv.weight, conv.bias
+        kernel, padding = ((1, taps), (0, taps - 1)) if axis == 'row' else ((taps, 1), (taps - 1, 0))
+        super().__init__(channels, channels, kernel, padding=padding, groups=channels)
+        self.dim = 3 if axis == 'row' else 2
 
     def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
-        """``reverse`` takes the pixels behind it, along the axis, for the ones before it."""
-        weight = self.weight.flip(self.dim) if reverse else self.weight
-        padding = [size - 1 for size in weight.shape[2:]]
+        """``reverse`` takes the pixels behind it, along the axis, for the ones before it. The result may be strided."""
         x = x.permute(0, 3, 1, 2)
+        weight = self.weight.flip(self.dim) if reverse else self.weight
+        # The convolution itself adds zeros at both ends, without a copy; what looks ahead is left out of the result.
+        y = F.conv2d(x, weight, self.bias, padding=self.padding, groups=self.groups)
         length = x.shape[self.dim]
-        # Zeros at both ends, which the convolution adds without a copy; the results that look ahead are left out.
-        y = F.conv2d(x, weight, self.bias, padding=padding, groups=weight.shape[0])
-        start = y.shape[self.dim] - length if reverse else 0
-        return y.narrow(self.dim, start, length).permute(0, 2, 3, 1)
+        return y.narrow(self.dim, y.shape[self.dim] - length if reverse else 0, length).permute(0, 2, 3, 1)

@@ -1,0 +1,239 @@
+"""V2M: a 2-D state-space model on images, Wang et al. 2024, arXiv 2410.10382; plain and hierarchical."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from ssm_backbones.backbones.base import (
+    SSMBackbone,
+    Stage,
+    check_depths,
+    check_integer,
+    drop_path_schedule,
+    resolve_arch,
+    resolve_out_indices,
+)
+from ssm_backbones.backbones.vmamba import VSSBackbone, check_ssm_ratio
+from ssm_backbones.layers.common import Residual, init_linear_layers
+from ssm_backbones.layers.simple_pyramid import STRIDES, SimplePyramid
+from ssm_backbones.layers.token_grid import TokenGrid
+from ssm_backbones.layers.v2m_mixer import HierarchicalV2MMixer, PlainV2MMixer
+
+PATCH_SIZE = 16
+INNER_RATIO = 2
+_ARCH_KEYS = {
+    'plain': ('layout', 'embed_dims', 'depth', 'd_state'),
+    'hierarchical': ('layout', 'embed_dims', 'depths', 'd_state', 'ssm_ratio'),
+}
+
+
+def _plain(embed_dims: int, depth: int, d_state: int) -> dict[str, Any]:
+    return dict(layout='plain', embed_dims=embed_dims, depth=depth, d_state=d_state)
+
+
+def _hierarchical(embed_dims: int, depths: list[int], d_state: int) -> dict[str, Any]:
+    return dict(layout='hierarchical', embed_dims=embed_dims, depths=depths, d_state=d_state, ssm_ratio=1.0)
+
+
+@MODELS.register_module()
+class V2M(SSMBackbone):
+    """V2M's backbones: building one gives a :class:`PlainV2M` or a :class:`HierarchicalV2M`, as ``arch`` says.
+
+    Args:
+        arch: one of ``V2M.ARCHS``, or a dict with the keys ``layout``: 'plain' or 'hierarchical', ``embed_dims``
+            (channels; those of the first stage), ``d_state`` (state size), and ``depth`` (blocks) for a plain one, or
+            ``depths`` (blocks of each stage) and ``ssm_ratio`` (inner width of the scan over the channels) for a
+            hierarchical one.
+        options: of the class that the arch's layout names.
+    """
+
+    # The paper gives 30 M parameters and 5.4 GFLOPs, and 50 M and 9.6 G, for the hierarchical ones and no more. Their
+    # inner width is VMamba's own. The gate and the state size 4 then take the depths of the second and third stage.
+    ARCHS: ClassVar[dict[str, dict[str, Any]]] = {
+        'tiny': _plain(192, depth=24, d_state=16),
+        'small': _plain(384, depth=24, d_state=16),
+        'hier-small': _hierarchical(96, [2, 3, 7, 2], d_state=4),
+        'hier-base': _hierarchical(96, [2, 3, 19, 2], d_state=4),
+        'test': _plain(16, depth=4, d_state=4),
+        'test-hier': _hierarchical(16, [1, 1, 2, 1], d_state=2),
+    }
+
+    def __new__(cls, arch: str | Mapping[str, Any] = 'tiny', *args: Any, **options: Any) -> 'V2M':
+        if cls is V2M:
+            cls = {'plain': PlainV2M, 'hierarchical': HierarchicalV2M}[resolve_v2m_arch(arch)['layout']]
+        return super().__new__(cls)
+
+
+class PlainV2M(V2M):
+    """V2M at one resolution, stride 16: patches, position embedding, and blocks ``x + mixer(RMSNorm(x))``.
+
+    Every block is a stage: ``out_indices`` and ``frozen_stages`` count blocks.
+
+    Args:
+        arch: see :class:`V2M`.
+        img_size: side, or height and width, of the images that the position embedding is made for. Any image can be
+            given: the embedding is resized bicubically.
+        cls_token: where the class output comes from: 'mean' pools the map, 'corner' and 'center' take the token where
+            an extra row and column of class tokens cross, at the upper left or in the middle. Those are no part of the
+            feature maps.
+        out_type: 'featmap' returns maps; 'cls_token' class outputs (B, C) instead, for a head without a neck.
+        pyramid: None returns the maps of stride 16 (normalised, C channels) of the blocks in ``out_indices``. 'single'
+            and 'multi' return four maps of strides 4, 8, 16 and 32 with C/4, C/2, C and C channels, as a
+            hierarchical backbone's heads expect: 'single' makes all of one block's map, 'multi' makes each of the map
+            of one of four blocks. ``out_channels`` tells the channels.
+        in_channels: channels of the images.
+        out_indices: blocks whose maps are used, in that order; negative ones count from the end. One for 'single', four
+            for 'multi', from the finest map to the coarsest. None takes the last one, or for 'multi' the last of each
+            quarter of the depth.
+        drop_path_rate: probability of dropping the last block's branch; it rises linearly from 0 in the first one.
+        frozen_stages: -1 trains everything, 0 freezes the stem, k the stem and the first k blocks.
+        with_cp: recompute the blocks in the backward pass to save memory.
+        norm_eval: see :class:`~ssm_backbones.backbones.base.SSMBackbone`.
+        init_cfg: mmengine's initialisation config.
+    """
+
+    patch_embed: TokenGrid
+
+    def __init__(self, arch: str | Mapping[str, Any] = 'tiny', img_size: int | Sequence[int] = 224,
+                 cls_token: str = 'mean', out_type: str = 'featmap', pyramid: str | None = None, in_channels: int = 3,
+                 out_indices: int | Sequence[int] | None = None, drop_path_rate: float = 0.0, frozen_stages: int = -1,
+                 with_cp: bool = False, norm_eval: bool = False, init_cfg: dict | list[dict] | None = None) -> None:
+        settings = resolve_v2m_arch(arch, 'plain')
+        embed_dims = check_integer('embed_dims', settings['embed_dims'], minimum=1)
+        d_state = check_integer('d_state', settings['d_state'], minimum=1)
+        depth = check_integer('depth', settings['depth'], minimum=1)
+        if out_type not in ('featmap', 'cls_token'):
+            raise ValueError(f"out_type is 'featmap' or 'cls_token', got {out_type!r}")
+        super().__init__(num_features=[embed_dims] * depth, in_channels=in_channels,
+                         out_indices=_blocks_of_pyramid(pyramid, out_type, out_indices, depth),
+                         frozen_stages=frozen_stages, with_cp=with_cp, norm_eval=norm_eval, init_cfg=init_cfg)
+        self.out_type = out_type
+        self.patch_embed = TokenGrid(in_channels, embed_dims, PATCH_SIZE, _grid_size(img_size), cls_token)
+        rates = drop_path_schedule(drop_path_rate, [depth])[0]
+        self.stages = nn.ModuleList(Stage([PlainBlock(embed_dims, d_state, rate)], with_cp=with_cp)
+                                    for rate in rates[:self.num_built_stages])
+        self.pyramid = None if pyramid is None else SimplePyramid(embed_dims)
+        init_linear_layers(self)
+        self.finish()
+
+    @property
+    def out_channels(self) -> tuple[int, ...]:
+        return super().out_channels if self.pyramid is None else self.pyramid.out_channels
+
+    def build_output_norm(self, stage: int) -> nn.Module:
+        """The norm of a block's map; the pyramid has norms of its own."""
+        return nn.RMSNorm(self.num_features[stage], eps=1e-5) if self.pyramid is None else nn.Identity()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Turn images (B, in_channels, H, W) of any H, W >= 1 into maps (B, C_i, ceil(H/stride), ceil(W/stride)).
+
+        With ``out_type='cls_token'`` into class outputs (B, C) instead. One for each out index, or four of the pyramid.
+        """
+        outputs = super().forward(x)
+        if self.pyramid is None:
+            return outputs
+        maps = [m.permute(0, 2, 3, 1) for m in outputs]
+        return self.pyramid(maps * (len(STRIDES) // len(maps)), x.shape[2], x.shape[3])
+
+    def output(self, stage: int, x: Tensor) -> Tensor:
+        """The block's map without class tokens, or its class output."""
+        if self.out_type == 'cls_token':
+            return self.patch_embed.class_output(getattr(self, f'norm{stage}')(x))
+        return super().output(stage, self.patch_embed.patches(x))
+
+
+class PlainBlock(nn.Module):
+    """``x + mixer(RMSNorm(x))`` on maps (B, H, W, C).
+
+    Args:
+        channels: width C.
+        d_state: state size N of the scans.
+        drop_path: probability of dropping the branch of a sample while training.
+    """
+
+    def __init__(self, channels: int, d_state: int, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(channels, eps=1e-5)
+        self.mixer = PlainV2MMixer(channels, INNER_RATIO * channels, d_state, dt_rank=math.ceil(channels / 16))
+        self.residual = Residual(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.residual(x, self.mixer(self.norm(x)))
+
+
+class HierarchicalV2M(V2M, VSSBackbone):
+    """V2M in stages: VMamba's stem, downsampling and MLPs around V2M's mixer.
+
+    Args:
+        arch: see :class:`V2M`.
+        in_channels: channels of the images.
+        out_indices: stages whose maps are returned, in that order. Stage i has stride ``4 * 2**i``.
+        drop_path_rate: probability of dropping a branch in the last block; it rises linearly from 0 in the first one.
+        frozen_stages: -1 trains everything, 0 freezes the stem, k the stem and the first k stages.
+        with_cp: recompute the blocks in the backward pass to save memory.
+        norm_eval: see :class:`~ssm_backbones.backbones.base.SSMBackbone`.
+        init_cfg: mmengine's initialisation config.
+    """
+
+    def __init__(self, arch: str | Mapping[str, Any] = 'hier-small', in_channels: int = 3,
+                 out_indices: int | Sequence[int] = (0, 1, 2, 3), drop_path_rate: float = 0.0, frozen_stages: int = -1,
+                 with_cp: bool = False, norm_eval: bool = False, init_cfg: dict | list[dict] | None = None) -> None:
+        settings = resolve_v2m_arch(arch, 'hierarchical')
+        embed_dims = check_integer('embed_dims', settings['embed_dims'], minimum=2)
+        d_state = check_integer('d_state', settings['d_state'], minimum=1)
+        depths = check_depths('depths', settings['depths'])
+        ssm_ratio = check_ssm_ratio(settings['ssm_ratio'], embed_dims)
+
+        def mixer(channels: int) -> nn.Module:
+            return HierarchicalV2MMixer(channels, int(ssm_ratio * channels), d_state, dt_rank=math.ceil(channels / 16))
+
+        super().__init__(embed_dims=embed_dims, depths=depths, mixer=mixer, drop_path_rate=drop_path_rate,
+                         in_channels=in_channels, out_indices=out_indices, frozen_stages=frozen_stages,
+                         with_cp=with_cp, norm_eval=norm_eval, init_cfg=init_cfg)
+
+
+def resolve_v2m_arch(arch: str | Mapping[str, Any], layout: str | None = None) -> dict[str, Any]:
+    """The settings that ``arch`` stands for.
+
+    Raises:
+        ValueError: if the name, the layout or a key is unknown, a key is missing, or the layout is not the given one.
+        TypeError: if ``arch`` is neither a name nor a mapping.
+    """
+    keys = _ARCH_KEYS['plain']
+    if isinstance(arch, Mapping):
+        if arch.get('layout') not in _ARCH_KEYS:
+            raise ValueError("V2M's arch dict has the layout 'plain' or 'hierarchical', got "
+                             f'{arch.get("layout")!r} in {dict(arch)}')
+        keys = _ARCH_KEYS[arch['layout']]
+    settings = resolve_arch('V2M', arch, V2M.ARCHS, {}, keys)
+    if layout not in (None, settings['layout']):
+        raise ValueError(f"arch {arch!r} is {settings['layout']}, not {layout}; type='V2M' takes both")
+    return settings
+
+
+def _grid_size(img_size: int | Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of patches in an image of ``img_size``."""
+    sides = [img_size] * 2 if isinstance(img_size, str) or not isinstance(img_size, Sequence) else img_size
+    if len(sides) != 2:
+        raise ValueError(f'img_size is a side, or height and width, got {img_size!r}')
+    height, width = (-(-check_integer('img_size', side, minimum=1) // PATCH_SIZE) for side in sides)
+    return height, width
+
+
+def _blocks_of_pyramid(pyramid: str | None, out_type: str, out_indices: int | Sequence[int] | None,
+                       depth: int) -> tuple[int, ...]:
+    """The blocks whose maps are used, checked against the pyramid."""
+    if pyramid not in (None, 'single', 'multi'):
+        raise ValueError(f"pyramid is None, 'single' or 'multi', got {pyramid!r}")
+    if pyramid is not None and out_type != 'featmap':
+        raise ValueError(f'a pyramid is made of maps: out_type={out_type!r} needs pyramid=None, got {pyramid!r}')
+    if out_indices is None:
+        out_indices = [depth * k // 4 - 1 for k in range(1, 5)] if pyramid == 'multi' else -1
+    blocks = resolve_out_indices(out_indices, depth)
+    wanted = {None: len(blocks), 'single': 1, 'multi': len(STRIDES)}[pyramid]
+    if len(blocks) != wanted:
+        raise ValueError(f'pyramid={pyramid!r} takes {wanted} of the blocks in out_indices, got {out_indices!r}')
+    return blocks

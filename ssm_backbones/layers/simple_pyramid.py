@@ -1,0 +1,64 @@
+"""A feature pyramid for backbones that keep one resolution."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+STRIDES = (4, 8, 16, 32)
+
+
+class SimplePyramid(nn.Module):
+    """Maps of strides 4, 8, 16 and 32 from maps of stride 16, by deconvolutions, nothing, and max pooling.
+
+    The widths are C/4, C/2, C and C; each map ends in a LayerNorm. Source: ViTDet's simple feature pyramid
+    (arXiv 2203.16527, section 3), without the convolutions that lead to the head's width: those are the head's.
+
+    Args:
+        channels: width C, a multiple of 4.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        if channels % 4:
+            raise ValueError(f'the finest map of the pyramid has a quarter of the width, which must divide by 4, '
+                             f'got {channels}')
+        half, quarter = channels // 2, channels // 4
+        self.out_channels = (quarter, half, channels, channels)
+        self.levels = nn.ModuleList([
+            nn.Sequential(Deconv(channels, half), nn.LayerNorm(half), nn.GELU(), Deconv(half, quarter)),
+            Deconv(channels, half),
+            nn.Identity(),
+            HalvingMaxPool(),
+        ])
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in self.out_channels)
+
+    def forward(self, maps: Sequence[Tensor], height: int, width: int) -> tuple[Tensor, ...]:
+        """Turn four maps (B, ceil(H/16), ceil(W/16), C) of an image H x W into maps (B, C_i, ceil(H/s), ceil(W/s)).
+
+        What deconvolutions make of filling at the image's bottom and right is cut off, so that the sizes are those of a
+        hierarchical backbone. The maps are channel-last in memory.
+        """
+        outputs = []
+        for x, stride, level, norm in zip(maps, STRIDES, self.levels, self.norms, strict=True):
+            x = level(x)[:, :-(-height // stride), :-(-width // stride)]
+            outputs.append(norm(x.contiguous()).permute(0, 3, 1, 2))
+        return tuple(outputs)
+
+
+class Deconv(nn.Module):
+    """Double a map, each pixel giving a 2x2 square: (B, H, W, C_in) -> (B, 2H, 2W, C_out)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.ConvTranspose2d(in_channels, out_channels, kernel_size=2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
+
+
+class HalvingMaxPool(nn.Module):
+    """The largest value of each 2x2 square, (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(x.permute(0, 3, 1, 2), 2, ceil_mode=True).permute(0, 2, 3, 1)

@@ -1,0 +1,77 @@
+"""The stem of V2M's plain layout: patches, their position embedding, and class tokens laid into the grid."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssm_backbones.layers.common import PatchEmbed
+
+CLS_TOKENS = ('mean', 'corner', 'center')
+
+
+class TokenGrid(PatchEmbed):
+    """An image (B, C_in, H, W) -> the grid of its patches with their position embedding added, (B, h, w, embed_dims).
+
+    Class tokens in the grid take a row and a column of their own, all of them the same learned vector, so that the grid
+    stays rectangular: the first row and column ('corner'), or those behind the first half of the patches ('center').
+    The token where the two meet is the class output. 'mean' stands for none.
+
+    Args:
+        in_channels: C_in.
+        embed_dims: channels of the grid.
+        patch_size: side of a patch; incomplete patches are filled with zeros at the bottom and right.
+        grid_size: rows and columns of patches that the position embedding is made for. It is resized bicubically to
+            any other grid.
+        cls_token: 'mean', 'corner' or 'center'.
+    """
+
+    def __init__(self, in_channels: int, embed_dims: int, patch_size: int, grid_size: tuple[int, int],
+                 cls_token: str = 'mean') -> None:
+        super().__init__(in_channels, embed_dims, patch_size, norm=False)
+        if cls_token not in CLS_TOKENS:
+            raise ValueError(f'cls_token is one of {", ".join(map(repr, CLS_TOKENS))}, got {cls_token!r}')
+        self.centred = cls_token == 'center'
+        self.pos_embed = nn.Parameter(torch.empty(1, *grid_size, embed_dims))
+        self.cls_token = None if cls_token == 'mean' else nn.Parameter(torch.empty(1, 1, 1, embed_dims))
+        for parameter in (self.pos_embed, self.cls_token):
+            if parameter is not None:
+                nn.init.trunc_normal_(parameter, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        x = x + self.position_embedding(x.shape[1], x.shape[2]).to(x.dtype)
+        if self.cls_token is None:
+            return x
+        batch, height, width, channels = x.shape
+        token = self.cls_token.to(x.dtype)
+        row, column = self.crossing(height, width)
+        tokens = token.expand(batch, 1, width, channels)
+        x = torch.cat([x[:, :row], tokens, x[:, row:]], dim=1)
+        tokens = token.expand(batch, height + 1, 1, channels)
+        return torch.cat([x[:, :, :column], tokens, x[:, :, column:]], dim=2)
+
+    def position_embedding(self, height: int, width: int) -> Tensor:
+        """The embedding (1, height, width, embed_dims) of a grid of that size."""
+        if self.pos_embed.shape[1:3] == (height, width):
+            return self.pos_embed
+        resized = F.interpolate(self.pos_embed.permute(0, 3, 1, 2), (height, width), mode='bicubic')
+        return resized.permute(0, 2, 3, 1)
+
+    def crossing(self, height: int, width: int) -> tuple[int, int]:
+        """Row and column of the class output among patches of ``height`` rows and ``width`` columns."""
+        return (height // 2, width // 2) if self.centred else (0, 0)
+
+    def class_output(self, x: Tensor) -> Tensor:
+        """(B, C) from a grid (B, h, w, C): the token where the class tokens cross, or the mean where there are none."""
+        if self.cls_token is None:
+            return x.mean((1, 2))
+        row, column = self.crossing(x.shape[1] - 1, x.shape[2] - 1)
+        return x[:, row, column]
+
+    def patches(self, x: Tensor) -> Tensor:
+        """A grid (B, h, w, C) without the row and column of class tokens, (B, h - 1, w - 1, C); itself without them."""
+        if self.cls_token is None:
+            return x
+        row, column = self.crossing(x.shape[1] - 1, x.shape[2] - 1)
+        x = torch.cat([x[:, :row], x[:, row + 1:]], dim=1)
+        return torch.cat([x[:, :, :column], x[:, :, column + 1:]], dim=2)
