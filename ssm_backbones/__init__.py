@@ -9,6 +9,6 @@ from ssm_backbones.compat import apply_mends
 apply_mends()
 
 from ssm_backbones.amp import BFloat16OptimWrapper  # noqa: E402
-from ssm_backbones.backbones import VMamba  # noqa: E402
+from ssm_backbones.backbones import V2M, VMamba  # noqa: E402
 
-__all__ = ['BFloat16OptimWrapper', 'VMamba']
+__all__ = ['BFloat16OptimWrapper', 'V2M', 'VMamba']
