@@ -5,5 +5,6 @@ The package imports torch and nothing else. See the docstrings of the public fun
 """
 
 from cuda_ops.route_scan import cross_selective_scan, line_scan, selective_scan
+from cuda_ops.wavefront_scan import wavefront_scan
 
-__all__ = ['cross_selective_scan', 'line_scan', 'selective_scan']
+__all__ = ['cross_selective_scan', 'line_scan', 'selective_scan', 'wavefront_scan']

@@ -2,7 +2,7 @@
 
 Imports the standard library alone, so that setup.py can load this file by its path before torch is known to be
 installed, and so that reading back what a library was built from costs nothing. Kernels are compiled without torch's
-headers; only ``bindings.cpp`` sees them.
+headers; only the ``*_bindings.cpp`` see them.
 """
 
 import contextlib
@@ -210,15 +210,17 @@ def cuda_steps(csrc: Path, objects: Path, nvcc: Path, compiler: Sequence[str], g
     return steps
 
 
-def binding_step(csrc: Path, objects: Path, compiler: Sequence[str], torch: Any, toolkit: Toolkit | None) -> Step:
-    """Compile ``bindings.cpp``, the one file with torch's headers; with a CUDA toolkit, for CUDA too."""
+def binding_steps(csrc: Path, objects: Path, compiler: Sequence[str], torch: Any,
+                  toolkit: Toolkit | None) -> list[Step]:
+    """Compile every ``*_bindings.cpp``, the only files with torch's headers; with a CUDA toolkit, for CUDA too."""
     from torch.utils.cpp_extension import include_paths
 
     flags = [f'-I{csrc}', *_openmp(), f'-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}']
     flags += [flag for path in include_paths() for flag in ('-isystem', path)]
     if toolkit:
         flags += ['-DSSM_WITH_CUDA', *(flag for path in toolkit.includes for flag in ('-isystem', path))]
-    return _cxx(compiler, csrc / 'bindings.cpp', objects / 'bindings.o', flags)
+    return [_cxx(compiler, source, objects / f'{source.stem}.o', flags)
+            for source in sorted(csrc.glob('*_bindings.cpp'))]
 
 
 def link_step(library: Path, objects: Sequence[Path], compiler: Sequence[str], toolkit: Toolkit | None) -> Step:
@@ -261,7 +263,7 @@ def build(package: Path, build_dir: Path, csrc: Path = CSRC, environ: Mapping[st
 
     build_dir.mkdir(parents=True, exist_ok=True)
     with _exclusive(build_dir / 'lock'):
-        steps = [binding_step(csrc, build_dir, compiler, torch, toolkit),
+        steps = [*binding_steps(csrc, build_dir, compiler, torch, toolkit),
                  *cpu_steps(csrc, build_dir, compiler, machine)]
         if toolkit:
             steps += cuda_steps(csrc, build_dir, toolkit.nvcc, compiler, cuda.gencode)

@@ -41,10 +41,10 @@ def grid(x: Tensor) -> None:
         raise ValueError(f'x must have height and width of at least 1, got shape {tuple(x.shape)}')
 
 
-def states(A: Tensor) -> None:
+def states(A: Tensor, name: str = 'A') -> None:
     """Raise ValueError unless the decay rates (..., N) are those of at least one state."""
     if A.shape[-1] < 1:
-        raise ValueError(f'A must hold at least one state for each channel, got shape {tuple(A.shape)}')
+        raise ValueError(f'{name} must hold at least one state for each channel, got shape {tuple(A.shape)}')
 
 
 def same_dtype_and_device(**tensors: Tensor | None) -> None:
@@ -84,12 +84,12 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
     return tuple(value.to(dtype) if value is not None and value.dtype in _CAST_DTYPES else value for value in tensors)
 
 
-def decay_rates(A: Tensor) -> None:
-    """Raise ValueError if A is positive or not finite; on other devices than the CPU reading it would stall."""
+def decay_rates(A: Tensor, name: str = 'A') -> None:
+    """Raise ValueError if rates are positive or not finite; on other devices than the CPU reading it would stall."""
     if A.device.type != 'cpu' or not A.numel():
         return
     wrong = ~(torch.isfinite(A) & (A <= 0))
     if wrong.any():
         value = A[wrong][0].item()
-        raise ValueError(f'A must be finite and not positive, got {value}; A is usually minus the exponential of a '
-                         'parameter, and a NaN there means that training has diverged')
+        raise ValueError(f'{name} must be finite and not positive, got {value}; {name} is usually minus the '
+                         'exponential of a parameter, and a NaN there means that training has diverged')

@@ -4,18 +4,11 @@
 #include <cstdint>
 
 #include "scan_math.h"
+#include "scan_types.h"
 
 namespace cuda_ops {
 
-enum class DataType : int32_t { kFloat32, kBFloat16, kFloat16, kFloat64 };
-
 constexpr int kMaxRoutes = 4;
-
-// A tensor over the grid. Strides are in elements; the last dimension is contiguous.
-struct GridTensor {
-  void* data = nullptr;  // null where the tensor was not given
-  int64_t batch = 0, row = 0, column = 0, route = 0, group = 0;
-};
 
 // "state" below is float, or double for kFloat64; "data" is the element type of the map.
 struct RouteScanParams {
@@ -49,21 +42,14 @@ struct RouteScanParams {
 };
 
 // How the work is divided; a function of the shape alone. A tile holds whole units of channels.
-constexpr int64_t kTileUnit = 16, kTileChannels = 64;
+constexpr int64_t kTileChannels = 64;
 struct RouteScanWork {
   int64_t tiles;  // of each group's channels
   int64_t parts;  // of the lines, with per_line
 };
 RouteScanWork route_scan_work(const RouteScanParams& p);
 
-// Runs body(begin, end, context) over [0, count) on the caller's thread pool.
-using ParallelFor = void (*)(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, const void*),
-                             const void* context);
-
 void route_scan_forward_cpu(const RouteScanParams& p, ParallelFor parallel_for);
 void route_scan_backward_cpu(const RouteScanParams& p, ParallelFor parallel_for);
-
-// The instruction set that the CPU kernels use here: "baseline", "avx2" or "avx512".
-const char* cpu_capability();
 
 }  // namespace cuda_ops

@@ -1,35 +1,14 @@
 // Route scan on the CPU. Vectors run over channels, the pool's threads over images, tiles of channels and parts of the
-// lines. Compiled once for each capability; route_scan_dispatch.cpp chooses at run time.
-#include "simd.h"
-
-#include <cstdlib>
+// lines. Compiled once for each capability; scan_dispatch.cpp chooses at run time.
 #include <memory>
-#include <new>
+
+#include "../route_scan.h"
+#include "scratch.h"
+#include "simd.h"
 
 namespace cuda_ops {
 namespace SSM_CPU_CAPABILITY {
 namespace {
-
-constexpr int64_t kGrain = 1 << 14;  // state updates worth a thread of their own
-
-// Scratch memory aligned for vectors.
-template <class S>
-class Scratch {
- public:
-  explicit Scratch(int64_t vectors) : data_(allocate(vectors)) {}
-  ~Scratch() { std::free(data_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  Vec<S>* data() const { return data_; }
-
- private:
-  static Vec<S>* allocate(int64_t vectors) {
-    void* memory = nullptr;
-    if (posix_memalign(&memory, kVectorBytes, size_t(vectors > 0 ? vectors : 1) * kVectorBytes)) throw std::bad_alloc();
-    return static_cast<Vec<S>*>(memory);
-  }
-  Vec<S>* data_;
-};
 
 // The piece of work of one task: an image, a tile of one group's channels, and a range of lines.
 struct Piece {

@@ -5,8 +5,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-
-#include "../route_scan.h"
+#include <type_traits>
+#include <utility>
 
 namespace cuda_ops {
 namespace SSM_CPU_CAPABILITY {
@@ -151,6 +151,37 @@ static inline S sum_lanes(V value) {
     Half halves[2];
     std::memcpy(halves, &value, sizeof(value));
     return sum_lanes<S, Lanes / 2, Half>(halves[0] + halves[1]);
+  }
+}
+
+// Lane l of the result is `a` shuffled together with `b` at the index that I gives.
+template <class V, size_t... I>
+static inline V shuffle(V a, V b, std::index_sequence<I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, int(I)...);
+#else
+  using Index = std::conditional_t<sizeof(a[0]) == 4, int32_t, int64_t>;
+  typedef Index Indices __attribute__((vector_size(sizeof(V))));
+  return __builtin_shuffle(a, b, Indices{Index(I)...});
+#endif
+}
+
+// Adds up pairs of lanes `Step` apart. Lanes without that bit in their number hold sums of `a`, the others those of `b`.
+template <class S, size_t Step, size_t... Lane>
+static inline Vec<S> add_pairs(Vec<S> a, Vec<S> b, std::index_sequence<Lane...>) {
+  constexpr size_t kLanes = sizeof...(Lane);
+  return shuffle(a, b, std::index_sequence<(Lane & Step ? kLanes + Lane : Lane)...>()) +
+         shuffle(a, b, std::index_sequence<(Lane & Step ? kLanes + (Lane ^ Step) : Lane ^ Step)...>());
+}
+
+// The sums of as many vectors as a vector has lanes, one in each lane. A tree of pairs costs three operations a sum.
+template <class S, size_t Step = Vector<S>::kLanes / 2>
+static inline Vec<S> sum_each(const Vec<S>* vectors) {
+  constexpr auto lanes = std::make_index_sequence<Vector<S>::kLanes>();
+  if constexpr (Step == 1) {
+    return add_pairs<S, 1>(vectors[0], vectors[1], lanes);
+  } else {
+    return add_pairs<S, Step>(sum_each<S, Step / 2>(vectors), sum_each<S, Step / 2>(vectors + Step), lanes);
   }
 }
 

@@ -1,10 +1,7 @@
-// The operators' CPU implementations for PyTorch: checks, allocation and the thread pool. Allocation follows the shape
-// functions in route_scan.py, which serve fake tensors.
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-#include <torch/types.h>
+// The route scan's CPU implementation for PyTorch: checks and allocation. Allocation follows the shape functions in
+// route_scan.py, which serve fake tensors.
+#include "bindings.h"
 
-#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -12,72 +9,6 @@
 
 namespace cuda_ops {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, const void*), const void* context) {
-  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
-}
-
-DataType data_type(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat: return DataType::kFloat32;
-    case at::kBFloat16: return DataType::kBFloat16;
-    case at::kHalf: return DataType::kFloat16;
-    case at::kDouble: return DataType::kFloat64;
-    default: TORCH_CHECK_TYPE(false, "x must be float32, bfloat16, float16 or float64, got ", x.scalar_type());
-  }
-}
-
-at::ScalarType state_type(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
-
-// Kernels need unit stride along the last dimension, and take any other stride.
-Tensor last_contiguous(const Tensor& tensor) {
-  return tensor.size(-1) <= 1 || tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
-}
-
-OptionalTensor last_contiguous(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(last_contiguous(*tensor)) : std::nullopt;
-}
-
-OptionalTensor contiguous(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt;
-}
-
-void check_shape(const char* name, const OptionalTensor& tensor, at::IntArrayRef expected, at::ScalarType type) {
-  if (!tensor) return;
-  TORCH_CHECK_VALUE(tensor->sizes() == expected, name, " must have shape ", expected, ", got ", tensor->sizes());
-  TORCH_CHECK_TYPE(tensor->scalar_type() == type, name, " must be ", type, ", got ", tensor->scalar_type());
-  TORCH_CHECK_VALUE(tensor->device().is_cpu(), name, " must be on the CPU like x, got ", tensor->device());
-}
-
-void check_decay_rates(const Tensor& A) {
-  AT_DISPATCH_FLOATING_TYPES(A.scalar_type(), "check_decay_rates", [&] {
-    const scalar_t* rates = A.const_data_ptr<scalar_t>();
-    for (int64_t i = 0; i < A.numel(); ++i)
-      TORCH_CHECK_VALUE(rates[i] <= 0 && rates[i] >= std::numeric_limits<scalar_t>::lowest(),
-                        "A must be finite and not positive, got ", rates[i],
-                        "; A is usually minus the exponential of a parameter, and a NaN there means that training has "
-                        "diverged");
-  });
-}
-
-// The (B, H, W, [K, [G,]] ...) tensor's address and strides; dimensions that it lacks are never stepped along.
-GridTensor grid_tensor(const OptionalTensor& tensor) {
-  GridTensor grid;
-  if (!tensor) return grid;
-  const auto strides = tensor->strides();
-  // A tensor of no elements has no address, and is given all the same.
-  static char no_elements;
-  grid.data = tensor->numel() ? tensor->data_ptr() : &no_elements;
-  grid.batch = strides[0], grid.row = strides[1], grid.column = strides[2];
-  grid.route = strides.size() > 4 ? strides[3] : 0;
-  grid.group = strides.size() > 5 ? strides[4] : 0;
-  return grid;
-}
-
-const void* address(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 
 // What the forward and the backward pass share: inputs checked, made addressable, and kept alive.
 struct Inputs {
@@ -122,7 +53,7 @@ struct Inputs {
 
     x = last_contiguous(x_), delta = last_contiguous(delta_), A = A_.contiguous();
     B = last_contiguous(B_), C = last_contiguous(C_), D = contiguous(D_), delta_bias = contiguous(delta_bias_);
-    check_decay_rates(A);
+    check_decay_rates("A", A);
     p.x = grid_tensor(x), p.delta = grid_tensor(delta), p.B = grid_tensor(B), p.C = grid_tensor(C);
     p.A = A.const_data_ptr(), p.D = address(D), p.delta_bias = address(delta_bias);
   }
@@ -168,9 +99,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route_scan_ba
   Tensor grad_x = at::empty(x.sizes(), state);
   Tensor grad_delta = at::empty_like(delta);
   // The kernel writes where the gradient has unit stride along channels, as delta usually has.
-  Tensor grad_delta_rows = grad_delta.stride(-1) == 1 || p.channels <= 1
-                               ? grad_delta
-                               : at::empty_like(delta, at::MemoryFormat::Contiguous);
+  Tensor grad_delta_rows =
+      has_unit_stride(grad_delta) ? grad_delta : at::empty_like(delta, at::MemoryFormat::Contiguous);
   Tensor grad_A = at::empty({work.parts, p.batch, p.routes, p.channels, p.states}, state);
   auto sums_if = [&](const OptionalTensor& input, at::IntArrayRef sizes) {
     return input ? at::empty(sizes, state) : Tensor();
@@ -198,8 +128,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route_scan_ba
   return {grad_x.to(type),        grad_delta,           per_parameter(grad_A),   per_projection(grad_B),
           per_projection(grad_C), per_parameter(grad_D), per_parameter(grad_bias)};
 }
-
-
 
 }  // namespace
 }  // namespace cuda_ops

@@ -1,0 +1,86 @@
+// What the binding files share: checks, strides and the thread pool. Only binding files include torch.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+#include <torch/types.h>
+
+#include <limits>
+#include <optional>
+
+#include "scan_types.h"
+
+namespace cuda_ops {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, const void*),
+                         const void* context) {
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+inline DataType data_type(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat: return DataType::kFloat32;
+    case at::kBFloat16: return DataType::kBFloat16;
+    case at::kHalf: return DataType::kFloat16;
+    case at::kDouble: return DataType::kFloat64;
+    default: TORCH_CHECK_TYPE(false, "x must be float32, bfloat16, float16 or float64, got ", x.scalar_type());
+  }
+}
+
+inline at::ScalarType state_type(const Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// Kernels need unit stride along the last dimension, and take any other stride.
+inline bool has_unit_stride(const Tensor& tensor) { return tensor.size(-1) <= 1 || tensor.stride(-1) == 1; }
+
+inline Tensor last_contiguous(const Tensor& tensor) {
+  return has_unit_stride(tensor) ? tensor : tensor.contiguous();
+}
+
+inline OptionalTensor last_contiguous(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(last_contiguous(*tensor)) : std::nullopt;
+}
+
+inline OptionalTensor contiguous(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt;
+}
+
+inline void check_shape(const char* name, const OptionalTensor& tensor, at::IntArrayRef expected, at::ScalarType type) {
+  if (!tensor) return;
+  TORCH_CHECK_VALUE(tensor->sizes() == expected, name, " must have shape ", expected, ", got ", tensor->sizes());
+  TORCH_CHECK_TYPE(tensor->scalar_type() == type, name, " must be ", type, ", got ", tensor->scalar_type());
+  TORCH_CHECK_VALUE(tensor->device().is_cpu(), name, " must be on the CPU like x, got ", tensor->device());
+}
+
+inline void check_decay_rates(const char* name, const Tensor& A) {
+  AT_DISPATCH_FLOATING_TYPES(A.scalar_type(), "check_decay_rates", [&] {
+    const scalar_t* rates = A.const_data_ptr<scalar_t>();
+    for (int64_t i = 0; i < A.numel(); ++i)
+      TORCH_CHECK_VALUE(rates[i] <= 0 && rates[i] >= std::numeric_limits<scalar_t>::lowest(), name,
+                        " must be finite and not positive, got ", rates[i], "; ", name,
+                        " is usually minus the exponential of a parameter, and a NaN there means that training has "
+                        "diverged");
+  });
+}
+
+// The (B, H, W, [K, [G,]] ...) tensor's address and strides; dimensions that it lacks are never stepped along.
+inline GridTensor grid_tensor(const OptionalTensor& tensor) {
+  GridTensor grid;
+  if (!tensor) return grid;
+  const auto strides = tensor->strides();
+  // A tensor of no elements has no address, and is given all the same.
+  static char no_elements;
+  grid.data = tensor->numel() ? tensor->data_ptr() : &no_elements;
+  grid.batch = strides[0], grid.row = strides[1], grid.column = strides[2];
+  grid.route = strides.size() > 4 ? strides[3] : 0;
+  grid.group = strides.size() > 5 ? strides[4] : 0;
+  return grid;
+}
+
+inline const void* address(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+
+}  // namespace cuda_ops

@@ -1,0 +1,100 @@
+// Chooses the CPU kernels for the processor at hand, and divides the work.
+#include <cstdlib>
+#include <cstring>
+
+#include "../route_scan.h"
+#include "../wavefront_scan.h"
+
+namespace cuda_ops {
+
+#define SSM_DECLARE(capability)                                                          \
+  namespace capability {                                                                 \
+  void route_scan_forward(const RouteScanParams&, ParallelFor);                          \
+  void route_scan_backward(const RouteScanParams&, ParallelFor);                         \
+  void wavefront_scan_forward(const WavefrontScanParams&, ParallelFor);                  \
+  void wavefront_scan_backward(const WavefrontScanParams&, ParallelFor);                 \
+  void exp2_repeatedly(const float*, float*, int64_t count, int64_t repeats, ParallelFor); \
+  }
+
+SSM_DECLARE(baseline)
+#if defined(__x86_64__)
+SSM_DECLARE(avx2)
+SSM_DECLARE(avx512)
+#endif
+
+namespace {
+
+struct Kernels {
+  const char* capability;
+  void (*route_scan_forward)(const RouteScanParams&, ParallelFor);
+  void (*route_scan_backward)(const RouteScanParams&, ParallelFor);
+  void (*wavefront_scan_forward)(const WavefrontScanParams&, ParallelFor);
+  void (*wavefront_scan_backward)(const WavefrontScanParams&, ParallelFor);
+  void (*exp2_repeatedly)(const float*, float*, int64_t, int64_t, ParallelFor);
+};
+
+#define SSM_KERNELS(capability)                                            \
+  Kernels {                                                                \
+    #capability, capability::route_scan_forward, capability::route_scan_backward,            \
+        capability::wavefront_scan_forward, capability::wavefront_scan_backward, capability::exp2_repeatedly \
+  }
+
+Kernels choose() {
+#if defined(__x86_64__)
+  // SSM_OPS_CPU_CAPABILITY caps the choice, for tests and for comparing.
+  const char* cap = std::getenv("SSM_OPS_CPU_CAPABILITY");
+  const bool only_baseline = cap && std::strcmp(cap, "baseline") == 0;
+  const bool at_most_avx2 = only_baseline || (cap && std::strcmp(cap, "avx2") == 0);
+  if (!at_most_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return SSM_KERNELS(avx512);
+  if (!only_baseline && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return SSM_KERNELS(avx2);
+#endif
+  return SSM_KERNELS(baseline);
+}
+
+const Kernels& kernels() {
+  static const Kernels chosen = choose();
+  return chosen;
+}
+
+}  // namespace
+
+const char* cpu_capability() { return kernels().capability; }
+
+RouteScanWork route_scan_work(const RouteScanParams& p) {
+  // Tiles of at most 64 channels keep a position's vectors in registers and the first cache. A power of two of them
+  // divides evenly among the usual numbers of threads.
+  const int64_t units = ceil_div(p.channels / p.groups, kTileUnit);
+  int64_t tiles = 1;
+  while (ceil_div(units, tiles) * kTileUnit > kTileChannels) tiles *= 2;
+  const int64_t lines = route_shape(p.route[0], p.per_line, p.height, p.width).lines;
+  constexpr int64_t kMaxParts = 8;
+  return {tiles, lines < kMaxParts ? lines : kMaxParts};
+}
+
+void route_scan_forward_cpu(const RouteScanParams& p, ParallelFor parallel_for) {
+  kernels().route_scan_forward(p, parallel_for);
+}
+void route_scan_backward_cpu(const RouteScanParams& p, ParallelFor parallel_for) {
+  kernels().route_scan_backward(p, parallel_for);
+}
+
+int64_t wavefront_scan_tiles(const WavefrontScanParams& p) {
+  // Each tile costs gradients of B and C of its own, so there are no more than a batch needs to occupy some threads.
+  constexpr int64_t kTasks = 8;
+  const int64_t units = ceil_div(p.channels, kTileUnit), wanted = ceil_div(kTasks, p.batch > 0 ? p.batch : 1);
+  return units < wanted ? units : wanted;
+}
+
+void wavefront_scan_forward_cpu(const WavefrontScanParams& p, ParallelFor parallel_for) {
+  kernels().wavefront_scan_forward(p, parallel_for);
+}
+void wavefront_scan_backward_cpu(const WavefrontScanParams& p, ParallelFor parallel_for) {
+  kernels().wavefront_scan_backward(p, parallel_for);
+}
+void exp2_repeatedly_cpu(const float* x, float* y, int64_t count, int64_t repeats, ParallelFor parallel_for) {
+  kernels().exp2_repeatedly(x, y, count, repeats, parallel_for);
+}
+
+}  // namespace cuda_ops

@@ -1,0 +1,53 @@
+// The wavefront scan's parameters and launchers; see wavefront_scan.py for the equations.
+#pragma once
+
+#include <cstdint>
+
+#include "scan_math.h"
+#include "scan_types.h"
+
+namespace cuda_ops {
+
+// What belongs to one of the two neighbours that a pixel's state comes from. "state" is float, or double for kFloat64;
+// "data" is the element type of the map.
+struct Neighbour {
+  GridTensor delta;       // (B, H, W, E) data
+  GridTensor B;           // (B, H, W, N) data
+  const void* A;          // (E, N) state
+  GridTensor grad_delta;  // (B, H, W, E) data; this and what follows, backward only
+  GridTensor grad_B;      // (tiles, B, H, W, N) state
+  void* grad_A;           // (B, E, N) state
+};
+
+// The kernels start at row 0 and column 0 and go along the rows. The caller chooses strides, which may be negative, such
+// that this is the corner to start from and the rows are the map's shorter lines. Rows of the kernels are columns of the
+// map where it is wide, and `above` is then the left neighbour.
+struct WavefrontScanParams {
+  DataType dtype;
+  int64_t batch, height, width, channels, states;
+  int64_t chunk;           // rows between saved ones, 0 for none
+  bool starts_from_above;  // which neighbour's inflow starts the recurrence at the first pixel
+
+  GridTensor x, C;  // (B, H, W, E) and (B, H, W, N) data
+  Neighbour above, before;
+  const void* D;  // (E) state, or null
+  GridTensor y;   // (B, H, W, E) data; forward only
+  void* saved;    // (B, saved, W, N, E) state: the states of the last row of each chunk but the last
+
+  // Backward only. In tensors with tiles, `route` is the stride between tiles. The caller adds tiles and images in a
+  // fixed order: the result does not depend on the number of threads.
+  GridTensor grad_y, grad_x;  // (B, H, W, E) data
+  GridTensor grad_C;          // (tiles, B, H, W, N) state
+  void* grad_D;               // (B, E) state, or null
+};
+
+// Tiles of channels that the backward pass sums over separately; a function of the shape alone.
+int64_t wavefront_scan_tiles(const WavefrontScanParams& p);
+
+void wavefront_scan_forward_cpu(const WavefrontScanParams& p, ParallelFor parallel_for);
+void wavefront_scan_backward_cpu(const WavefrontScanParams& p, ParallelFor parallel_for);
+
+// 2^x of each of `count` values, computed `repeats` times over: what the scans' exponentials cost, and nothing else.
+void exp2_repeatedly_cpu(const float* x, float* y, int64_t count, int64_t repeats, ParallelFor parallel_for);
+
+}  // namespace cuda_ops

@@ -1,0 +1,191 @@
+"""The wavefront scan: a two-neighbour recurrence over a map, as a registered operator and a public function.
+
+The state of a pixel comes from its top and its left neighbour's. In float32 (float64 for float64 input), for row i and
+column j, one channel and its states n::
+
+    aT = exp(deltaT * AT[n])   aL = exp(deltaL * AL[n])   bT = deltaT * BT[n] * x   bL = deltaL * BL[n] * x
+    h(0,0) = bL
+    h(0,j) = aL * h(0,j-1) + bL
+    h(i,0) = aT * h(i-1,0) + bT
+    h(i,j) = 0.5 * (aL * h(i,j-1) + bL + aT * h(i-1,j) + bT)
+    y(i,j) = sum_n C(i,j)[n] * h(i,j)[n] + D * x(i,j)
+
+Source: Baty et al., "Mamba2D", arXiv 2412.16146.
+
+The states are never stored whole. The forward pass keeps those of one line in a chunk of lines, along the map's shorter
+side; the backward pass recomputes a chunk of them at a time from there.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from cuda_ops import _checks, _library, wavefront_reference
+from cuda_ops.reference import state_dtype
+
+_LIBRARY = torch.library.Library('cuda_ops', 'FRAGMENT')
+_INPUTS = ('Tensor x, Tensor delta_top, Tensor delta_left, Tensor A_top, Tensor A_left, Tensor B_top, Tensor B_left, '
+           'Tensor C, Tensor? D')
+_LIBRARY.define(f'wavefront_scan({_INPUTS}, bool reverse, int chunk) -> (Tensor, Tensor)')
+_LIBRARY.define(f'wavefront_scan_backward(Tensor grad_output, {_INPUTS}, Tensor states, bool reverse, int chunk) -> '
+                '(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)')
+_NAMES = ('x', 'delta_top', 'delta_left', 'A_top', 'A_left', 'B_top', 'B_left', 'C', 'D')
+
+# Recomputed states of 16 channels that about fill a core's own cache, and the fewest lines between two saved ones. A
+# sixteenth of all states is the most that is saved then.
+_CACHED_STATES, _MIN_CHUNK = 16384, 16
+
+
+def _chunk_lines(height: int, width: int, states: int) -> int:
+    """Lines between two saved ones, along the shorter side; chunks are of about equal length."""
+    lines, length = max(height, width), min(height, width)
+    most = max(_MIN_CHUNK, _CACHED_STATES // (length * max(states, 1)))
+    chunks = -(-lines // most)
+    return -(-lines // chunks)
+
+
+def _empty_outputs(x: Tensor, A_top: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """Allocate the output and the saved states (none where ``chunk`` is 0)."""
+    batch, height, width, channels = x.shape
+    saved = (max(height, width) - 1) // chunk if chunk else 0
+    states = x.new_empty((batch, saved, min(height, width), A_top.shape[1], channels), dtype=state_dtype(x.dtype))
+    return torch.empty_like(x, memory_format=torch.contiguous_format), states
+
+
+def _empty_gradients(x: Tensor, delta_top: Tensor, delta_left: Tensor, A_top: Tensor, A_left: Tensor, B_top: Tensor,
+                     B_left: Tensor, C: Tensor, D: Tensor | None) -> tuple[Tensor, ...]:
+    """Allocate the gradients in the operator's order; that of a D that was not given is empty."""
+
+    def contiguous(value: Tensor) -> Tensor:
+        return torch.empty_like(value, memory_format=torch.contiguous_format)
+
+    # Step sizes keep the strides they came with, so that what produced them need not copy.
+    return (contiguous(x), torch.empty_like(delta_top), torch.empty_like(delta_left), contiguous(A_top),
+            contiguous(A_left), contiguous(B_top), contiguous(B_left), contiguous(C),
+            x.new_empty((0,), dtype=state_dtype(x.dtype)) if D is None else contiguous(D))
+
+
+@torch.library.register_fake('cuda_ops::wavefront_scan')
+def _(x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D, reverse, chunk):
+    return _empty_outputs(x, A_top, chunk)
+
+
+@torch.library.register_fake('cuda_ops::wavefront_scan_backward')
+def _(grad_output, x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D, states, reverse, chunk):
+    return _empty_gradients(x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D)
+
+
+def _reference_forward(x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D, reverse, chunk):
+    for name, A in (('A_top', A_top), ('A_left', A_left)):
+        _checks.decay_rates(A, name)
+    y = wavefront_reference.wavefront_scan(x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D, reverse)
+    return y, _empty_outputs(x, A_top, chunk)[1].zero_()
+
+
+def _reference_backward(grad_output, x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D, states, reverse,
+                        chunk):
+    inputs = (x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D)
+    grads = wavefront_reference.wavefront_scan_backward(grad_output, *inputs, reverse)
+    outputs = _empty_gradients(*inputs)
+    for name, output in zip(_NAMES, outputs, strict=True):
+        if name in grads:
+            output.copy_(grads[name])
+    return outputs
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    *tensors, reverse, chunk = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.options = (reverse, chunk)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_output, _grad_states):
+    *tensors, states = ctx.saved_tensors
+    reverse, chunk = ctx.options
+    if grad_output is None:
+        return (None,) * (len(tensors) + 2)
+    if chunk == 0:
+        raise RuntimeError('wavefront_scan ran with chunk=0, which saves no states for a backward pass; pass a chunk '
+                           'length')
+    grads = torch.ops.cuda_ops.wavefront_scan_backward(grad_output, *tensors, states, reverse, chunk)
+    given = [None if tensor is None else grad for grad, tensor in zip(grads, tensors, strict=True)]
+    return *given, None, None
+
+
+def _no_double_backward(ctx, *grads):
+    raise NotImplementedError('the wavefront scan cannot be differentiated twice: cuda_ops::wavefront_scan_backward '
+                              'has no gradient of its own. Use cuda_ops.wavefront_reference for second derivatives.')
+
+
+torch.library.register_autograd('cuda_ops::wavefront_scan', _backward, setup_context=_save_for_backward)
+torch.library.register_autograd('cuda_ops::wavefront_scan_backward', _no_double_backward,
+                                setup_context=lambda ctx, inputs, output: None)
+_library.serve(_LIBRARY, {'wavefront_scan': _reference_forward, 'wavefront_scan_backward': _reference_backward})
+
+
+@register_flop_formula(torch.ops.cuda_ops.wavefront_scan)
+def wavefront_scan_flops(x_shape: Sequence[int], delta_top_shape: Sequence[int], delta_left_shape: Sequence[int],
+                         A_top_shape: Sequence[int], *args: object, **kwargs: object) -> int:
+    """Two selective scans' worth, one for each neighbour: 2 * 9 * L * E * N an image (see ``route_scan_flops``)."""
+    batch, height, width, channels = x_shape
+    return 2 * 9 * batch * height * width * channels * A_top_shape[1]
+
+
+def wavefront_scan(x: Tensor, delta_top: Tensor, delta_left: Tensor, A_top: Tensor, A_left: Tensor, B_top: Tensor,
+                   B_left: Tensor, C: Tensor, D: Tensor | None = None, *, reverse: bool = False) -> Tensor:
+    """Mamba2D's scan: the state of each pixel comes from its top and its left neighbour's.
+
+    See the module's docstring for the equations, the borders among them.
+
+    Args:
+        x: (B, H, W, E) map; float32, bfloat16 or float16 (float64 on CPU). H, W and E are at least 1.
+        delta_top: (B, H, W, E) step sizes from the top neighbour, after softplus, in x's dtype.
+        delta_left: (B, H, W, E) step sizes from the left neighbour, likewise.
+        A_top: (E, N) decay rates from the top neighbour, finite and not positive (checked on CPU; a GPU would have to
+            wait for the answer). N is at least 1.
+        A_left: (E, N) decay rates from the left neighbour, likewise.
+        B_top: (B, H, W, N) input projections for the top neighbour's share, in x's dtype.
+        B_left: (B, H, W, N) input projections for the left neighbour's share, in x's dtype.
+        C: (B, H, W, N) output projections, in x's dtype.
+        D: (E) skip weights, or None for no skip.
+        reverse: start from the bottom right corner: the neighbours are those at the bottom and on the right.
+
+    Returns:
+        (B, H, W, E) in x's dtype. Differentiable once, in every floating input. Under autocast, x, the deltas, B and C
+        are cast to autocast's dtype; states are float32 all the same.
+
+    Raises:
+        ValueError: a shape does not fit, or a decay rate is positive or not finite.
+        TypeError: dtypes are mixed or not supported.
+    """
+    _checks.tensors(x=x, delta_top=delta_top, delta_left=delta_left, A_top=A_top, A_left=A_left, B_top=B_top,
+                    B_left=B_left, C=C)
+    _checks.tensors_or_none(D=D)
+    _checks.ndim('x', x, 4, '(batch, height, width, channels)')
+    batch, height, width, channels = x.shape
+    _checks.ndim('A_top', A_top, 2, '(channels, states)')
+    states = A_top.shape[1]
+    for name, value in (('delta_top', delta_top), ('delta_left', delta_left)):
+        _checks.shape(name, value, (batch, height, width, channels), '(batch, height, width, channels)')
+    for name, value in (('A_top', A_top), ('A_left', A_left)):
+        _checks.shape(name, value, (channels, states), '(channels, states)')
+    for name, value in (('B_top', B_top), ('B_left', B_left), ('C', C)):
+        _checks.shape(name, value, (batch, height, width, states), '(batch, height, width, states)')
+    _checks.shape('D', D, (channels,), '(channels,)')
+    _checks.grid(x)
+    _checks.states(A_top, 'A_top')
+    if channels < 1:
+        raise ValueError(f'x must have at least one channel, got shape {tuple(x.shape)}')
+    x, delta_top, delta_left, B_top, B_left, C = _checks.autocast(x, delta_top, delta_left, B_top, B_left, C)
+    _checks.same_dtype_and_device(x=x, delta_top=delta_top, delta_left=delta_left, B_top=B_top, B_left=B_left, C=C)
+    _checks.same_device(x, A_top=A_top, A_left=A_left, D=D)
+    dtype = state_dtype(x.dtype)
+    A_top, A_left, D = A_top.to(dtype), A_left.to(dtype), None if D is None else D.to(dtype)
+    tensors = (x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D)
+    differentiable = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in tensors)
+    chunk = _chunk_lines(height, width, states) if differentiable else 0
+    return torch.ops.cuda_ops.wavefront_scan(*tensors, reverse, chunk)[0]
