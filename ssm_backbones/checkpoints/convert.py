@@ -1,0 +1,207 @@
+"""From official checkpoints to ours and back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssm_backbones.checkpoints.files import CheckpointError, check_destination, read_checkpoint, write_checkpoint
+from ssm_backbones.checkpoints.naming import official_layout
+from ssm_backbones.checkpoints.recognise import (
+    BACKBONE,
+    CLASSIFIER,
+    FAMILIES,
+    WHOLE,
+    Recognised,
+    describe,
+    recognise_official,
+    recognise_ours,
+    shapes_of,
+    shorten,
+)
+from ssm_backbones.checkpoints.report import Report, leave_out_the_rest, start_report
+from ssm_backbones.checkpoints.weights import choose_weights
+
+RECORD = 'ssm_backbones'
+"""The key in ``meta`` of a converted checkpoint under which stands what the way back needs."""
+_TIED_TO_PARAMETERS = ('optimizer', 'ema_state_dict')
+
+
+def convert_checkpoint(checkpoint: Mapping[str, Any], *, source: str = 'the checkpoint', weights: str = 'auto',
+                       backbone_only: bool = False, in_channels: int | None = None) -> tuple[dict[str, Any], Report]:
+    """Convert an official checkpoint into one that OpenMMLab's runners load.
+
+    A classification checkpoint becomes an mmpretrain one (``backbone.*``, ``head.*``); in a detector's or segmentor's
+    the backbone is converted and everything else passed through; a bare backbone stays bare.
+
+    Args:
+        checkpoint: what the file holds.
+        source: the file's name, for messages.
+        weights: 'auto' takes the main weights, 'raw' those that are no moving averages, 'ema' the moving averages, and
+            a label, from the error that lists them, that set.
+        backbone_only: convert the backbone alone, and leave its names without ``backbone.``.
+        in_channels: adapt the stem to images of so many channels, see :func:`adapt_stem`.
+
+    Returns:
+        The converted checkpoint (``meta`` and ``state_dict``), and the report.
+
+    Raises:
+        CheckpointError: if the file is not exactly an official checkpoint.
+    """
+    chosen = choose_weights(checkpoint, weights, FAMILIES, source)
+    found, dialect = recognise_official(chosen, source)
+    bare = backbone_only or found.kind == BACKBONE
+    record = dict(model=describe(found.family, found.settings), kind=BACKBONE if bare else found.kind,
+                  settings=found.settings, dialect=dialect, prefix=chosen.prefix,
+                  path=list(chosen.path) if len(chosen.path) < 2 else [found.family.main_key])
+
+    report = start_report(found, source, chosen.label)
+    if chosen.outside:
+        report.left_out[shorten(chosen.outside, ', ')] = f'beside the model in {chosen.label}'
+    backbone = adapted_backbone(found, in_channels, report)
+    beside, meta = _passed_through(checkpoint, chosen.path, found.kind == WHOLE and not backbone_only, report)
+    converted: dict[str, Any] = dict(meta={**meta, RECORD: record}, state_dict=backbone, **beside)
+    if bare:
+        leave_out_the_rest(found, report)
+    else:
+        converted['state_dict'] = {f'backbone.{name}': tensor for name, tensor in backbone.items()}
+        converted['state_dict'].update(found.head or found.rest)
+        if found.kind == WHOLE:
+            report.notes.append(f"the config's backbone needs out_indices={found.norms}")
+    return converted, report
+
+
+def restore_checkpoint(checkpoint: Mapping[str, Any], *,
+                       source: str = 'the checkpoint') -> tuple[dict[str, Any], Report]:
+    """Convert a checkpoint of ours, converted or trained, back to the official names, shapes and keys.
+
+    What :func:`convert_checkpoint` noted in ``meta`` decides between the spellings that the authors have used. Without
+    the note (after training), classifiers get the spelling of the authors' classifiers, other models that of their
+    detectors.
+
+    Args:
+        checkpoint: what the file holds: ``state_dict`` and, perhaps, ``meta``, or the tensors themselves.
+        source: the file's name, for messages.
+
+    Returns:
+        The official checkpoint, and the report.
+
+    Raises:
+        CheckpointError: if the file is not exactly a checkpoint of ours.
+    """
+    path = ('state_dict',) if isinstance(checkpoint.get('state_dict'), Mapping) else ()
+    held = checkpoint['state_dict'] if path else checkpoint
+    found = recognise_ours(held, source)
+    note = _note(checkpoint, found)
+    naming, head_naming = found.family.naming(note['dialect']), found.family.head_naming(note['dialect'])
+    try:
+        layout = official_layout(naming, shapes_of(found.backbone), note['prefix'])
+        layout |= official_layout(head_naming, shapes_of(found.head))
+    except LookupError as error:
+        raise CheckpointError(f'{source}: {error.args[0]} in the spelling of {note["dialect"]}; a classifier has the '
+                              'output norm of the last stage alone.') from error
+    ours = {**found.backbone, **found.head}
+    tensors = {name: ours[own].detach().reshape(shape) for name, (own, shape) in layout.items()} | found.rest
+
+    report = start_report(found, source, '/'.join(path) or 'top')
+    beside, meta = _passed_through(checkpoint, path, found.kind == WHOLE, report)
+    meta.pop(RECORD, None)
+    restored: dict[str, Any] = {**({'meta': meta} if meta else {}), **beside}
+    if note['path']:
+        restored[note['path'][0]] = tensors
+    else:
+        restored.update(tensors)
+    return restored, report
+
+
+def convert_file(source: str | os.PathLike[str], destination: str | os.PathLike[str], *, overwrite: bool = False,
+                 **options: Any) -> Report:
+    """:func:`convert_checkpoint` from a path or URL to a file; its options are passed on.
+
+    Raises:
+        CheckpointError: if a file cannot be read, converted or written; then no destination is left.
+    """
+    check_destination(destination, overwrite)
+    converted, report = convert_checkpoint(read_checkpoint(source), source=str(source), **options)
+    write_checkpoint(converted, destination, overwrite)
+    return report
+
+
+def restore_file(source: str | os.PathLike[str], destination: str | os.PathLike[str], *,
+                 overwrite: bool = False) -> Report:
+    """:func:`restore_checkpoint` from a path or URL to a file.
+
+    Raises:
+        CheckpointError: if a file cannot be read, converted or written; then no destination is left.
+    """
+    check_destination(destination, overwrite)
+    restored, report = restore_checkpoint(read_checkpoint(source), source=str(source))
+    write_checkpoint(restored, destination, overwrite)
+    return report
+
+
+def adapted_backbone(found: Recognised, in_channels: int | None, report: Report) -> dict[str, Tensor]:
+    """The backbone of a recognised model, with its stem for images of ``in_channels`` if that is asked for."""
+    if in_channels is None or in_channels == found.in_channels:
+        return found.backbone
+    report.notes.append(f'stem adapted from {found.in_channels} to {in_channels} channels of the image')
+    return {**found.backbone, found.stem: adapt_stem(found.backbone[found.stem], in_channels)}
+
+
+def adapt_stem(weight: Tensor, in_channels: int) -> Tensor:
+    """The weight of a stem for images of another number of channels.
+
+    Channel i of the new image is treated as channel ``i % C`` of the old one, and the weight is scaled by
+    ``C / in_channels``, so that channels of equal content are answered as before (exactly, where C divides
+    ``in_channels``). A single channel gets the sum of the old ones: it is answered as a grey picture was.
+
+    Args:
+        weight: (C_out, C, kernel, kernel), floating-point.
+        in_channels: channels of the new images, at least 1.
+
+    Returns:
+        (C_out, in_channels, kernel, kernel), of the same dtype.
+    """
+    if in_channels < 1:
+        raise CheckpointError(f'in_channels must be at least 1, got {in_channels}')
+    old = weight.shape[1]
+    exact = weight.double()
+    if in_channels == 1:
+        adapted = exact.sum(1, keepdim=True)
+    else:
+        adapted = exact[:, torch.arange(in_channels) % old] * (old / in_channels)
+    return adapted.to(weight.dtype)
+
+
+def _passed_through(checkpoint: Mapping[str, Any], path: tuple[str, ...], whole: bool,
+                    report: Report) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What else a file holds beside the weights at ``path``, as far as it stays valid, and its ``meta``."""
+    others = {key: value for key, value in checkpoint.items() if path and key != path[0]}
+    if not whole:
+        names = [str(key) for key in others if key != 'meta' or others['meta'].keys() - {RECORD}]
+        if names:
+            report.left_out[shorten(names, ', ')] = 'no part of the weights'
+        return {}, {}
+    meta = others.pop('meta', {})
+    tied = [key for key in _TIED_TO_PARAMETERS if key in others]
+    if tied:
+        report.left_out[', '.join(tied)] = "tied to the other side's parameters by name or order"
+    return {key: value for key, value in others.items() if key not in tied}, dict(meta)
+
+
+def _note(checkpoint: Mapping[str, Any], found: Recognised) -> dict[str, Any]:
+    """What the way back needs: as noted by the way here, if the note still fits, or as the authors published."""
+    family = found.family
+    only_last_norm = found.norms == (len(found.settings['depths']) - 1,)
+    classifier = found.kind == CLASSIFIER or (found.kind == BACKBONE and only_last_norm)
+    default = dict(dialect=family.default_dialect(found.settings, classifier),
+                   prefix={CLASSIFIER: family.classifier_prefix, WHOLE: 'backbone.', BACKBONE: ''}[found.kind],
+                   path=['state_dict' if found.kind == WHOLE else family.main_key])
+    meta = checkpoint.get('meta')
+    noted = meta.get(RECORD) if isinstance(meta, Mapping) else None
+    fits = isinstance(noted, Mapping) and noted.get('settings') == found.settings and noted.get('kind') == found.kind
+    return {key: noted[key] for key in default} if fits and noted is not None else default

@@ -1,0 +1,174 @@
+"""Reading checkpoints from anywhere without running their code, and writing them whole or not at all."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import os
+import pickle
+import re
+import urllib.error
+import urllib.parse
+import uuid
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Trainers of the Swin and timm lines store their settings beside the weights. Neither class has code to run: the
+# first is read as the dictionary that it is.
+_SETTINGS: list[Any] = [(OrderedDict, 'yacs.config.CfgNode'), (argparse.Namespace, 'argparse.Namespace')]
+_AGAIN = 'Get the file again.'
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read, recognised or fitted; the message says why and what to do."""
+
+
+def read_checkpoint(source: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint file with ``weights_only=True``, onto the CPU.
+
+    Args:
+        source: a path, or an http, https or ftp URL, which is downloaded once into ``torch.hub``'s folder.
+
+    Raises:
+        CheckpointError: if there is no such file, or it is truncated, no checkpoint, or holds more than tensors and
+            plain Python values (code, in other words).
+    """
+    name = str(source)
+    if not is_url(name):
+        return _read(Path(name).expanduser(), name)
+    path = _download(name)
+    try:
+        return _read(path, name)
+    except CheckpointError:
+        # The next attempt is to download it anew.
+        path.unlink(missing_ok=True)
+        raise
+
+
+def check_destination(path: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Refuse a destination that could not be written, before any work is done.
+
+    Raises:
+        CheckpointError: if it is a folder, or exists and ``overwrite`` is False.
+    """
+    if Path(path).expanduser().is_dir():
+        raise CheckpointError(f'{path} is a folder; name a file.')
+    if Path(path).expanduser().exists() and not overwrite:
+        raise CheckpointError(f'{path} exists; remove it, choose another name, or allow overwriting.')
+
+
+def write_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Write a checkpoint beside its destination, then rename it, so that no half-written file is ever left.
+
+    Raises:
+        CheckpointError: if the destination exists and ``overwrite`` is False, or cannot be written.
+    """
+    check_destination(path, overwrite)
+    destination = Path(path).expanduser().resolve()
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with _aside(destination) as temporary:
+            torch.save(dict(checkpoint), temporary)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f'{path} cannot be written: {error}') from error
+
+
+def is_url(name: str) -> bool:
+    """Whether a checkpoint is named by a URL."""
+    return name.startswith(('http://', 'https://', 'ftp://'))
+
+
+def _read(path: Path, name: str) -> dict[str, Any]:
+    if not path.exists():
+        raise CheckpointError(f'{name} does not exist.')
+    if not path.is_file():
+        raise CheckpointError(f'{name} is not a file.')
+    try:
+        _check_container(path, name)
+        with torch.serialization.safe_globals(_SETTINGS):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(_explain_refusal(name, str(error))) from error
+    except OSError as error:
+        raise CheckpointError(f'{name} cannot be read: {error}') from error
+    except Exception as error:
+        # Damaged pickles raise whatever their bytes happen to mean: EOFError, RuntimeError, KeyError, struct.error...
+        reason = str(error).partition('\n')[0].partition('. ')[0] or type(error).__name__
+        raise CheckpointError(f'{name} is truncated, damaged or no PyTorch checkpoint ({path.stat().st_size} bytes): '
+                              f'{reason}. {_AGAIN}') from error
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f'{name} holds a {type(checkpoint).__name__}, not a dictionary of tensors.')
+    return checkpoint
+
+
+def _check_container(path: Path, name: str) -> None:
+    with open(path, 'rb') as file:
+        start = file.read(512)
+    if not start:
+        raise CheckpointError(f'{name} is empty. {_AGAIN}')
+    text = start.removeprefix(b'\xef\xbb\xbf').lstrip().lower()
+    if text.startswith((b'<!doctype', b'<html', b'<?xml', b'<head')):
+        raise CheckpointError(f'{name} is a web page, not a checkpoint: what was saved is the page that led to the '
+                              'file, or an error page. Download the file itself.')
+    if text.startswith(b'version https://git-lfs'):
+        raise CheckpointError(f'{name} is the pointer of a Git LFS file, not the file. Fetch it with git lfs pull.')
+    if zipfile.is_zipfile(path):
+        # torch.load reads damaged tensors without a word; the archive's checksums tell.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(f'{name} is damaged: the checksum of {damaged} in it is wrong. {_AGAIN}')
+    elif not start.startswith((b'PK', b'\x80')):
+        raise CheckpointError(f'{name} is no PyTorch checkpoint: it starts with {start[:16]!r}.')
+
+
+def _explain_refusal(name: str, message: str) -> str:
+    asked = re.search(r'(?:Unsupported global: |unsupported )GLOBAL ([\w.]+)', message)
+    if asked:
+        return (f'{name} is refused: reading it would run or build {asked[1]}, and weights alone need no code '
+                '(it was read with weights_only=True, and nothing of it was loaded).')
+    reason = message.rpartition('WeightsUnpickler error: ')[2].strip().partition('\n')[0]
+    return f'{name} is refused: it holds more than weights, or is damaged ({reason}); nothing of it was loaded.'
+
+
+def _download(url: str) -> Path:
+    parts = urllib.parse.urlsplit(url)
+    if parts.fragment:
+        raise CheckpointError(f'{url}: what follows # is no part of the address; write a # in a name as %23.')
+    name = Path(urllib.parse.unquote(parts.path)).name
+    if not name:
+        raise CheckpointError(f'{url} names no file.')
+    # Releases of different years share file names.
+    folder = Path(torch.hub.get_dir(), 'checkpoints', hashlib.sha256(url.encode()).hexdigest()[:12])
+    path = folder / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / '.lock', 'w') as lock:
+            # The processes of a distributed run arrive together; the first one downloads.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                with _aside(path) as temporary:
+                    torch.hub.download_url_to_file(url, str(temporary), progress=os.isatty(2))
+    except (OSError, urllib.error.URLError, RuntimeError) as error:
+        raise CheckpointError(f'{url} cannot be downloaded: {error}') from error
+    return path
+
+
+@contextlib.contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """A name in the folder of ``path`` to write to: it becomes ``path`` if all goes well, and is removed if not."""
+    temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}.part')
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

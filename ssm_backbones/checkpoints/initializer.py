@@ -1,0 +1,135 @@
+"""Official checkpoints straight into a backbone: for configs, and for plain PyTorch."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from mmengine.logging import print_log
+from mmengine.model import update_init_info
+from mmengine.registry import WEIGHT_INITIALIZERS
+from torch import Tensor, nn
+
+from ssm_backbones.backbones.base import SSMBackbone
+from ssm_backbones.checkpoints.convert import adapted_backbone
+from ssm_backbones.checkpoints.files import CheckpointError, read_checkpoint
+from ssm_backbones.checkpoints.naming import Shapes
+from ssm_backbones.checkpoints.recognise import (
+    FAMILIES,
+    Recognised,
+    describe,
+    differences,
+    recognise_official,
+    shapes_of,
+    shorten,
+)
+from ssm_backbones.checkpoints.report import Report, leave_out_the_rest, start_report
+from ssm_backbones.checkpoints.weights import choose_weights
+
+
+def load_official(model: nn.Module, checkpoint: str | os.PathLike[str], *, weights: str = 'auto',
+                  in_channels: int | None = None) -> Report:
+    """Load the backbone of an official checkpoint into a model of this package, strictly.
+
+    Whatever the checkpoint is of, a classifier, a detector or a segmentor, the backbone is taken from it. Parts of it
+    that the model was built without (stages behind the last of its ``out_indices``, output norms of stages that are
+    not among them) are left out; output norms that the checkpoint lacks, as those of classifiers lack all but the
+    last, stay as initialised. The report names both. Anything else that does not fit is an error, and then nothing is
+    loaded.
+
+    Args:
+        model: a VMamba or Mamba2D.
+        checkpoint: path or URL.
+        weights: which of the file's weights, see :func:`convert_checkpoint`.
+        in_channels: adapt the stem to images of so many channels, see :func:`adapt_stem`; the model has to be built
+            with the same number.
+
+    Returns:
+        What was loaded from where and what was not.
+
+    Raises:
+        CheckpointError: if the file cannot be read, is not exactly an official checkpoint, or is one of another arch.
+    """
+    source = str(checkpoint)
+    if not any(isinstance(model, family.model) for family in FAMILIES):
+        names = ' or '.join(family.name for family in FAMILIES)
+        raise CheckpointError(f'official checkpoints are loaded into a backbone, a {names}, not into a '
+                              f'{type(model).__name__}. Whole models: convert the file with '
+                              'tools/convert_checkpoint.py and name the result in load_from.')
+    assert isinstance(model, SSMBackbone), 'families are of backbones'
+    chosen = choose_weights(read_checkpoint(checkpoint), weights, FAMILIES, source)
+    found, _ = recognise_official(chosen, source)
+    report = start_report(found, source, chosen.label)
+    leave_out_the_rest(found, report)
+    tensors = adapted_backbone(found, in_channels, report)
+
+    unbuilt = {name for name in tensors if _is_unbuilt(model, name)}
+    for name in sorted({name.rpartition('.blocks.')[0] or name.rpartition('.')[0] for name in unbuilt}):
+        report.left_out[name] = f'the model is built for out_indices={model.out_indices}'
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in unbuilt}
+    state = model.state_dict()
+    lacking = {name.partition('.')[0] for name in state.keys() - tensors.keys() if name.startswith('norm')}
+    for name in sorted(lacking):
+        report.initial[name] = 'the checkpoint has no output norm for this stage'
+    expected = {name: shape for name, shape in shapes_of(state).items() if name.partition('.')[0] not in lacking}
+    _check_fit(model, found, tensors, expected, source)
+
+    report.tensors = {'backbone': len(tensors)}
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            state[name].copy_(tensor)
+    return report
+
+
+@WEIGHT_INITIALIZERS.register_module(name='OfficialPretrained')
+class OfficialPretrainedInit:
+    """``init_cfg=dict(type='OfficialPretrained', checkpoint=...)`` of a backbone: :func:`load_official`.
+
+    Args:
+        checkpoint: path or URL of a checkpoint of the authors'.
+        weights: which of the file's weights, see :func:`convert_checkpoint`.
+        in_channels: adapt the stem to images of so many channels, see :func:`adapt_stem`.
+    """
+
+    def __init__(self, checkpoint: str, weights: str = 'auto', in_channels: int | None = None) -> None:
+        self.checkpoint = checkpoint
+        self.weights = weights
+        self.in_channels = in_channels
+
+    def __call__(self, module: nn.Module) -> None:
+        report = load_official(module, self.checkpoint, weights=self.weights, in_channels=self.in_channels)
+        print_log(str(report), logger='current')
+        if hasattr(module, '_params_init_info'):
+            update_init_info(module, init_info=f'OfficialPretrained: load from {self.checkpoint}')
+
+
+def _is_unbuilt(model: SSMBackbone, name: str) -> bool:
+    """Whether a tensor belongs to what this model leaves out of its architecture because of its ``out_indices``."""
+    top, _, rest = name.partition('.')
+    if top == 'stages':
+        stage, part, *_ = rest.split('.')
+        last = model.num_built_stages - 1
+        return last < int(stage) < len(model.num_features) or (int(stage) == last and part == 'downsample')
+    return top.startswith('norm') and int(top[4:]) not in model.out_indices
+
+
+def _check_fit(model: SSMBackbone, found: Recognised, tensors: dict[str, Tensor], expected: Shapes,
+               source: str) -> None:
+    lines = differences(tensors, expected)
+    if not lines:
+        return
+    held = describe(found.family, found.settings)
+    stem = tensors[found.stem]
+    if [line.split()[0] for line in lines] == [found.stem] and stem.shape[1] != model.in_channels:
+        raise CheckpointError(f'{source} ({held}) is for images of {stem.shape[1]} channels, the model for '
+                              f'{model.in_channels}; in_channels={model.in_channels} beside the checkpoint adapts the '
+                              'stem.')
+    raise CheckpointError(f'{source} is a checkpoint of {held} and does not fit the model, {_describe_model(model)}. '
+                          f'{len(lines)} tensors of the checkpoint differ: {shorten(lines)}.')
+
+
+def _describe_model(model: SSMBackbone) -> str:
+    family = next(family for family in FAMILIES if isinstance(model, family.model))
+    if model.num_built_stages < len(model.num_features):
+        return f'a {family.name} of {model.num_features[0]} channels in the first stage'
+    return describe(family, family.settings(shapes_of(model.state_dict())))

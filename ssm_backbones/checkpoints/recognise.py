@@ -1,0 +1,203 @@
+"""Finding out exactly what a checkpoint holds, the authors' or ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ssm_backbones.checkpoints.families import Family
+from ssm_backbones.checkpoints.files import CheckpointError
+from ssm_backbones.checkpoints.naming import Naming, Shape, Shapes, official_layout
+from ssm_backbones.checkpoints.vmamba import VMambaFamily
+from ssm_backbones.checkpoints.weights import WeightSet
+
+FAMILIES: tuple[Family, ...] = (VMambaFamily(),)
+CLASSIFIER, BACKBONE, WHOLE = 'classifier', 'backbone', 'whole model'
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """A model whose every tensor is accounted for, by our names and in our shapes."""
+
+    family: Family
+    settings: dict[str, Any]
+    """The arch dict that fits."""
+    kind: str
+    """A classifier, a bare backbone, or a whole model (detector, segmentor)."""
+    backbone: dict[str, Tensor]
+    """The tensors of all stages, and of those output norms that the file has; names relative to the backbone."""
+    head: dict[str, Tensor]
+    """The classifier's head, names beginning with ``head.``."""
+    rest: dict[str, Any]
+    """What else a whole model holds, by its own names."""
+
+    @property
+    def stem(self) -> str:
+        """The name of the weight that sees the image's channels."""
+        return self.family.stem(self.backbone)
+
+    @property
+    def in_channels(self) -> int:
+        """The channels of the images that the stem expects."""
+        return self.backbone[self.stem].shape[1]
+
+    @property
+    def norms(self) -> tuple[int, ...]:
+        """The stages whose output norms the file has."""
+        stages = range(len(self.settings['depths']))
+        return tuple(i for i in stages if f'norm{i}.weight' in self.backbone)
+
+
+def recognise_official(weights: WeightSet, source: str) -> tuple[Recognised, dict[str, Any]]:
+    """Account for every tensor of an official model, and translate it.
+
+    Args:
+        weights: the model's weights.
+        source: the file's name, for messages.
+
+    Returns:
+        The model, and the dialect of its names (see :class:`Family`).
+
+    Raises:
+        CheckpointError: if it is not exactly a model of the authors'.
+    """
+    family, prefix, held = weights.family, weights.prefix, weights.tensors
+    inside, outside = _parted(held, prefix)
+    dialect = family.dialect(list(inside))
+    naming, head_naming = family.naming(dialect), family.head_naming(dialect)
+    found = _translated(inside, naming)
+    head = _translated(outside or inside, head_naming) if prefix == family.classifier_prefix else {}
+    kind = CLASSIFIER if head else WHOLE if outside else BACKBONE
+
+    try:
+        settings = family.settings(shapes_of(found))
+    except KeyError as error:
+        official = naming.official(error.args[0])
+        lacking = prefix + official[0] if official else error.args[0]
+        raise CheckpointError(f'{source} is no complete {family.name}: it lacks {lacking}, which tells the variants '
+                              'apart.') from None
+    shapes, head_shapes = _expected(family, settings, kind, found, head, source)
+    layout = official_layout(naming, shapes, prefix) | official_layout(head_naming, head_shapes)
+    strict = {prefix + name: value for name, value in inside.items()} | ({} if kind == WHOLE else outside)
+    _check(strict, {name: shape for name, (_, shape) in layout.items()}, source, describe(family, settings))
+
+    backbone, converted_head = {}, {}
+    for name, tensor in strict.items():
+        ours = layout[name][0]
+        if ours in shapes:
+            backbone[ours] = tensor.detach().reshape(shapes[ours])
+        else:
+            converted_head[ours] = tensor.detach().reshape(head_shapes[ours])
+    return Recognised(family, settings, kind, backbone, converted_head, outside if kind == WHOLE else {}), dialect
+
+
+def recognise_ours(held: Mapping[str, Any], source: str) -> Recognised:
+    """Account for every tensor of a model of ours: a bare backbone, or ``backbone.*`` in a whole one.
+
+    Args:
+        held: the model's tensors by name.
+        source: the file's name, for messages.
+
+    Raises:
+        CheckpointError: if it is not exactly a model of ours whose family has official checkpoints.
+    """
+    prefix = 'backbone.' if any(name.startswith('backbone.') for name in held) else ''
+    inside, outside = _parted(held, prefix)
+    family = next((family for family in FAMILIES if family.is_ours(shapes_of(inside))), None)
+    if family is None:
+        names = ' and '.join(family.name for family in FAMILIES)
+        raise CheckpointError(f'{source} is no checkpoint of ours of a family with official names, {names}. '
+                              f'Its names begin with {shorten(list(held), ", ")}.')
+    try:
+        settings = family.settings(shapes_of(inside))
+    except KeyError as error:
+        raise CheckpointError(f'{source} is no complete {family.name}: it lacks {prefix}{error.args[0]}, which tells '
+                              'the variants apart.') from None
+    head_names = family.head_shapes(settings, 1)
+    kind = CLASSIFIER if any(name in head_names for name in outside) else WHOLE if outside else BACKBONE
+    head = outside if kind == CLASSIFIER else {}
+    shapes, head_shapes = _expected(family, settings, kind, inside, head, source)
+    _check({**inside, **head}, {**shapes, **head_shapes}, source, describe(family, settings))
+    return Recognised(family, settings, kind, inside, head, outside if kind == WHOLE else {})
+
+
+def describe(family: Family, settings: Mapping[str, Any]) -> str:
+    """A family and the arch that fits, as one writes them in a config."""
+    return f"{family.name}, arch={family.arch(settings) or dict(settings)!r}"
+
+
+def shapes_of(tensors: Mapping[str, Any]) -> dict[str, Shape]:
+    """The shapes of those entries that are tensors."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+
+
+def differences(found: Mapping[str, Any], expected: Shapes) -> list[str]:
+    """One line for each tensor that is missing, of another shape or kind, or not expected."""
+    lines = []
+    for name, shape in expected.items():
+        tensor = found.get(name)
+        if tensor is None:
+            lines.append(f'{name} {_text(shape)} is missing')
+        elif not isinstance(tensor, Tensor):
+            lines.append(f'{name} is a {type(tensor).__name__}, expected a tensor {_text(shape)}')
+        elif tensor.shape != shape:
+            lines.append(f'{name} is {_text(tensor.shape)}, expected {_text(shape)}')
+        elif not tensor.is_floating_point():
+            lines.append(f'{name} is of {tensor.dtype}, expected floating-point numbers')
+    return lines + [f'{name} is not expected' for name in found if name not in expected]
+
+
+def shorten(items: Sequence[str], separator: str = '; ') -> str:
+    """The first few of many items, and how many more there are."""
+    more = len(items) - _SHOWN
+    return separator.join(items[:_SHOWN]) + (f'{separator}and {more} more' if more > 0 else '')
+
+
+def _parted(held: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What lies under a prefix, without it, and what does not."""
+    inside = {name.removeprefix(prefix): value for name, value in held.items() if name.startswith(prefix)}
+    return inside, {name: value for name, value in held.items() if not name.startswith(prefix)}
+
+
+def _translated(held: Mapping[str, Any], naming: Naming) -> dict[str, Any]:
+    """What the rules know, by our names."""
+    return {ours: value for name, value in held.items() if (ours := naming.ours(name)) is not None}
+
+
+def _expected(family: Family, settings: dict[str, Any], kind: str, found: Mapping[str, Any], head: Mapping[str, Any],
+              source: str) -> tuple[dict[str, Shape], dict[str, Shape]]:
+    """Our names and shapes of the backbone and of the classifier's head that these tensors have to be."""
+    shapes = family.backbone_shapes(settings, in_channels=_dimension(found.get(family.stem(found)), 1))
+    if family.norms_are_optional:
+        norms = {f'norm{i}.' for i in range(len(settings['depths']))}
+        present = {norm for norm in norms if any(name.startswith(norm) for name in found)}
+        if kind == CLASSIFIER:
+            present.add(f'norm{len(norms) - 1}.')
+        elif kind == WHOLE and not present:
+            raise CheckpointError(f'{source}: its backbone, {describe(family, settings)}, has no output norms '
+                                  '(officially outnorm0 to outnorm3), without which ours would compute something else.')
+        shapes = {name: shape for name, shape in shapes.items() if not name.startswith(tuple(norms - present))}
+    if kind != CLASSIFIER:
+        return shapes, {}
+    # Classes are counted in whichever half of the last layer is there.
+    num_classes = max(_dimension(head.get(f'{family.last_layer}.{part}'), 0) for part in ('weight', 'bias'))
+    return shapes, family.head_shapes(settings, num_classes)
+
+
+def _dimension(tensor: Any, dimension: int) -> int:
+    """A dimension of a tensor, or 0 if it has none such."""
+    return tensor.shape[dimension] if isinstance(tensor, Tensor) and tensor.ndim > dimension else 0
+
+
+def _check(found: Mapping[str, Any], expected: Shapes, source: str, model: str) -> None:
+    lines = differences(found, expected)
+    if lines:
+        raise CheckpointError(f'{source} is not exactly {model}: {shorten(lines)}.')
+
+
+def _text(shape: Sequence[int]) -> str:
+    return f'({", ".join(map(str, shape))})'

@@ -1,0 +1,147 @@
+"""Where in a checkpoint the weights are: classifiers, detectors, wrappers, averages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ssm_backbones.checkpoints.families import Family
+from ssm_backbones.checkpoints.files import CheckpointError
+
+_MAIN_PATHS = [('state_dict',), ('model',), ()]
+_AVERAGE = re.compile(r'(?:^|[^A-Za-z])ema(?:[^a-z]|$)|EMA|ema[A-Z]|[Aa]verag')
+_DEPTH = 4
+
+
+@dataclass(frozen=True)
+class WeightSet:
+    """The weights of one model within a checkpoint, by their official names without a wrapper's prefix."""
+
+    family: Family
+    path: tuple[str, ...]
+    """The keys that lead to the dictionary of the tensors."""
+    wrapper: str
+    """What a wrapper put before all names, such as 'module.'."""
+    prefix: str
+    """What then stands before the backbone's names: '' or 'backbone.'."""
+    is_average: bool
+    """Whether these are moving averages (EMA) of the weights."""
+    tensors: dict[str, Tensor]
+    outside: tuple[str, ...]
+    """Entries of the same dictionary that stand outside of the wrapper and belong to no other set."""
+
+    @property
+    def label(self) -> str:
+        """What to call the set, and to choose it by."""
+        path = '/'.join(self.path) or 'top'
+        return f'{path}:{self.wrapper}' if self.wrapper else path
+
+
+def choose_weights(checkpoint: Mapping[str, Any], wanted: str, families: Sequence[Family], source: str) -> WeightSet:
+    """Find the weights to convert.
+
+    Args:
+        checkpoint: what the file holds.
+        wanted: 'auto' (the main weights), 'raw', 'ema' (their moving averages) or the label of a set.
+        families: the families to look for.
+        source: the file's name, for messages.
+
+    Raises:
+        CheckpointError: if there are none, or not exactly one that is wanted.
+    """
+    sets = list(_find(checkpoint, families))
+    if not sets:
+        raise CheckpointError(_explain_unknown(checkpoint, families, source))
+    if wanted == 'auto':
+        ranks = [_rank(found) for found in sets]
+        chosen = [found for found, rank in zip(sets, ranks, strict=True) if rank == min(ranks)]
+    elif wanted in ('raw', 'ema'):
+        chosen = [found for found in sets if found.is_average == (wanted == 'ema')]
+    else:
+        chosen = [found for found in sets if found.label == wanted]
+    if len(chosen) != 1:
+        held = ', '.join(f'{found.label}{" (averages)" if found.is_average else ""}' for found in sets)
+        many = 'more than one set of' if chosen else 'no'
+        raise CheckpointError(f'{source} holds {many} weights for {wanted!r}; it holds {held}. Choose one of these '
+                              "names, 'auto', 'raw' or 'ema'.")
+    return chosen[0]
+
+
+def _find(checkpoint: Mapping[str, Any], families: Sequence[Family]) -> Iterator[WeightSet]:
+    for path, mapping in _mappings(checkpoint, ()):
+        found: dict[tuple[str, str], Family] = {}
+        for family in families:
+            # The wrapper is as short as can be, so that 'backbone.' is never taken for one.
+            mark = re.compile(rf'((?:.*?\.)??)((?:backbone\.)*){family.official_mark.pattern}')
+            for name in mapping:
+                match = mark.fullmatch(name)
+                if match:
+                    found[match[1], match[2]] = family
+        owned, outside = _share_out(mapping, {wrapper for wrapper, _ in found})
+        for (wrapper, prefix), family in found.items():
+            yield WeightSet(family, path, wrapper, prefix, _is_average(checkpoint, path, wrapper), owned[wrapper],
+                            outside)
+
+
+def _mappings(value: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """Every dictionary in a checkpoint that holds tensors by name, with the keys that lead to it."""
+    named = {name: item for name, item in value.items() if isinstance(name, str)}
+    if any(isinstance(item, Tensor) for item in named.values()):
+        yield path, named
+    if len(path) < _DEPTH:
+        for name, item in named.items():
+            if isinstance(item, Mapping):
+                yield from _mappings(item, (*path, name))
+
+
+def _share_out(mapping: Mapping[str, Any], wrappers: set[str]) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:
+    """What lies under each wrapper, without its prefix, and the names that lie under none.
+
+    The empty wrapper gets what is left, save what stands beside another wrapper's names (as the counter of updates in
+    ``ema.n_averaged`` stands beside ``ema.module.*``).
+    """
+    prefixed = sorted(wrappers - {''}, key=len, reverse=True)
+    roots = tuple(wrapper.partition('.')[0] + '.' for wrapper in prefixed)
+    owned: dict[str, dict[str, Any]] = {wrapper: {} for wrapper in wrappers}
+    outside = []
+    for name, value in mapping.items():
+        wrapper = next((wrapper for wrapper in prefixed if name.startswith(wrapper)), None)
+        if wrapper is not None:
+            owned[wrapper][name.removeprefix(wrapper)] = value
+        elif '' in wrappers and not name.startswith(roots):
+            owned[''][name] = value
+        else:
+            outside.append(name)
+    return owned, tuple(outside)
+
+
+def _is_average(checkpoint: Mapping[str, Any], path: tuple[str, ...], wrapper: str) -> bool:
+    # Lightning's WeightAveraging and mmengine's EMAHook save the averages in the place of the weights, and these aside.
+    for aside, sign in (('current_model_state', 'state_dict'), ('ema_state_dict', 'message_hub')):
+        if aside in checkpoint and sign in checkpoint and path in (('state_dict',), (aside,)):
+            return path == ('state_dict',)
+    return _AVERAGE.search('/'.join((*path, wrapper))) is not None
+
+
+def _rank(found: WeightSet) -> tuple[int, bool]:
+    main = _MAIN_PATHS.index(found.path) if found.path in _MAIN_PATHS else len(_MAIN_PATHS)
+    return main, _AVERAGE.search(found.wrapper) is not None
+
+
+def _explain_unknown(checkpoint: Mapping[str, Any], families: Sequence[Family], source: str) -> str:
+    wanted = ' or '.join(family.name for family in families)
+    held = list(_mappings(checkpoint, ()))
+    if not held:
+        keys = ', '.join(repr(key) for key in list(checkpoint)[:5]) or 'nothing'
+        return f'{source} holds no tensors by name, but {keys}; it is no official checkpoint of {wanted}.'
+    if any('.mixer.' in name for _, mapping in held for name in mapping):
+        return (f"{source} has this package's own names already: load it with init_cfg=dict(type='Pretrained', "
+                'checkpoint=...) or load_from, or convert it back with --to-official.')
+    path, mapping = max(held, key=lambda item: len(item[1]))
+    names = ', '.join(list(mapping)[:3])
+    return (f'{source} is no official checkpoint of {wanted}: no tensor has the name of one of their blocks. Its '
+            f'{len(mapping)} tensors in {"/".join(path) or "the top"} begin with {names}.')
