@@ -1,0 +1,108 @@
+"""The official checkpoints' names and shapes, written out as the authors' code lays them out.
+
+test_layouts.py holds the digests of the true layouts against what these functions give.
+"""
+
+import hashlib
+import json
+import math
+
+import torch
+
+VMAMBA = {
+    'tiny-s1l8': dict(embed_dims=96, depths=[2, 2, 8, 2], ssm_ratio=1.0),
+    'tiny-s2l5': dict(embed_dims=96, depths=[2, 2, 5, 2], ssm_ratio=2.0),
+    'small-s2l15': dict(embed_dims=96, depths=[2, 2, 15, 2], ssm_ratio=2.0),
+    'small-s1l20': dict(embed_dims=96, depths=[2, 2, 20, 2], ssm_ratio=1.0),
+    'base-s2l15': dict(embed_dims=128, depths=[2, 2, 15, 2], ssm_ratio=2.0),
+    'base-s1l20': dict(embed_dims=128, depths=[2, 2, 20, 2], ssm_ratio=1.0),
+    'tiny-v0': dict(embed_dims=96, depths=[2, 2, 9, 2], version='v0'),
+    'small-v0': dict(embed_dims=96, depths=[2, 2, 27, 2], version='v0'),
+    'base-v0': dict(embed_dims=128, depths=[2, 2, 27, 2], version='v0'),
+}
+
+
+def vmamba_backbone(embed_dims, depths, ssm_ratio=2.0, d_state=None, version='v2', in_channels=3):
+    """VMamba's stem and stages, without any norm of outputs."""
+    v2 = version == 'v2'
+    states = d_state or (1 if v2 else 16)
+    layout = {}
+
+    def add(name, weight, bias=None):
+        layout[f'{name}.weight'] = weight
+        if bias is not None:
+            layout[f'{name}.bias'] = [bias]
+
+    if v2:
+        half = embed_dims // 2
+        add('patch_embed.0', [half, in_channels, 3, 3], half)
+        add('patch_embed.2', [half], half)
+        add('patch_embed.5', [embed_dims, half, 3, 3], embed_dims)
+        add('patch_embed.7', [embed_dims], embed_dims)
+    else:
+        add('patch_embed.0', [embed_dims, in_channels, 4, 4], embed_dims)
+        add('patch_embed.2', [embed_dims], embed_dims)
+    for s, depth in enumerate(depths):
+        width = embed_dims * 2**s
+        inner, rank = int(ssm_ratio * width), math.ceil(width / 16)
+        for b in range(depth):
+            block = f'layers.{s}.blocks.{b}'
+            op = f'{block}.op'
+            add(f'{block}.norm', [width], width)
+            layout[f'{op}.A_logs'] = [4 * inner, states]
+            layout[f'{op}.Ds'] = [4 * inner]
+            layout[f'{op}.dt_projs_bias'] = [4, inner]
+            add(f'{op}.out_norm', [inner], inner)
+            add(f'{op}.in_proj', [inner if v2 else 2 * inner, width])
+            add(f'{op}.conv2d', [inner, 1, 3, 3], None if v2 else inner)
+            if v2:
+                add(f'{op}.x_proj', [4 * (rank + 2 * states), inner])
+                add(f'{op}.dt_projs', [4 * inner, rank])
+            else:
+                layout[f'{op}.x_proj_weight'] = [4, rank + 2 * states, inner]
+                layout[f'{op}.dt_projs_weight'] = [4, inner, rank]
+            add(f'{op}.out_proj', [width, inner])
+            if v2:
+                add(f'{block}.norm2', [width], width)
+                add(f'{block}.mlp.fc1', [4 * width, width], 4 * width)
+                add(f'{block}.mlp.fc2', [width, 4 * width], width)
+        if s + 1 == len(depths):
+            break
+        if v2:
+            add(f'layers.{s}.downsample.1', [2 * width, width, 3, 3], 2 * width)
+            add(f'layers.{s}.downsample.3', [2 * width], 2 * width)
+        else:
+            add(f'layers.{s}.downsample.1', [4 * width], 4 * width)
+            add(f'layers.{s}.downsample.2', [2 * width, 4 * width])
+    return layout
+
+
+def vmamba_classifier(*, embed_dims, depths, num_classes=1000, **options):
+    """What the authors' classification checkpoints hold."""
+    width = embed_dims * 2 ** (len(depths) - 1)
+    return {**vmamba_backbone(embed_dims, depths, **options),
+            'classifier.norm.weight': [width], 'classifier.norm.bias': [width],
+            'classifier.head.weight': [num_classes, width], 'classifier.head.bias': [num_classes]}
+
+
+def vmamba_pyramid(*, embed_dims, depths, out_indices=(0, 1, 2, 3), **options):
+    """The backbone in the authors' detectors and segmentors: no classifier, a norm for each output."""
+    layout = vmamba_backbone(embed_dims, depths, **options)
+    for i in out_indices:
+        layout[f'outnorm{i}.weight'] = layout[f'outnorm{i}.bias'] = [embed_dims * 2**i]
+    return layout
+
+
+def digest(layout):
+    """The first 16 digits of the SHA-256 of the sorted names and shapes, as JSON."""
+    return hashlib.sha256(json.dumps(sorted([name, shape] for name, shape in layout.items())).encode()).hexdigest()[:16]
+
+
+def random_tensors(layout, dtype=torch.float32):
+    """A tensor of numbers around zero for each name."""
+    return {name: torch.randn(shape, dtype=dtype) for name, shape in layout.items()}
+
+
+def marked_tensors(layout, start=0.0):
+    """A tensor for each name, filled with a number of its own, which takes the memory of a single one."""
+    return {name: torch.full((), start + i).expand(shape) for i, (name, shape) in enumerate(layout.items())}

@@ -1,0 +1,195 @@
+"""Stand-ins for every file that the authors published: recognised, converted, loaded strictly, and given back."""
+
+import pytest
+import torch
+from tests.checkpoints import hosts
+from tests.checkpoints.layouts import VMAMBA, marked_tensors, random_tensors, vmamba_classifier, vmamba_pyramid
+
+from ssm_backbones.checkpoints import convert_checkpoint, convert_file, read_checkpoint, restore_checkpoint, restore_file
+
+CLASSIFIERS = {
+    'vssm1_tiny_0230s_ckpt_epoch_264.pth': 'tiny-s1l8',
+    'vssm_tiny_0230_ckpt_epoch_262.pth': 'tiny-s2l5',
+    'vssm_small_0229_ckpt_epoch_222.pth': 'small-s2l15',
+    'vssm1_small_0229s_ckpt_epoch_240.pth': 'small-s1l20',
+    'vssm_base_0229_ckpt_epoch_237.pth': 'base-s2l15',
+    'vssm1_base_0229s_ckpt_epoch_225.pth': 'base-s1l20',
+    'vssmtiny_dp01_ckpt_epoch_292.pth': 'tiny-v0',
+    'vssmsmall_dp03_ckpt_epoch_238.pth': 'small-v0',
+    'vssmbase_dp06_ckpt_epoch_241.pth': 'base-v0',
+}
+DETECTORS = {
+    'mask_rcnn_vssm_fpn_coco_tiny_s_epoch_12.pth': 'tiny-s1l8',
+    'mask_rcnn_vssm_fpn_coco_tiny_ms_3x_s_epoch_31.pth': 'tiny-s1l8',
+    'mask_rcnn_vssm_fpn_coco_tiny_epoch_12.pth': 'tiny-s2l5',
+    'mask_rcnn_vssm_fpn_coco_tiny_ms_3x_epoch_36.pth': 'tiny-s2l5',
+    'mask_rcnn_vssm_fpn_coco_small_epoch_11.pth': 'small-s2l15',
+    'mask_rcnn_vssm_fpn_coco_small_ms_3x_epoch_32.pth': 'small-s2l15',
+    'mask_rcnn_vssm_fpn_coco_base_epoch_11.pth': 'base-s2l15',
+    'vssmtiny_mask_rcnn_swin_fpn_coco_epoch_12.pth': 'tiny-v0',
+    'vssmtiny_mask_rcnn_swin_fpn_coco_ms_3x_epoch_34.pth': 'tiny-v0',
+    'vssmsmall_mask_rcnn_swin_fpn_coco_epoch_12.pth': 'small-v0',
+    'vssmsmall_mask_rcnn_swin_fpn_coco_ms_3x_epoch_34.pth': 'small-v0',
+    'vssmbase_mask_rcnn_swin_fpn_coco_epoch_12.pth': 'base-v0',
+}
+SEGMENTORS = {
+    'upernet_vssm_4xb4-160k_ade20k-512x512_tiny_s_iter_160000.pth': 'tiny-s1l8',
+    'upernet_vssm_4xb4-160k_ade20k-512x512_tiny_iter_160000.pth': 'tiny-s2l5',
+    'upernet_vssm_4xb4-160k_ade20k-512x512_small_iter_144000.pth': 'small-s2l15',
+    'upernet_vssm_4xb4-160k_ade20k-512x512_base_iter_160000.pth': 'base-s2l15',
+    'vssmtiny_upernet_4xb4-160k_ade20k-512x512_iter_160000.pth': 'tiny-v0',
+    'vssmsmall_upernet_4xb4-160k_ade20k-512x512_iter_160000.pth': 'small-v0',
+    'vssmbase_upernet_4xb4-160k_ade20k-512x512_iter_128000.pth': 'base-v0',
+}
+DETECTORS_AND_SEGMENTORS = [(hosts.detector, *item) for item in DETECTORS.items()] + [
+    (hosts.segmentor, *item) for item in SEGMENTORS.items()]
+
+
+def widths_of(variant):
+    return [VMAMBA[variant]['embed_dims'] * 2**i for i in range(4)]
+
+
+def saved(checkpoint, folder, name):
+    path = folder / name
+    torch.save(checkpoint, path)
+    return path
+
+
+def mark(tensor):
+    """The number that fills a tensor whose elements share their memory."""
+    assert not any(tensor.stride()), tensor.stride()
+    return tensor[(0,) * tensor.ndim].item()
+
+
+def assert_same(tensors, expected):
+    """The same filled tensors in the same order."""
+    assert list(tensors) == list(expected)
+    for name, tensor in tensors.items():
+        assert tensor.shape == expected[name].shape and tensor.dtype == expected[name].dtype, name
+        assert mark(tensor) == mark(expected[name]), name
+
+
+def assert_marks_moved(converted, official):
+    """Each official tensor's mark lies in exactly one converted tensor, of as many numbers."""
+    def sizes(tensors):
+        return sorted((mark(tensor), tensor.numel()) for tensor in tensors)
+    assert sizes(converted) == sizes(official)
+
+
+@pytest.mark.parametrize(('name', 'variant'), CLASSIFIERS.items())
+def test_vmamba_classifiers(name, variant, tmp_path):
+    official = marked_tensors(vmamba_classifier(**VMAMBA[variant]))
+    source = saved({'model': official, 'max_accuracy': 82.6, 'epoch': 264}, tmp_path, name)
+    report = convert_file(source, tmp_path / 'ours.pth')
+    assert report.model == f'VMamba, arch={variant!r}' and report.kind == 'classifier'
+    assert report.left_out == {'max_accuracy, epoch': 'no part of the weights'} and not report.initial
+
+    state = read_checkpoint(tmp_path / 'ours.pth')['state_dict']
+    assert_marks_moved(state.values(), official.values())
+    model = hosts.classifier(dict(type='VMamba', arch=variant, out_indices=(3,)), widths_of(variant)[-1])
+    model.load_state_dict(state, strict=True, assign=True)
+
+    restore_file(tmp_path / 'ours.pth', tmp_path / 'back.pth')
+    back = read_checkpoint(tmp_path / 'back.pth')
+    assert list(back) == ['model']
+    assert_same(back['model'], official)
+
+
+@pytest.mark.parametrize(('host', 'name', 'variant'), DETECTORS_AND_SEGMENTORS)
+def test_vmamba_detectors_and_segmentors(host, name, variant, tmp_path):
+    model = host(dict(type='VMamba', arch=variant), widths_of(variant))
+    backbone = marked_tensors(vmamba_pyramid(**VMAMBA[variant]))
+    rest = {key: torch.full((), -1.0 - i, dtype=tensor.dtype).expand(tensor.shape)
+            for i, (key, tensor) in enumerate(hosts.around(model).items())}
+    official = {**{f'backbone.{key}': tensor for key, tensor in backbone.items()}, **rest}
+    meta = dict(epoch=12, iter=87960, dataset_meta=dict(classes=['person', 'bicycle']))
+    source = saved(dict(meta=meta, state_dict=official, message_hub={}, optimizer=dict(state={})), tmp_path, name)
+
+    report = convert_file(source, tmp_path / 'ours.pth')
+    assert report.model == f'VMamba, arch={variant!r}' and report.kind == 'whole model'
+    assert report.tensors == {'backbone': len(backbone), 'passed through': len(rest)}
+    assert list(report.left_out) == ['optimizer'] and not report.initial
+    converted = read_checkpoint(tmp_path / 'ours.pth')
+    assert {key: converted['meta'][key] for key in meta} == meta and converted['message_hub'] == {}
+    state = converted['state_dict']
+    assert_same({key: state[key] for key in rest}, rest)
+    assert_marks_moved([tensor for key, tensor in state.items() if key not in rest], backbone.values())
+    model.load_state_dict(state, strict=True, assign=True)
+
+    restore_file(tmp_path / 'ours.pth', tmp_path / 'back.pth')
+    back = read_checkpoint(tmp_path / 'back.pth')
+    assert back['meta'] == meta
+    assert_same(back['state_dict'], official)
+
+
+def test_every_element_of_v2_goes_to_its_place():
+    official = random_tensors(vmamba_classifier(**VMAMBA['tiny-s1l8']))
+    ours = convert_checkpoint({'model': official})[0]['state_dict']
+    block, our_block = 'layers.2.blocks.7', 'backbone.stages.2.blocks.7'
+    width, inner, rank = 384, 384, 24
+    expected = {
+        'backbone.patch_embed.first.conv.weight': official['patch_embed.0.weight'],
+        'backbone.patch_embed.first.norm.bias': official['patch_embed.2.bias'],
+        'backbone.patch_embed.second.conv.bias': official['patch_embed.5.bias'],
+        'backbone.patch_embed.second.norm.weight': official['patch_embed.7.weight'],
+        f'{our_block}.norm1.weight': official[f'{block}.norm.weight'],
+        f'{our_block}.norm2.bias': official[f'{block}.norm2.bias'],
+        f'{our_block}.mlp.fc1.weight': official[f'{block}.mlp.fc1.weight'],
+        f'{our_block}.mlp.fc2.bias': official[f'{block}.mlp.fc2.bias'],
+        f'{our_block}.mixer.in_proj.weight': official[f'{block}.op.in_proj.weight'],
+        f'{our_block}.mixer.conv.weight': official[f'{block}.op.conv2d.weight'],
+        f'{our_block}.mixer.x_proj.weight': official[f'{block}.op.x_proj.weight'],
+        f'{our_block}.mixer.dt_weight': official[f'{block}.op.dt_projs.weight'].view(4, inner, rank),
+        f'{our_block}.mixer.dt_bias': official[f'{block}.op.dt_projs_bias'],
+        f'{our_block}.mixer.A_log': official[f'{block}.op.A_logs'].view(4, inner, 1),
+        f'{our_block}.mixer.D': official[f'{block}.op.Ds'].view(4, inner),
+        f'{our_block}.mixer.norm.weight': official[f'{block}.op.out_norm.weight'],
+        f'{our_block}.mixer.out_proj.weight': official[f'{block}.op.out_proj.weight'],
+        'backbone.stages.2.downsample.conv.weight': official['layers.2.downsample.1.weight'],
+        'backbone.stages.2.downsample.norm.bias': official['layers.2.downsample.3.bias'],
+        'backbone.norm3.weight': official['classifier.norm.weight'],
+        'head.fc.weight': official['classifier.head.weight'],
+    }
+    for name, tensor in expected.items():
+        assert torch.equal(ours[name], tensor), name
+    assert width == ours[f'{our_block}.norm1.weight'].numel()
+    assert_every_element(ours, official)
+    back = restore_checkpoint({'state_dict': ours})[0]['model']
+    assert back.keys() == official.keys() and all(torch.equal(back[name], official[name]) for name in back)
+
+
+def test_every_element_of_v0_goes_to_its_place():
+    official = random_tensors(vmamba_classifier(**VMAMBA['tiny-v0']))
+    ours = convert_checkpoint({'model': official})[0]['state_dict']
+    block, our_mixer = 'layers.1.blocks.1', 'backbone.stages.1.blocks.1.mixer'
+    inner, rank, states = 384, 12, 16
+    for k in range(4):
+        rows = slice(k * (rank + 2 * states), (k + 1) * (rank + 2 * states))
+        channels = slice(k * inner, (k + 1) * inner)
+        assert torch.equal(ours[f'{our_mixer}.x_proj.weight'][rows], official[f'{block}.op.x_proj_weight'][k])
+        assert torch.equal(ours[f'{our_mixer}.dt_weight'][k], official[f'{block}.op.dt_projs_weight'][k])
+        assert torch.equal(ours[f'{our_mixer}.A_log'][k], official[f'{block}.op.A_logs'][channels])
+        assert torch.equal(ours[f'{our_mixer}.D'][k], official[f'{block}.op.Ds'][channels])
+    expected = {
+        'backbone.patch_embed.projection.conv.weight': 'patch_embed.0.weight',
+        'backbone.patch_embed.projection.norm.weight': 'patch_embed.2.weight',
+        'backbone.stages.1.blocks.1.norm1.bias': f'{block}.norm.bias',
+        f'{our_mixer}.conv.bias': f'{block}.op.conv2d.bias',
+        'backbone.stages.1.downsample.norm.weight': 'layers.1.downsample.1.weight',
+        'backbone.stages.1.downsample.reduction.weight': 'layers.1.downsample.2.weight',
+    }
+    for name, source in expected.items():
+        assert torch.equal(ours[name], official[source]), name
+    assert_every_element(ours, official)
+    back = restore_checkpoint({'state_dict': ours})[0]['model']
+    assert back.keys() == official.keys() and all(torch.equal(back[name], official[name]) for name in back)
+
+
+def assert_every_element(ours, official):
+    """The converted tensors are the official ones, one by one, element by element in the same order."""
+    def keyed(tensors):
+        return {tuple(tensor.flatten()[:2].tolist()): tensor.flatten() for tensor in tensors}
+    found, expected = keyed(ours.values()), keyed(official.values())
+    assert len(found) == len(ours) == len(official) and found.keys() == expected.keys()
+    for key, tensor in found.items():
+        assert torch.equal(tensor, expected[key])
