@@ -1,0 +1,222 @@
+"""The benchmark: what it computes from its measurements, what it measures, and its command line."""
+
+import importlib.util
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cuda_ops
+from ssm_backbones import benchmark
+from ssm_backbones.benchmark import Comparison, Pair, Scaling, Settings
+
+CPU = torch.device('cpu')
+
+
+class Clock:
+    """A clock that only the measured calls move."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.calls: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def takes(self, label: str, *seconds: float) -> Callable[[torch.device], Callable[[], None]]:
+        """An entry that takes these seconds, one after the other and over again, after two calls to warm up."""
+        state = {'calls': 0}
+
+        def call() -> None:
+            self.calls.append(label)
+            self.now += seconds[max(0, state['calls'] - 2) % len(seconds)]
+            state['calls'] += 1
+
+        return lambda device: call
+
+
+def test_ratio_is_the_median_of_the_turns() -> None:
+    clock = Clock()
+    comparison = Comparison('name', 'summary', {'ours': clock.takes('ours', 1.0, 9.0, 2.0),
+                                                'theirs': clock.takes('theirs', 2.0, 3.0, 8.0)},
+                            (Pair('ours', 'theirs', 0.5), Pair('theirs', 'ours', 1.9), Pair('ours', 'ours')))
+    result = benchmark.measure_comparison(comparison, Settings(repeats=3), clock)
+    assert result['entries']['ours'] == {'median_s': 2.0, 'times_s': [1.0, 9.0, 2.0]}
+    assert result['entries']['theirs'] == {'median_s': 3.0, 'times_s': [2.0, 3.0, 8.0]}
+    # Turn by turn 1/2, 9/3 and 2/8.
+    assert [(pair['ratio'], pair['met']) for pair in result['pairs']] == [(0.5, True), (2.0, False), (1.0, None)]
+
+
+def test_entries_take_turns_and_change_the_order() -> None:
+    clock = Clock()
+    calls = {label: clock.takes(label, 1.0)(CPU) for label in 'abc'}
+    benchmark.measure_in_turns(calls, 3, CPU, clock)
+    assert clock.calls == list('aabbcc' 'abc' 'cba' 'abc')
+
+
+def test_short_calls_are_repeated_within_a_turn() -> None:
+    clock = Clock()
+    times = benchmark.measure_in_turns({'short': clock.takes('short', 0.01)(CPU)}, 4, CPU, clock)
+    assert len(clock.calls) == 2 + 4 * 5
+    assert times['short'] == pytest.approx([0.01] * 4)
+
+
+@pytest.mark.parametrize('states', (1, 3))
+def test_the_loop_and_the_scan_compute_the_same(states: int) -> None:
+    inputs = [value.double().requires_grad_() for value in benchmark.scan_inputs((2, 4, 5, 6), states, CPU)]
+    weight = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    loop, scan = benchmark.cross_scan_by_loop(*inputs), cuda_ops.cross_selective_scan(*inputs)
+    torch.testing.assert_close(loop, scan)
+    for ours, theirs in zip(torch.autograd.grad(scan, inputs, weight), torch.autograd.grad(loop, inputs, weight),
+                            strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize('train', (False, True))
+def test_the_copy_moves_what_the_scan_has_to_touch(train: bool) -> None:
+    class Count(TorchDispatchMode):
+        copied = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.copy_.default:
+                self.copied += args[1].nbytes
+            return func(*args, **(kwargs or {}))
+
+    shape, states = (1, 4, 5, 6), 3
+    pixels = 4 * 5
+    needed = 4 * (pixels * (6 + 4 * 6 + 2 * 4 * states + 6) + 4 * 6 * (states + 2))
+    with Count() as count:
+        benchmark.copy_call(shape, states, train, CPU)()
+    assert count.copied == needed * (2 if train else 1)
+
+
+def test_the_registry_is_consistent() -> None:
+    names = [each.name for each in benchmark.select()]
+    assert len(set(names)) == len(names)
+    for comparison in benchmark.COMPARISONS:
+        labels = {label for pair in comparison.pairs for label in (pair.entry, pair.against)}
+        assert labels == set(comparison.entries), comparison.name
+    for scaling in benchmark.SCALINGS:
+        assert scaling.backbone in benchmark.BACKBONES and scaling.sizes == tuple(sorted(scaling.sizes))
+
+
+def test_selection_by_name_and_pattern() -> None:
+    assert [each.name for each in benchmark.select(['vmamba-tiny/sizes'])] == ['vmamba-tiny/sizes']
+    assert len(benchmark.select(['cross-scan/*/n1', 'cross-scan/*/n16'])) == 4
+    assert benchmark.select() == [*benchmark.COMPARISONS, *benchmark.SCALINGS]
+    with pytest.raises(ValueError, match=r"no comparison is called 'cross-scan'.*cross-scan/forward/n1"):
+        benchmark.select(['cross-scan'])
+
+
+@pytest.mark.parametrize(('options', 'message'), (
+    (dict(repeats=0), 'repeats must be at least 1, got 0'),
+    (dict(threads=-2), 'threads must be at least 1, got -2'),
+    (dict(device='gpu'), "the device 'gpu' cannot be used"),
+    (dict(device='cuda:99'), "the device 'cuda:99' cannot be used"),
+))
+def test_settings_that_cannot_be(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings(**options)
+
+
+@pytest.fixture
+def small_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backbone, a comparison and a scaling that take no time."""
+    monkeypatch.setitem(benchmark.BACKBONES, 'small', dict(type='VMamba', arch='test', out_indices=(3,)))
+    entries = {label: lambda device, train=train: benchmark.backbone_call('small', 2, 32, train, device)
+               for label, train in (('small', False), ('trained', True))}
+    pairs = (Pair('small', 'trained', 1.0), Pair('trained', 'small'))
+    monkeypatch.setattr(benchmark, 'COMPARISONS', [Comparison('small/one', 'a small one', entries, pairs)])
+    monkeypatch.setattr(benchmark, 'SCALINGS', [Scaling('small/sizes', 'small ones', 'small', (32, 64))])
+    # A process of its own would not know the small backbone.
+    monkeypatch.setattr(benchmark, 'peak_bytes_in_new_process', lambda name, size, device: 1000 * size ** 2 + 24000)
+
+
+def test_backbone_calls_do_what_they_say(small_registry: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[torch.Size, bool, bool]] = []
+    model = benchmark.build_backbone('small', CPU)
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(
+        (inputs[0].shape, module.training, torch.is_grad_enabled())))
+    monkeypatch.setattr(benchmark, 'build_backbone', lambda name, device: model)
+    benchmark.backbone_call('small', 2, 32, False, CPU)()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    benchmark.backbone_call('small', 3, 64, True, CPU)()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert seen == [((2, 3, 32, 32), False, False), ((3, 3, 64, 64), True, True)]
+
+
+def test_scaling_is_relative_to_the_first_size_and_the_pixels(small_registry: None) -> None:
+    first, second = benchmark.measure_scaling(benchmark.SCALINGS[0], Settings(repeats=3))['sizes']
+    assert first['time_per_pixel'] == first['peak_per_pixel'] == 1
+    assert second['peak_per_pixel'] == pytest.approx((1000 * 64 ** 2 + 24000) / (1000 * 32 ** 2 + 24000) / 4)
+    ratios = [late / early / 4 for late, early in zip(second['times_s'], first['times_s'], strict=True)]
+    assert second['time_per_pixel'] == pytest.approx(statistics.median(ratios))
+
+
+def test_peak_memory_grows_with_the_pixels() -> None:
+    small, large = (benchmark.peak_bytes_in_new_process('vmamba-tiny', size, 'cpu') for size in (224, 448))
+    # The stem's map alone: 48 channels at half the side, before and after its norm.
+    assert small > 2 * 48 * 112 ** 2 * 4
+    assert 3 < large / small < 5
+
+
+def test_peak_memory_that_cannot_be_measured_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="peak memory of vmamba-tiny at 0x0 could not be measured"):
+        benchmark.peak_bytes_in_new_process('vmamba-tiny', 0, 'cpu')
+
+
+@pytest.fixture
+def tool() -> ModuleType:
+    path = Path(__file__).resolve().parents[2] / 'tools' / 'benchmark.py'
+    spec = importlib.util.spec_from_file_location('benchmark_tool', path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_command_prints_a_table_and_writes_json(tool: ModuleType, small_registry: None, tmp_path: Path,
+                                                capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    try:
+        assert tool.main(['--repeats', '2', '--threads', '1', '--json', str(tmp_path / 'out.json')]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    table, progress = capsys.readouterr()
+    report = json.loads((tmp_path / 'out.json').read_text())
+    assert [path.name for path in tmp_path.iterdir()] == ['out.json']
+    assert report['settings'] == {'repeats': 2, 'device': 'cpu'}
+    assert report['machine']['threads'] == 1 and report['machine']['torch'] == torch.__version__
+    comparison, scaling = report['comparisons'][0], report['scalings'][0]
+    assert all(len(entry['times_s']) == 2 for entry in comparison['entries'].values())
+    pair = comparison['pairs'][0]
+    assert pair['entry'] == 'small' and pair['met'] == (pair['ratio'] <= 1)
+    assert [size['size'] for size in scaling['sizes']] == [32, 64]
+    assert f'{pair["ratio"]:.3g} | <= 1: {"met" if pair["met"] else "missed"} ' in table
+    assert '| small/sizes | 64x64 |' in table and report['machine']['CPU'] in table
+    assert 'measuring small/one\nmeasuring small/sizes\n' in progress
+
+
+def test_command_lists_what_there_is(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool.main(['--list', '--only', 'cross-scan/*']) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        'cross-scan/forward/n1', 'cross-scan/forward+backward/n1', 'cross-scan/forward/n16',
+        'cross-scan/forward+backward/n16']
+
+
+@pytest.mark.parametrize(('arguments', 'message'), (
+    (['--only', 'nothing'], "no comparison is called 'nothing'"),
+    (['--repeats', '0'], 'repeats must be at least 1, got 0'),
+    (['--device', 'gpu'], "the device 'gpu' cannot be used"),
+    (['--json', '/no/such/folder/out.json'], 'the folder /no/such/folder does not exist'),
+))
+def test_command_refuses_before_it_measures(tool: ModuleType, small_registry: None, arguments: list[str], message: str,
+                                            capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool.main(arguments) == 2
+    output, errors = capsys.readouterr()
+    assert message in errors and not output and 'measuring' not in errors
