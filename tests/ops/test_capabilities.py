@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from tests.ops.helpers import ROOT
+from tests.ops.helpers import ROOT, run_python
 
 # The names of torch's own detection, from the least to the most able.
 TORCH_NAMES = {'baseline': 'DEFAULT', 'avx2': 'AVX2', 'avx512': 'AVX512'}
@@ -38,6 +38,13 @@ def test_capability_passes_the_tests(capability: str) -> None:
     assert f'cuda_ops: {capability} kernels' in result.stdout
     passed = re.search(r'(\d+) passed', result.stdout)
     assert passed and int(passed.group(1)) > 100 and 'skipped' not in result.stdout, result.stdout[-500:]
+
+
+@pytest.mark.skipif(platform.machine() not in ('x86_64', 'AMD64'), reason='there is one instruction set to choose from')
+def test_an_unknown_capability_is_refused() -> None:
+    result = run_python('import cuda_ops, torch; print(torch.ops.cuda_ops.cpu_capability())',
+                        SSM_OPS_CPU_CAPABILITY='sse')
+    assert "SSM_OPS_CPU_CAPABILITY is 'sse'; it must be baseline, avx2 or avx512" in result.stderr, result.stdout
 
 
 def test_the_most_able_kernels_are_chosen() -> None:

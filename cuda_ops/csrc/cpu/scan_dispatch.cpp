@@ -1,6 +1,7 @@
 // Chooses the CPU kernels for the processor at hand, and divides the work.
 #include <cstdlib>
-#include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "../route_scan.h"
 #include "../wavefront_scan.h"
@@ -42,9 +43,11 @@ struct Kernels {
 Kernels choose() {
 #if defined(__x86_64__)
   // SSM_OPS_CPU_CAPABILITY caps the choice, for tests and for comparing.
-  const char* cap = std::getenv("SSM_OPS_CPU_CAPABILITY");
-  const bool only_baseline = cap && std::strcmp(cap, "baseline") == 0;
-  const bool at_most_avx2 = only_baseline || (cap && std::strcmp(cap, "avx2") == 0);
+  const char* variable = std::getenv("SSM_OPS_CPU_CAPABILITY");
+  const std::string cap = variable && *variable ? variable : "avx512";
+  const bool only_baseline = cap == "baseline", at_most_avx2 = only_baseline || cap == "avx2";
+  if (!at_most_avx2 && cap != "avx512")
+    throw std::invalid_argument("SSM_OPS_CPU_CAPABILITY is '" + cap + "'; it must be baseline, avx2 or avx512");
   if (!at_most_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     return SSM_KERNELS(avx512);
