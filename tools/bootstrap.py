@@ -350,7 +350,7 @@ class Setup:
                      self.environ.get(name, '') for name in ('CXX', 'FORCE_CUDA', 'TORCH_CUDA_ARCH_LIST')],
                  0.1, compiles=True, in_place=self._ops_in_place),
             Step('package', 'this package: a few seconds', self._install_package,
-                 [self._content('pyproject.toml'), self._content('setup.py')], compiles=True),
+                 [self._content('pyproject.toml'), self._content('setup.py'), ROOT], compiles=True),
         ]
 
     def _check_folder(self):

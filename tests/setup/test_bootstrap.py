@@ -4,6 +4,7 @@ import ast
 import fcntl
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -366,6 +367,14 @@ def test_stacks_do_not_share_an_environment(bootstrap, complete, run, checkout):
     run.commands.clear()
     complete('onedl', checkout / '.venv-onedl')
     assert run.ran('onedl-mmcv') and not any(text.endswith((' mmcv', ' mmengine')) for text, _ in run.commands)
+
+
+def test_environment_follows_the_checkout_that_uses_it(bootstrap, complete, checkout, tmp_path, monkeypatch):
+    outside = tmp_path / 'env'
+    complete(folder=outside)
+    shutil.copytree(checkout, tmp_path / 'second')
+    monkeypatch.setattr(bootstrap, 'ROOT', str(tmp_path / 'second'))
+    assert complete(folder=outside) == ['package']
 
 
 def test_named_python_must_be_the_environments(bootstrap, complete, monkeypatch):
