@@ -9,7 +9,7 @@ from ssm_backbones.compat import apply_mends
 apply_mends()
 
 from ssm_backbones.amp import BFloat16OptimWrapper  # noqa: E402
-from ssm_backbones.backbones import V2M, VMamba  # noqa: E402
+from ssm_backbones.backbones import V2M, Mamba2D, VMamba  # noqa: E402
 from ssm_backbones.checkpoints import load_official  # noqa: E402
 
-__all__ = ['BFloat16OptimWrapper', 'V2M', 'VMamba', 'load_official']
+__all__ = ['BFloat16OptimWrapper', 'Mamba2D', 'V2M', 'VMamba', 'load_official']

@@ -1,0 +1,157 @@
+"""Mamba2D's token mixers: a native 2-D scan with a local path beside it, and self-attention with rotary positions.
+
+Source: Baty et al., "Mamba2D: A Natively Multi-Dimensional State-Space Model for Vision Tasks", arXiv 2412.16146.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import cuda_ops
+from ssm_backbones.layers.common import ChannelLastConv2d, Pointwise, decay_rates, init_scan_parameters
+
+
+class Neighbour(nn.Module):
+    """What belongs to one of the two neighbours of a pixel in the wavefront scan: step sizes and decay rates.
+
+    Args:
+        channels: width C of the scan.
+        d_state: state size N for each channel.
+        dt_rank: rank R of the step sizes' projection.
+        D: the skip weights (C), which both neighbours share and this initialises as well.
+    """
+
+    def __init__(self, channels: int, d_state: int, dt_rank: int, D: Tensor) -> None:
+        super().__init__()
+        self.A_log = nn.Parameter(torch.empty(channels, d_state))
+        self.dt_weight = nn.Parameter(torch.empty(channels, dt_rank))
+        self.dt_bias = nn.Parameter(torch.empty(channels))
+        init_scan_parameters(self.A_log, D, self.dt_weight, self.dt_bias)
+
+    def delta(self, steps: Tensor) -> Tensor:
+        """Step sizes (B, H, W, C) behind softplus, from their (B, H, W, R) projection."""
+        projected = torch.addmm(self.dt_bias, steps.flatten(0, 2), self.dt_weight.t())
+        return F.softplus(projected).view(*steps.shape[:3], -1)
+
+    def decay_rates(self) -> Tensor:
+        """A, (C, N); see :func:`~ssm_backbones.layers.common.decay_rates`."""
+        return decay_rates(self.A_log)
+
+
+class StarReLU(nn.Module):
+    """``scale * relu(v)**2 + bias`` with learned scalars. Source: MetaFormer baselines (arXiv 2210.13452)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.bias, F.relu(x).square(), self.scale)
+
+
+class LocalPath(nn.Module):
+    """What the scan's mixer adds for a pixel's surroundings, on a map (B, H, W, C).
+
+    LayerNorm -> Linear to 2C -> StarReLU -> depthwise 3x3 convolution -> StarReLU -> Linear to C, all without biases.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.expand = Pointwise(channels, 2 * channels, bias=False)
+        self.act1 = StarReLU()
+        self.conv = ChannelLastConv2d(2 * channels, 2 * channels, 3, padding=1, groups=2 * channels, bias=False)
+        self.act2 = StarReLU()
+        self.reduce = Pointwise(2 * channels, channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(self.act1(self.expand(self.norm(x))))
+        return self.reduce(self.act2(x))
+
+
+class ScanMixer(nn.Module):
+    """The wavefront scan over a channel-last map (B, H, W, C), beside a local path.
+
+    ``in_proj -> GELU -> scan -> GELU -> out_proj``, plus :class:`LocalPath` of the same input. Step sizes, B and C come
+    from one projection of the scan's input; the operator takes them as strided views of it.
+
+    Args:
+        channels: width C, of the scan too.
+        d_state: state size N for each channel.
+        dt_rank: rank R of the step sizes' projections.
+        reverse: scan from the bottom right corner instead of the upper left one.
+    """
+
+    def __init__(self, channels: int, d_state: int, dt_rank: int, *, reverse: bool = False) -> None:
+        super().__init__()
+        self.d_state = d_state
+        self.dt_rank = dt_rank
+        self.reverse = reverse
+        self.in_proj = Pointwise(channels, channels)
+        self.x_proj = Pointwise(channels, 2 * dt_rank + 3 * d_state, bias=False)
+        self.D = nn.Parameter(torch.empty(channels))
+        self.top = Neighbour(channels, d_state, dt_rank, self.D)
+        self.left = Neighbour(channels, d_state, dt_rank, self.D)
+        self.out_proj = Pointwise(channels, channels)
+        self.local = LocalPath(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix a map (B, H, W, C) into one of the same shape."""
+        u = F.gelu(self.in_proj(x))
+        steps_top, steps_left, B_top, B_left, C = self.x_proj(u).split(
+            (self.dt_rank, self.dt_rank, self.d_state, self.d_state, self.d_state), dim=-1)
+        y = cuda_ops.wavefront_scan(u, self.top.delta(steps_top), self.left.delta(steps_left), self.top.decay_rates(),
+                                    self.left.decay_rates(), B_top, B_left, C, self.D, reverse=self.reverse)
+        return self.out_proj(F.gelu(y)) + self.local(x)
+
+    def extra_repr(self) -> str:
+        return f'reverse={self.reverse}'
+
+
+class RotaryAttention(nn.Module):
+    """Self-attention over all pixels of a channel-last map (B, H, W, C), with 2-D rotary position embedding.
+
+    Queries and keys are rotated and then pass a LayerNorm over the width of a head; there are no other biases.
+
+    Args:
+        channels: width C, a multiple of ``head_width``.
+        head_width: channels of each head, a multiple of 4.
+    """
+
+    def __init__(self, channels: int, head_width: int = 32) -> None:
+        super().__init__()
+        self.head_width = head_width
+        self.qkv = Pointwise(channels, 3 * channels, bias=False)
+        self.q_norm = nn.LayerNorm(head_width)
+        self.k_norm = nn.LayerNorm(head_width)
+        self.proj = Pointwise(channels, channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix a map (B, H, W, C) into one of the same shape."""
+        batch, height, width, channels = x.shape
+        q, k, v = self.qkv(x).view(batch, height * width, 3, -1, self.head_width).unbind(2)
+        cosine, sine = rotary_angles(height, width, self.head_width, q)
+        q, k = self.q_norm(rotate_pairs(q, cosine, sine)), self.k_norm(rotate_pairs(k, cosine, sine))
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return self.proj(y.transpose(1, 2).reshape(batch, height, width, channels))
+
+
+def rotary_angles(height: int, width: int, head_width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (H * W, 1, head_width / 2) by which the pairs of a head's channels turn, in ``like``'s dtype.
+
+    Rows turn the first half of the pairs, columns the second; pair i of n by ``position * 10000**(-i / n)``, where the
+    position is the pixel's index. Source: RoFormer (arXiv 2104.09864), along two axes.
+    """
+    pairs = head_width // 4
+    speeds = 10000 ** (-torch.arange(pairs, device=like.device, dtype=torch.float32) / pairs)
+    rows, columns = (torch.arange(size, device=like.device)[:, None] * speeds for size in (height, width))
+    angles = torch.cat([rows[:, None].expand(-1, width, -1), columns.expand(height, -1, -1)], dim=-1)
+    angles = angles.view(height * width, 1, 2 * pairs)
+    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+def rotate_pairs(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turn each pair of neighbouring channels of (..., heads, head_width) by its angle."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cosine - b * sine, b * cosine + a * sine], dim=-1).flatten(-2)
