@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from ssm_backbones.layers.common import feature_map
+
 
 class Stage(nn.Module):
     """Blocks at one resolution, and the downsampling that leads to the next stage.
@@ -100,10 +102,7 @@ class SSMBackbone(BaseModule):
         return nn.LayerNorm(self.num_features[stage])
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Turn images (B, in_channels, H, W) of any H, W >= 1 into maps (B, C_i, H_i, W_i), one for each out index.
-
-        The maps are channel-last in memory.
-        """
+        """Turn images (B, in_channels, H, W) of any H, W >= 1 into maps (B, C_i, H_i, W_i), one for each out index."""
         self.check_images(x)
         x = self.patch_embed(x)
         maps = {}
@@ -116,7 +115,7 @@ class SSMBackbone(BaseModule):
 
     def output(self, stage: int, x: Tensor) -> Tensor:
         """What the backbone returns of a stage, from the map (B, H, W, C) behind its blocks."""
-        return getattr(self, f'norm{stage}')(x).permute(0, 3, 1, 2)
+        return feature_map(getattr(self, f'norm{stage}')(x))
 
     def check_images(self, x: Tensor) -> None:
         """Raise a ValueError or TypeError that says what is wrong with a batch of images."""

@@ -144,9 +144,19 @@ class Residual(nn.Module):
         return f'drop_prob={self.drop_prob:.3g}'
 
 
+def feature_map(x: Tensor) -> Tensor:
+    """The (B, C, H, W) map that leaves a backbone, from the channel-last one within.
+
+    It is copied into PyTorch's default layout: mmcv's RoIAlign and other compiled operators of the host libraries read
+    the memory of a channels-last map as if it were that layout, and silently compute nonsense.
+    """
+    return x.permute(0, 3, 1, 2).contiguous()
+
+
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Zeros at the bottom and right of (B, H, W, C) until ``multiple`` divides both sides; ``x`` itself if it does."""
-    bottom, right = -x.shape[1] % multiple, -x.shape[2] % multiple
+    # Without %, which torch.compile does not trace where floats are made of sizes that it does not know.
+    bottom, right = (-(-size // multiple) * multiple - size for size in x.shape[1:3])
     return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
 
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssm_backbones.layers.common import feature_map
+
 STRIDES = (4, 8, 16, 32)
 
 
@@ -37,12 +39,12 @@ class SimplePyramid(nn.Module):
         """Turn four maps (B, ceil(H/16), ceil(W/16), C) of an image H x W into maps (B, C_i, ceil(H/s), ceil(W/s)).
 
         What deconvolutions make of filling at the image's bottom and right is cut off, so that the sizes are those of a
-        hierarchical backbone. The maps are channel-last in memory.
+        hierarchical backbone.
         """
         outputs = []
         for x, stride, level, norm in zip(maps, STRIDES, self.levels, self.norms, strict=True):
             x = level(x)[:, :-(-height // stride), :-(-width // stride)]
-            outputs.append(norm(x.contiguous()).permute(0, 3, 1, 2))
+            outputs.append(feature_map(norm(x.contiguous())))
         return tuple(outputs)
 
 
