@@ -63,14 +63,17 @@ def convert_checkpoint(checkpoint: Mapping[str, Any], *, source: str = 'the chec
     if chosen.outside:
         report.left_out[shorten(chosen.outside, ', ')] = f'beside the model in {chosen.label}'
     backbone = adapted_backbone(found, in_channels, report)
-    beside, meta = _passed_through(checkpoint, chosen.path, found.kind == WHOLE and not backbone_only, report)
+    if chosen.others:
+        report.left_out[', '.join(other.label for other in chosen.others)] = 'other weights, to be chosen by this name'
+    weights_at = {path[0] for path in (chosen.path, *(other.path for other in chosen.others)) if path}
+    beside, meta = _passed_through(checkpoint, weights_at, found.kind == WHOLE and not backbone_only, report)
     converted: dict[str, Any] = dict(meta={**meta, RECORD: record}, state_dict=backbone, **beside)
     if bare:
         leave_out_the_rest(found, report)
     else:
         converted['state_dict'] = {f'backbone.{name}': tensor for name, tensor in backbone.items()}
         converted['state_dict'].update(found.head or found.rest)
-        if found.kind == WHOLE:
+        if found.kind == WHOLE and found.norms:
             report.notes.append(f"the config's backbone needs out_indices={found.norms}")
     return converted, report
 
@@ -108,7 +111,7 @@ def restore_checkpoint(checkpoint: Mapping[str, Any], *,
     tensors = {name: ours[own].detach().reshape(shape) for name, (own, shape) in layout.items()} | found.rest
 
     report = start_report(found, source, '/'.join(path) or 'top')
-    beside, meta = _passed_through(checkpoint, path, found.kind == WHOLE, report)
+    beside, meta = _passed_through(checkpoint, set(path), found.kind == WHOLE, report)
     meta.pop(RECORD, None)
     restored: dict[str, Any] = {**({'meta': meta} if meta else {}), **beside}
     if note['path']:
@@ -177,16 +180,26 @@ def adapt_stem(weight: Tensor, in_channels: int) -> Tensor:
     return adapted.to(weight.dtype)
 
 
-def _passed_through(checkpoint: Mapping[str, Any], path: tuple[str, ...], whole: bool,
+def _passed_through(checkpoint: Mapping[str, Any], weights_at: set[str], whole: bool,
                     report: Report) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What else a file holds beside the weights at ``path``, as far as it stays valid, and its ``meta``."""
-    others = {key: value for key, value in checkpoint.items() if path and key != path[0]}
+    """What else a file holds beside its weights, as far as it stays valid, and its ``meta``.
+
+    Args:
+        checkpoint: what the file holds.
+        weights_at: the keys at which weights lie; none if the file holds nothing but them.
+        whole: whether it is a runner's checkpoint of a whole model; of others nothing is passed through.
+        report: where to note what is left out.
+    """
+    others = {key: value for key, value in checkpoint.items() if weights_at and key not in weights_at}
+    meta = others.get('meta')
+    if not isinstance(meta, Mapping):
+        meta = {}
+    elif whole or meta.keys() <= {RECORD}:
+        del others['meta']
     if not whole:
-        names = [str(key) for key in others if key != 'meta' or others['meta'].keys() - {RECORD}]
-        if names:
-            report.left_out[shorten(names, ', ')] = 'no part of the weights'
+        if others:
+            report.left_out[shorten([str(key) for key in others], ', ')] = 'no part of the weights'
         return {}, {}
-    meta = others.pop('meta', {})
     tied = [key for key in _TIED_TO_PARAMETERS if key in others]
     if tied:
         report.left_out[', '.join(tied)] = "tied to the other side's parameters by name or order"
@@ -199,7 +212,7 @@ def _note(checkpoint: Mapping[str, Any], found: Recognised) -> dict[str, Any]:
     only_last_norm = found.norms == (len(found.settings['depths']) - 1,)
     classifier = found.kind == CLASSIFIER or (found.kind == BACKBONE and only_last_norm)
     default = dict(dialect=family.default_dialect(found.settings, classifier),
-                   prefix={CLASSIFIER: family.classifier_prefix, WHOLE: 'backbone.', BACKBONE: ''}[found.kind],
+                   prefix='backbone.' if found.kind == WHOLE else family.classifier_prefix,
                    path=['state_dict' if found.kind == WHOLE else family.main_key])
     meta = checkpoint.get('meta')
     noted = meta.get(RECORD) if isinstance(meta, Mapping) else None

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 
 from ssm_backbones.backbones.base import SSMBackbone
-from ssm_backbones.checkpoints.files import CheckpointError
 from ssm_backbones.checkpoints.naming import Naming, Shape, Shapes
 
 
@@ -79,16 +78,12 @@ class Family(ABC):
         """Our names and shapes of the whole backbone, with the output norms of all stages.
 
         Raises:
-            CheckpointError: if no such backbone can be built.
+            ValueError: if no such backbone can be built.
         """
         options: dict[str, Any] = dict(arch=dict(settings), in_channels=max(in_channels, 1),
                                        out_indices=tuple(range(len(settings['depths']))))
-        try:
-            with torch.device('meta'):
-                model = self.model(**options)
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f'the tensors look like those of {self.name}, but of none that can be built, '
-                                  f'{dict(settings)}: {error}') from error
+        with torch.device('meta'):
+            model = self.model(**options)
         return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 

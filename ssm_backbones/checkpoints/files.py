@@ -91,17 +91,21 @@ def _read(path: Path, name: str) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f'{name} is not a file.')
     try:
-        _check_container(path, name)
+        with open(path, 'rb') as file:
+            start = file.read(512)
+    except OSError as error:
+        raise CheckpointError(f'{name} cannot be read: {error}') from error
+    _check_start(start, name)
+    try:
+        _check_archive(path, name)
         with torch.serialization.safe_globals(_SETTINGS):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(_explain_refusal(name, str(error))) from error
-    except OSError as error:
-        raise CheckpointError(f'{name} cannot be read: {error}') from error
     except Exception as error:
-        # Damaged pickles raise whatever their bytes happen to mean: EOFError, RuntimeError, KeyError, struct.error...
+        # Damaged files raise whatever their bytes happen to mean: EOFError, OSError, RuntimeError, KeyError...
         reason = str(error).partition('\n')[0].partition('. ')[0] or type(error).__name__
         raise CheckpointError(f'{name} is truncated, damaged or no PyTorch checkpoint ({path.stat().st_size} bytes): '
                               f'{reason}. {_AGAIN}') from error
@@ -110,9 +114,7 @@ def _read(path: Path, name: str) -> dict[str, Any]:
     return checkpoint
 
 
-def _check_container(path: Path, name: str) -> None:
-    with open(path, 'rb') as file:
-        start = file.read(512)
+def _check_start(start: bytes, name: str) -> None:
     if not start:
         raise CheckpointError(f'{name} is empty. {_AGAIN}')
     text = start.removeprefix(b'\xef\xbb\xbf').lstrip().lower()
@@ -121,14 +123,17 @@ def _check_container(path: Path, name: str) -> None:
                               'file, or an error page. Download the file itself.')
     if text.startswith(b'version https://git-lfs'):
         raise CheckpointError(f'{name} is the pointer of a Git LFS file, not the file. Fetch it with git lfs pull.')
+    if not start.startswith((b'PK', b'\x80')):
+        raise CheckpointError(f'{name} is no PyTorch checkpoint: it starts with {start[:16]!r}.')
+
+
+def _check_archive(path: Path, name: str) -> None:
     if zipfile.is_zipfile(path):
         # torch.load reads damaged tensors without a word; the archive's checksums tell.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
             raise CheckpointError(f'{name} is damaged: the checksum of {damaged} in it is wrong. {_AGAIN}')
-    elif not start.startswith((b'PK', b'\x80')):
-        raise CheckpointError(f'{name} is no PyTorch checkpoint: it starts with {start[:16]!r}.')
 
 
 def _explain_refusal(name: str, message: str) -> str:

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ssm_backbones.checkpoints.families import Family
 from ssm_backbones.checkpoints.files import CheckpointError
+from ssm_backbones.checkpoints.mamba2d import Mamba2DFamily
 from ssm_backbones.checkpoints.naming import Naming, Shape, Shapes, official_layout
 from ssm_backbones.checkpoints.vmamba import VMambaFamily
 from ssm_backbones.checkpoints.weights import WeightSet
 
-FAMILIES: tuple[Family, ...] = (VMambaFamily(),)
+FAMILIES: tuple[Family, ...] = (VMambaFamily(), Mamba2DFamily())
 CLASSIFIER, BACKBONE, WHOLE = 'classifier', 'backbone', 'whole model'
 _SHOWN = 5
 
@@ -82,7 +83,8 @@ def recognise_official(weights: WeightSet, source: str) -> tuple[Recognised, dic
                               'apart.') from None
     shapes, head_shapes = _expected(family, settings, kind, found, head, source)
     layout = official_layout(naming, shapes, prefix) | official_layout(head_naming, head_shapes)
-    strict = {prefix + name: value for name, value in inside.items()} | ({} if kind == WHOLE else outside)
+    strict = {prefix + name: value for name, value in inside.items()}
+    strict |= {name: value for name, value in outside.items() if kind != WHOLE or name.startswith('backbone.')}
     _check(strict, {name: shape for name, (_, shape) in layout.items()}, source, describe(family, settings))
 
     backbone, converted_head = {}, {}
@@ -171,7 +173,12 @@ def _translated(held: Mapping[str, Any], naming: Naming) -> dict[str, Any]:
 def _expected(family: Family, settings: dict[str, Any], kind: str, found: Mapping[str, Any], head: Mapping[str, Any],
               source: str) -> tuple[dict[str, Shape], dict[str, Shape]]:
     """Our names and shapes of the backbone and of the classifier's head that these tensors have to be."""
-    shapes = family.backbone_shapes(settings, in_channels=_dimension(found.get(family.stem(found)), 1))
+    in_channels = _dimension(found.get(family.stem(found)), 1)
+    try:
+        shapes = family.backbone_shapes(settings, in_channels)
+    except ValueError as error:
+        raise CheckpointError(f'{source} looks like a {family.name}, but like none that can be built, {settings}: '
+                              f'{error}.') from error
     if family.norms_are_optional:
         norms = {f'norm{i}.' for i in range(len(settings['depths']))}
         present = {norm for norm in norms if any(name.startswith(norm) for name in found)}

@@ -99,7 +99,7 @@ class VMambaFamily(Family):
     def settings(self, shapes: Shapes) -> dict[str, Any]:
         width = leading(shapes['stages.0.blocks.0.norm1.weight'])
         inner = leading(shapes['stages.0.blocks.0.mixer.norm.weight'])
-        d_state = shapes['stages.0.blocks.0.mixer.A_log'][-1]
+        d_state = (0, *shapes['stages.0.blocks.0.mixer.A_log'])[-1]
         depths = [count(shapes, rf'stages\.{i}\.blocks\.(\d+)\.') for i in range(count(shapes, r'stages\.(\d+)\.'))]
         version = 'v2' if any('.mlp.' in name for name in shapes) else 'v0'
         return dict(embed_dims=width, depths=depths, d_state=d_state, ssm_ratio=inner / max(width, 1), version=version)

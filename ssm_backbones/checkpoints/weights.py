@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -33,6 +33,8 @@ class WeightSet:
     tensors: dict[str, Tensor]
     outside: tuple[str, ...]
     """Entries of the same dictionary that stand outside of the wrapper and belong to no other set."""
+    others: tuple[WeightSet, ...] = ()
+    """The other sets in the file."""
 
     @property
     def label(self) -> str:
@@ -68,7 +70,7 @@ def choose_weights(checkpoint: Mapping[str, Any], wanted: str, families: Sequenc
         many = 'more than one set of' if chosen else 'no'
         raise CheckpointError(f'{source} holds {many} weights for {wanted!r}; it holds {held}. Choose one of these '
                               "names, 'auto', 'raw' or 'ema'.")
-    return chosen[0]
+    return replace(chosen[0], others=tuple(found for found in sets if found is not chosen[0]))
 
 
 def _find(checkpoint: Mapping[str, Any], families: Sequence[Family]) -> Iterator[WeightSet]:

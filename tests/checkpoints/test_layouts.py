@@ -1,6 +1,7 @@
 """The stand-ins have exactly the names and shapes of the official checkpoints."""
 
 import pytest
+
 from tests.checkpoints.layouts import VMAMBA, digest, vmamba_classifier
 
 # Of the true layouts: the number of tensors, and the digest of their names and shapes.

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from mmpretrain.registry import MODELS as CLASSIFIERS
-from tests.checkpoints import official_vmamba
-from tests.checkpoints.layouts import random_tensors, vmamba_classifier, vmamba_pyramid
 
 from ssm_backbones import VMamba
 from ssm_backbones.checkpoints import convert_checkpoint
+from tests.checkpoints import official_vmamba
+from tests.checkpoints.layouts import random_tensors, vmamba_classifier, vmamba_pyramid
 
 SMALL_VMAMBA = {
     'v2': dict(embed_dims=8, depths=[1, 2, 1, 1], ssm_ratio=2.0, d_state=2),
@@ -41,9 +41,9 @@ def spelled_stacked(tensors):
 
 def spelled_first(tensors):
     """v0 as the code that trained it named things."""
-    changes = [('patch_embed.0', 'patch_embed.proj'), ('patch_embed.2', 'patch_embed.norm'), ('.op.', '.self_attention.'),
-               ('downsample.1', 'downsample.norm'), ('downsample.2', 'downsample.reduction'),
-               ('classifier.norm', 'norm'), ('classifier.head', 'head')]
+    changes = [('patch_embed.0', 'patch_embed.proj'), ('patch_embed.2', 'patch_embed.norm'),
+               ('.op.', '.self_attention.'), ('downsample.1', 'downsample.norm'),
+               ('downsample.2', 'downsample.reduction'), ('classifier.norm', 'norm'), ('classifier.head', 'head')]
     spelled = {}
     for name, tensor in tensors.items():
         if '.blocks.' in name:
@@ -65,7 +65,8 @@ def test_vmamba_classifiers(variant, spelling):
     model = CLASSIFIERS.build(dict(
         type='mmpretrain.ImageClassifier', backbone=dict(type='VMamba', arch=arch, out_indices=(3,)),
         neck=dict(type='mmpretrain.GlobalAveragePooling'),
-        head=dict(type='mmpretrain.LinearClsHead', num_classes=5, in_channels=8 * options['embed_dims']))).double().eval()
+        head=dict(type='mmpretrain.LinearClsHead', num_classes=5, in_channels=8 * options['embed_dims'])))
+    model.double().eval()
     model.load_state_dict(converted['state_dict'], strict=True)
     images = torch.randn(2, 3, 64, 32, dtype=torch.float64)
     with torch.no_grad():

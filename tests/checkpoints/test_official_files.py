@@ -2,10 +2,16 @@
 
 import pytest
 import torch
+
+from ssm_backbones.checkpoints import (
+    convert_checkpoint,
+    convert_file,
+    read_checkpoint,
+    restore_checkpoint,
+    restore_file,
+)
 from tests.checkpoints import hosts
 from tests.checkpoints.layouts import VMAMBA, marked_tensors, random_tensors, vmamba_classifier, vmamba_pyramid
-
-from ssm_backbones.checkpoints import convert_checkpoint, convert_file, read_checkpoint, restore_checkpoint, restore_file
 
 CLASSIFIERS = {
     'vssm1_tiny_0230s_ckpt_epoch_264.pth': 'tiny-s1l8',

@@ -1,0 +1,282 @@
+"""Files that are no official checkpoint, or not a whole one: one clear message, and nothing is loaded or written."""
+
+import argparse
+import http.server
+import os
+import pickle
+import sys
+import threading
+import types
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from ssm_backbones import VMamba, load_official
+from ssm_backbones.checkpoints import (
+    CheckpointError,
+    convert_checkpoint,
+    convert_file,
+    read_checkpoint,
+    restore_checkpoint,
+    write_checkpoint,
+)
+from tests.checkpoints.small import classifier, prefixed, pyramid
+
+
+class Code:
+    """What a malicious pickle looks like."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def zipped(folder):
+    path = folder / 'good.pth'
+    torch.save({'model': classifier()}, path)
+    return path.read_bytes()
+
+
+def legacy(folder):
+    path = folder / 'good.pth'
+    torch.save({'model': classifier()}, path, _use_new_zipfile_serialization=False)
+    return path.read_bytes()
+
+
+def flipped(content):
+    changed = bytearray(content)
+    changed[len(changed) // 2] ^= 0xff
+    return bytes(changed)
+
+
+def other_archive(folder):
+    path = folder / 'other.zip'
+    with zipfile.ZipFile(path, 'w') as archive:
+        archive.writestr('readme.txt', 'hello')
+    return path.read_bytes()
+
+
+def scripted(folder):
+    path = folder / 'scripted.pth'
+    torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)).save(path)
+    return path.read_bytes()
+
+
+BAD_FILES = {
+    'empty': (lambda _: b'', 'is empty'),
+    'truncated': (lambda folder: zipped(folder)[:-1000], r'is truncated, damaged or no .* checkpoint \(\d+ bytes\)'),
+    'cut in half': (lambda folder: zipped(folder)[:60000], 'is truncated, damaged'),
+    'legacy, truncated': (lambda folder: legacy(folder)[:-1000], 'is truncated, damaged'),
+    'legacy, cut at once': (lambda folder: legacy(folder)[:100], 'is truncated, damaged'),
+    'one byte changed': (lambda folder: flipped(zipped(folder)), 'is damaged: the checksum of good/data/.* is wrong'),
+    'page': (lambda _: b'\n <!DOCTYPE html><html><body>Not found</body></html>', 'is a web page, not a checkpoint'),
+    'old page': (lambda _: b'<HTML><HEAD>', 'is a web page'),
+    'LFS pointer': (lambda _: b'version https://git-lfs.github.com/spec/v1\noid sha256:0', 'pointer of a Git LFS file'),
+    'text': (lambda _: b'hello', "is no PyTorch checkpoint: it starts with b'hello'"),
+    'array': (lambda _: b'\x93NUMPY' + bytes(100), 'is no PyTorch checkpoint: it starts with'),
+    'archive': (other_archive, 'is truncated, damaged or no PyTorch checkpoint'),
+    'program': (scripted, 'TorchScript'),
+    'a list': (lambda _: pickle.dumps([1, 2], protocol=2), 'is truncated, damaged or no PyTorch checkpoint'),
+}
+
+
+@pytest.mark.parametrize('case', BAD_FILES)
+def test_what_is_no_checkpoint_is_refused(case, tmp_path):
+    make, message = BAD_FILES[case]
+    source, destination = tmp_path / 'source.pth', tmp_path / 'destination.pth'
+    source.write_bytes(make(tmp_path))
+    with pytest.raises(CheckpointError, match=message) as error:
+        convert_file(source, destination)
+    assert str(source) in str(error.value) and '\n' not in str(error.value)
+    assert not destination.exists() and not list(tmp_path.glob('.*'))
+
+
+@pytest.mark.parametrize('form', ['zip', 'legacy', 'pickle'])
+def test_code_is_refused_with_its_name_and_not_run(form, tmp_path):
+    source, trap = tmp_path / 'source.pth', tmp_path / 'trap'
+    checkpoint = {'model': classifier(), 'config': Code(str(trap))}
+    if form == 'pickle':
+        source.write_bytes(pickle.dumps({'config': Code(str(trap))}, protocol=2))
+    else:
+        torch.save(checkpoint, source, _use_new_zipfile_serialization=form == 'zip')
+    model = VMamba('test')
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match='is refused: reading it would run or build posix.mkdir'):
+        load_official(model, source)
+    assert not trap.exists()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_missing_files_and_folders_are_named(tmp_path):
+    with pytest.raises(CheckpointError, match='nowhere.pth does not exist'):
+        read_checkpoint(tmp_path / 'nowhere.pth')
+    with pytest.raises(CheckpointError, match='is not a file'):
+        read_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_that_is_no_dictionary_is_refused(tmp_path):
+    torch.save([torch.ones(1)], tmp_path / 'list.pth')
+    with pytest.raises(CheckpointError, match='holds a list, not a dictionary'):
+        read_checkpoint(tmp_path / 'list.pth')
+
+
+def test_trainers_settings_are_read_without_their_libraries(tmp_path, monkeypatch):
+    # What Swin's trainer, from which the authors' descends, keeps beside the weights: a yacs node, a dict of its own.
+    module = types.ModuleType('yacs.config')
+    module.CfgNode = type('CfgNode', (dict,), {'__module__': 'yacs.config'})
+    monkeypatch.setitem(sys.modules, 'yacs', types.ModuleType('yacs'))
+    monkeypatch.setitem(sys.modules, 'yacs.config', module)
+    node = module.CfgNode(MODEL=module.CfgNode(NAME='vssm'), EPOCHS=300)
+    node.frozen = True
+    path = tmp_path / 'swin.pth'
+    torch.save({'model': classifier(), 'config': node, 'args': argparse.Namespace(lr=0.1)}, path)
+    monkeypatch.undo()
+    checkpoint = read_checkpoint(path)
+    assert checkpoint['config'] == {'MODEL': {'NAME': 'vssm'}, 'EPOCHS': 300} and checkpoint['args'].lr == 0.1
+    assert convert_checkpoint(checkpoint)[1].left_out == {'config, args': 'no part of the weights'}
+
+
+def without(tensors, *names):
+    return {name: tensor for name, tensor in tensors.items() if name not in names}
+
+
+BAD_TENSORS = {
+    'missing': (lambda t: without(t, 'layers.2.blocks.1.op.Ds'), r'.test.: layers.2.blocks.1.op.Ds \(256\) is missing'),
+    'extra': (lambda t: {**t, 'layers.0.gate': torch.ones(1)}, 'layers.0.gate is not expected'),
+    'shape': (lambda t: {**t, 'patch_embed.2.bias': torch.ones(9)}, r'patch_embed.2.bias is \(9\), expected \(8\)'),
+    'integers': (lambda t: {**t, 'patch_embed.2.bias': torch.ones(8).int()}, 'patch_embed.2.bias is of torch.int32'),
+    'no tensor': (lambda t: {**t, 'patch_embed.2.bias': [1.0] * 8}, 'patch_embed.2.bias is a list, expected a tensor'),
+    'head': (lambda t: without(t, 'classifier.head.bias'), r'classifier.head.bias \(10\) is missing'),
+    'norm': (lambda t: without(t, 'classifier.norm.weight', 'classifier.norm.bias'), 'classifier.norm.weight .* miss'),
+    'decisive': (lambda t: without(t, 'layers.0.blocks.0.op.A_logs'), 'lacks layers.0.blocks.0.op.A_logs, which tells'),
+    'stem': (lambda t: without(t, 'patch_embed.0.weight'), r'patch_embed.0.weight \(8, 1, 3, 3\) is missing'),
+    'stage': (lambda t: {k: v for k, v in t.items() if not k.startswith('layers.1.')}, 'none that can be built'),
+    'two names': (lambda t: {**t, 'outnorm3.weight': torch.ones(128)}, 'classifier.norm.weight is not expected'),
+    'scalar': (lambda t: {**t, 'layers.0.blocks.0.norm.weight': torch.ones(())}, 'none that can be built'),
+}
+
+
+@pytest.mark.parametrize('case', BAD_TENSORS)
+def test_incomplete_and_changed_checkpoints_are_refused(case, tmp_path):
+    change, message = BAD_TENSORS[case]
+    torch.save({'model': change(classifier())}, tmp_path / 'changed.pth')
+    with pytest.raises(CheckpointError, match=message) as error:
+        convert_file(tmp_path / 'changed.pth', tmp_path / 'ours.pth')
+    assert 'changed.pth' in str(error.value)
+    assert not (tmp_path / 'ours.pth').exists()
+
+
+def test_detectors_are_strict_about_their_backbone():
+    whole = {**prefixed('backbone.', pyramid()), 'neck.weight': torch.ones(1)}
+    with pytest.raises(CheckpointError, match='backbone.classifier.head.weight is not expected'):
+        convert_checkpoint({'state_dict': {**whole, 'backbone.classifier.head.weight': torch.ones(10, 128)}})
+    with pytest.raises(CheckpointError, match=r'backbone.outnorm2.bias \(64\) is missing'):
+        convert_checkpoint({'state_dict': without(whole, 'backbone.outnorm2.bias')})
+    bare = {name: tensor for name, tensor in whole.items() if 'outnorm' not in name}
+    with pytest.raises(CheckpointError, match='has no output norms .* would compute something else'):
+        convert_checkpoint({'state_dict': bare})
+
+
+@pytest.mark.parametrize(('checkpoint', 'message'), [
+    ({}, 'x.pth holds no tensors by name, but nothing'),
+    ({'epoch': 3, 'model': {'a': {'b': 1}}}, "holds no tensors by name, but 'epoch', 'model'"),
+    ({'state_dict': {'conv1.weight': torch.ones(1), 'fc.bias': torch.ones(1)}},
+     'no tensor has the name of one of their blocks. Its 2 tensors in state_dict begin with conv1.weight, fc.bias'),
+])
+def test_foreign_checkpoints_are_refused(checkpoint, message):
+    with pytest.raises(CheckpointError, match=message):
+        convert_checkpoint(checkpoint, source='x.pth')
+
+
+def test_our_own_checkpoints_are_not_converted_twice():
+    converted, _ = convert_checkpoint({'model': classifier()})
+    with pytest.raises(CheckpointError, match="has this package's own names already: load it with init_cfg=dict"):
+        convert_checkpoint(converted)
+    with pytest.raises(CheckpointError, match='is no checkpoint of ours'):
+        restore_checkpoint({'model': classifier()})
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    (lambda t: without(t, 'backbone.stages.2.blocks.1.mixer.D'), r'stages.2.blocks.1.mixer.D \(4, 64\) is missing'),
+    (lambda t: {**t, 'backbone.extra': torch.ones(1)}, 'extra is not expected'),
+    (lambda t: without(t, 'head.fc.bias'), 'head.fc.bias .* is missing'),
+    (lambda t: without(t, 'backbone.stages.0.blocks.0.norm1.weight'), 'lacks backbone.stages.0.blocks.0.norm1.weight'),
+])
+def test_incomplete_checkpoints_of_ours_are_not_restored(change, message):
+    converted, _ = convert_checkpoint({'model': classifier()})
+    with pytest.raises(CheckpointError, match=message):
+        restore_checkpoint({'state_dict': change(converted['state_dict'])})
+
+
+def test_writing_is_all_or_nothing(tmp_path):
+    path = tmp_path / 'out.pth'
+    write_checkpoint({'a': torch.ones(1)}, path)
+    with pytest.raises(CheckpointError, match='out.pth exists; remove it'):
+        write_checkpoint({'a': torch.zeros(1)}, path)
+    with pytest.raises(Exception, match='pickle'):
+        write_checkpoint({'a': torch.zeros(1), 'b': lambda: None}, path, overwrite=True)
+    assert read_checkpoint(path)['a'] == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ['out.pth']
+    write_checkpoint({'a': torch.zeros(1)}, path, overwrite=True)
+    assert read_checkpoint(path)['a'] == 0
+    with pytest.raises(CheckpointError, match='is a folder'):
+        write_checkpoint({}, tmp_path)
+    with pytest.raises(CheckpointError, match='cannot be written'):
+        write_checkpoint({}, path / 'below-a-file.pth')
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Serves a folder on this machine; yields the folder, the address and the list of what was asked for."""
+    folder, asked = tmp_path / 'served', []
+    folder.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, directory=str(folder), **kwargs)
+
+        def log_message(self, *args):
+            asked.append(self.path)
+
+    monkeypatch.setenv('no_proxy', '*')
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield folder, f'http://127.0.0.1:{running.server_port}', asked
+        running.shutdown()
+        thread.join()
+
+
+def test_urls_are_downloaded_once(server):
+    folder, address, asked = server
+    (folder / '#v2cls').mkdir()
+    torch.save({'model': classifier()}, folder / '#v2cls' / 'tiny.pth')
+    url = f'{address}/%23v2cls/tiny.pth'
+    for _ in range(2):
+        assert load_official(VMamba('test'), url).source == url
+    assert asked == ['/%23v2cls/tiny.pth']
+    with pytest.raises(CheckpointError, match='write a # in a name as %23'):
+        read_checkpoint(f'{address}/#v2cls/tiny.pth')
+
+
+def test_what_was_downloaded_in_vain_is_downloaded_again(server):
+    folder, address, asked = server
+    page = folder / 'tiny.pth'
+    page.write_text('<!DOCTYPE html><html>Log in</html>')
+    with pytest.raises(CheckpointError, match=f'{address}/tiny.pth is a web page'):
+        read_checkpoint(f'{address}/tiny.pth')
+    torch.save({'model': classifier()}, page)
+    assert read_checkpoint(f'{address}/tiny.pth').keys() == {'model'}
+    assert len(asked) == 2
+    with pytest.raises(CheckpointError, match='nowhere.pth cannot be downloaded: .*404'):
+        read_checkpoint(f'{address}/nowhere.pth')
+
+
+def test_numbers_of_numpy_in_a_runners_checkpoint_are_read(tmp_path):
+    torch.save({'meta': {'epoch': np.float64(1.5)}, 'state_dict': {}}, tmp_path / 'runner.pth')
+    assert read_checkpoint(tmp_path / 'runner.pth')['meta']['epoch'] == 1.5

@@ -1,0 +1,169 @@
+"""Official checkpoints straight into backbones: init_cfg and load_official."""
+
+import logging
+
+import pytest
+import torch
+from mmengine.logging import MMLogger
+from mmengine.registry import MODELS, DefaultScope
+
+from ssm_backbones import V2M, VMamba, load_official
+from ssm_backbones.checkpoints import CheckpointError, convert_checkpoint
+from tests.checkpoints.layouts import VMAMBA, marked_tensors, random_tensors, vmamba_classifier
+from tests.checkpoints.small import TEST_ARCH, classifier, prefixed, pyramid
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Saves tensors as an official checkpoint and returns its path."""
+    def save(tensors, key='model'):
+        path = tmp_path / 'official.pth'
+        torch.save({key: tensors}, path)
+        return str(path)
+    return save
+
+
+def converted(tensors, key='model'):
+    return convert_checkpoint({key: tensors}, backbone_only=True)[0]['state_dict']
+
+
+def assert_loaded(model, tensors, but=()):
+    for name, tensor in model.state_dict().items():
+        assert name.startswith(tuple(but)) or torch.equal(tensor, tensors[name]), name
+
+
+def snapshot(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize('scope', ['mmengine', 'mmdet', 'mmseg', 'mmpretrain'])
+def test_init_cfg_loads_a_classifier_into_a_detectors_backbone(scope, save, caplog):
+    tensors = classifier()
+    with DefaultScope.overwrite_default_scope(scope):
+        model = MODELS.build(dict(type='VMamba', arch='test',
+                                  init_cfg=dict(type='OfficialPretrained', checkpoint=save(tensors))))
+        before = snapshot(model)
+        logger = MMLogger.get_current_instance()
+        logger.addHandler(caplog.handler)
+        with caplog.at_level(logging.INFO, logger=logger.name):
+            model.init_weights()
+        logger.removeHandler(caplog.handler)
+    assert_loaded(model, converted(tensors), but=['norm0', 'norm1', 'norm2'])
+    assert all(torch.equal(model.state_dict()[f'norm{i}.weight'], before[f'norm{i}.weight']) for i in range(3))
+    assert 'left as initialised: norm1: the checkpoint has no output norm for this stage' in caplog.text
+    assert "left out: classifier.head.weight, classifier.head.bias: a bare backbone does not hold it" not in caplog.text
+    assert 'left out: head.fc.weight, head.fc.bias: a bare backbone does not hold it' in caplog.text
+
+
+def test_a_classifiers_backbone_takes_all_of_a_classifier(save):
+    tensors = classifier()
+    model = VMamba('test', out_indices=(3,))
+    report = load_official(model, save(tensors))
+    assert_loaded(model, converted(tensors))
+    assert not report.initial and report.model == "VMamba, arch='test'"
+
+
+def test_a_detectors_backbone_is_taken_out_of_it(save):
+    tensors = pyramid()
+    whole = {**prefixed('backbone.', tensors), 'neck.convs.0.weight': torch.ones(2)}
+    model = VMamba('test')
+    report = load_official(model, save(whole, 'state_dict'))
+    assert_loaded(model, converted(whole, 'state_dict'))
+    assert not report.initial
+    assert report.left_out == {'neck.convs.0.weight': 'a bare backbone does not hold it'}
+
+
+@pytest.mark.parametrize(('out_indices', 'left_out'), [
+    ((1, 2), ['norm0', 'norm3', 'stages.2.downsample.conv', 'stages.2.downsample.norm', 'stages.3']),
+    ((0, 3), ['norm1', 'norm2']),
+])
+def test_what_the_out_indices_leave_unbuilt_is_left_out(out_indices, left_out, save):
+    tensors = pyramid()
+    model = VMamba('test', out_indices=out_indices)
+    report = load_official(model, save(tensors))
+    assert list(report.left_out) == left_out and not report.initial
+    assert_loaded(model, converted(tensors))
+
+
+def test_frozen_and_half_precision_models_are_loaded_too(save):
+    tensors = classifier()
+    model = VMamba('test', out_indices=3, frozen_stages=2).to(torch.bfloat16)
+    load_official(model, save(tensors))
+    expected = {name: tensor.to(torch.bfloat16) for name, tensor in converted(tensors).items()}
+    assert_loaded(model, expected)
+    assert not model.patch_embed.first.conv.weight.requires_grad
+    assert model.norm3.weight.requires_grad
+
+
+def test_another_arch_is_an_error_that_lists_the_first_tensors_and_loads_nothing(save):
+    path = save(marked_tensors(vmamba_classifier(**VMAMBA['tiny-s1l8'])))
+    model = VMamba('test')
+    before = snapshot(model)
+    with pytest.raises(CheckpointError) as error:
+        load_official(model, path)
+    message = str(error.value)
+    assert "is a checkpoint of VMamba, arch='tiny-s1l8' and does not fit the model, VMamba, arch='test'. 27" in message
+    assert 'patch_embed.first.conv.weight is (48, 3, 3, 3), expected (8, 3, 3, 3); patch_embed.first.conv' in message
+    assert message.endswith('and 269 more.')
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(('change', 'difference'), [
+    (dict(ssm_ratio=2.0), r'stages.0.blocks.0.mixer.dt_weight is \(4, 16, 1\), expected \(4, 32, 1\)'),
+    (dict(d_state=2), r'stages.0.blocks.0.mixer.A_log is \(4, 16, 1\), expected \(4, 16, 2\)'),
+    (dict(depths=[1, 1, 3, 1]), r'stages.2.blocks.2.norm1.weight \(64\) is missing'),
+    (dict(depths=[1, 1, 1, 1]), r'stages.2.blocks.1.norm1.weight is not expected'),
+    (dict(depths=[1, 1, 2]), 'stages.3.blocks.0.norm1.weight is not expected'),
+    (dict(version='v0'), r'patch_embed.projection.conv.weight \(16, 3, 4, 4\) is missing'),
+])
+def test_archs_that_differ_in_one_setting_are_told_apart(change, difference, save):
+    arch = {**VMamba.ARCHS['test'], **change}
+    model = VMamba(arch, out_indices=tuple(range(len(arch['depths']))))
+    with pytest.raises(CheckpointError, match=difference):
+        load_official(model, save(classifier()))
+
+
+def test_the_stem_is_adapted_on_request_only(save):
+    tensors = classifier()
+    path = save(tensors)
+    model = VMamba('test', in_channels=4)
+    before = snapshot(model)
+    with pytest.raises(CheckpointError, match='is for images of 3 channels, the model for 4; in_channels=4 beside'):
+        load_official(model, path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    report = load_official(model, path, in_channels=4)
+    assert report.notes == ['stem adapted from 3 to 4 channels of the image']
+    old, new = tensors['patch_embed.0.weight'], model.patch_embed.first.conv.weight
+    torch.testing.assert_close(new[:, :3], old * 0.75)
+    torch.testing.assert_close(new[:, 3], old[:, 0] * 0.75)
+    assert_loaded(model, converted(tensors), but=['patch_embed.first.conv.weight', 'norm0', 'norm1', 'norm2'])
+
+
+@pytest.mark.parametrize('channels', [1, 6])
+def test_an_adapted_stem_answers_repeated_channels_as_before(channels):
+    tensors = random_tensors(vmamba_classifier(**TEST_ARCH), torch.float64)
+    weight = convert_checkpoint({'model': tensors}, in_channels=channels)[0]['state_dict'][
+        'backbone.patch_embed.first.conv.weight']
+    grey = torch.randn(1, 1, 9, 7, dtype=torch.float64)
+    expected = torch.conv2d(grey.expand(-1, 3, -1, -1), tensors['patch_embed.0.weight'])
+    torch.testing.assert_close(torch.conv2d(grey.expand(-1, channels, -1, -1), weight), expected)
+
+
+def test_the_same_number_of_channels_changes_nothing():
+    tensors = classifier()
+    same, report = convert_checkpoint({'model': tensors}, in_channels=3, backbone_only=True)
+    assert not report.notes
+    assert torch.equal(same['state_dict']['patch_embed.first.conv.weight'], tensors['patch_embed.0.weight'])
+
+
+def test_bad_numbers_of_channels_are_refused():
+    with pytest.raises(CheckpointError, match='in_channels must be at least 1, got 0'):
+        convert_checkpoint({'model': classifier()}, in_channels=0)
+
+
+def test_only_backbones_with_official_checkpoints_take_them(save):
+    path = save(classifier())
+    with pytest.raises(CheckpointError, match='into a backbone, a VMamba.*, not into a PlainV2M'):
+        load_official(V2M('test', out_indices=0), path)
+    with pytest.raises(CheckpointError, match='not into a Sequential. Whole models: convert the file with tools/'):
+        load_official(torch.nn.Sequential(VMamba('test')), path)
