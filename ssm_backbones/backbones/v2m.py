@@ -135,14 +135,14 @@ class PlainV2M(V2M):
         outputs = super().forward(x)
         if self.pyramid is None:
             return outputs
-        maps = [m.permute(0, 2, 3, 1) for m in outputs]
-        return self.pyramid(maps * (len(STRIDES) // len(maps)), x.shape[2], x.shape[3])
+        return self.pyramid(outputs * (len(STRIDES) // len(outputs)), x.shape[2], x.shape[3])
 
     def output(self, stage: int, x: Tensor) -> Tensor:
-        """The block's map without class tokens, or its class output."""
+        """The block's map without class tokens, for the pyramid as it is; or its class output."""
         if self.out_type == 'cls_token':
             return self.patch_embed.class_output(getattr(self, f'norm{stage}')(x))
-        return super().output(stage, self.patch_embed.patches(x))
+        x = self.patch_embed.patches(x)
+        return super().output(stage, x) if self.pyramid is None else x
 
 
 class PlainBlock(nn.Module):

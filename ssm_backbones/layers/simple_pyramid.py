@@ -44,7 +44,7 @@ class SimplePyramid(nn.Module):
         outputs = []
         for x, stride, level, norm in zip(maps, STRIDES, self.levels, self.norms, strict=True):
             x = level(x)[:, :-(-height // stride), :-(-width // stride)]
-            outputs.append(feature_map(norm(x.contiguous())))
+            outputs.append(feature_map(norm(x)))
         return tuple(outputs)
 
 

@@ -159,7 +159,7 @@ class HierarchicalV2MMixer(V2MMixer):
         return delta, B, C
 
 
-class CausalConv(nn.Conv2d):
+class CausalConv(nn.Conv1d):
     """A depthwise convolution along rows or columns that sees a pixel and the ones before it, (B, H, W, C) -> the same.
 
     Args:
@@ -169,15 +169,16 @@ class CausalConv(nn.Conv2d):
     """
 
     def __init__(self, channels: int, taps: int, axis: str) -> None:
-        kernel, padding = ((1, taps), (0, taps - 1)) if axis == 'row' else ((taps, 1), (taps - 1, 0))
-        super().__init__(channels, channels, kernel, padding=padding, groups=channels)
-        self.dim = 3 if axis == 'row' else 2
+        super().__init__(channels, channels, taps, groups=channels)
+        self.rows = axis == 'row'
 
     def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
-        """``reverse`` takes the pixels behind it, along the axis, for the ones before it. The result may be strided."""
-        x = x.permute(0, 3, 1, 2)
-        weight = self.weight.flip(self.dim) if reverse else self.weight
-        # The convolution itself adds zeros at both ends, without a copy; what looks ahead is left out of the result.
-        y = F.conv2d(x, weight, self.bias, padding=self.padding, groups=self.groups)
-        length = x.shape[self.dim]
-        return y.narrow(self.dim, y.shape[self.dim] - length if reverse else 0, length).permute(0, 2, 3, 1)
+        """``reverse`` takes the pixels behind it, along the axis, for the ones before it."""
+        # Zeros for the taps that would look ahead make the window symmetric, which oneDNN's backward is six times as
+        # fast for as for a shorter, one-sided one; but only along columns, so a row is shown to it as a column.
+        ahead = self.kernel_size[0] - 1
+        weight = F.pad(self.weight, (0, ahead))
+        weight = (weight.flip(2) if reverse else weight).unsqueeze(3)
+        columns = x.flatten(0, 1).unsqueeze(2) if self.rows else x
+        y = F.conv2d(columns.permute(0, 3, 1, 2), weight, self.bias, padding=(ahead, 0), groups=self.groups)
+        return y.permute(0, 2, 3, 1).reshape(x.shape)

@@ -65,8 +65,8 @@ def test_plain_variants_have_the_published_flops_for_one_corner(arch):
     projections_in_and_out = 3 * width * inner * pixels
     pass_projections = (inner * (rank + states) + rank * inner) * pixels
     scan = 9 * pixels * inner * states
-    # A causal convolution of length 4 also computes the three results beyond the edge, which are left out.
-    convolution = 4 * inner * 14 * (14 + 3)
+    # A causal convolution of length 4 is computed with three zeros for the pixels ahead.
+    convolution = 7 * inner * pixels
     patches_and_head = 3 * 16 * 16 * width * pixels + width * 1000
 
     def model(passes):
