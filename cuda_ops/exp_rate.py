@@ -14,7 +14,7 @@ def measure_exp_rate(seconds: float = 0.2) -> float:
     is the least time that its forward pass can take. The values measured with lie in the first cache.
 
     Args:
-        seconds: about how long to measure; the fastest of five equal parts counts.
+        seconds: how long to measure; the fastest millisecond or so counts, as other programs may run.
 
     Raises:
         RuntimeError: if the op library is not compiled.
@@ -22,14 +22,10 @@ def measure_exp_rate(seconds: float = 0.2) -> float:
     if not _library.STATUS.compiled:
         raise RuntimeError(f'the exponential to measure is in the compiled library, and {_library.STATUS.reason}')
     x = torch.linspace(-20, 0, 1024 * torch.get_num_threads())
-    repeats, elapsed = 64, 0.0
-    while elapsed < seconds / 5:
-        repeats *= 2
-        elapsed = _time(x, repeats)
-    return x.numel() * repeats / min(elapsed, *(_time(x, repeats) for _ in range(4)))
-
-
-def _time(x: torch.Tensor, repeats: int) -> float:
-    start = time.perf_counter()
-    torch.ops.cuda_ops.exp2_repeatedly(x, repeats)
-    return time.perf_counter() - start
+    repeats, fastest = 4096, float('inf')
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        torch.ops.cuda_ops.exp2_repeatedly(x, repeats)
+        fastest = min(fastest, time.perf_counter() - start)
+    return x.numel() * repeats / fastest

@@ -61,6 +61,14 @@ def _oriented(reverse: bool, *maps: Tensor) -> list[Tensor]:
     return [(value.flip(1, 2) if reverse else value).to(dtype) for value in maps]
 
 
+def _without_neighbour(top: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+    """Zeros where a pixel has no such neighbour: what is given there, be it not a number, has no part in the scan."""
+    top, left = top.clone(), left.clone()
+    top[:, 0] = 0
+    left[:, 1:, 0] = 0
+    return top, left
+
+
 def _states(d: _Diagonal, last: Tensor, x: Tensor, delta_top: Tensor, delta_left: Tensor, A_top: Tensor, A_left: Tensor,
             B_top: Tensor, B_left: Tensor) -> Tensor:
     """The states (B, K, E, N) of one diagonal's pixels."""
@@ -77,6 +85,7 @@ def wavefront_scan(x: Tensor, delta_top: Tensor, delta_left: Tensor, A_top: Tens
     """The two-neighbour recurrence over (B, H, W, E); see :func:`cuda_ops.wavefront_scan` for arguments and result."""
     maps = _oriented(reverse, x, delta_top, delta_left, B_top, B_left, C)
     u, d_top, d_left, b_top, b_left, c = maps
+    (d_top, d_left), (b_top, b_left) = _without_neighbour(d_top, d_left), _without_neighbour(b_top, b_left)
     output = torch.empty_like(u)
     last = u.new_zeros((u.shape[0], u.shape[1] + 1, *A_top.shape))
     for d in _diagonals(u):
@@ -99,6 +108,7 @@ def wavefront_scan_backward(grad_output: Tensor, x: Tensor, delta_top: Tensor, d
     """
     maps = _oriented(reverse, x, delta_top, delta_left, B_top, B_left, C, grad_output)
     u, d_top, d_left, b_top, b_left, c, dy = maps
+    (d_top, d_left), (b_top, b_left) = _without_neighbour(d_top, d_left), _without_neighbour(b_top, b_left)
     grads = {name: torch.zeros_like(value) for name, value in
              (('x', u), ('delta_top', d_top), ('delta_left', d_left), ('A_top', A_top), ('A_left', A_left),
               ('B_top', b_top), ('B_left', b_left), ('C', c))}

@@ -19,9 +19,9 @@ struct Neighbour {
   void* grad_A;           // (B, E, N) state
 };
 
-// The kernels start at row 0 and column 0 and go along the rows. The caller chooses strides, which may be negative, such
-// that this is the corner to start from and the rows are the map's shorter lines. Rows of the kernels are columns of the
-// map where it is wide, and `above` is then the left neighbour.
+// The kernels start at row 0 and column 0 and go along the rows. The caller chooses strides, which may be negative, so
+// that this is the corner to start from and the rows are the map's shorter lines. Rows of the kernels are columns of
+// the map where it is wide, and `above` is then the left neighbour.
 struct WavefrontScanParams {
   DataType dtype;
   int64_t batch, height, width, channels, states;
@@ -41,13 +41,15 @@ struct WavefrontScanParams {
   void* grad_D;               // (B, E) state, or null
 };
 
-// Tiles of channels that the backward pass sums over separately; a function of the shape alone.
-int64_t wavefront_scan_tiles(const WavefrontScanParams& p);
+// Tiles of channels that give at least so many tasks for the whole batch, where there are enough channels; a function
+// of the shape alone. In the backward pass each tile costs gradients of B and C of its own.
+constexpr int64_t kForwardTasks = 16, kBackwardTasks = 8;
+int64_t wavefront_scan_tiles(const WavefrontScanParams& p, int64_t tasks);
 
 void wavefront_scan_forward_cpu(const WavefrontScanParams& p, ParallelFor parallel_for);
 void wavefront_scan_backward_cpu(const WavefrontScanParams& p, ParallelFor parallel_for);
 
-// 2^x of each of `count` values, computed `repeats` times over: what the scans' exponentials cost, and nothing else.
+// 2^x of each of `count` values, whole blocks of 1024, `repeats` times over: what the scans' exponentials cost.
 void exp2_repeatedly_cpu(const float* x, float* y, int64_t count, int64_t repeats, ParallelFor parallel_for);
 
 }  // namespace cuda_ops

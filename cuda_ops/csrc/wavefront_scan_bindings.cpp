@@ -133,7 +133,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 
   Tensor grad_x = at::empty(x.sizes(), x.options());
   const Gradient grad_delta_top(delta_top), grad_delta_left(delta_left);
-  const std::vector<int64_t> projections{wavefront_scan_tiles(p), p.batch, x.size(1), x.size(2), p.states};
+  const int64_t tiles = wavefront_scan_tiles(p, kBackwardTasks);
+  const std::vector<int64_t> projections{tiles, p.batch, x.size(1), x.size(2), p.states};
   Tensor grad_B_top = at::empty(projections, state), grad_B_left = at::empty(projections, state);
   Tensor grad_C = at::empty(projections, state);
   Tensor grad_A_top = at::empty({p.batch, p.channels, p.states}, state), grad_A_left = at::empty_like(grad_A_top);
@@ -146,8 +147,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   inputs.top().grad_A = grad_A_top.data_ptr(), inputs.left().grad_A = grad_A_left.data_ptr();
   wavefront_scan_backward_cpu(p, parallel_for);
 
-  auto per_projection = [&](const Tensor& tiles) {
-    return (tiles.size(0) == 1 ? tiles.squeeze(0) : tiles.sum(0)).to(type);
+  auto per_projection = [&](const Tensor& parts) {
+    return (tiles == 1 ? parts.squeeze(0) : parts.sum(0)).to(type);
   };
   return {grad_x,
           grad_delta_top.finish(),
@@ -163,6 +164,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 Tensor exp2_repeatedly(const Tensor& x, int64_t repeats) {
   TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "x must be float32, got ", x.scalar_type());
   TORCH_CHECK_VALUE(x.device().is_cpu() && x.is_contiguous(), "x must be contiguous and on the CPU");
+  TORCH_CHECK_VALUE(x.numel() % 1024 == 0, "x must hold whole blocks of 1024 values, got ", x.numel());
   TORCH_CHECK_VALUE(repeats >= 1, "repeats must be at least 1, got ", repeats);
   Tensor y = at::empty_like(x);
   exp2_repeatedly_cpu(x.const_data_ptr<float>(), y.mutable_data_ptr<float>(), x.numel(), repeats, parallel_for);

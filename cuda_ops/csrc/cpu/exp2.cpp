@@ -10,30 +10,29 @@ namespace {
 struct Context {
   const float* x;
   float* y;
-  int64_t count, repeats;
+  int64_t repeats;
 };
 
-constexpr int64_t kBlock = 1024;  // values; in the first cache whole
+constexpr int64_t kBlock = 1024;  // values; they stay in the first cache
 
 void run_block(const Context& context, int64_t block) {
-  constexpr int kLanes = Vector<float>::kLanes;
-  const int64_t begin = block * kBlock, end = begin + kBlock < context.count ? begin + kBlock : context.count;
+  constexpr int kLanes = Vector<float>::kLanes, kUnroll = 4;
+  const float* x = context.x + block * kBlock;
+  float* y = context.y + block * kBlock;
   for (int64_t repeat = 0; repeat < context.repeats; ++repeat) {
-    for (int64_t i = begin; i < end; i += kLanes) {
-      const int count = end - i < kLanes ? int(end - i) : kLanes;
-      store(context.y + i, exp2(load(context.x + i, count)), count);
-    }
+    for (int i = 0; i < kBlock; i += kUnroll * kLanes)
+      for (int u = 0; u < kUnroll; ++u) store(y + i + u * kLanes, exp2(load(x + i + u * kLanes, kLanes)), kLanes);
     // Otherwise the compiler may leave out repetitions that write the same values again.
-    asm volatile("" : : "r"(context.x), "r"(context.y) : "memory");
+    asm volatile("" : : "r"(x), "r"(y) : "memory");
   }
 }
 
 }  // namespace
 
 void exp2_repeatedly(const float* x, float* y, int64_t count, int64_t repeats, ParallelFor parallel_for) {
-  const Context context{x, y, count, repeats};
+  const Context context{x, y, repeats};
   parallel_for(
-      ceil_div(count, kBlock), 1,
+      count / kBlock, 1,
       [](int64_t begin, int64_t end, const void* opaque) {
         for (int64_t block = begin; block < end; ++block) run_block(*static_cast<const Context*>(opaque), block);
       },

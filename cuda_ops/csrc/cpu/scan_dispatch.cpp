@@ -83,10 +83,8 @@ void route_scan_backward_cpu(const RouteScanParams& p, ParallelFor parallel_for)
   kernels().route_scan_backward(p, parallel_for);
 }
 
-int64_t wavefront_scan_tiles(const WavefrontScanParams& p) {
-  // Each tile costs gradients of B and C of its own, so there are no more than a batch needs to occupy some threads.
-  constexpr int64_t kTasks = 8;
-  const int64_t units = ceil_div(p.channels, kTileUnit), wanted = ceil_div(kTasks, p.batch > 0 ? p.batch : 1);
+int64_t wavefront_scan_tiles(const WavefrontScanParams& p, int64_t tasks) {
+  const int64_t units = ceil_div(p.channels, kTileUnit), wanted = ceil_div(tasks, p.batch > 0 ? p.batch : 1);
   return units < wanted ? units : wanted;
 }
 

@@ -8,6 +8,10 @@
 #include <type_traits>
 #include <utility>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace cuda_ops {
 namespace SSM_CPU_CAPABILITY {
 
@@ -166,7 +170,7 @@ static inline V shuffle(V a, V b, std::index_sequence<I...>) {
 #endif
 }
 
-// Adds up pairs of lanes `Step` apart. Lanes without that bit in their number hold sums of `a`, the others those of `b`.
+// Adds up pairs of lanes `Step` apart. Lanes without that bit in their number hold sums of `a`, the others of `b`.
 template <class S, size_t Step, size_t... Lane>
 static inline Vec<S> add_pairs(Vec<S> a, Vec<S> b, std::index_sequence<Lane...>) {
   constexpr size_t kLanes = sizeof...(Lane);
@@ -185,24 +189,35 @@ static inline Vec<S> sum_each(const Vec<S>* vectors) {
   }
 }
 
-// 2^x. Relative error below 2e-7 where the result is a normal number; below 2^-126 the result is 2^-126.
-static inline Vec<float> exp2(Vec<float> x) {
-  const Vec<float> low = splat(-126.f);
-  const Vec<float> clamped = (x < low) ? low : x;
-  const Vec<float> magic = splat(0x1.8p23f);  // adding it rounds to an integer, left in the low bits
-  const Vec<float> shifted = clamped + magic;
-  const Vec<float> f = clamped - (shifted - magic);
-  // Minimax polynomial of 2^f on [-1/2, 1/2].
+// 2^f on [-1/2, 1/2], by a minimax polynomial.
+static inline Vec<float> exp2_fraction(Vec<float> f) {
   Vec<float> p = splat(1.5060982408e-4f);
   p = p * f + 1.3371712153e-3f;
   p = p * f + 9.6191232425e-3f;
   p = p * f + 5.5504084531e-2f;
   p = p * f + 2.4022650574e-1f;
   p = p * f + 6.9314718058e-1f;
-  p = p * f + 1.0f;
+  return p * f + 1.0f;
+}
+
+// 2^x. Relative error below 2e-7 where the result is a normal number; below 2^-126 the result is 2^-126.
+static inline Vec<float> exp2(Vec<float> x) {
+  const Vec<float> low = splat(-126.f);
+#if defined(__AVX512F__)
+  // Instructions that round, and that scale by a power of two with overflow as it should be.
+  constexpr __mmask16 all = 0xffff;  // GCC 12 warns of its own header's forms without a mask
+  const Vec<float> clamped = _mm512_maskz_max_ps(all, low, x);  // the second where one is a NaN
+  const Vec<float> rounded = _mm512_maskz_roundscale_ps(all, clamped, _MM_FROUND_TO_NEAREST_INT);
+  return _mm512_maskz_scalef_ps(all, exp2_fraction(clamped - rounded), rounded);
+#else
+  const Vec<float> clamped = (x < low) ? low : x;
+  const Vec<float> magic = splat(0x1.8p23f);  // adding it rounds to an integer, left in the low bits
+  const Vec<float> shifted = clamped + magic;
+  const Vec<float> p = exp2_fraction(clamped - (shifted - magic));
   const UIntVec exponent = bit_cast<UIntVec>(shifted) << 23;
   const Vec<float> result = bit_cast<Vec<float>>(bit_cast<UIntVec>(p) + exponent);
   return (x < splat(128.f)) ? result : x + INFINITY;  // a NaN stays one
+#endif
 }
 
 static inline Vec<double> exp2(Vec<double> x) {
