@@ -1,0 +1,207 @@
+"""Pictures of results: contact sheets of truth beside prediction, and training curves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+_INK, _PAPER, _MUTED = (32, 36, 44), (255, 255, 255), (120, 126, 138)
+
+
+@dataclass(frozen=True)
+class Instances:
+    """Objects in one picture, true or predicted.
+
+    Attributes:
+        labels: int (n,), index into the class names.
+        boxes: float (n, 4), left, top, right and bottom in pixels.
+        masks: bool (n, height, width).
+        scores: float (n,) for predictions, None for the truth.
+    """
+
+    labels: np.ndarray
+    boxes: np.ndarray
+    masks: np.ndarray
+    scores: np.ndarray | None = None
+
+
+def draw_instances(
+    image: np.ndarray, found: Instances, classes: Sequence[str], palette: Sequence[Sequence[int]], zoom: int = 3
+) -> np.ndarray:
+    """Draw masks, outlines, boxes and names on an enlarged picture.
+
+    Args:
+        image: uint8 (height, width, 3), RGB.
+        found: What to draw.
+        classes, palette: Name and RGB colour (0..255) of each label.
+        zoom: Factor by which the picture is enlarged, so that lines and names stay legible.
+
+    Returns:
+        uint8 (zoom * height, zoom * width, 3), RGB.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    height, width = image.shape[:2]
+    size = (zoom * width, zoom * height)
+    canvas = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
+    for label, mask in zip(found.labels, found.masks, strict=True):
+        smooth = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BICUBIC)
+        cover = np.asarray(smooth, dtype=np.float32)[..., None] / 255
+        outline = ((cover > 0.25) & (cover < 0.75)).astype(np.float32)
+        alpha = np.maximum(0.4 * cover, 0.9 * outline)
+        canvas = canvas * (1 - alpha) + np.asarray(palette[label], dtype=np.float32) * alpha
+    picture = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(size=13)
+    for index, (label, box) in enumerate(zip(found.labels, found.boxes, strict=True)):
+        colour = tuple(palette[label])
+        left, top, right, bottom = (round(float(value) * zoom) for value in box)
+        draw.rectangle((left, top, max(right - 1, left), max(bottom - 1, top)), outline=colour, width=2)
+        name = classes[label] if found.scores is None else f'{classes[label]} {found.scores[index]:.2f}'
+        text = draw.textbbox((0, 0), name, font=font)
+        text_width, text_height = text[2] + 6, text[3] + 4
+        x = min(max(left, 0), max(size[0] - text_width, 0))
+        y = top - text_height if top >= text_height else max(top, 0)
+        draw.rectangle((x, y, x + text_width, y + text_height), fill=colour)
+        ink = _INK if sum(colour) > 380 else _PAPER
+        draw.text((x + 3, y + 1), name, fill=ink, font=font)
+    return np.asarray(picture)
+
+
+def save_contact_sheet(
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]],
+    titles: tuple[str, str],
+    heading: str,
+    path: str | Path,
+    columns: int = 2,
+) -> None:
+    """Save pairs of pictures (RGB, uint8), each pair side by side under its titles, in this many columns of pairs."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    if not pairs:
+        raise ValueError('a contact sheet needs at least one pair of pictures')
+    gap, top, bar = 10, 52, 24
+    height = max(picture.shape[0] for pair in pairs for picture in pair)
+    width = max(picture.shape[1] for pair in pairs for picture in pair)
+    rows = -(-len(pairs) // columns)
+    step_x, step_y = 2 * width + 4 + 3 * gap, height + gap
+    sheet = Image.new('RGB', (columns * step_x - gap, top + bar + rows * step_y), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((gap, 14), heading, fill=_INK, font=ImageFont.load_default(size=22))
+    small = ImageFont.load_default(size=15)
+    for column in range(min(columns, len(pairs))):
+        for side, title in enumerate(titles):
+            draw.text((gap + column * step_x + side * (width + 4), top), title, fill=_MUTED, font=small)
+    for index, pair in enumerate(pairs):
+        x, y = gap + index % columns * step_x, top + bar + index // columns * step_y
+        for side, picture in enumerate(pair):
+            sheet.paste(Image.fromarray(picture), (x + side * (width + 4), y))
+    _save_whole(path, lambda target: sheet.save(target, format='PNG'))
+
+
+@dataclass
+class History:
+    """What a training logged.
+
+    Attributes:
+        losses: For each loss by name, (epoch, value) in order; epochs are fractional.
+        metrics: For each validation metric by name, (epoch, value) in order.
+    """
+
+    losses: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    metrics: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+
+
+def read_history(work_dir: str | Path) -> History:
+    """Read mmengine's scalar logs below a work dir, joining those of a training that was interrupted and resumed.
+
+    Where two runs logged the same step, the later one counts, since its steps are those that the model went through.
+
+    Raises:
+        FileNotFoundError: If nothing was logged there.
+    """
+    train: dict[int, dict[str, float]] = {}
+    val: dict[int, dict[str, float]] = {}
+    for log in sorted(Path(work_dir).glob('*/vis_data/scalars.json')):
+        for line in log.read_text(encoding='utf-8').splitlines():
+            record = json.loads(line)
+            (train if 'loss' in record else val)[int(record['step'])] = record
+    if not train:
+        raise FileNotFoundError(f'no training was logged below {work_dir}')
+    # Training is logged by iteration and validation by epoch; an epoch's last record gives the ratio.
+    length = max(record['iter'] / record['epoch'] for record in train.values())
+    history = History()
+    for _, record in sorted(train.items()):
+        for name, value in record.items():
+            if name.startswith('loss'):
+                history.losses.setdefault(name, []).append((record['iter'] / length, value))
+    for step, record in sorted(val.items()):
+        for name, value in record.items():
+            if '/' in name:
+                history.metrics.setdefault(name, []).append((step, value))
+    return history
+
+
+def save_curves(history: History, metrics: Mapping[str, str], heading: str, path: str | Path) -> None:
+    """Plot the losses and the validation metrics of a training side by side.
+
+    Args:
+        history: What was logged.
+        metrics: Which metrics to plot: shown name by logged name.
+        heading: Title over both plots.
+        path: Where the picture (PNG) goes.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.4), dpi=130, layout='constrained')
+    FigureCanvasAgg(figure)
+    figure.suptitle(heading, fontsize=13, fontweight='bold', x=0.01, ha='left')
+    left, right = figure.subplots(1, 2)
+    parts = sorted(name for name in history.losses if name != 'loss')
+    for name in ['loss', *parts]:
+        epochs, values = np.array(history.losses[name]).T
+        total = name == 'loss'
+        left.plot(
+            epochs,
+            values,
+            label='total' if total else name.removeprefix('loss_'),
+            linewidth=2.2 if total else 1.2,
+            color='#20242c' if total else None,
+            alpha=1 if total else 0.85,
+        )
+    left.set(title='training loss', xlabel='epoch', ylim=(0, None), xlim=(0, None))
+    colours = ('#3c82f0', '#e63c3c', '#3cbe50', '#f5be28')
+    for (name, shown), colour in zip(metrics.items(), colours, strict=False):
+        points = history.metrics.get(name, [])
+        if points:
+            epochs, values = np.array(points).T
+            right.plot(epochs, values, marker='o', markersize=4, linewidth=2, color=colour, label=shown)
+            right.annotate(
+                f'{values[-1]:.3f}',
+                (epochs[-1], values[-1]),
+                xytext=(6, 0),
+                textcoords='offset points',
+                va='center',
+                color=colour,
+                fontsize=9,
+            )
+    right.set(title='on held-out pictures', xlabel='epoch', ylim=(0, 1), xlim=(0, None))
+    right.margins(x=0.1)
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.spines[['top', 'right']].set_visible(False)
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=9)
+    _save_whole(path, lambda target: figure.savefig(target, format='png'))
+
+
+def _save_whole(path: str | Path, save) -> None:
+    path = Path(path)
+    partial = path.with_name(f'.{path.name}.partial')
+    save(partial)
+    partial.replace(path)
