@@ -255,7 +255,7 @@ def _enable_tta(cfg: Config) -> None:
     while 'dataset' in dataset:
         dataset = dataset.dataset
     if cfg.default_scope == 'mmseg':
-        missing = [key for key in ('tta_model', 'tta_pipeline') if key not in cfg]
+        missing = [key for key in ('tta_model', 'tta_pipeline') if cfg.get(key) is None]
         if missing:
             raise CommandError(
                 f"--tta: the config has no {' and no '.join(missing)}; mmseg's _base_/default_runtime.py gives the "
