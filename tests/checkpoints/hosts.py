@@ -17,11 +17,12 @@ def build(library, config):
         return registry.build(config)
 
 
-def classifier(backbone, width, num_classes=1000):
-    """mmpretrain's classifier with a linear head."""
+def classifier(backbone, width, neck='GlobalAveragePooling', head='LinearClsHead'):
+    """mmpretrain's classifier of 1000 classes."""
+    import_module('ssm_backbones.heads')
     return build('mmpretrain', dict(
-        type='ImageClassifier', backbone=backbone, neck=dict(type='GlobalAveragePooling'),
-        head=dict(type='LinearClsHead', num_classes=num_classes, in_channels=width)))
+        type='ImageClassifier', backbone=backbone, neck=neck and dict(type=neck),
+        head=dict(type=head, num_classes=1000, in_channels=width)))
 
 
 def detector(backbone, widths):

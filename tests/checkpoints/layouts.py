@@ -21,6 +21,12 @@ VMAMBA = {
     'base-v0': dict(embed_dims=128, depths=[2, 2, 27, 2], version='v0'),
 }
 
+MAMBA2D = {
+    'nano': dict(embed_dims=[32, 64, 160, 256], depths=[3, 3, 9, 3]),
+    'tiny': dict(embed_dims=[64, 128, 320, 512], depths=[3, 3, 9, 3]),
+    'small': dict(embed_dims=[96, 192, 384, 576], depths=[3, 12, 14, 3]),
+}
+
 
 def vmamba_backbone(embed_dims, depths, ssm_ratio=2.0, d_state=None, version='v2', in_channels=3):
     """VMamba's stem and stages, without any norm of outputs."""
@@ -90,6 +96,63 @@ def vmamba_pyramid(*, embed_dims, depths, out_indices=(0, 1, 2, 3), **options):
     layout = vmamba_backbone(embed_dims, depths, **options)
     for i in out_indices:
         layout[f'outnorm{i}.weight'] = layout[f'outnorm{i}.bias'] = [embed_dims * 2**i]
+    return layout
+
+
+def mamba2d_backbone(embed_dims, depths, d_state=16, head_width=32, in_channels=3):
+    """Mamba2D's backbone; scans in the first two stages, attention in the last two."""
+    layout = {}
+
+    def add(name, weight, bias=None):
+        layout[f'{name}.weight'] = weight
+        if bias is not None:
+            layout[f'{name}.bias'] = [bias]
+
+    add('ds.stem.conv', [embed_dims[0], in_channels, 7, 7], embed_dims[0])
+    add('ds.stem.post_norm.norm', [embed_dims[0]], embed_dims[0])
+    for s in (1, 2, 3):
+        add(f'ds.ds{s}.conv', [embed_dims[s], embed_dims[s - 1], 3, 3], embed_dims[s])
+    for s, (width, depth) in enumerate(zip(embed_dims, depths, strict=True)):
+        rank = math.ceil(width / 16)
+        for b in range(depth):
+            block = f'stages.{s}.{b}'
+            mixer = f'{block}.token_mixer'
+            add(f'{block}.norm1', [width], width)
+            if s < 2:
+                layout[f'{mixer}.AT_log'] = layout[f'{mixer}.AL_log'] = [width, d_state]
+                layout[f'{mixer}.D'] = [width]
+                add(f'{mixer}.local_norm', [width], width)
+                add(f'{mixer}.local_path.pwconv1', [2 * width, width])
+                add(f'{mixer}.local_path.dwconv', [2 * width, 1, 3, 3])
+                add(f'{mixer}.local_path.pwconv2', [width, 2 * width])
+                for act in ('act1', 'act2'):
+                    layout[f'{mixer}.local_path.{act}.scale'] = layout[f'{mixer}.local_path.{act}.bias'] = [1]
+                add(f'{mixer}.in_proj', [width, width], width)
+                add(f'{mixer}.x_proj', [2 * rank + 3 * d_state, width])
+                add(f'{mixer}.dt_projT', [width, rank], width)
+                add(f'{mixer}.dt_projL', [width, rank], width)
+                add(f'{mixer}.out_proj', [width, width], width)
+            else:
+                add(f'{mixer}.qkv', [3 * width, width])
+                add(f'{mixer}.proj', [width, width])
+                add(f'{mixer}.q_norm', [head_width], head_width)
+                add(f'{mixer}.k_norm', [head_width], head_width)
+            layout[f'{block}.res_scale1.scale'] = layout[f'{block}.res_scale2.scale'] = [width]
+            add(f'{block}.norm2', [width], width)
+            add(f'{block}.MLP.fc1', [4 * width, width], 4 * width)
+            add(f'{block}.MLP.fc2', [width, 4 * width], width)
+        add(f'stages.{s}.{depth}', [width], width)
+    return layout
+
+
+def mamba2d_classifier(*, embed_dims, num_classes=1000, **options):
+    """What the authors' classification checkpoints hold."""
+    width = embed_dims[-1]
+    layout = {f'backbone.{name}': shape for name, shape in mamba2d_backbone(embed_dims, **options).items()}
+    for name, shape, bias in [('norm', [width], width), ('head.fc1', [4 * width, width], 4 * width),
+                              ('head.norm', [4 * width], 4 * width),
+                              ('head.fc2', [num_classes, 4 * width], num_classes)]:
+        layout[f'{name}.weight'], layout[f'{name}.bias'] = shape, [bias]
     return layout
 
 

@@ -22,6 +22,7 @@ from ssm_backbones.checkpoints import (
     restore_checkpoint,
     write_checkpoint,
 )
+from tests.checkpoints.layouts import mamba2d_classifier, random_tensors
 from tests.checkpoints.small import classifier, prefixed, pyramid
 
 
@@ -179,6 +180,22 @@ def test_detectors_are_strict_about_their_backbone():
     bare = {name: tensor for name, tensor in whole.items() if 'outnorm' not in name}
     with pytest.raises(CheckpointError, match='has no output norms .* would compute something else'):
         convert_checkpoint({'state_dict': bare})
+
+
+def test_mamba2d_is_strict_too():
+    tensors = random_tensors(mamba2d_classifier(embed_dims=[16, 24, 32, 64], depths=[2, 2, 1, 1], num_classes=10))
+    for name, message in [('backbone.stages.1.2.weight', 'lacks backbone.stages.1.2.weight'),
+                          ('backbone.stages.1.2.bias', r'backbone.stages.1.2.bias \(24\) is missing'),
+                          ('head.fc2.weight', r'head.fc2.weight \(10, 256\) is missing'),
+                          ('norm.weight', r'norm.weight \(64\) is missing'),
+                          ('backbone.ds.stem.conv.weight', 'stem.conv.weight .* is missing')]:
+        with pytest.raises(CheckpointError, match=message):
+            convert_checkpoint({'state_dict': without(tensors, name)})
+    with pytest.raises(CheckpointError, match='neck.weight is not expected'):
+        convert_checkpoint({'state_dict': {**tensors, 'neck.weight': torch.ones(1)}})
+    nested = {name if name.startswith('norm') else f'backbone.{name}': tensor for name, tensor in tensors.items()}
+    with pytest.raises(CheckpointError, match='backbone.head.fc1.weight is not expected'):
+        convert_checkpoint({'state_dict': nested})
 
 
 @pytest.mark.parametrize(('checkpoint', 'message'), [

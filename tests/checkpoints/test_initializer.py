@@ -7,9 +7,16 @@ import torch
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, DefaultScope
 
-from ssm_backbones import V2M, VMamba, load_official
+from ssm_backbones import V2M, Mamba2D, VMamba, load_official
 from ssm_backbones.checkpoints import CheckpointError, convert_checkpoint
-from tests.checkpoints.layouts import VMAMBA, marked_tensors, random_tensors, vmamba_classifier
+from tests.checkpoints.layouts import (
+    VMAMBA,
+    mamba2d_backbone,
+    mamba2d_classifier,
+    marked_tensors,
+    random_tensors,
+    vmamba_classifier,
+)
 from tests.checkpoints.small import TEST_ARCH, classifier, prefixed, pyramid
 
 
@@ -123,6 +130,49 @@ def test_archs_that_differ_in_one_setting_are_told_apart(change, difference, sav
         load_official(model, save(classifier()))
 
 
+SMALL_MAMBA2D = dict(embed_dims=[16, 24, 32, 64], depths=[2, 2, 1, 1])
+
+
+def test_mamba2d_takes_classifiers_and_detectors_whole(save):
+    classifier = random_tensors(mamba2d_classifier(**SMALL_MAMBA2D))
+    detector = {**prefixed('backbone.', random_tensors(mamba2d_backbone(**SMALL_MAMBA2D))), 'neck': torch.ones(1)}
+    for tensors, left_out in ((classifier, 'head.norm1.weight, head.norm1.bias'), (detector, 'neck')):
+        model = Mamba2D('test')
+        report = load_official(model, save(tensors, 'state_dict'))
+        assert_loaded(model, converted(tensors, 'state_dict'))
+        assert report.model == "Mamba2D, arch='test'" and not report.initial
+        assert len(report.left_out) == 1 and next(iter(report.left_out)).startswith(left_out)
+
+
+def test_mamba2d_leaves_out_what_it_does_not_build(save):
+    tensors = random_tensors(mamba2d_classifier(**SMALL_MAMBA2D))
+    model = Mamba2D('test', out_indices=(0, 1), in_channels=1)
+    report = load_official(model, save(tensors, 'state_dict'), in_channels=1)
+    assert list(report.left_out)[1:] == ['stages.1.downsample', 'stages.2', 'stages.2.downsample', 'stages.2.norm',
+                                         'stages.3', 'stages.3.norm']
+    assert_loaded(model, converted(tensors, 'state_dict'), but=['patch_embed.conv.weight'])
+    torch.testing.assert_close(model.patch_embed.conv.weight, tensors['backbone.ds.stem.conv.weight'].sum(1, True))
+
+
+def test_families_are_told_apart(save):
+    with pytest.raises(CheckpointError, match="is a checkpoint of VMamba, arch='test' and does not fit the model, "
+                                              r"Mamba2D, arch='test'. \d+ tensors .* differ: patch_embed.conv.weight "):
+        load_official(Mamba2D('test'), save(classifier()))
+    with pytest.raises(CheckpointError, match='is a checkpoint of Mamba2D, .* does not fit the model, VMamba, '):
+        load_official(VMamba('test'), save(random_tensors(mamba2d_classifier(**SMALL_MAMBA2D)), 'state_dict'))
+
+
+@pytest.mark.parametrize(('change', 'difference'), [
+    (dict(depths=[2, 3, 1, 1]), r'stages.1.blocks.2.norm1.weight \(24\) is missing'),
+    (dict(d_state=8), r'stages.0.blocks.0.mixer.top.A_log is \(16, 16\), expected \(16, 8\)'),
+    (dict(mixers=['scan', 'attention', 'attention', 'attention'], embed_dims=[16, 32, 32, 64]), 'expected'),
+])
+def test_mamba2d_archs_are_told_apart(change, difference, save):
+    path = save(random_tensors(mamba2d_classifier(**SMALL_MAMBA2D)), 'state_dict')
+    with pytest.raises(CheckpointError, match=difference):
+        load_official(Mamba2D({**SMALL_MAMBA2D, **change}), path)
+
+
 def test_the_stem_is_adapted_on_request_only(save):
     tensors = classifier()
     path = save(tensors)
@@ -163,7 +213,7 @@ def test_bad_numbers_of_channels_are_refused():
 
 def test_only_backbones_with_official_checkpoints_take_them(save):
     path = save(classifier())
-    with pytest.raises(CheckpointError, match='into a backbone, a VMamba.*, not into a PlainV2M'):
+    with pytest.raises(CheckpointError, match='into a backbone, a VMamba or Mamba2D, not into a PlainV2M'):
         load_official(V2M('test', out_indices=0), path)
     with pytest.raises(CheckpointError, match='not into a Sequential. Whole models: convert the file with tools/'):
         load_official(torch.nn.Sequential(VMamba('test')), path)

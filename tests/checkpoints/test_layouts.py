@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.checkpoints.layouts import VMAMBA, digest, vmamba_classifier
+from tests.checkpoints.layouts import MAMBA2D, VMAMBA, digest, mamba2d_classifier, vmamba_classifier
 
 # Of the true layouts: the number of tensors, and the digest of their names and shapes.
 VMAMBA_DIGESTS = {
@@ -17,8 +17,20 @@ VMAMBA_DIGESTS = {
     'base-v0': (446, '12bd233dd1b0c4a1'),
 }
 
+MAMBA2D_DIGESTS = {
+    'nano': (404, '93d94cb05b3a03cc'),
+    'tiny': (404, '694c66461ddf43ae'),
+    'small': (763, '76211b93222e685c'),
+}
+
 
 @pytest.mark.parametrize('variant', VMAMBA)
 def test_vmamba_layouts_are_the_official_ones(variant):
     layout = vmamba_classifier(**VMAMBA[variant])
     assert (len(layout), digest(layout)) == VMAMBA_DIGESTS[variant]
+
+
+@pytest.mark.parametrize('variant', MAMBA2D)
+def test_mamba2d_layouts_are_the_official_ones(variant):
+    layout = mamba2d_classifier(**MAMBA2D[variant])
+    assert (len(layout), digest(layout)) == MAMBA2D_DIGESTS[variant]

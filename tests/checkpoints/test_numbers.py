@@ -4,23 +4,31 @@ import pytest
 import torch
 from mmpretrain.registry import MODELS as CLASSIFIERS
 
-from ssm_backbones import VMamba
+import ssm_backbones.heads  # noqa: F401
+from ssm_backbones import Mamba2D, VMamba
 from ssm_backbones.checkpoints import convert_checkpoint
-from tests.checkpoints import official_vmamba
-from tests.checkpoints.layouts import random_tensors, vmamba_classifier, vmamba_pyramid
+from tests.checkpoints import official_mamba2d, official_vmamba
+from tests.checkpoints.layouts import (
+    mamba2d_backbone,
+    mamba2d_classifier,
+    random_tensors,
+    vmamba_classifier,
+    vmamba_pyramid,
+)
 
 SMALL_VMAMBA = {
     'v2': dict(embed_dims=8, depths=[1, 2, 1, 1], ssm_ratio=2.0, d_state=2),
     'v2-narrow': dict(embed_dims=32, depths=[1, 1, 1, 2], ssm_ratio=1.0, d_state=1),
     'v0': dict(embed_dims=8, depths=[1, 2, 1, 1], ssm_ratio=2.0, d_state=3, version='v0'),
 }
+SMALL_MAMBA2D = dict(embed_dims=[16, 24, 32, 64], depths=[2, 1, 2, 1], d_state=3)
 
 
 def tensors_of(layout):
     """Random tensors of float64 at which no activation vanishes or explodes, all of them different."""
     tensors = random_tensors(layout, torch.float64)
     for name, tensor in tensors.items():
-        if name.endswith('A_logs'):
+        if name.endswith(('A_logs', 'AT_log', 'AL_log')):
             tensor.mul_(0.3)
         elif tensor.ndim > 1:
             tensor.mul_(tensor[0].numel() ** -0.5)
@@ -88,3 +96,31 @@ def test_vmamba_pyramids(variant):
                     for i, x in enumerate(official_vmamba.forward(tensors, images))]
         for result, correct in zip(model(images), expected, strict=True):
             torch.testing.assert_close(result, correct, rtol=1e-9, atol=1e-9)
+
+
+def test_mamba2d_classifiers():
+    tensors = tensors_of(mamba2d_classifier(**SMALL_MAMBA2D, num_classes=5))
+    converted, report = convert_checkpoint({'state_dict': tensors})
+    assert report.kind == 'classifier'
+    model = CLASSIFIERS.build(dict(
+        type='mmpretrain.ImageClassifier', backbone=dict(type='Mamba2D', arch=SMALL_MAMBA2D, out_indices=(3,)),
+        head=dict(type='Mamba2DClsHead', num_classes=5, in_channels=64))).double().eval()
+    model.load_state_dict(converted['state_dict'], strict=True)
+    images = torch.randn(2, 3, 64, 32, dtype=torch.float64)
+    with torch.no_grad():
+        logits = model.head(model.backbone(images))
+        # Ours computes the angles of the positions in float32.
+        torch.testing.assert_close(logits, official_mamba2d.classify(tensors, images), rtol=1e-5, atol=1e-5)
+
+
+def test_mamba2d_pyramids():
+    tensors = tensors_of(mamba2d_backbone(**SMALL_MAMBA2D))
+    whole = {'backbone.' + name: tensor for name, tensor in tensors.items()} | {'neck.weight': torch.ones(3)}
+    converted, report = convert_checkpoint({'state_dict': whole}, backbone_only=True)
+    assert report.kind == 'whole model'
+    model = Mamba2D(SMALL_MAMBA2D).double().eval()
+    model.load_state_dict(converted['state_dict'], strict=True)
+    images = torch.randn(1, 3, 36, 60, dtype=torch.float64)
+    with torch.no_grad():
+        for result, correct in zip(model(images), official_mamba2d.forward(tensors, images), strict=True):
+            torch.testing.assert_close(result, correct, rtol=1e-5, atol=1e-5)

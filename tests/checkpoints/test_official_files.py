@@ -11,7 +11,16 @@ from ssm_backbones.checkpoints import (
     restore_file,
 )
 from tests.checkpoints import hosts
-from tests.checkpoints.layouts import VMAMBA, marked_tensors, random_tensors, vmamba_classifier, vmamba_pyramid
+from tests.checkpoints.layouts import (
+    MAMBA2D,
+    VMAMBA,
+    mamba2d_backbone,
+    mamba2d_classifier,
+    marked_tensors,
+    random_tensors,
+    vmamba_classifier,
+    vmamba_pyramid,
+)
 
 CLASSIFIERS = {
     'vssm1_tiny_0230s_ckpt_epoch_264.pth': 'tiny-s1l8',
@@ -47,7 +56,23 @@ SEGMENTORS = {
     'vssmsmall_upernet_4xb4-160k_ade20k-512x512_iter_160000.pth': 'small-v0',
     'vssmbase_upernet_4xb4-160k_ade20k-512x512_iter_128000.pth': 'base-v0',
 }
-DETECTORS_AND_SEGMENTORS = [(hosts.detector, *item) for item in DETECTORS.items()] + [
+MAMBA2D_CLASSIFIERS = {
+    'M2D-N-backbone.ckpt': 'nano',
+    'M2D-T-backbone.ckpt': 'tiny',
+    'M2D-S-backbone.ckpt': 'small',
+}
+MAMBA2D_WHOLE = [
+    (hosts.detector, 'M2D-N-mask-rcnn-1x.pth', 'nano'),
+    (hosts.detector, 'M2D-N-mask-rcnn-3x.pth', 'nano'),
+    (hosts.detector, 'M2D-T-mask-rcnn-1x.pth', 'tiny'),
+    (hosts.detector, 'M2D-T-mask-rcnn-3x.pth', 'tiny'),
+    (hosts.detector, 'M2D-S-mask-rcnn-1x.pth', 'small'),
+    (hosts.detector, 'M2D-S-mask-rcnn-3x.pth', 'small'),
+    (hosts.segmentor, 'M2D-N-upernet.pth', 'nano'),
+    (hosts.segmentor, 'M2D-T-upernet.pth', 'tiny'),
+    (hosts.segmentor, 'M2D-S-upernet.pth', 'small'),
+]
+VMAMBA_WHOLE = [(hosts.detector, *item) for item in DETECTORS.items()] + [
     (hosts.segmentor, *item) for item in SEGMENTORS.items()]
 
 
@@ -101,29 +126,64 @@ def test_vmamba_classifiers(name, variant, tmp_path):
     assert_same(back['model'], official)
 
 
-@pytest.mark.parametrize(('host', 'name', 'variant'), DETECTORS_AND_SEGMENTORS)
+@pytest.mark.parametrize(('name', 'variant'), MAMBA2D_CLASSIFIERS.items())
+def test_mamba2d_classifiers(name, variant, tmp_path):
+    official = marked_tensors(mamba2d_classifier(**MAMBA2D[variant]))
+    source = saved({'epoch': 300, 'pytorch-lightning_version': '2.4.0', 'state_dict': official, 'loops': {},
+                    'callbacks': {'ModelCheckpoint': {'best_model_score': torch.tensor(0.8)}},
+                    'optimizer_states': [{'state': {0: {'exp_avg': torch.zeros(2)}}}]}, tmp_path, name)
+    report = convert_file(source, tmp_path / 'ours.pth')
+    assert report.model == f'Mamba2D, arch={variant!r}' and report.kind == 'classifier' and not report.initial
+    assert list(report.left_out) == ['epoch, pytorch-lightning_version, loops, callbacks, optimizer_states']
+
+    state = read_checkpoint(tmp_path / 'ours.pth')['state_dict']
+    assert_marks_moved(state.values(), official.values())
+    model = hosts.classifier(dict(type='Mamba2D', arch=variant, out_indices=(3,)), MAMBA2D[variant]['embed_dims'][-1],
+                             neck=None, head='Mamba2DClsHead')
+    model.load_state_dict(state, strict=True, assign=True)
+
+    restore_file(tmp_path / 'ours.pth', tmp_path / 'back.pth')
+    back = read_checkpoint(tmp_path / 'back.pth')
+    assert list(back) == ['state_dict']
+    assert_same(back['state_dict'], official)
+
+
+@pytest.mark.parametrize(('host', 'name', 'variant'), VMAMBA_WHOLE)
 def test_vmamba_detectors_and_segmentors(host, name, variant, tmp_path):
     model = host(dict(type='VMamba', arch=variant), widths_of(variant))
     backbone = marked_tensors(vmamba_pyramid(**VMAMBA[variant]))
+    check_whole_model(model, backbone, 'VMamba', variant, tmp_path / name)
+
+
+@pytest.mark.parametrize(('host', 'name', 'variant'), MAMBA2D_WHOLE)
+def test_mamba2d_detectors_and_segmentors(host, name, variant, tmp_path):
+    model = host(dict(type='Mamba2D', arch=variant), MAMBA2D[variant]['embed_dims'])
+    backbone = marked_tensors(mamba2d_backbone(**MAMBA2D[variant]))
+    check_whole_model(model, backbone, 'Mamba2D', variant, tmp_path / name)
+
+
+def check_whole_model(model, backbone, family, variant, source):
+    """Convert a stand-in of an official detector or segmentor, load it into the model, and convert it back."""
+    folder = source.parent
     rest = {key: torch.full((), -1.0 - i, dtype=tensor.dtype).expand(tensor.shape)
             for i, (key, tensor) in enumerate(hosts.around(model).items())}
     official = {**{f'backbone.{key}': tensor for key, tensor in backbone.items()}, **rest}
     meta = dict(epoch=12, iter=87960, dataset_meta=dict(classes=['person', 'bicycle']))
-    source = saved(dict(meta=meta, state_dict=official, message_hub={}, optimizer=dict(state={})), tmp_path, name)
+    torch.save(dict(meta=meta, state_dict=official, message_hub={}, optimizer=dict(state={})), source)
 
-    report = convert_file(source, tmp_path / 'ours.pth')
-    assert report.model == f'VMamba, arch={variant!r}' and report.kind == 'whole model'
+    report = convert_file(source, folder / 'ours.pth')
+    assert report.model == f'{family}, arch={variant!r}' and report.kind == 'whole model'
     assert report.tensors == {'backbone': len(backbone), 'passed through': len(rest)}
     assert list(report.left_out) == ['optimizer'] and not report.initial
-    converted = read_checkpoint(tmp_path / 'ours.pth')
+    converted = read_checkpoint(folder / 'ours.pth')
     assert {key: converted['meta'][key] for key in meta} == meta and converted['message_hub'] == {}
     state = converted['state_dict']
     assert_same({key: state[key] for key in rest}, rest)
     assert_marks_moved([tensor for key, tensor in state.items() if key not in rest], backbone.values())
     model.load_state_dict(state, strict=True, assign=True)
 
-    restore_file(tmp_path / 'ours.pth', tmp_path / 'back.pth')
-    back = read_checkpoint(tmp_path / 'back.pth')
+    restore_file(folder / 'ours.pth', folder / 'back.pth')
+    back = read_checkpoint(folder / 'back.pth')
     assert back['meta'] == meta
     assert_same(back['state_dict'], official)
 
@@ -188,6 +248,44 @@ def test_every_element_of_v0_goes_to_its_place():
         assert torch.equal(ours[name], official[source]), name
     assert_every_element(ours, official)
     back = restore_checkpoint({'state_dict': ours})[0]['model']
+    assert back.keys() == official.keys() and all(torch.equal(back[name], official[name]) for name in back)
+
+
+def test_every_element_of_mamba2d_goes_to_its_place():
+    official = random_tensors(mamba2d_classifier(**MAMBA2D['nano']))
+    ours = convert_checkpoint({'state_dict': official})[0]['state_dict']
+    scan, our_scan = 'backbone.stages.1.2', 'backbone.stages.1.blocks.2'
+    attention, our_attention = 'backbone.stages.2.8', 'backbone.stages.2.blocks.8'
+    expected = {
+        'backbone.patch_embed.conv.weight': 'backbone.ds.stem.conv.weight',
+        'backbone.patch_embed.norm.bias': 'backbone.ds.stem.post_norm.norm.bias',
+        'backbone.stages.0.downsample.weight': 'backbone.ds.ds1.conv.weight',
+        'backbone.stages.2.downsample.bias': 'backbone.ds.ds3.conv.bias',
+        'backbone.stages.0.norm.weight': 'backbone.stages.0.3.weight',
+        'backbone.stages.2.norm.bias': 'backbone.stages.2.9.bias',
+        f'{our_scan}.norm1.weight': f'{scan}.norm1.weight',
+        f'{our_scan}.mixer.top.A_log': f'{scan}.token_mixer.AT_log',
+        f'{our_scan}.mixer.left.A_log': f'{scan}.token_mixer.AL_log',
+        f'{our_scan}.mixer.top.dt_weight': f'{scan}.token_mixer.dt_projT.weight',
+        f'{our_scan}.mixer.left.dt_bias': f'{scan}.token_mixer.dt_projL.bias',
+        f'{our_scan}.mixer.D': f'{scan}.token_mixer.D',
+        f'{our_scan}.mixer.x_proj.weight': f'{scan}.token_mixer.x_proj.weight',
+        f'{our_scan}.mixer.local.norm.bias': f'{scan}.token_mixer.local_norm.bias',
+        f'{our_scan}.mixer.local.expand.weight': f'{scan}.token_mixer.local_path.pwconv1.weight',
+        f'{our_scan}.mixer.local.act2.scale': f'{scan}.token_mixer.local_path.act2.scale',
+        f'{our_scan}.mixer.local.reduce.weight': f'{scan}.token_mixer.local_path.pwconv2.weight',
+        f'{our_scan}.residual1.scale': f'{scan}.res_scale1.scale',
+        f'{our_attention}.residual2.scale': f'{attention}.res_scale2.scale',
+        f'{our_attention}.mixer.qkv.weight': f'{attention}.token_mixer.qkv.weight',
+        f'{our_attention}.mixer.k_norm.weight': f'{attention}.token_mixer.k_norm.weight',
+        f'{our_attention}.mlp.fc2.weight': f'{attention}.MLP.fc2.weight',
+        'head.norm1.weight': 'norm.weight',
+        'head.norm2.weight': 'head.norm.weight',
+        'head.fc2.bias': 'head.fc2.bias',
+    }
+    for name, source in expected.items():
+        assert torch.equal(ours[name], official[source]), name
+    back = restore_checkpoint({'state_dict': ours})[0]['state_dict']
     assert back.keys() == official.keys() and all(torch.equal(back[name], official[name]) for name in back)
 
 
