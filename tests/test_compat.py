@@ -1,0 +1,126 @@
+"""The mends for clashes between the libraries."""
+
+import os
+import pickle
+import subprocess
+import sys
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.logging import HistoryBuffer, MessageHub
+
+import ssm_backbones  # noqa: F401  (applies the mends)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Call:
+    """Pickles as a call of a function, which is how a checkpoint would run code."""
+
+    def __init__(self, function, *args) -> None:
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_torch_load_reads_what_mmengine_saves(tmp_path) -> None:
+    hub = MessageHub('test_compat')
+    for value in (1.0, 2.0, 4.0):
+        hub.update_scalar('train/loss', value)
+    hub.update_info('best_score', np.float64(0.5))
+    hub.update_info('counts', np.arange(3))
+    path = tmp_path / 'checkpoint.pth'
+    torch.save(dict(state_dict={'weight': torch.ones(2)}, message_hub=hub.state_dict()), path)
+
+    loaded = torch.load(path, weights_only=True)['message_hub']
+    buffer = loaded['log_scalars']['train/loss']
+    assert isinstance(buffer, HistoryBuffer)
+    assert buffer.mean() == pytest.approx(7 / 3)
+    assert buffer.statistics('max') == 4.0
+    assert loaded['runtime_info']['best_score'] == 0.5
+    assert loaded['runtime_info']['counts'].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize('name', ['_core', 'core'])
+def test_torch_load_reads_arrays_of_both_numpy_generations(name, tmp_path) -> None:
+    path = tmp_path / 'checkpoint.pth'
+    torch.save({'array': np.arange(4.0), 'scalar': np.float32(2.5)}, path)
+    # NumPy names its own module in a pickle; the other generation's name has the same meaning.
+    content = path.read_bytes()
+    other = tmp_path / 'other.pth'
+    if name == 'core':
+        import zipfile
+
+        with zipfile.ZipFile(path) as source, zipfile.ZipFile(other, 'w') as target:
+            for entry in source.infolist():
+                target.writestr(entry, source.read(entry).replace(b'numpy._core.multiarray', b'numpy.core.multiarray'))
+    else:
+        other.write_bytes(content)
+    loaded = torch.load(other, weights_only=True)
+    assert loaded['array'].tolist() == [0, 1, 2, 3]
+    assert loaded['scalar'] == 2.5
+
+
+@pytest.mark.parametrize(
+    'payload',
+    [
+        Call(os.system, 'true'),
+        Call(getattr, HistoryBuffer, '__init__'),
+        Call(getattr, HistoryBuffer, 'no_such_method'),
+        Call(getattr, np.ndarray, 'tofile'),
+    ],
+    ids=['call', 'private method', 'unknown method', 'other class'],
+)
+def test_torch_load_still_refuses_code(payload, tmp_path) -> None:
+    path = tmp_path / 'checkpoint.pth'
+    torch.save({'payload': payload}, path)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)
+
+
+FAKE_TORCHVISION = """
+import torch
+import os
+try:
+    torch.ops.load_library(os.path.join(os.path.dirname(__file__), {library!r}))
+except OSError:
+    pass
+for name in ('nms', 'qnms'):
+    torch.library.register_fake(f'torchvision::{{name}}')(lambda *args: None)
+"""
+
+
+def run_beside_broken_torchvision(folder: Path, code: str) -> subprocess.CompletedProcess:
+    """Run code where torchvision looks like the CUDA wheel beside a CPU-only torch: its library cannot be loaded."""
+    library = '_C' + EXTENSION_SUFFIXES[-1]
+    package = folder / 'torchvision'
+    package.mkdir()
+    (package / '__init__.py').write_text(FAKE_TORCHVISION.format(library=library))
+    (package / library).write_bytes(b'not a library')
+    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(folder), str(ROOT)])}
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=environment, timeout=120)
+
+
+def test_a_torchvision_that_does_not_fit_torch_breaks_the_import(tmp_path) -> None:
+    result = run_beside_broken_torchvision(tmp_path, 'import torchvision')
+    assert 'torchvision::nms does not exist' in result.stderr
+
+
+def test_a_torchvision_that_does_not_fit_torch_is_mended(tmp_path) -> None:
+    code = 'import ssm_backbones.compat as c; c.apply_mends(); c.apply_mends(); import torchvision; print("imported")'
+    result = run_beside_broken_torchvision(tmp_path, code)
+    assert result.stdout.strip() == 'imported', result.stderr
+    assert result.stderr.count("torchvision's compiled operators do not load") == 1
+
+
+def test_importing_the_package_imports_no_host_library() -> None:
+    code = (
+        "import sys, ssm_backbones; print({'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'torchvision'} & set(sys.modules))"
+    )
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=environment, timeout=120)
+    assert result.stdout.strip() == 'set()', result.stderr

@@ -1,0 +1,74 @@
+"""Contact sheets and curves."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ssm_backbones.visual import Instances, draw_instances, read_history, save_contact_sheet, save_curves
+
+CLASSES, PALETTE = ('disc', 'ring'), ((230, 60, 60), (60, 130, 240))
+
+
+def instances(n: int, scores: bool = True) -> Instances:
+    masks = np.zeros((n, 20, 30), dtype=bool)
+    masks[:, 4:12, 5:15] = True
+    boxes = np.tile([5.0, 4.0, 15.0, 12.0], (n, 1))
+    return Instances(np.arange(n) % 2, boxes, masks, np.full(n, 0.75) if scores else None)
+
+
+@pytest.mark.parametrize('scores', [True, False])
+def test_draws_in_the_class_s_colour_and_leaves_the_rest(scores) -> None:
+    image = np.full((20, 30, 3), 128, dtype=np.uint8)
+    drawn = draw_instances(image, instances(1, scores), CLASSES, PALETTE, zoom=4)
+    assert drawn.shape == (80, 120, 3) and drawn.dtype == np.uint8
+    inside = drawn[36, 45].astype(int)
+    assert inside[0] > 150 and inside[1] < 120
+    assert (drawn[70:, 80:] == 128).all()
+
+
+def test_draws_nothing_where_nothing_was_found() -> None:
+    image = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(draw_instances(image, instances(0), CLASSES, PALETTE, zoom=1), image)
+
+
+def test_contact_sheet(tmp_path) -> None:
+    left, right = (np.full((40, 60, 3), value, dtype=np.uint8) for value in (10, 200))
+    save_contact_sheet([(left, right)] * 3, ('truth', 'prediction'), 'heading', tmp_path / 'sheet.png')
+    sheet = np.asarray(Image.open(tmp_path / 'sheet.png'))
+    assert sheet.shape[0] > 2 * 40 and sheet.shape[1] > 4 * 60
+    assert (sheet == 10).all(axis=2).sum() == (sheet == 200).all(axis=2).sum() >= 3 * 40 * 60
+    assert [path.name for path in tmp_path.iterdir()] == ['sheet.png']
+    with pytest.raises(ValueError, match='at least one pair'):
+        save_contact_sheet([], ('truth', 'prediction'), 'heading', tmp_path / 'sheet.png')
+
+
+def write_log(work_dir, run: str, records: list[dict]) -> None:
+    folder = work_dir / run / 'vis_data'
+    folder.mkdir(parents=True)
+    (folder / 'scalars.json').write_text('\n'.join(map(json.dumps, records)) + '\n')
+
+
+def test_history_joins_an_interrupted_training_with_its_continuation(tmp_path) -> None:
+    def step(iteration: int, loss: float) -> dict:
+        epoch = (iteration - 1) // 4 + 1
+        return dict(loss=loss, loss_cls=loss / 2, lr=0.1, epoch=epoch, iter=iteration, step=iteration)
+
+    write_log(
+        tmp_path, '20260101_000000', [step(2, 8.0), step(4, 7.0), {'coco/bbox_mAP': 0.1, 'step': 1}, step(6, 6.0)]
+    )
+    write_log(tmp_path, '20260101_000100', [step(6, 5.0), step(8, 4.0), {'coco/bbox_mAP': 0.2, 'step': 2}])
+    history = read_history(tmp_path)
+    assert history.losses == {
+        'loss': [(0.5, 8.0), (1.0, 7.0), (1.5, 5.0), (2.0, 4.0)],
+        'loss_cls': [(0.5, 4.0), (1.0, 3.5), (1.5, 2.5), (2.0, 2.0)],
+    }
+    assert history.metrics == {'coco/bbox_mAP': [(1, 0.1), (2, 0.2)]}
+    save_curves(history, {'coco/bbox_mAP': 'box AP', 'coco/segm_mAP': 'mask AP'}, 'heading', tmp_path / 'curves.png')
+    assert np.asarray(Image.open(tmp_path / 'curves.png')).std() > 0
+
+
+def test_no_history(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match='no training was logged'):
+        read_history(tmp_path)

@@ -1,0 +1,61 @@
+"""The shell scripts that start several processes."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+TOOLS = Path(__file__).resolve().parents[2] / 'tools'
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='one process is started for each GPU, of which there may be one')
+def test_dist_train_and_test_share_the_work(write_config, environment, tmp_path) -> None:
+    changes = 'train_cfg = dict(max_epochs=1)\nval_cfg = val_dataloader = val_evaluator = None'
+    config, work_dir = str(write_config('mmpretrain', changes)), tmp_path / 'work'
+    environment = {**environment, 'PORT': '29611'}
+    subprocess.run(
+        [TOOLS / 'dist_train.sh', config, '2', '--work-dir', work_dir], env=environment, check=True, timeout=300
+    )
+    (log,) = work_dir.glob('*/vis_data/scalars.json')
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    # Twelve pictures in batches of four, for two processes.
+    assert [record['iter'] for record in records] == [1, 2]
+    out = tmp_path / 'predictions.pkl'
+    command = [TOOLS / 'dist_test.sh', config, work_dir / 'epoch_1.pth', '2', '--work-dir', work_dir, '--out', out]
+    output = subprocess.run(command, env=environment, check=True, timeout=300, capture_output=True, text=True).stdout
+    assert 'accuracy/top1' in output
+    assert out.is_file()
+
+
+def test_slurm_train_starts_the_job(environment, tmp_path) -> None:
+    (tmp_path / 'srun').write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / 'srun').chmod(0o755)
+    environment = {
+        **environment,
+        'PATH': f'{tmp_path}{os.pathsep}{environment["PATH"]}',
+        'GPUS': '16',
+        'SRUN_ARGS': '--exclusive --mem=0',
+        'PYTHON': 'python3',
+    }
+    arguments = ['part', 'job', 'a config.py', 'w', '--resume', '--cfg-options', 'a=b c']
+    output = subprocess.run(
+        [TOOLS / 'slurm_train.sh', *arguments], env=environment, check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    assert {'--partition=part', '--job-name=job', '--ntasks=16', '--gres=gpu:8', '--exclusive', '--mem=0'} <= set(
+        output
+    )
+    start = output.index('python3')
+    assert output[start:] == [
+        'python3', '-u', str(TOOLS / 'train.py'), 'a config.py', '--work-dir=w', '--launcher=slurm', '--resume',
+        '--cfg-options', 'a=b c',
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize('script', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh'])
+def test_too_few_arguments(script) -> None:
+    result = subprocess.run([TOOLS / script, 'config.py'], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith('usage: ') and 'CONFIG' in result.stderr
