@@ -13,7 +13,7 @@ from tests.ops.helpers import ROOT, run_python
 
 # The names of torch's own detection, from the least to the most able.
 TORCH_NAMES = {'baseline': 'DEFAULT', 'avx2': 'AVX2', 'avx512': 'AVX512'}
-FILES = ('test_route_scans.py', 'test_values.py')
+FILES = ('test_route_scans.py', 'test_values.py', 'test_wavefront_scan.py')
 
 
 def able(capability: str) -> bool:

@@ -67,6 +67,23 @@ def test_gradients_are_rounded_as_pytorch_rounds(dtype: torch.dtype, channels: i
         assert torch.equal(delta.grad, expected), f'factor {factor}'
 
 
+@pytest.mark.parametrize('bits', (0x7fc00000, 0x7fffffff, -1, 0x7f800001), ids=hex)
+@pytest.mark.parametrize('dtype', HALVES, ids=dtype_name)
+def test_not_a_number_stays_one_when_it_is_rounded(dtype: torch.dtype, bits: int) -> None:
+    """Whatever its bits are: those of a float32 parameter reach the gradient of the step size."""
+    bias = torch.full((20,), bits, dtype=torch.int32).view(torch.float32)
+    delta = torch.zeros(1, 1, 3, 20, dtype=dtype).requires_grad_()
+    y = scan_of_single_pixels(torch.ones_like(delta), delta=delta, D=None, delta_bias=bias, C=delta.detach()[..., :1])
+    assert y.isnan().all()
+    x = torch.full_like(delta, 2.0).requires_grad_()
+    y = scan_of_single_pixels(x, delta=delta, D=bias)
+    y.sum().backward()
+    assert y.isnan().all() and x.grad.isnan().all()
+    delta.grad = None
+    cuda_ops.line_scan(x, delta, -torch.ones(20, 1), None, None, None, bias, axis='column').sum().backward()
+    assert delta.grad.isnan().all()
+
+
 CASES = (Sequence(3, 17, 70, 2), Cross(3, 6, 7, 33, 1), Cross(3, 4, 5, 16, 3), Lines(3, 5, 6, 20, 2, 'column'))
 PER_IMAGE = ('u', 'x', 'delta', 'B', 'C', 'z')
 
