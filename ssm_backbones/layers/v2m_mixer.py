@@ -111,7 +111,8 @@ class PlainV2MMixer(V2MMixer):
     def project(self, which: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """A pass's step sizes (B, H, W, E), and its B or C (B, H, W, N)."""
         steps, projection = self.x_proj[which](x).split((self.dt_rank, self.d_state), dim=-1)
-        return pointwise(steps, self.dt_weight[which]), projection
+        # The steps are a part of each pixel's row: a matrix product reads them where they lie, a convolution copies.
+        return F.linear(steps, self.dt_weight[which]), projection
 
 
 class HierarchicalV2MMixer(V2MMixer):
