@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 
 from ssm_backbones.cli import run_command
-from ssm_backbones.preflight import CommandError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,22 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error('--to-official takes the file as it is: no --backbone-only, --weights or --in-channels')
 
     def run() -> None:
-        from ssm_backbones.checkpoints import CheckpointError, convert_file, restore_file
+        from ssm_backbones.checkpoints import convert_file, restore_file
 
-        try:
-            if args.to_official:
-                report = restore_file(args.source, args.destination, overwrite=args.overwrite)
-            else:
-                report = convert_file(
-                    args.source,
-                    args.destination,
-                    overwrite=args.overwrite,
-                    weights=args.weights,
-                    backbone_only=args.backbone_only,
-                    in_channels=args.in_channels,
-                )
-        except CheckpointError as error:
-            raise CommandError(str(error)) from error
+        if args.to_official:
+            report = restore_file(args.source, args.destination, overwrite=args.overwrite)
+        else:
+            report = convert_file(
+                args.source,
+                args.destination,
+                overwrite=args.overwrite,
+                weights=args.weights,
+                backbone_only=args.backbone_only,
+                in_channels=args.in_channels,
+            )
         print(f'{report}\nwritten: {args.destination}')
 
     return run_command(run)

@@ -23,7 +23,12 @@ from ssm_backbones.checkpoints.recognise import (
     shapes_of,
     shorten,
 )
-from ssm_backbones.checkpoints.report import Report, leave_out_the_rest, start_report
+from ssm_backbones.checkpoints.report import (
+    Report,
+    leave_out_other_weights,
+    leave_out_the_rest,
+    start_report,
+)
 from ssm_backbones.checkpoints.weights import choose_weights
 
 RECORD = 'ssm_backbones'
@@ -60,11 +65,8 @@ def convert_checkpoint(checkpoint: Mapping[str, Any], *, source: str = 'the chec
                   path=list(chosen.path) if len(chosen.path) < 2 else [found.family.main_key])
 
     report = start_report(found, source, chosen.label)
-    if chosen.outside:
-        report.left_out[shorten(chosen.outside, ', ')] = f'beside the model in {chosen.label}'
+    leave_out_other_weights(chosen, report)
     backbone = adapted_backbone(found, in_channels, report)
-    if chosen.others:
-        report.left_out[', '.join(other.label for other in chosen.others)] = 'other weights, to be chosen by this name'
     weights_at = {path[0] for path in (chosen.path, *(other.path for other in chosen.others)) if path}
     beside, meta = _passed_through(checkpoint, weights_at, found.kind == WHOLE and not backbone_only, report)
     converted: dict[str, Any] = dict(meta={**meta, RECORD: record}, state_dict=backbone, **beside)
@@ -216,5 +218,6 @@ def _note(checkpoint: Mapping[str, Any], found: Recognised) -> dict[str, Any]:
                    path=['state_dict' if found.kind == WHOLE else family.main_key])
     meta = checkpoint.get('meta')
     noted = meta.get(RECORD) if isinstance(meta, Mapping) else None
-    fits = isinstance(noted, Mapping) and noted.get('settings') == found.settings and noted.get('kind') == found.kind
-    return {key: noted[key] for key in default} if fits and noted is not None else default
+    if not isinstance(noted, Mapping) or (noted.get('settings'), noted.get('kind')) != (found.settings, found.kind):
+        return default
+    return {key: noted.get(key, published) for key, published in default.items()}

@@ -20,13 +20,15 @@ from typing import Any
 
 import torch
 
+from ssm_backbones.preflight import CommandError
+
 # Trainers of the Swin and timm lines store their settings beside the weights. Neither class has code to run: the
 # first is read as the dictionary that it is.
 _SETTINGS: list[Any] = [(OrderedDict, 'yacs.config.CfgNode'), (argparse.Namespace, 'argparse.Namespace')]
 _AGAIN = 'Get the file again.'
 
 
-class CheckpointError(ValueError):
+class CheckpointError(CommandError):
     """A checkpoint cannot be read, recognised or fitted; the message says why and what to do."""
 
 

@@ -23,7 +23,12 @@ from ssm_backbones.checkpoints.recognise import (
     shapes_of,
     shorten,
 )
-from ssm_backbones.checkpoints.report import Report, leave_out_the_rest, start_report
+from ssm_backbones.checkpoints.report import (
+    Report,
+    leave_out_other_weights,
+    leave_out_the_rest,
+    start_report,
+)
 from ssm_backbones.checkpoints.weights import choose_weights
 
 
@@ -60,6 +65,7 @@ def load_official(model: nn.Module, checkpoint: str | os.PathLike[str], *, weigh
     chosen = choose_weights(read_checkpoint(checkpoint), weights, FAMILIES, source)
     found, _ = recognise_official(chosen, source)
     report = start_report(found, source, chosen.label)
+    leave_out_other_weights(chosen, report)
     leave_out_the_rest(found, report)
     tensors = adapted_backbone(found, in_channels, report)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ssm_backbones.checkpoints.recognise import Recognised, describe, shorten
+from ssm_backbones.checkpoints.weights import WeightSet
 
 
 @dataclass
@@ -40,6 +41,14 @@ def start_report(found: Recognised, source: str, weights: str) -> Report:
     sizes = {'backbone': len(found.backbone), 'head': len(found.head), 'passed through': len(found.rest)}
     return Report(source, found.kind, describe(found.family, found.settings), weights,
                   {where: number for where, number in sizes.items() if number})
+
+
+def leave_out_other_weights(weights: WeightSet, report: Report) -> None:
+    """Note what was found beside the weights that were chosen."""
+    if weights.outside:
+        report.left_out[shorten(weights.outside, ', ')] = f'beside the model in {weights.label}'
+    if weights.others:
+        report.left_out[', '.join(other.label for other in weights.others)] = 'other weights, to be chosen by this name'
 
 
 def leave_out_the_rest(found: Recognised, report: Report) -> None:

@@ -92,6 +92,18 @@ def test_what_the_out_indices_leave_unbuilt_is_left_out(out_indices, left_out, s
     assert_loaded(model, converted(tensors))
 
 
+def test_moving_averages_are_loaded_on_request(tmp_path):
+    raw, averaged = classifier(), classifier()
+    torch.save({'model': raw, 'model_ema': averaged}, tmp_path / 'both.pth')
+    model = MODELS.build(dict(type='VMamba', arch='test', out_indices=3, init_cfg=dict(
+        type='OfficialPretrained', checkpoint=str(tmp_path / 'both.pth'), weights='ema')))
+    model.init_weights()
+    assert_loaded(model, converted(averaged))
+    report = load_official(model, tmp_path / 'both.pth')
+    assert_loaded(model, converted(raw))
+    assert report.left_out['model_ema'] == 'other weights, to be chosen by this name'
+
+
 def test_frozen_and_half_precision_models_are_loaded_too(save):
     tensors = classifier()
     model = VMamba('test', out_indices=3, frozen_stages=2).to(torch.bfloat16)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from mmengine.logging import HistoryBuffer
 
 from ssm_backbones.checkpoints import (
     convert_checkpoint,
@@ -169,14 +170,16 @@ def check_whole_model(model, backbone, family, variant, source):
             for i, (key, tensor) in enumerate(hosts.around(model).items())}
     official = {**{f'backbone.{key}': tensor for key, tensor in backbone.items()}, **rest}
     meta = dict(epoch=12, iter=87960, dataset_meta=dict(classes=['person', 'bicycle']))
-    torch.save(dict(meta=meta, state_dict=official, message_hub={}, optimizer=dict(state={})), source)
+    hub = dict(log_scalars=dict(loss=HistoryBuffer([0.5], [1])), runtime_info=dict(iter=87960))
+    torch.save(dict(meta=meta, state_dict=official, message_hub=hub, optimizer=dict(state={})), source)
 
     report = convert_file(source, folder / 'ours.pth')
     assert report.model == f'{family}, arch={variant!r}' and report.kind == 'whole model'
     assert report.tensors == {'backbone': len(backbone), 'passed through': len(rest)}
     assert list(report.left_out) == ['optimizer'] and not report.initial
     converted = read_checkpoint(folder / 'ours.pth')
-    assert {key: converted['meta'][key] for key in meta} == meta and converted['message_hub'] == {}
+    assert {key: converted['meta'][key] for key in meta} == meta
+    assert converted['message_hub']['log_scalars']['loss'].current() == 0.5
     state = converted['state_dict']
     assert_same({key: state[key] for key in rest}, rest)
     assert_marks_moved([tensor for key, tensor in state.items() if key not in rest], backbone.values())
