@@ -112,8 +112,12 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, of JSON's types."""
-        return {'machine': self.machine, 'settings': self.settings, 'comparisons': self.comparisons,
-                'scalings': self.scalings}
+        return {
+            'machine': self.machine,
+            'settings': self.settings,
+            'comparisons': self.comparisons,
+            'scalings': self.scalings,
+        }
 
     def as_table(self) -> str:
         """Markdown: the machine in a line, then the comparisons, then the scalings."""
@@ -176,11 +180,13 @@ def backbone_comparisons(name: str, forward: float | None = None, training: floa
     comparisons = []
     for batch, train in ((1, False), (4, False), (4, True)):
         passes = 'forward+backward' if train else 'forward'
-        entries = {entry: partial(backbone_call, entry, batch, 224, train)
-                   for entry in (name, 'swin-tiny', 'convnext-tiny')}
+        entries = {
+            entry: partial(backbone_call, entry, batch, 224, train) for entry in (name, 'swin-tiny', 'convnext-tiny')
+        }
         pairs = (Pair(name, 'swin-tiny', training if train else forward), Pair(name, 'convnext-tiny'))
-        comparisons.append(Comparison(f'{name}/{passes}/batch-{batch}', f'{passes} at 224x224, batch {batch}', entries,
-                                      pairs))
+        comparisons.append(
+            Comparison(f'{name}/{passes}/batch-{batch}', f'{passes} at 224x224, batch {batch}', entries, pairs)
+        )
     return comparisons
 
 
@@ -194,13 +200,20 @@ def scan_inputs(shape: tuple[int, int, int, int], states: int, device: torch.dev
     # The step sizes as SS2D computes them: one product for each route, so that routes lie apart in memory.
     delta = torch.randn(4, *grid, channels, device=device).permute(1, 2, 3, 0, 4)
     A = -torch.arange(1.0, states + 1, device=device).expand(4, channels, states).contiguous()
-    return (torch.randn(shape, device=device), delta, A, torch.randn(*grid, 4, states, device=device),
-            torch.randn(*grid, 4, states, device=device), torch.ones(4, channels, device=device),
-            torch.full((4, channels), -4.0, device=device))
+    return (
+        torch.randn(shape, device=device),
+        delta,
+        A,
+        torch.randn(*grid, 4, states, device=device),
+        torch.randn(*grid, 4, states, device=device),
+        torch.ones(4, channels, device=device),
+        torch.full((4, channels), -4.0, device=device),
+    )
 
 
-def cross_scan_by_loop(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
-                       delta_bias: Tensor) -> Tensor:
+def cross_scan_by_loop(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor
+) -> Tensor:
     """``cuda_ops.cross_selective_scan`` in plain PyTorch: the routes side by side, one position after the other."""
     batch, height, width, channels = x.shape
 
@@ -223,8 +236,9 @@ def cross_scan_by_loop(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor
     return rows + columns.transpose(1, 2)
 
 
-def scan_call(scan: Callable[..., Tensor], shape: tuple[int, int, int, int], states: int, train: bool,
-              device: torch.device) -> Call:
+def scan_call(
+    scan: Callable[..., Tensor], shape: tuple[int, int, int, int], states: int, train: bool, device: torch.device
+) -> Call:
     """A cross scan, or its forward and backward pass with ``train``."""
     inputs = scan_inputs(shape, states, device)
     if not train:
@@ -251,11 +265,19 @@ def scan_comparisons(states: int, shape: tuple[int, int, int, int] = (1, 56, 56,
     comparisons = []
     for train in (False, True):
         passes = 'forward+backward' if train else 'forward'
-        entries = {'cuda_ops': partial(scan_call, cuda_ops.cross_selective_scan, shape, states, train),
-                   'loop': partial(scan_call, cross_scan_by_loop, shape, states, train),
-                   'copy': partial(copy_call, shape, states, train)}
-        comparisons.append(Comparison(f'cross-scan/{passes}/n{states}', f'{passes} at {shape}, N={states}', entries,
-                                      (Pair('cuda_ops', 'loop'), Pair('cuda_ops', 'copy'))))
+        entries = {
+            'cuda_ops': partial(scan_call, cuda_ops.cross_selective_scan, shape, states, train),
+            'loop': partial(scan_call, cross_scan_by_loop, shape, states, train),
+            'copy': partial(copy_call, shape, states, train),
+        }
+        comparisons.append(
+            Comparison(
+                f'cross-scan/{passes}/n{states}',
+                f'{passes} at {shape}, N={states}',
+                entries,
+                (Pair('cuda_ops', 'loop'), Pair('cuda_ops', 'copy')),
+            )
+        )
     return comparisons
 
 
@@ -288,8 +310,9 @@ def select(patterns: Sequence[str] = ()) -> list[Comparison | Scaling]:
 # --- measuring ---
 
 
-def run(selected: Iterable[Comparison | Scaling], settings: Settings,
-        progress: Callable[[str], None] = lambda line: None) -> Report:
+def run(
+    selected: Iterable[Comparison | Scaling], settings: Settings, progress: Callable[[str], None] = lambda line: None
+) -> Report:
     """Measure everything selected.
 
     Args:
@@ -309,8 +332,9 @@ def run(selected: Iterable[Comparison | Scaling], settings: Settings,
     return report
 
 
-def measure_comparison(comparison: Comparison, settings: Settings,
-                       clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]:
+def measure_comparison(
+    comparison: Comparison, settings: Settings, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, Any]:
     """Measure a comparison.
 
     Args:
@@ -328,15 +352,28 @@ def measure_comparison(comparison: Comparison, settings: Settings,
     for pair in comparison.pairs:
         ratios = [ours / theirs for ours, theirs in zip(times[pair.entry], times[pair.against], strict=True)]
         ratio = statistics.median(ratios)
-        pairs.append({'entry': pair.entry, 'against': pair.against, 'ratio': ratio, 'target': pair.target,
-                      'met': None if pair.target is None else ratio <= pair.target})
-    return {'name': comparison.name, 'summary': comparison.summary, 'pairs': pairs,
-            'entries': {label: {'median_s': statistics.median(values), 'times_s': values}
-                        for label, values in times.items()}}
+        pairs.append(
+            {
+                'entry': pair.entry,
+                'against': pair.against,
+                'ratio': ratio,
+                'target': pair.target,
+                'met': None if pair.target is None else ratio <= pair.target,
+            }
+        )
+    return {
+        'name': comparison.name,
+        'summary': comparison.summary,
+        'pairs': pairs,
+        'entries': {
+            label: {'median_s': statistics.median(values), 'times_s': values} for label, values in times.items()
+        },
+    }
 
 
-def measure_in_turns(calls: Mapping[str, Call], repeats: int, device: torch.device,
-                     clock: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:
+def measure_in_turns(
+    calls: Mapping[str, Call], repeats: int, device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each call, ``repeats`` times each, in turns; every second round in the opposite order."""
     loops = {}
     for label, call in calls.items():
@@ -381,16 +418,25 @@ def measure_scaling(scaling: Scaling, settings: Settings) -> dict[str, Any]:
     for size, peak in zip(scaling.sizes, peaks, strict=True):
         pixels = (size / first) ** 2
         ratios = [value / start / pixels for value, start in zip(times[str(size)], times[str(first)], strict=True)]
-        sizes.append({'size': size, 'median_s': statistics.median(times[str(size)]), 'times_s': times[str(size)],
-                      'time_per_pixel': statistics.median(ratios), 'peak_bytes': peak,
-                      'peak_per_pixel': peak / peaks[0] / pixels})
+        sizes.append(
+            {
+                'size': size,
+                'median_s': statistics.median(times[str(size)]),
+                'times_s': times[str(size)],
+                'time_per_pixel': statistics.median(ratios),
+                'peak_bytes': peak,
+                'peak_per_pixel': peak / peaks[0] / pixels,
+            }
+        )
     return {'name': scaling.name, 'summary': scaling.summary, 'backbone': scaling.backbone, 'sizes': sizes}
 
 
 def peak_bytes_in_new_process(backbone: str, size: int, device: str) -> int:
     """:func:`peak_bytes` in a process of its own, which no earlier allocation disturbs."""
-    code = ('import sys, torch; from ssm_backbones.benchmark import peak_bytes; '
-            'torch.set_num_threads(int(sys.argv[4])); print(peak_bytes(sys.argv[1], int(sys.argv[2]), sys.argv[3]))')
+    code = (
+        'import sys, torch; from ssm_backbones.benchmark import peak_bytes; '
+        'torch.set_num_threads(int(sys.argv[4])); print(peak_bytes(sys.argv[1], int(sys.argv[2]), sys.argv[3]))'
+    )
     arguments = [sys.executable, '-c', code, backbone, str(size), device, str(torch.get_num_threads())]
     path = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get('PYTHONPATH')])])
     result = subprocess.run(arguments, capture_output=True, text=True, env=os.environ | {'PYTHONPATH': path})
@@ -433,8 +479,11 @@ def describe_machine(device: str) -> dict[str, Any]:
     """Processor, cores, threads, versions, and the instruction set of the compiled scans."""
     from cuda_ops import _library
 
-    machine: dict[str, Any] = {'CPU': _cpu_model(), 'cores': len(os.sched_getaffinity(0)),
-                               'threads': torch.get_num_threads()}
+    machine: dict[str, Any] = {
+        'CPU': _cpu_model(),
+        'cores': len(os.sched_getaffinity(0)),
+        'threads': torch.get_num_threads(),
+    }
     if torch.device(device).type == 'cuda':
         machine['GPU'] = torch.cuda.get_device_name(device)
     machine['scans'] = torch.ops.cuda_ops.cpu_capability() if _library.STATUS.compiled else 'PyTorch reference'
@@ -468,13 +517,26 @@ def write_json(report: Report, path: str | Path) -> None:
 
 def _pair_row(comparison: Mapping[str, Any], pair: Mapping[str, Any]) -> list[str]:
     target = '' if pair['target'] is None else f'<= {pair["target"]:g}: {"met" if pair["met"] else "missed"}'
-    return [comparison['name'], pair['entry'], _milliseconds(comparison['entries'][pair['entry']]), pair['against'],
-            _milliseconds(comparison['entries'][pair['against']]), f'{pair["ratio"]:.3g}', target]
+    return [
+        comparison['name'],
+        pair['entry'],
+        _milliseconds(comparison['entries'][pair['entry']]),
+        pair['against'],
+        _milliseconds(comparison['entries'][pair['against']]),
+        f'{pair["ratio"]:.3g}',
+        target,
+    ]
 
 
 def _size_row(scaling: Mapping[str, Any], size: Mapping[str, Any]) -> list[str]:
-    return [scaling['name'], f'{size["size"]}x{size["size"]}', _milliseconds(size), f'{size["time_per_pixel"]:.2f}',
-            f'{size["peak_bytes"] / 2 ** 20:.0f}', f'{size["peak_per_pixel"]:.2f}']
+    return [
+        scaling['name'],
+        f'{size["size"]}x{size["size"]}',
+        _milliseconds(size),
+        f'{size["time_per_pixel"]:.2f}',
+        f'{size["peak_bytes"] / 2**20:.0f}',
+        f'{size["peak_per_pixel"]:.2f}',
+    ]
 
 
 def _milliseconds(entry: Mapping[str, Any]) -> str:

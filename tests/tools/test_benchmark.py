@@ -42,9 +42,12 @@ class Clock:
 
 def test_ratio_is_the_median_of_the_turns() -> None:
     clock = Clock()
-    comparison = Comparison('name', 'summary', {'ours': clock.takes('ours', 1.0, 9.0, 2.0),
-                                                'theirs': clock.takes('theirs', 2.0, 3.0, 8.0)},
-                            (Pair('ours', 'theirs', 0.5), Pair('theirs', 'ours', 1.9), Pair('ours', 'ours')))
+    comparison = Comparison(
+        'name',
+        'summary',
+        {'ours': clock.takes('ours', 1.0, 9.0, 2.0), 'theirs': clock.takes('theirs', 2.0, 3.0, 8.0)},
+        (Pair('ours', 'theirs', 0.5), Pair('theirs', 'ours', 1.9), Pair('ours', 'ours')),
+    )
     result = benchmark.measure_comparison(comparison, Settings(repeats=3), clock)
     assert result['entries']['ours'] == {'median_s': 2.0, 'times_s': [1.0, 9.0, 2.0]}
     assert result['entries']['theirs'] == {'median_s': 3.0, 'times_s': [2.0, 3.0, 8.0]}
@@ -56,7 +59,7 @@ def test_entries_take_turns_and_change_the_order() -> None:
     clock = Clock()
     calls = {label: clock.takes(label, 1.0)(CPU) for label in 'abc'}
     benchmark.measure_in_turns(calls, 3, CPU, clock)
-    assert clock.calls == list('aabbcc' 'abc' 'cba' 'abc')
+    assert clock.calls == list('aabbccabccbaabc')
 
 
 def test_short_calls_are_repeated_within_a_turn() -> None:
@@ -72,8 +75,9 @@ def test_the_loop_and_the_scan_compute_the_same(states: int) -> None:
     weight = torch.randn(2, 4, 5, 6, dtype=torch.float64)
     loop, scan = benchmark.cross_scan_by_loop(*inputs), cuda_ops.cross_selective_scan(*inputs)
     torch.testing.assert_close(loop, scan)
-    for ours, theirs in zip(torch.autograd.grad(scan, inputs, weight), torch.autograd.grad(loop, inputs, weight),
-                            strict=True):
+    for ours, theirs in zip(
+        torch.autograd.grad(scan, inputs, weight), torch.autograd.grad(loop, inputs, weight), strict=True
+    ):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -113,12 +117,15 @@ def test_selection_by_name_and_pattern() -> None:
         benchmark.select(['cross-scan'])
 
 
-@pytest.mark.parametrize(('options', 'message'), (
-    (dict(repeats=0), 'repeats must be at least 1, got 0'),
-    (dict(threads=-2), 'threads must be at least 1, got -2'),
-    (dict(device='gpu'), "the device 'gpu' cannot be used"),
-    (dict(device='cuda:99'), "the device 'cuda:99' cannot be used"),
-))
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    (
+        (dict(repeats=0), 'repeats must be at least 1, got 0'),
+        (dict(threads=-2), 'threads must be at least 1, got -2'),
+        (dict(device='gpu'), "the device 'gpu' cannot be used"),
+        (dict(device='cuda:99'), "the device 'cuda:99' cannot be used"),
+    ),
+)
 def test_settings_that_cannot_be(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Settings(**options)
@@ -128,20 +135,23 @@ def test_settings_that_cannot_be(options: dict, message: str) -> None:
 def small_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backbone, a comparison and a scaling that take no time."""
     monkeypatch.setitem(benchmark.BACKBONES, 'small', dict(type='VMamba', arch='test', out_indices=(3,)))
-    entries = {label: lambda device, train=train: benchmark.backbone_call('small', 2, 32, train, device)
-               for label, train in (('small', False), ('trained', True))}
+    entries = {
+        label: lambda device, train=train: benchmark.backbone_call('small', 2, 32, train, device)
+        for label, train in (('small', False), ('trained', True))
+    }
     pairs = (Pair('small', 'trained', 1.0), Pair('trained', 'small'))
     monkeypatch.setattr(benchmark, 'COMPARISONS', [Comparison('small/one', 'a small one', entries, pairs)])
     monkeypatch.setattr(benchmark, 'SCALINGS', [Scaling('small/sizes', 'small ones', 'small', (32, 64))])
     # A process of its own would not know the small backbone.
-    monkeypatch.setattr(benchmark, 'peak_bytes_in_new_process', lambda name, size, device: 1000 * size ** 2 + 24000)
+    monkeypatch.setattr(benchmark, 'peak_bytes_in_new_process', lambda name, size, device: 1000 * size**2 + 24000)
 
 
 def test_backbone_calls_do_what_they_say(small_registry: None, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[torch.Size, bool, bool]] = []
     model = benchmark.build_backbone('small', CPU)
-    model.register_forward_pre_hook(lambda module, inputs: seen.append(
-        (inputs[0].shape, module.training, torch.is_grad_enabled())))
+    model.register_forward_pre_hook(
+        lambda module, inputs: seen.append((inputs[0].shape, module.training, torch.is_grad_enabled()))
+    )
     monkeypatch.setattr(benchmark, 'build_backbone', lambda name, device: model)
     benchmark.backbone_call('small', 2, 32, False, CPU)()
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -153,7 +163,7 @@ def test_backbone_calls_do_what_they_say(small_registry: None, monkeypatch: pyte
 def test_scaling_is_relative_to_the_first_size_and_the_pixels(small_registry: None) -> None:
     first, second = benchmark.measure_scaling(benchmark.SCALINGS[0], Settings(repeats=3))['sizes']
     assert first['time_per_pixel'] == first['peak_per_pixel'] == 1
-    assert second['peak_per_pixel'] == pytest.approx((1000 * 64 ** 2 + 24000) / (1000 * 32 ** 2 + 24000) / 4)
+    assert second['peak_per_pixel'] == pytest.approx((1000 * 64**2 + 24000) / (1000 * 32**2 + 24000) / 4)
     ratios = [late / early / 4 for late, early in zip(second['times_s'], first['times_s'], strict=True)]
     assert second['time_per_pixel'] == pytest.approx(statistics.median(ratios))
 
@@ -161,12 +171,12 @@ def test_scaling_is_relative_to_the_first_size_and_the_pixels(small_registry: No
 def test_peak_memory_grows_with_the_pixels() -> None:
     small, large = (benchmark.peak_bytes_in_new_process('vmamba-tiny', size, 'cpu') for size in (224, 448))
     # The stem's map alone: 48 channels at half the side, before and after its norm.
-    assert small > 2 * 48 * 112 ** 2 * 4
+    assert small > 2 * 48 * 112**2 * 4
     assert 3 < large / small < 5
 
 
 def test_peak_memory_that_cannot_be_measured_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="peak memory of vmamba-tiny at 0x0 could not be measured"):
+    with pytest.raises(RuntimeError, match='peak memory of vmamba-tiny at 0x0 could not be measured'):
         benchmark.peak_bytes_in_new_process('vmamba-tiny', 0, 'cpu')
 
 
@@ -180,8 +190,9 @@ def tool() -> ModuleType:
     return module
 
 
-def test_command_prints_a_table_and_writes_json(tool: ModuleType, small_registry: None, tmp_path: Path,
-                                                capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_a_table_and_writes_json(
+    tool: ModuleType, small_registry: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     threads = torch.get_num_threads()
     try:
         assert tool.main(['--repeats', '2', '--threads', '1', '--json', str(tmp_path / 'out.json')]) == 0
@@ -205,18 +216,25 @@ def test_command_prints_a_table_and_writes_json(tool: ModuleType, small_registry
 def test_command_lists_what_there_is(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert tool.main(['--list', '--only', 'cross-scan/*']) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
-        'cross-scan/forward/n1', 'cross-scan/forward+backward/n1', 'cross-scan/forward/n16',
-        'cross-scan/forward+backward/n16']
+        'cross-scan/forward/n1',
+        'cross-scan/forward+backward/n1',
+        'cross-scan/forward/n16',
+        'cross-scan/forward+backward/n16',
+    ]
 
 
-@pytest.mark.parametrize(('arguments', 'message'), (
-    (['--only', 'nothing'], "no comparison is called 'nothing'"),
-    (['--repeats', '0'], 'repeats must be at least 1, got 0'),
-    (['--device', 'gpu'], "the device 'gpu' cannot be used"),
-    (['--json', '/no/such/folder/out.json'], 'the folder /no/such/folder does not exist'),
-))
-def test_command_refuses_before_it_measures(tool: ModuleType, small_registry: None, arguments: list[str], message: str,
-                                            capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    (
+        (['--only', 'nothing'], "no comparison is called 'nothing'"),
+        (['--repeats', '0'], 'repeats must be at least 1, got 0'),
+        (['--device', 'gpu'], "the device 'gpu' cannot be used"),
+        (['--json', '/no/such/folder/out.json'], 'the folder /no/such/folder does not exist'),
+    ),
+)
+def test_command_refuses_before_it_measures(
+    tool: ModuleType, small_registry: None, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert tool.main(arguments) == 2
     output, errors = capsys.readouterr()
     assert message in errors and not output and 'measuring' not in errors
