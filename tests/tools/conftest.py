@@ -26,7 +26,7 @@ COMMON = """
     custom_imports = dict(imports=['ssm_backbones'], allow_failed_imports=False)
     default_hooks = dict(logger=dict(interval=1), checkpoint=dict(max_keep_ckpts=2))
     randomness = dict(seed=0)
-    optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=2e-3))
+    optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=4e-3))
     auto_scale_lr = dict(enable=False, base_batch_size=8)
     train_dataloader = dict(batch_size=4, num_workers=0, persistent_workers=False)
     val_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False)

@@ -172,7 +172,8 @@ def test_peak_memory_grows_with_the_pixels() -> None:
     small, large = (benchmark.peak_bytes_in_new_process('vmamba-tiny', size, 'cpu') for size in (224, 448))
     # The stem's map alone: 48 channels at half the side, before and after its norm.
     assert small > 2 * 48 * 112**2 * 4
-    assert 3 < large / small < 5
+    # Four times the pixels; memory comes in pages and pools, so the ratio is not exact.
+    assert 2.5 < large / small < 6
 
 
 def test_peak_memory_that_cannot_be_measured_is_an_error() -> None:
