@@ -31,7 +31,7 @@ class Neighbour(nn.Module):
     def delta(self, steps: Tensor) -> Tensor:
         """Step sizes (B, H, W, C) behind softplus, from their (B, H, W, R) projection."""
         projected = torch.addmm(self.dt_bias, steps.flatten(0, 2), self.dt_weight.t())
-        return F.softplus(projected).view(*steps.shape[:3], -1)
+        return F.softplus(projected).view(*steps.shape[:3], projected.shape[-1])
 
     def decay_rates(self) -> Tensor:
         """A, (C, N); see :func:`~ssm_backbones.layers.common.decay_rates`."""
@@ -130,7 +130,7 @@ class RotaryAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map (B, H, W, C) into one of the same shape."""
         batch, height, width, channels = x.shape
-        q, k, v = self.qkv(x).view(batch, height * width, 3, -1, self.head_width).unbind(2)
+        q, k, v = self.qkv(x).view(batch, height * width, 3, channels // self.head_width, self.head_width).unbind(2)
         cosine, sine = rotary_angles(height, width, self.head_width, q)
         q, k = self.q_norm(rotate_pairs(q, cosine, sine)), self.k_norm(rotate_pairs(k, cosine, sine))
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
@@ -153,5 +153,5 @@ def rotary_angles(height: int, width: int, head_width: int, like: Tensor) -> tup
 
 def rotate_pairs(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Turn each pair of neighbouring channels of (..., heads, head_width) by its angle."""
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    a, b = x.unflatten(-1, (x.shape[-1] // 2, 2)).unbind(-1)
     return torch.stack([a * cosine - b * sine, b * cosine + a * sine], dim=-1).flatten(-2)
