@@ -172,8 +172,9 @@ def test_peak_memory_grows_with_the_pixels() -> None:
     small, large = (benchmark.peak_bytes_in_new_process('vmamba-tiny', size, 'cpu') for size in (224, 448))
     # The stem's map alone: 48 channels at half the side, before and after its norm.
     assert small > 2 * 48 * 112**2 * 4
-    # Four times the pixels; memory comes in pages and pools, so the ratio is not exact.
-    assert 2.5 < large / small < 6
+    # Four times the pixels. What an allocator keeps blurs it, so the bounds lie half way, in factors, to no growth and
+    # to growth with the pixels' square.
+    assert 2 < large / small < 8
 
 
 def test_peak_memory_that_cannot_be_measured_is_an_error() -> None:
