@@ -28,7 +28,7 @@ model = dict(
         rcnn=dict(sampler=dict(num=48))),
     test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=100), rcnn=dict(max_per_img=30)))
 
-max_epochs = 8
+max_epochs = 10
 batch_size = 8
 train_dataloader = dict(batch_size=batch_size, num_workers=1)
 val_dataloader = dict(batch_size=8, num_workers=1)
