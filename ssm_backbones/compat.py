@@ -87,7 +87,9 @@ def _mend_checkpoint_loading() -> None:
     to a function that hands out ``HistoryBuffer``'s public methods and refuses everything else.
     """
     multiarray = importlib.import_module('numpy._core.multiarray' if hasattr(np, '_core') else 'numpy.core.multiarray')
-    allowed: list[Any] = [HistoryBuffer, np.ndarray, np.dtype, *{type(np.dtype(code)) for code in _NUMERIC_DTYPES}]
+    classes = [HistoryBuffer, np.ndarray, np.dtype, *{type(np.dtype(code)) for code in _NUMERIC_DTYPES}]
+    # Named entries: a bare class would be taken off again where other code ends a `safe_globals` block that lists it.
+    allowed: list[Any] = [(kind, f'{kind.__module__}.{kind.__qualname__}') for kind in classes]
     # NumPy 1 wrote the module as numpy.core, NumPy 2 writes numpy._core; either may read the other's checkpoints.
     for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
         allowed += [(multiarray._reconstruct, f'{module}._reconstruct'), (multiarray.scalar, f'{module}.scalar')]

@@ -108,6 +108,7 @@ def train(options: TrainOptions) -> Runner:
     with naming_unreadable_files():
         runner = _build_runner(cfg)
         runner.train()
+    _leave_launch()
     return runner
 
 
@@ -139,7 +140,9 @@ def test(options: TestOptions) -> dict[str, float]:
         runner = _build_runner(cfg)
         if options.out is not None and scope != 'mmseg':
             runner.test_evaluator.metrics.append(_dump_metric(scope, options.out))
-        return runner.test()
+        metrics = runner.test()
+    _leave_launch()
+    return metrics
 
 
 test.__test__ = False  # type: ignore[attr-defined]
@@ -330,6 +333,13 @@ def _prepare_launch(cfg: Config, launcher: str) -> None:
     wrapper.setdefault('broadcast_buffers', False)
     wrapper.setdefault('find_unused_parameters', cfg.get('find_unused_parameters', False))
     wrapper['device_ids'] = None
+
+
+def _leave_launch() -> None:
+    """Leave the process group together: a process that exits before its peers can abort in the group's threads."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def _build_runner(cfg: Config) -> Runner:

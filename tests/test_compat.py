@@ -45,6 +45,14 @@ def test_torch_load_reads_what_mmengine_saves(tmp_path) -> None:
     assert loaded['runtime_info']['counts'].tolist() == [0, 1, 2]
 
 
+def test_what_was_declared_safe_stays_so_when_another_ends_its_own_declaration(tmp_path) -> None:
+    path = tmp_path / 'checkpoint.pth'
+    torch.save({'buffer': HistoryBuffer([1.0], [1]), 'array': np.arange(2.0)}, path)
+    with torch.serialization.safe_globals([HistoryBuffer, np.ndarray, np.dtype, type(np.dtype('f8'))]):
+        pass
+    assert torch.load(path, weights_only=True)['array'].tolist() == [0, 1]
+
+
 @pytest.mark.parametrize('name', ['_core', 'core'])
 def test_torch_load_reads_arrays_of_both_numpy_generations(name, tmp_path) -> None:
     path = tmp_path / 'checkpoint.pth'

@@ -25,8 +25,9 @@ def test_dist_train_and_test_share_the_work(write_config, environment, tmp_path)
     assert [record['iter'] for record in records] == [1, 2]
     out = tmp_path / 'predictions.pkl'
     command = [TOOLS / 'dist_test.sh', config, work_dir / 'epoch_1.pth', '2', '--work-dir', work_dir, '--out', out]
-    output = subprocess.run(command, env=environment, check=True, timeout=300, capture_output=True, text=True).stdout
-    assert 'accuracy/top1' in output
+    result = subprocess.run(command, env=environment, timeout=300, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert 'accuracy/top1' in result.stdout
     assert out.is_file()
 
 
