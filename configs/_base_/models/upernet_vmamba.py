@@ -1,0 +1,3 @@
+_base_ = './upernet.py'
+
+model = dict(backbone=dict(type='VMamba', arch='tiny', drop_path_rate=0.2))
