@@ -1,4 +1,4 @@
-# What the three families' UPerNets share: mmseg's, for ADE20K in crops of 512x512, with a backbone of VMamba-T's widths.
+# mmseg's UPerNet as the three families share it: ADE20K in crops of 512x512, a backbone of VMamba-T's widths.
 _base_ = 'mmseg::_base_/models/upernet_swin.py'
 
 model = dict(

@@ -7,9 +7,10 @@ optim_wrapper = dict(
     paramwise_cfg=dict(
         norm_decay_mult=0.0,
         custom_keys={
-            'mixer.A_log': dict(decay_mult=0.0),
+            'norm': dict(decay_mult=0.0),
             'mixer.D': dict(decay_mult=0.0),
-            'mixer.dt_bias': dict(decay_mult=0.0)
+            '.A_log': dict(decay_mult=0.0),
+            '.dt_bias': dict(decay_mult=0.0)
         }))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=1000),
