@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 STACKS = ('openmmlab', 'onedl')
-FILES = ('base', 'build', 'dev', *STACKS)
+FILES = ('base', 'build', 'dev', 'onnx', *STACKS)
 
 
 def requirements(root, name):
