@@ -1,11 +1,13 @@
 """Build the package. What is declarative is in pyproject.toml; how the ops are compiled, in cuda_ops/_build.py."""
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
@@ -41,4 +43,21 @@ class BuildOps(build_ext):
         return (ROOT if self.inplace else Path(self.build_lib)) / 'cuda_ops'
 
 
-setup(ext_modules=[Extension('cuda_ops._C', sources=[])], cmdclass={'build_ext': BuildOps})
+class BuildPackages(build_py):
+    """Put configs and tools into the package too, in .mim, where mim and mmengine look for them."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            return
+        target = Path(self.build_lib) / 'ssm_backbones' / '.mim'
+        shutil.rmtree(target, ignore_errors=True)
+        for folder in ('configs', 'tools'):
+            shutil.copytree(ROOT / folder, target / folder, ignore=shutil.ignore_patterns('__pycache__'))
+        shutil.copyfile(ROOT / 'model-index.yml', target / 'model-index.yml')
+
+
+setup(
+    ext_modules=[Extension('cuda_ops._C', sources=[])],
+    cmdclass={'build_ext': BuildOps, 'build_py': BuildPackages},
+)

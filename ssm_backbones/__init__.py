@@ -11,5 +11,10 @@ apply_mends()
 from ssm_backbones.amp import BFloat16OptimWrapper  # noqa: E402
 from ssm_backbones.backbones import V2M, Mamba2D, VMamba  # noqa: E402
 from ssm_backbones.checkpoints import load_official  # noqa: E402
+from ssm_backbones.config_files import allow_inheritance, config_file  # noqa: E402
+from ssm_backbones.factory import create_backbone, list_backbones  # noqa: E402
 
-__all__ = ['BFloat16OptimWrapper', 'Mamba2D', 'V2M', 'VMamba', 'load_official']
+allow_inheritance()
+
+__all__ = ['BFloat16OptimWrapper', 'Mamba2D', 'V2M', 'VMamba', 'config_file', 'create_backbone', 'list_backbones',
+           'load_official']
