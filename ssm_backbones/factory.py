@@ -1,0 +1,200 @@
+"""The backbones as plain modules, for users without configs."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssm_backbones.backbones import V2M, Mamba2D, VMamba
+from ssm_backbones.backbones.base import SSMBackbone
+from ssm_backbones.backbones.v2m import PATCH_SIZE, PlainV2M
+from ssm_backbones.checkpoints import CheckpointError, load_official, read_checkpoint
+from ssm_backbones.layers.simple_pyramid import STRIDES
+
+_FAMILIES: dict[str, Any] = {'vmamba': VMamba, 'v2m': V2M, 'mamba2d': Mamba2D}
+_SHOWN = 5
+
+
+class FeatureInfo(Sequence[Mapping[str, Any]]):
+    """What a backbone's maps are, with the interface of timm's class of this name.
+
+    Each item is a dict with ``num_chs`` (channels), ``reduction`` (stride: pixels of the image along a side of one
+    pixel of the map), ``index`` (the out index) and ``module`` (the module that makes the map).
+
+    Attributes:
+        out_indices: The out indices, in the order of the maps.
+    """
+
+    def __init__(self, backbone: SSMBackbone) -> None:
+        pyramid = isinstance(backbone, PlainV2M) and backbone.pyramid is not None
+        self.out_indices: tuple[int, ...] = tuple(range(len(STRIDES))) if pyramid else backbone.out_indices
+        modules = [f'pyramid.norms.{i}' if pyramid else f'norm{i}' for i in self.out_indices]
+        self._items = [
+            dict(num_chs=channels, reduction=stride, index=index, module=module)
+            for channels, stride, index, module in zip(
+                backbone.out_channels, feature_strides(backbone), self.out_indices, modules, strict=True
+            )
+        ]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._items[index]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return iter(self._items)
+
+    def channels(self, index: int | None = None) -> Any:
+        """Channels of all maps, or of one."""
+        return self._get('num_chs', index)
+
+    def reduction(self, index: int | None = None) -> Any:
+        """Strides of all maps, or of one."""
+        return self._get('reduction', index)
+
+    def module_name(self, index: int | None = None) -> Any:
+        """Names of the modules that make all maps, or one."""
+        return self._get('module', index)
+
+    def _get(self, key: str, index: int | None) -> Any:
+        return [item[key] for item in self._items] if index is None else self._items[index][key]
+
+    def __repr__(self) -> str:
+        return f'FeatureInfo(channels={self.channels()}, reduction={self.reduction()})'
+
+
+def feature_strides(backbone: SSMBackbone) -> tuple[int, ...]:
+    """The stride of each map that a backbone returns."""
+    if isinstance(backbone, PlainV2M):
+        return (PATCH_SIZE,) * len(backbone.out_indices) if backbone.pyramid is None else STRIDES
+    return tuple(4 * 2**i for i in backbone.out_indices)
+
+
+def list_backbones() -> list[str]:
+    """The names that :func:`create_backbone` takes: family and arch."""
+    names = []
+    for family, kind in _FAMILIES.items():
+        archs = [*getattr(kind, 'ALIASES', {}), *kind.ARCHS]
+        names += [f'{family}-{arch}' for arch in archs if not arch.startswith('test')]
+    return names
+
+
+def create_backbone(
+    name: str,
+    pretrained: str | os.PathLike[str] | None = None,
+    *,
+    out_indices: int | Sequence[int] | None = None,
+    in_channels: int = 3,
+    **options: Any,
+) -> SSMBackbone:
+    """Build a backbone by its name, with weights from a file where one is given.
+
+    Args:
+        name: Family and arch, such as ``'vmamba-tiny'``, ``'v2m-hier-small'`` or ``'mamba2d-nano'``; see
+            :func:`list_backbones`.
+        pretrained: A checkpoint, path or URL: an official one, one of this package's tools (of the backbone, a
+            classifier, a detector or a segmentor), or a state dict. The stem of an official one is adapted to
+            ``in_channels``.
+        out_indices: Stages whose maps are returned; all of a hierarchical backbone, the last block of a plain one.
+        in_channels: Channels of the images.
+        options: What else the family's class takes, such as ``drop_path_rate``, ``frozen_stages``, ``with_cp``, and
+            ``pyramid`` for a plain V2M.
+
+    Returns:
+        A module from images (B, in_channels, H, W), any H, W >= 1, float, to a tuple of maps (B, C_i, H_i, W_i). Its
+        ``feature_info``, a :class:`FeatureInfo`, tells channels and strides.
+
+    Raises:
+        ValueError: If the name is unknown or an option is out of range.
+        CheckpointError: If the checkpoint cannot be read or does not fit.
+    """
+    family, _, arch = name.partition('-')
+    if family not in _FAMILIES or not arch:
+        known = list_backbones()
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f' (did you mean {close[0]!r}?)' if close else ''
+        raise ValueError(f'there is no backbone {name!r}{hint}. Known: {", ".join(known)}')
+    if out_indices is not None:
+        options['out_indices'] = out_indices
+    backbone: SSMBackbone = _FAMILIES[family](arch=arch, in_channels=in_channels, **options)
+    if pretrained is not None:
+        if isinstance(pretrained, bool):
+            raise TypeError('pretrained takes the path or URL of a checkpoint: no weights come with the package.')
+        load_backbone(backbone, pretrained)
+    # nn.Module declares attributes to be tensors or modules.
+    backbone.feature_info = FeatureInfo(backbone)  # type: ignore[assignment]
+    return backbone
+
+
+def load_backbone(backbone: SSMBackbone, checkpoint: str | os.PathLike[str]) -> None:
+    """Load the backbone that a checkpoint holds, official or of this package, strictly.
+
+    Stages and output norms that the backbone was built without are left out, and output norms that the checkpoint lacks
+    stay as they are; anything else that does not fit is an error, and then nothing is loaded.
+
+    Args:
+        backbone: Where to load the weights.
+        checkpoint: Path or URL.
+
+    Raises:
+        CheckpointError: If the file cannot be read or does not fit.
+    """
+    held = _own_weights(read_checkpoint(checkpoint))
+    if held is None:
+        load_official(backbone, checkpoint, in_channels=backbone.in_channels)
+        return
+    state = backbone.state_dict()
+    wrong = [
+        f'{name} is {tuple(tensor.shape)}, expected {tuple(state[name].shape)}'
+        for name, tensor in held.items()
+        if name in state and tensor.shape != state[name].shape
+    ]
+    wrong += [f'{name} is missing' for name in state if name not in held and not _is_output_norm(name)]
+    wrong += [f'{name} is not expected' for name in held if name not in state and not _is_unbuilt(backbone, name)]
+    if wrong:
+        more = f'; and {len(wrong) - _SHOWN} more' if len(wrong) > _SHOWN else ''
+        raise CheckpointError(
+            f'{checkpoint} does not fit the {type(backbone).__name__} that was built: {"; ".join(wrong[:_SHOWN])}'
+            f'{more}. Build the arch that the checkpoint is of.'
+        )
+    with torch.no_grad():
+        for name, tensor in state.items():
+            if name in held:
+                tensor.copy_(held[name])
+
+
+def _own_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """The backbone's tensors by our names, or None where a checkpoint has none such."""
+    for key in ('state_dict', 'model'):
+        if isinstance(checkpoint.get(key), Mapping):
+            checkpoint = checkpoint[key]
+            break
+    tensors = {name: value for name, value in checkpoint.items() if isinstance(value, Tensor)}
+    for prefix in ('backbone.', 'module.backbone.', 'module.', ''):
+        inside = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        if any(name.startswith('stages.') and '.mixer.' in name for name in inside):
+            return inside
+    return None
+
+
+def _is_output_norm(name: str) -> bool:
+    top = name.partition('.')[0]
+    return top.startswith('norm') and top[4:].isdigit()
+
+
+def _is_unbuilt(backbone: SSMBackbone, name: str) -> bool:
+    """Whether a tensor belongs to what this backbone leaves out of its architecture."""
+    if _is_output_norm(name):
+        return int(name.partition('.')[0][4:]) < len(backbone.num_features)
+    parts = name.split('.')
+    if parts[0] != 'stages':
+        return False
+    last = backbone.num_built_stages - 1
+    stage = int(parts[1])
+    return last < stage < len(backbone.num_features) or (stage == last and parts[2] == 'downsample')

@@ -1,0 +1,115 @@
+"""Backbones by name, their feature_info, and weights from every kind of file."""
+
+import pytest
+import torch
+
+from ssm_backbones import create_backbone, list_backbones
+from ssm_backbones.checkpoints import CheckpointError
+from ssm_backbones.factory import load_backbone
+from tests.checkpoints.small import classifier, pyramid
+
+NAMES = ['vmamba-test', 'v2m-test-hier', 'v2m-test', 'mamba2d-test']
+
+
+def norms(model):
+    return {name for name in model.state_dict() if name.startswith('norm')}
+
+
+@pytest.mark.parametrize(
+    ('name', 'options'),
+    [
+        *((name, {}) for name in NAMES),
+        ('vmamba-test', dict(out_indices=(3, 1))),
+        ('v2m-test', dict(pyramid='single')),
+        ('v2m-test', dict(pyramid='multi')),
+        ('v2m-test', dict(out_indices=(0, 2))),
+        ('mamba2d-test', dict(out_indices=-1)),
+    ],
+)
+def test_feature_info_tells_what_comes_out(name, options) -> None:
+    model = create_backbone(name, **options).eval()
+    maps = model(torch.randn(1, 3, 128, 64))
+    info = model.feature_info
+    assert info.channels() == [each.shape[1] for each in maps]
+    assert info.reduction() == [128 // each.shape[2] for each in maps] == [64 // each.shape[3] for each in maps]
+    assert len(info) == len(maps)
+    assert info.channels(0) == info[0]['num_chs']
+    assert [item['reduction'] for item in info] == info.reduction()
+    modules = dict(model.named_modules())
+    assert all(name in modules for name in info.module_name())
+
+
+def test_listed_backbones_are_those_that_can_be_built() -> None:
+    names = list_backbones()
+    assert {'vmamba-tiny', 'v2m-hier-small', 'mamba2d-nano'} <= set(names)
+    assert len(set(names)) == len(names)
+    with torch.device('meta'):
+        for name in names:
+            create_backbone(name)
+
+
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [
+        ('mamba2d-nanno', "did you mean 'mamba2d-nano'"),
+        ('vmamba', 'Known: vmamba-tiny'),
+        ('resnet-50', 'Known: vmamba-tiny'),
+    ],
+)
+def test_unknown_name(name, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_backbone(name)
+
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('wrap', ['bare', 'detector', 'training'])
+def test_own_weights(name, wrap, tmp_path) -> None:
+    source = create_backbone(name)
+    state = source.state_dict()
+    checkpoint = {
+        'bare': state,
+        'detector': {'state_dict': {f'backbone.{key}': value for key, value in state.items()}, 'meta': {}},
+        'training': {'model': {f'module.{key}': value for key, value in state.items()}},
+    }[wrap]
+    torch.save(checkpoint, tmp_path / 'weights.pth')
+    torch.manual_seed(1)
+    loaded = create_backbone(name, tmp_path / 'weights.pth')
+    for key, value in loaded.state_dict().items():
+        assert torch.equal(value, state[key]), key
+
+
+def test_fewer_stages_and_other_norms(tmp_path) -> None:
+    source = create_backbone('vmamba-test', out_indices=(3,))
+    torch.save(source.state_dict(), tmp_path / 'weights.pth')
+    loaded = create_backbone('vmamba-test', tmp_path / 'weights.pth', out_indices=(0, 2))
+    assert torch.equal(loaded.stages[2].blocks[1].mixer.D, source.stages[2].blocks[1].mixer.D)
+    assert norms(loaded) == {'norm0.weight', 'norm0.bias', 'norm2.weight', 'norm2.bias'}
+    assert torch.equal(loaded.norm0.weight, torch.ones(16))
+
+
+def test_official_weights(tmp_path) -> None:
+    official = classifier()
+    torch.save({'model': official}, tmp_path / 'classifier.pth')
+    torch.save({'state_dict': {f'backbone.{name}': value for name, value in pyramid().items()}}, tmp_path / 'det.pth')
+    first = create_backbone('vmamba-test', tmp_path / 'classifier.pth', out_indices=(0, 1, 2, 3))
+    weight = first.stages[0].blocks[0].mixer.out_proj.weight
+    assert torch.equal(weight, official['layers.0.blocks.0.op.out_proj.weight'])
+    second = create_backbone('vmamba-test', tmp_path / 'det.pth')
+    assert not torch.equal(second.norm0.weight, torch.ones(16))
+    grey = create_backbone('vmamba-test', tmp_path / 'classifier.pth', in_channels=1)
+    assert torch.allclose(
+        grey.patch_embed.first.conv.weight, first.patch_embed.first.conv.weight.sum(1, keepdim=True), atol=1e-6
+    )
+
+
+def test_weights_that_do_not_fit_leave_the_backbone_alone(tmp_path) -> None:
+    torch.save(create_backbone('mamba2d-test').state_dict(), tmp_path / 'other.pth')
+    model = create_backbone('vmamba-test')
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match='does not fit the VMamba that was built'):
+        load_backbone(model, tmp_path / 'other.pth')
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(CheckpointError, match='does not exist'):
+        create_backbone('vmamba-test', tmp_path / 'nowhere.pth')
+    with pytest.raises(TypeError, match='takes the path or URL'):
+        create_backbone('vmamba-test', True)
