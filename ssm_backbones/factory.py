@@ -127,8 +127,7 @@ def create_backbone(
         if isinstance(pretrained, bool):
             raise TypeError('pretrained takes the path or URL of a checkpoint: no weights come with the package.')
         load_backbone(backbone, pretrained)
-    # nn.Module declares attributes to be tensors or modules.
-    backbone.feature_info = FeatureInfo(backbone)  # type: ignore[assignment]
+    backbone.feature_info = FeatureInfo(backbone)
     return backbone
 
 

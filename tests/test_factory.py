@@ -51,7 +51,8 @@ def test_listed_backbones_are_those_that_can_be_built() -> None:
 @pytest.mark.parametrize(
     ('name', 'message'),
     [
-        ('mamba2d-nanno', "did you mean 'mamba2d-nano'"),
+        ('vmamba_tiny', "did you mean 'vmamba-tiny'"),
+        ('mamba2d-nanno', "did you mean 'nano'"),
         ('vmamba', 'Known: vmamba-tiny'),
         ('resnet-50', 'Known: vmamba-tiny'),
     ],

@@ -1,0 +1,397 @@
+"""Feature export: the pyramid of every picture, by the config's own preprocessing, into files.
+
+What ``tools/export_features.py`` does. Pictures are batched only with pictures of the same size, so that no map depends
+on which pictures were its neighbours, and an export that was interrupted ends as one that was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from mmengine.dataset import Compose
+from mmengine.registry import TRANSFORMS, DefaultScope
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ssm_backbones.export.models import FeatureExtractor, build_extractor, fingerprint
+from ssm_backbones.export.pictures import (
+    MAX_PIXELS,
+    Picture,
+    UnreadablePicture,
+    check_readable,
+    find_pictures,
+    test_pipeline,
+)
+from ssm_backbones.export.store import DTYPES, UNREADABLE, FeatureStore, Record, locked, write_whole
+from ssm_backbones.preflight import CommandError
+from ssm_backbones.runner import load_config
+
+# Pictures that wait for others of their size, in batches: a bound on memory, beyond which batches are left unfilled.
+_WAITING_BATCHES = 4
+_PROBE = 256
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What ``tools/export_features.py`` is told.
+
+    Attributes:
+        config: The config file.
+        checkpoint: The checkpoint of its model, or of the backbone alone, official ones too.
+        input: Which pictures, see :func:`~ssm_backbones.export.pictures.find_pictures`.
+        out: The folder to write to.
+        image_folder: Where the pictures of a COCO file lie.
+        neck: Whether the maps pass the model's neck.
+        levels: Which of the maps to write, by their place in what the backbone or neck returns; all by default.
+        dtype: ``'fp32'``, ``'fp16'`` or ``'bf16'``, of what is written; computed is in float32.
+        shard_size: Pictures a file; 0 for one file a picture.
+        batch_size: Pictures computed at once, where so many of one size come.
+        workers: Processes that read pictures.
+        device: ``'cpu'``, ``'cuda'`` or ``'cuda:1'``; by default a GPU where there is one.
+        max_pixels: Pictures with more pixels are not read.
+        preview: Draw each level of each picture beside it.
+        cfg_options: Values that replace the config's, by dotted key.
+        launcher: ``'none'``, or ``'pytorch'`` where torchrun started several processes, which share the pictures.
+    """
+
+    config: str
+    checkpoint: str
+    input: str
+    out: str
+    image_folder: str | None = None
+    neck: bool = False
+    levels: Sequence[int] | None = None
+    dtype: str = 'fp32'
+    shard_size: int = 0
+    batch_size: int = 8
+    workers: int = 2
+    device: str | None = None
+    max_pixels: int = MAX_PIXELS
+    preview: bool = False
+    cfg_options: Mapping[str, Any] = field(default_factory=dict)
+    launcher: str = 'none'
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export did, over all processes.
+
+    Attributes:
+        exported: Pictures computed now.
+        kept: Pictures that an earlier run had exported.
+        unreadable: For each picture that could not be exported, its id, path and the reason.
+        levels: Stride and channels of each level, as in ``export.json``.
+        fingerprint: The model's.
+    """
+
+    exported: int
+    kept: int
+    unreadable: list[dict[str, str]]
+    levels: list[dict[str, Any]]
+    fingerprint: str
+
+
+@dataclass
+class _Sample:
+    """A picture behind the pipeline, or why it is not."""
+
+    picture: Picture
+    data: dict[str, Any] | None = None
+    reason: str = ''
+
+
+class _Pictures(Dataset):
+    """Reads pictures through the pipeline; one that cannot be read is told, not raised."""
+
+    def __init__(self, pictures: Sequence[Picture], pipeline: Sequence[Mapping[str, Any]], scope: str,
+                 max_pixels: int) -> None:
+        self.pictures = pictures
+        self.max_pixels = max_pixels
+        with DefaultScope.overwrite_default_scope(scope):
+            self.pipeline = Compose([TRANSFORMS.build(dict(step)) for step in pipeline])
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> _Sample:
+        picture = self.pictures[index]
+        try:
+            check_readable(picture.path, self.max_pixels)
+            data = self.pipeline(dict(img_path=picture.path, img_id=picture.id, sample_idx=index, seg_fields=[]))
+        except UnreadablePicture as error:
+            return _Sample(picture, reason=str(error))
+        except Exception as error:
+            # Decoders and transforms raise what they will for damaged files; the rest of the pictures goes on.
+            return _Sample(picture, reason=f'{type(error).__name__}: {str(error).strip()}')
+        return _Sample(picture, data)
+
+
+def export_features(options: ExportOptions) -> ExportResult:
+    """Export as the options say; what is there already is left alone.
+
+    Raises:
+        CommandError: If the config, the checkpoint, the input or the folder does not allow it. Pictures that cannot be
+            read are no such error; the result lists them.
+    """
+    _check_options(options)
+    cfg = load_config(options.config, options.cfg_options)
+    pictures = find_pictures(options.input, cfg, options.image_folder)
+    pipeline = test_pipeline(cfg)
+    rank, world, device = _start(options)
+    extractor = build_extractor(cfg, options.checkpoint, options.neck)
+    levels = describe_levels(extractor, options.levels)
+    extractor = extractor.to(device)
+    mark = fingerprint(extractor, cfg, pipeline)
+    settings = dict(fingerprint=mark, dtype=options.dtype, neck=options.neck, levels=levels)
+    store = FeatureStore(options.out, settings, options.shard_size)
+    with contextlib.ExitStack() as stack:
+        if rank == 0:
+            stack.enter_context(locked(options.out))
+            store.open()
+        _barrier(world)
+        done = store.done()
+        todo = [picture for picture in pictures if picture.id not in done][rank::world]
+        dataset = _Pictures(todo, pipeline, cfg.default_scope, options.max_pixels)
+        _barrier(world)
+        failures = _run(extractor, dataset, store, levels, options, device, rank, mark)
+        gathered = _gather(failures, world)
+        if rank == 0:
+            store.write_index([picture.id for picture in pictures])
+            _write_unreadable(store, gathered)
+        if options.preview:
+            _draw_previews(options, pictures[rank::world], rank)
+        _barrier(world)
+    _stop(world)
+    kept = sum(picture.id in done for picture in pictures)
+    return ExportResult(len(pictures) - kept - len(gathered), kept, gathered, levels, mark)
+
+
+def describe_levels(extractor: FeatureExtractor, wanted: Sequence[int] | None = None) -> list[dict[str, Any]]:
+    """Name, place, stride and channels of the maps to write, found by running the extractor on an empty picture.
+
+    Raises:
+        CommandError: If a wanted level does not exist.
+    """
+    channels = getattr(extractor.backbone, 'in_channels', 3)
+    with torch.inference_mode():
+        maps = extractor(torch.zeros(1, channels if isinstance(channels, int) else 3, _PROBE, _PROBE))
+    for place in wanted or ():
+        if not 0 <= place < len(maps):
+            raise CommandError(f'--levels {place}: the model gives {len(maps)} maps, 0 to {len(maps) - 1}.')
+    if wanted is not None and len(set(wanted)) < len(wanted):
+        raise CommandError(f'--levels names a map twice: {" ".join(map(str, wanted))}.')
+    for value in maps:
+        if value.ndim != 4:
+            raise CommandError(f'the model gives {tuple(value.shape)}, no map (B, C, H, W); set its out_type.')
+    return [
+        dict(name=f'level{place}', index=place, stride=_PROBE // maps[place].shape[2], channels=maps[place].shape[1])
+        for place in (range(len(maps)) if wanted is None else wanted)
+    ]
+
+
+def batches(samples: Iterable[_Sample], batch_size: int) -> Iterator[list[_Sample]]:
+    """Gather samples of one size, up to ``batch_size``; of few of a size, less, lest too many wait."""
+    waiting: dict[tuple[int, ...], list[_Sample]] = {}
+    for sample in samples:
+        assert sample.data is not None, 'only what could be read is batched'
+        shape = tuple(sample.data['inputs'].shape)
+        waiting.setdefault(shape, []).append(sample)
+        if len(waiting[shape]) == batch_size:
+            yield waiting.pop(shape)
+        elif sum(map(len, waiting.values())) >= _WAITING_BATCHES * batch_size:
+            yield waiting.pop(max(waiting, key=lambda key: len(waiting[key])))
+    yield from waiting.values()
+
+
+def _run(extractor: FeatureExtractor, dataset: _Pictures, store: FeatureStore, levels: Sequence[Mapping[str, Any]],
+         options: ExportOptions, device: torch.device, rank: int, mark: str) -> list[dict[str, str]]:
+    failures: list[dict[str, str]] = []
+
+    def readable(samples: Iterable[_Sample]) -> Iterator[_Sample]:
+        for sample in samples:
+            if sample.data is None:
+                picture = sample.picture
+                failures.append(dict(id=picture.id, path=picture.path, reason=sample.reason))
+                advance(1)
+            else:
+                yield sample
+
+    loader = DataLoader(
+        dataset, batch_size=None, num_workers=min(options.workers, len(dataset)), pin_memory=device.type == 'cuda'
+    )
+    # One thread writes while the next batch is computed; it is the only one that touches the store.
+    with _progress(len(dataset), rank) as advance, ThreadPoolExecutor(1) as writer, _ending_on_signals():
+        pending: list[Future] = []
+        try:
+            for batch in batches(readable(loader), options.batch_size):
+                exported = _compute(extractor, batch, levels, options, device, mark)
+                for future in pending:
+                    future.result()
+                pending = [writer.submit(_store, store, exported)]
+                advance(len(batch))
+        finally:
+            # Interrupted or not, what was computed is kept.
+            for future in pending:
+                future.result()
+            store.flush()
+    return failures
+
+
+def _store(store: FeatureStore, exported: Sequence[tuple[Record, dict[str, Tensor]]]) -> None:
+    for record, maps in exported:
+        try:
+            store.add(record, maps)
+        except OSError as error:
+            raise CommandError(f'--out {store.folder} cannot be written: {error}') from error
+
+
+@torch.inference_mode()
+def _compute(extractor: FeatureExtractor, batch: Sequence[_Sample], levels: Sequence[Mapping[str, Any]],
+             options: ExportOptions, device: torch.device, mark: str) -> list[tuple[Record, dict[str, Tensor]]]:
+    data = [sample.data for sample in batch if sample.data is not None]
+    images = extractor.preprocess(
+        dict(inputs=[each['inputs'] for each in data], data_samples=[each['data_samples'] for each in data])
+    )
+    try:
+        maps = extractor(images.to(device))
+    except torch.OutOfMemoryError as error:
+        raise CommandError(
+            f'{len(batch)} pictures of {images.shape[3]}x{images.shape[2]} pixels do not fit into the memory of '
+            f'{device}; lower --batch-size, or --max-pixels to leave the largest pictures out.'
+        ) from error
+    dtype = DTYPES[options.dtype]
+    # One move for the batch, then a copy for each picture, since a file holds whole tensors.
+    moved = {level['name']: _narrow(maps[level['index']], dtype).cpu() for level in levels}
+    exported = []
+    for place, (sample, each) in enumerate(zip(batch, data, strict=True)):
+        chosen = {name: value[place].contiguous().clone() for name, value in moved.items()}
+        meta = each['data_samples'].metainfo
+        record: Record = dict(
+            id=sample.picture.id,
+            path=sample.picture.path,
+            original_size=list(meta['ori_shape'][:2]),
+            input_size=list(each['inputs'].shape[1:]),
+            padded_size=list(images.shape[2:]),
+            dtype=options.dtype,
+            levels=[
+                dict(name=level['name'], stride=level['stride'], shape=list(chosen[level['name']].shape))
+                for level in levels
+            ],
+            fingerprint=mark,
+            **sample.picture.extra,
+        )
+        exported.append((record, chosen))
+    return exported
+
+
+def _narrow(value: Tensor, dtype: torch.dtype) -> Tensor:
+    narrow = value.to(dtype)
+    if dtype == torch.float16 and not torch.isfinite(narrow).all() and torch.isfinite(value).all():
+        raise CommandError(
+            f'features reach {value.abs().max().item():.3g}, beyond what float16 holds; use --dtype bf16 or fp32.'
+        )
+    return narrow
+
+
+def _check_options(options: ExportOptions) -> None:
+    if options.dtype not in DTYPES:
+        raise CommandError(f'--dtype is one of {", ".join(DTYPES)}, got {options.dtype!r}.')
+    for name, least in (('shard_size', 0), ('batch_size', 1), ('workers', 0), ('max_pixels', 1)):
+        value = getattr(options, name)
+        if value < least:
+            raise CommandError(f'--{name.replace("_", "-")} must be at least {least}, got {value}.')
+    if os.path.isfile(options.out):
+        raise CommandError(f'--out {options.out} is a file; name a folder.')
+
+
+def _start(options: ExportOptions) -> tuple[int, int, torch.device]:
+    """Rank, number of processes and device; joins the processes where there are many."""
+    device = torch.device(options.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        raise CommandError(f'--device {device}: no GPU is visible to PyTorch here.')
+    if options.launcher == 'none':
+        return 0, 1, device
+    missing = [name for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK') if name not in os.environ]
+    if missing:
+        raise CommandError(
+            f'--launcher pytorch: {", ".join(missing)} not set; start the processes with '
+            'torchrun --nproc_per_node=N tools/export_features.py ... --launcher pytorch.'
+        )
+    if device.type == 'cuda':
+        device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+        torch.cuda.set_device(device)
+    # Only small messages are exchanged, so gloo serves GPUs as well.
+    torch.distributed.init_process_group('gloo')
+    return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
+
+
+def _stop(world: int) -> None:
+    if world > 1 or torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _barrier(world: int) -> None:
+    if world > 1:
+        torch.distributed.barrier()
+
+
+def _gather(failures: list[dict[str, str]], world: int) -> list[dict[str, str]]:
+    if world == 1:
+        return failures
+    parts: list[Any] = [None] * world
+    torch.distributed.all_gather_object(parts, failures)
+    return [failure for part in parts for failure in part]
+
+
+def _write_unreadable(store: FeatureStore, failures: Sequence[Mapping[str, str]]) -> None:
+    path = store.folder / UNREADABLE
+    if failures:
+        write_whole(path, ''.join(json.dumps(failure) + '\n' for failure in failures))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _draw_previews(options: ExportOptions, pictures: Sequence[Picture], rank: int) -> None:
+    from ssm_backbones.export.preview import draw_missing_previews
+
+    draw_missing_previews(options.out, {picture.id for picture in pictures}, quiet=rank != 0)
+
+
+@contextlib.contextmanager
+def _progress(total: int, rank: int) -> Iterator[Any]:
+    """A bar on the error stream of the first process: a function that takes how many pictures are through."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn('exporting'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(file=sys.stderr), disable=rank != 0 or not total) as progress:
+        task = progress.add_task('exporting', total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+@contextlib.contextmanager
+def _ending_on_signals() -> Iterator[None]:
+    """Being asked to end (SIGTERM) is treated like Ctrl-C, so that what was computed is written first."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:
+        # Not the main thread, which alone may set handlers.
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

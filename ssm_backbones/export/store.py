@@ -1,0 +1,202 @@
+"""The files of a feature export: written aside and renamed, so that each is whole or not there.
+
+Layout of the folder::
+
+    export.json            what made the features: fingerprint, levels, dtype
+    index.jsonl            one record for each picture, in the order of the input
+    features/<id>.safetensors                one picture a file, or
+    features/shard-<hash>.safetensors        many pictures a file
+    unreadable.jsonl       pictures that could not be exported, if any
+
+A file holds the tensors ``<id>/<level>``, each (C, H, W), and in its metadata, under ``pictures``, the records of its
+pictures as JSON. The index repeats them, so that it can be made anew from the files at any time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ssm_backbones.preflight import CommandError
+
+FORMAT = 'ssm_backbones.features/1'
+DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
+EXPORT, INDEX, UNREADABLE, FEATURES = 'export.json', 'index.jsonl', 'unreadable.jsonl', 'features'
+
+Record = dict[str, Any]
+
+
+class FeatureStore:
+    """The folder of an export, for writing.
+
+    Args:
+        folder: The folder; made if need be.
+        settings: What made the features, JSON. An export that was made otherwise is refused.
+        shard_size: Pictures a file; 0 for one file a picture, named by its id.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], settings: Mapping[str, Any], shard_size: int = 0) -> None:
+        self.folder = Path(folder)
+        self.shard_size = shard_size
+        self._waiting: list[tuple[Record, dict[str, Tensor]]] = []
+        self._settings = {'format': FORMAT, **settings}
+
+    def open(self) -> None:
+        """Make the folder or check that it is of the same export, and remove what a killed run left half-written.
+
+        Raises:
+            CommandError: If the folder holds another export or cannot be written.
+        """
+        try:
+            (self.folder / FEATURES).mkdir(parents=True, exist_ok=True)
+            path = self.folder / EXPORT
+            if path.exists():
+                self._check_settings(read_settings(self.folder))
+            else:
+                write_whole(path, json.dumps(self._settings, indent=1) + '\n')
+            for left in self.folder.rglob('.*.part'):
+                left.unlink()
+        except OSError as error:
+            raise CommandError(f'--out {self.folder} cannot be written: {error}') from error
+
+    def _check_settings(self, held: Mapping[str, Any]) -> None:
+        for key, value in self._settings.items():
+            if held.get(key) != value:
+                what = 'another model (its fingerprint differs)' if key == 'fingerprint' else f'another {key}'
+                raise CommandError(
+                    f'--out {self.folder} holds an export of {what}: {held.get(key)}, this one has {value}. '
+                    'Name another folder, or remove that one.'
+                )
+
+    def done(self) -> dict[str, Record]:
+        """The records of all pictures whose features are there, by id."""
+        return {record['id']: record for record in read_records(self.folder)}
+
+    def add(self, record: Record, maps: Mapping[str, Tensor]) -> None:
+        """Write a picture's maps, or keep them until a shard is full."""
+        self._waiting.append((record, {f'{record["id"]}/{level}': value for level, value in maps.items()}))
+        if len(self._waiting) >= max(self.shard_size, 1):
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is kept, as a shard of its own if it is fewer than a full one."""
+        if not self._waiting:
+            return
+        ids = [record['id'] for record, _ in self._waiting]
+        if self.shard_size:
+            name = f'shard-{hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]}'
+        else:
+            name = file_name(ids[0])
+        path = self.folder / FEATURES / f'{name}.safetensors'
+        records = [{**record, 'file': path.relative_to(self.folder).as_posix()} for record, _ in self._waiting]
+        tensors = {key: value for _, maps in self._waiting for key, value in maps.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _aside(path) as partial:
+            save_file(tensors, str(partial), metadata={'format': FORMAT, 'pictures': json.dumps(records)})
+        self._waiting.clear()
+
+    def write_index(self, order: Sequence[str]) -> int:
+        """Write the index of all features that are there: the given ids first, in their order.
+
+        Returns:
+            How many pictures it lists.
+        """
+        records = self.done()
+        ids = [id for id in order if id in records]
+        ids += sorted(records.keys() - set(ids))
+        write_whole(self.folder / INDEX, ''.join(json.dumps(records[id]) + '\n' for id in ids))
+        return len(ids)
+
+
+def file_name(id: str) -> str:
+    """The name of a picture's file, below ``features``: its id, without what a file system would misunderstand."""
+    parts = [quote(part, safe=' ()[]{}+,=@~!$&\'') for part in id.split('/')]
+    # A name may have 255 bytes, and a part of one must not lead elsewhere.
+    parts = [part.replace('.', '%2E') if part.strip('.') == '' else part for part in parts]
+    long = max(len(part) for part in parts) > 200 or '' in parts
+    return f'id-{hashlib.sha256(id.encode()).hexdigest()}' if long else '/'.join(parts)
+
+
+def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What made the features in a folder.
+
+    Raises:
+        CommandError: If the folder holds no export.
+    """
+    path = Path(folder, EXPORT)
+    try:
+        settings = json.loads(path.read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        raise CommandError(f'{folder} holds no feature export: it has no {EXPORT}.') from None
+    except ValueError as error:
+        raise CommandError(f'{path} is damaged: {error}') from error
+    if settings.get('format') != FORMAT:
+        raise CommandError(f'{path} is of the format {settings.get("format")!r}, expected {FORMAT!r}.')
+    return settings
+
+
+def read_records(folder: str | os.PathLike[str]) -> Iterator[Record]:
+    """The records of all features in a folder, from the files themselves.
+
+    Raises:
+        CommandError: If a file is damaged.
+    """
+    for path in sorted(Path(folder, FEATURES).rglob('*.safetensors')):
+        if path.name.startswith('.'):
+            continue
+        try:
+            with safe_open(str(path), framework='pt') as file:
+                yield from json.loads(file.metadata()['pictures'])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise CommandError(
+                f'{path} is damaged or no part of an export ({error}); remove it and export again.'
+            ) from error
+
+
+@contextmanager
+def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep other exports out of a folder.
+
+    Raises:
+        CommandError: If one is at work there, or the folder cannot be written.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        lock = open(Path(folder, '.lock'), 'w')
+    except OSError as error:
+        raise CommandError(f'--out {folder} cannot be written: {error}') from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CommandError(f'--out {folder}: another export is writing there.') from None
+        yield
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file aside and rename it."""
+    with _aside(path) as partial:
+        partial.write_text(text, encoding='utf-8')
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    partial = path.with_name(f'.{uuid.uuid4().hex}.part')
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
