@@ -1,0 +1,312 @@
+"""Parameters and FLOPs of whole models, by mmengine's rules, with the scans counted.
+
+The convention (:data:`CONVENTION`) is that of mmengine's counter, which is the field's: it is the one in which the
+papers and the host libraries print their figures. A test holds the two counters equal. This one differs in two ways.
+It watches the operators that are dispatched instead of tracing the model for TorchScript, so that it runs on the meta
+device, where a picture of 512x2048 costs no arithmetic (a trace leaves out what is computed in vain, and this does
+not); and it knows the scans, which :func:`mmengine_handles` teaches mmengine's own counter.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import DefaultScope
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+import cuda_ops  # noqa: F401  (registers the scans and their formulas)
+from ssm_backbones.preflight import CommandError
+
+CONVENTION = (
+    'A multiply-add counts once. Counted are convolutions, matrix products and attention; scans, 9*L*E*N for each '
+    'route (and each neighbour of the wavefront scan) of L positions, E channels, N states; layer and group norms, 4 '
+    'for each element or 5 with weights; batch norms, 1 or 2; average pooling, 1 for each element read; '
+    'interpolation, 4 for each element written (1 for nearest). Activations, additions, RMS norms, RoIAlign and NMS '
+    'count nothing.'
+)
+
+aten = torch.ops.aten
+Formula = Callable[[Sequence[Any], Any], int]
+
+
+@dataclass(frozen=True)
+class Complexity:
+    """What a model holds and computes for one picture.
+
+    Attributes:
+        params: numbers in all parameters.
+        flops: of one forward pass, see :data:`CONVENTION`.
+        params_by_module: by the name of every module, those of its submodules included; '' is the model.
+        flops_by_module: likewise; modules that were not called are missing.
+        flops_by_operator: by the name of the operator.
+    """
+
+    params: int
+    flops: int
+    params_by_module: Mapping[str, int]
+    flops_by_module: Mapping[str, int]
+    flops_by_operator: Mapping[str, int]
+
+    def as_table(self, depth: int | None = None) -> str:
+        """A line for each module that was called, down to ``depth`` dots in its name, in the order of the model."""
+        names = [name for name in self.params_by_module
+                 if name in self.flops_by_module and (depth is None or name.count('.') < depth)]
+        rows = [('module', 'params', 'FLOPs', 'share')]
+        for name in names:
+            level = name.count('.') + 1 if name else 0
+            label = '  ' * level + (name.rpartition('.')[2] or '(model)')
+            flops = self.flops_by_module[name]
+            rows.append((label, human(self.params_by_module[name]), human(flops), f'{flops / max(self.flops, 1):.1%}'))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        return '\n'.join(f'{row[0]:<{widths[0]}}  ' + '  '.join(
+            f'{text:>{width}}' for text, width in zip(row[1:], widths[1:], strict=True)) for row in rows)
+
+
+def human(number: int) -> str:
+    """A count with a unit: 30.25 M, 4.86 G."""
+    for size, unit in ((10**12, 'T'), (10**9, 'G'), (10**6, 'M'), (10**3, 'K')):
+        if number >= size:
+            return f'{number / size:.2f} {unit}'
+    return str(number)
+
+
+def count_complexity(model: nn.Module, call: Callable[[], Any]) -> Complexity:
+    """Run ``call``, which calls the model or parts of it, and count.
+
+    Args:
+        model: names the modules and holds the parameters; put it into evaluation mode first.
+        call: runs what is to be counted. On the meta device nothing is computed.
+    """
+    counter = _Counter()
+    with counter.watching(model), torch.no_grad(), _plain_attention(), counter:
+        call()
+    names = {name: 0 for name, _ in model.named_modules()}
+    for name, parameter in model.named_parameters():
+        while name:
+            name = name.rpartition('.')[0]
+            names[name] += parameter.numel()
+    return Complexity(names[''], counter.by_module[''], names, dict(counter.by_module), dict(counter.by_operator))
+
+
+def config_complexity(cfg: Config, height: int, width: int) -> Complexity:
+    """Count a whole model from an mmpretrain, mmdet or mmseg config, for one picture.
+
+    Each library's model does what that library's own counting tool has it do, ``mode='tensor'``: a classifier up to its
+    logits, a segmentor with its decode head (auxiliary heads hold parameters and are not run), a detector with all its
+    heads, on as many proposals as its first stage gives for a picture of noise: 1000 with mmdet's settings.
+
+    Args:
+        cfg: from :func:`ssm_backbones.runner.load_config`.
+        height: of the picture as the model gets it, padding included.
+        width: likewise.
+
+    Raises:
+        CommandError: if the picture has no pixels, or the model cannot be built or run.
+    """
+    if min(height, width) < 1:
+        raise CommandError(f'--shape takes at least 1 pixel each way, got {height} {width}')
+    scope = cfg.default_scope
+    try:
+        return _COUNTERS[scope](_build(cfg), height, width)
+    except (KeyError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise CommandError(f'the model of this config cannot be counted on a picture of {height}x{width}: '
+                           f'{type(error).__name__}: {str(error).strip().splitlines()[0]}') from error
+
+
+def mmengine_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
+    """What mmengine's own counter lacks: ``FlopAnalyzer(model, inputs).set_op_handle(**mmengine_handles())``."""
+    return {
+        'cuda_ops::route_scan': _traced(lambda shapes: flop_registry[torch.ops.cuda_ops.route_scan](*shapes)),
+        'cuda_ops::wavefront_scan': _traced(lambda shapes: flop_registry[torch.ops.cuda_ops.wavefront_scan](*shapes)),
+        'aten::scaled_dot_product_attention': _traced(lambda shapes: _attention_flops(*shapes[:3])),
+    }
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up the FLOPs of the operators that run while it is active, for each module that is running."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_module: Counter[str] = Counter({'': 0})
+        self.by_operator: Counter[str] = Counter()
+        self._running: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        formula = _formula(func.overloadpacket)
+        flops = formula(args, output) if formula else 0
+        if flops:
+            self.by_operator[func.overloadpacket.__name__] += flops
+            for name in self._around():
+                self.by_module[name] += flops
+        return output
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Know which of the model's modules are running, also where ``forward`` is called as a method."""
+        with ExitStack() as replaced:
+            for name, module in model.named_modules():
+                replaced.enter_context(_replaced_forward(module, partial(self._run, name, module.forward)))
+            yield
+
+    def _run(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._running.append(name)
+        self.by_module[name] += 0
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self._running.pop()
+
+    def _around(self) -> set[str]:
+        """The modules that are running, and those that hold one, whose other methods may have called it."""
+        around = {''}
+        for name in self._running:
+            while name:
+                around.add(name)
+                name = name.rpartition('.')[0]
+        return around
+
+    def _leave(self) -> None:
+        self._running.pop()
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    before = module.__dict__.get('forward')
+    module.__dict__['forward'] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__['forward']
+        else:
+            module.__dict__['forward'] = before
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """nn.MultiheadAttention as products: its fast path for inference is one operator without a formula."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _formula(operator: Any) -> Formula | None:
+    formula = _FORMULAS.get(operator)
+    if formula is None and operator in flop_registry:
+        registered = flop_registry[operator]
+        # torch counts a multiply-add twice; the scans' formulas are the field's as they stand.
+        share = 2 if operator.__module__ == 'torch._ops.aten' else 1
+        return lambda args, output: registered(*args, out_val=output) // share
+    return formula
+
+
+def _norm(weight: int) -> Formula:
+    return lambda args, output: args[0].numel() * (5 if args[weight] is not None else 4)
+
+
+def _batch_norm(args: Sequence[Any], output: Any) -> int:
+    return args[0].numel() * (2 if args[1] is not None else 1)
+
+
+def _mean(args: Sequence[Any], output: Any) -> int:
+    # What adaptive average pooling to a single pixel becomes.
+    pooled = len(args) > 2 and args[2] and {dim % args[0].ndim for dim in args[1]} == {2, 3} and args[0].ndim == 4
+    return args[0].numel() if pooled else 0
+
+
+def _attention(args: Sequence[Any], output: Any) -> int:
+    return _attention_flops(*(tensor.shape for tensor in args[:3]))
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> int:
+    """Both products of an attention of (..., L, C), (..., S, C) and (..., S, C')."""
+    return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+_FORMULAS: dict[Any, Formula] = {
+    aten.native_layer_norm: _norm(2),
+    aten.native_group_norm: _norm(1),
+    aten.native_batch_norm: _batch_norm,
+    aten._native_batch_norm_legit_no_training: _batch_norm,
+    aten._adaptive_avg_pool2d: lambda args, output: args[0].numel(),
+    aten.mean: _mean,
+    aten.upsample_bilinear2d: lambda args, output: 4 * output.numel(),
+    aten.upsample_nearest2d: lambda args, output: output.numel(),
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+}
+
+
+def _traced(flops: Callable[[list[Any]], int]) -> Callable[[list[Any], list[Any]], int]:
+    """A handle for mmengine's counter from a formula of the inputs' shapes (None for what is no tensor)."""
+
+    def handle(inputs: list[Any], outputs: list[Any]) -> int:
+        return flops([value.type().sizes() if value.isCompleteTensor() else None for value in inputs])
+
+    return handle
+
+
+def _build(cfg: Config) -> nn.Module:
+    """The config's model in evaluation mode, without loading any weights: on meta, or a detector on the CPU."""
+    scope = cfg.default_scope
+    importlib.import_module(f'{scope}.models')
+    registry = importlib.import_module(f'{scope}.registry').MODELS
+    # Proposals are chosen by their values, so what is behind a detector's backbone has to be computed.
+    device = 'cpu' if scope == 'mmdet' else 'meta'
+    with DefaultScope.overwrite_default_scope(scope), torch.device(device):
+        model = registry.build(deepcopy(cfg.model))
+    return revert_sync_batchnorm(model).eval()
+
+
+def _channels(model: nn.Module) -> int:
+    return getattr(getattr(model, 'backbone', None), 'in_channels', 3)
+
+
+def _count_classifier(model: nn.Module, height: int, width: int) -> Complexity:
+    images = torch.empty(1, _channels(model), height, width, device='meta')
+    return count_complexity(model, lambda: model(images, mode='tensor'))
+
+
+def _count_segmentor(model: nn.Module, height: int, width: int) -> Complexity:
+    sample = importlib.import_module('mmseg.structures').SegDataSample(metainfo=_metainfo(height, width))
+    images = torch.empty(1, _channels(model), height, width, device='meta')
+    return count_complexity(model, lambda: model(images, [sample], mode='tensor'))
+
+
+def _count_detector(model: nn.Module, height: int, width: int) -> Complexity:
+    """The backbone on the meta device, and behind it everything on maps of noise."""
+    sample = importlib.import_module('mmdet.structures').DetDataSample(metainfo=_metainfo(height, width))
+    images = torch.empty(1, _channels(model), height, width)
+    backbone: Any = model.backbone
+    forward = backbone.to('meta').forward
+    generator = torch.Generator().manual_seed(0)
+
+    def maps(images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.randn(x.shape, generator=generator) for x in forward(images.to('meta')))
+
+    with _replaced_forward(backbone, maps):
+        return count_complexity(model, lambda: model(images, [sample], mode='tensor'))
+
+
+def _metainfo(height: int, width: int) -> dict[str, Any]:
+    size = (height, width)
+    return dict(img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size, scale_factor=(1.0, 1.0))
+
+
+_COUNTERS = {'mmpretrain': _count_classifier, 'mmseg': _count_segmentor, 'mmdet': _count_detector}

@@ -1,0 +1,51 @@
+"""tools/get_flops.py, as users call it."""
+
+import re
+from importlib import util
+from pathlib import Path
+
+import pytest
+
+from ssm_backbones.flops import CONVENTION
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = str(ROOT / 'configs/vmamba/vmamba-tiny_8xb128_in1k.py')
+TINY = ['--cfg-options', 'model.backbone.arch=test', 'model.head.in_channels=128']
+
+
+@pytest.fixture(scope='module')
+def main():
+    """The tool's main function."""
+    spec = util.spec_from_file_location('get_flops_tool', ROOT / 'tools/get_flops.py')
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def test_prints_parameters_flops_and_the_convention(main, capsys):
+    assert main([CONFIG, '--shape', '224', '224']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-5:] == [f'config: {CONFIG}', 'picture: 224x224 (height x width)', 'parameters: 30.25 M (30249064)',
+                          lines[-2], CONVENTION]
+    assert re.fullmatch(r'FLOPs: 4\.90 G \(489\d{7}\)', lines[-2])
+
+
+def test_prints_a_table_of_modules(main, capsys):
+    assert main([CONFIG, '--shape', '64', '32', '--per-layer', *TINY]) == 0
+    everything = capsys.readouterr().out
+    assert re.search(r'^ {12}mixer +[\d.]+ K +[\d.]+ [KM] +[\d.]+%$', everything, re.MULTILINE)
+    assert main([CONFIG, '--shape', '64', '32', '--per-layer', '1', *TINY]) == 0
+    coarse = capsys.readouterr().out
+    assert re.findall(r'^ *(\S+) .*%$', coarse, re.MULTILINE) == ['(model)', 'backbone', 'neck', 'head']
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    (['nowhere.py', '--shape', '8', '8'], 'nowhere.py does not exist'),
+    ([CONFIG, '--shape', '0', '8'], 'at least 1 pixel'),
+    ([CONFIG, '--shape', '8', '8', '--per-layer', '-1'], 'at least 1, got -1'),
+    ([CONFIG, '--shape', '8', '8', '--cfg-options', 'model.backbone.arch=huge'], "has no arch 'huge'"),
+])
+def test_bad_arguments_get_one_line(main, capsys, arguments, message):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith('error: ') and message in error
