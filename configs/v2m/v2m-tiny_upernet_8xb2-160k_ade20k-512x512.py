@@ -5,3 +5,4 @@ model = dict(
     backbone=dict(arch='tiny', pyramid='multi', out_indices=None, drop_path_rate=0.0),
     decode_head=dict(in_channels=[48, 96, 192, 192]),
     auxiliary_head=dict(in_channels=192))
+optim_wrapper = dict(paramwise_cfg=dict(norm_decay_mult=0.0))

@@ -1,0 +1,94 @@
+"""Metafiles and model-index: every config stands in exactly one, and nothing there is made up."""
+
+import re
+
+import pytest
+import yaml
+
+from tests.configs.catalogue import DEMOS, METAFILES, NAMES, ROOT, ZOO, config, entries
+
+TASKS = {
+    'mmpretrain': {('Image Classification', 'ImageNet-1k', ('Top 1 Accuracy',))},
+    'mmdet': {('Object Detection', 'COCO', ('box AP',)), ('Instance Segmentation', 'COCO', ('mask AP',))},
+    'mmseg': {('Semantic Segmentation', 'ADE20K', ('mIoU', 'mIoU(ms+flip)'))},
+}
+RELEASES = {
+    'vmamba': 'https://github.com/MzeroMiko/VMamba/releases/download/%23v',
+    'mamba2d': 'https://github.com/cocoalex00/Mamba2D/releases/download/v2.0.0/M2D-',
+}
+
+
+def test_every_config_stands_in_its_family_s_metafile() -> None:
+    # entries() refuses a name that stands twice.
+    assert sorted(entries()) == NAMES
+
+
+@pytest.mark.parametrize('family', METAFILES)
+def test_collection(family) -> None:
+    content = yaml.safe_load(METAFILES[family].read_text(encoding='utf-8'))
+    (collection,) = content['Collections']
+    assert collection['Name'].lower() == family
+    assert 'published by the authors, not measured' in collection['Metadata']['Figures']
+    assert {entry['In Collection'] for entry in content['Models']} == {collection['Name']}
+
+
+def test_model_index_lists_every_metafile() -> None:
+    index = yaml.safe_load((ROOT / 'model-index.yml').read_text(encoding='utf-8'))
+    assert index == {'Import': [f'configs/{family}/metafile.yml' for family in METAFILES]}
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_entry_names_the_config(name) -> None:
+    assert entries()[name]['Config'] == f'configs/{name}.py'
+    assert (ROOT / entries()[name]['Config']).is_file()
+
+
+@pytest.mark.parametrize('name', ZOO)
+def test_entry_tells_what_the_config_does(name) -> None:
+    entry, cfg = entries()[name], config(name)
+    told = entry['Metadata']
+    assert told.get('Epochs') == cfg.train_cfg.get('max_epochs')
+    assert told.get('Iterations') == cfg.train_cfg.get('max_iters')
+    assert told['Batch Size'] == cfg.auto_scale_lr.base_batch_size
+    assert told['Training Data'] == {'mmpretrain': 'ImageNet-1k', 'mmdet': 'COCO', 'mmseg': 'ADE20K'}[cfg.default_scope]
+    assert (cfg.optim_wrapper.optimizer.type in told['Training Techniques'])
+    averaged = any(hook.type == 'EMAHook' for hook in cfg.get('custom_hooks', []))
+    assert averaged == ('EMA' in told['Training Techniques'])
+
+
+@pytest.mark.parametrize('name', ZOO)
+def test_results_are_of_the_config_s_task_or_said_to_be_missing(name) -> None:
+    entry = entries()[name]
+    family = name.partition('/')[0]
+    if entry['Metadata'].get('Figures') == 'none published':
+        assert not {'Results', 'Weights'} & set(entry)
+        return
+    found = {(result['Task'], result['Dataset'], tuple(result['Metrics'])) for result in entry['Results']}
+    assert found == TASKS[config(name).default_scope]
+    assert all(30 < value < 90 for result in entry['Results'] for value in result['Metrics'].values())
+    # V2M's authors published no weights.
+    assert ('Weights' in entry) == (family in RELEASES)
+    assert entry.get('Weights', '').startswith(RELEASES.get(family, ''))
+
+
+def test_no_weights_stand_twice() -> None:
+    weights = [entry['Weights'] for entry in entries().values() if 'Weights' in entry]
+    assert len(weights) == len(set(weights)) > 0
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_names_follow_openmmlab(name) -> None:
+    """The batch in a name is the recipe's, the schedule the training's, the parts those of the config."""
+    cfg, stem = config(name), name.partition('/')[2]
+    if name in DEMOS:
+        return
+    backbone = stem.partition('_upernet')[0] if cfg.default_scope == 'mmseg' else stem
+    arch = cfg.model.backbone.arch
+    assert re.search(rf"(^|_){name.partition('/')[0]}-{arch}(_|$)", backbone)
+    batch = re.search(r'_(\d+)xb(\d+)[-_]', stem)
+    gpus, pictures = map(int, batch.groups()) if batch else (8, 2)
+    assert cfg.train_dataloader.batch_size == pictures
+    assert cfg.auto_scale_lr.base_batch_size == gpus * pictures
+    schedule = {'_1x_': 12, '-12e_': 12, '-3x_': 36, '-160k_': 160000, '_in1k': 300}
+    (length,) = [value for key, value in schedule.items() if key in stem]
+    assert length == cfg.train_cfg.get('max_epochs', cfg.train_cfg.get('max_iters'))

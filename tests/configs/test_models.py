@@ -1,0 +1,99 @@
+"""Every config's model builds, fits together, and lets what must not decay be."""
+
+import pytest
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DefaultScope
+from torch import nn
+
+from tests.configs.catalogue import DEMOS, HOSTS, NAMES, ZOO, config, entries, model, types
+
+FAMILIES = {'vmamba': 'VMamba', 'v2m': 'V2M', 'mamba2d': 'Mamba2D'}
+# mmdet's own recipe for DINO, whose decay of 1e-4 is for all parameters alike.
+WITHOUT_EXEMPTIONS = {'vmamba/dino-4scale_vmamba-tiny_8xb2-12e_coco'}
+
+
+def test_every_family_and_host_has_configs() -> None:
+    assert {name.partition('/')[0] for name in ZOO} == set(FAMILIES)
+    assert {config(name).default_scope for name in ZOO} == set(HOSTS)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_parts_fit_together(name) -> None:
+    cfg, built = config(name), model(name)
+    assert cfg.model.backbone.type == FAMILIES[name.partition('/')[0]]
+    channels = list(built.backbone.out_channels)
+    if cfg.default_scope == 'mmdet':
+        assert channels == cfg.model.neck.in_channels
+    elif cfg.default_scope == 'mmseg':
+        assert channels == cfg.model.decode_head.in_channels
+        if 'auxiliary_head' in cfg.model:
+            # On the third stage, as in Swin's UPerNet.
+            assert (channels[2], 2) == (cfg.model.auxiliary_head.in_channels, cfg.model.auxiliary_head.in_index)
+    else:
+        assert channels == [cfg.model.head.in_channels]
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_package_is_imported(name) -> None:
+    imports = config(name).custom_imports
+    assert 'ssm_backbones' in imports.imports and not imports.allow_failed_imports
+
+
+@pytest.mark.parametrize('name', [name for name in NAMES if name not in WITHOUT_EXEMPTIONS])
+def test_scan_parameters_and_norms_do_not_decay(name) -> None:
+    cfg, built = config(name), model(name)
+    # Nothing is updated here, and a CPU has no float16 scaler.
+    cfg.optim_wrapper.type = 'OptimWrapper'
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        wrapper = build_optim_wrapper(built, cfg.optim_wrapper)
+    decays = {id(parameter): group['weight_decay'] for group in wrapper.param_groups for parameter in group['params']}
+    full = cfg.optim_wrapper.optimizer.weight_decay
+    flat_too = cfg.default_scope == 'mmpretrain' or name.startswith('mamba2d/')
+    norms = {id(parameter) for module in built.backbone.modules() if isinstance(module, (nn.LayerNorm, nn.RMSNorm))
+             for parameter in module.parameters(recurse=False)}
+    assert norms
+    for key, parameter in built.backbone.named_parameters():
+        last = key.rpartition('.')[2]
+        spared = id(parameter) in norms or last in ('A_log', 'D', 'dt_bias') or (flat_too and parameter.ndim == 1)
+        if spared:
+            assert decays[id(parameter)] == 0, key
+        elif last in ('weight', 'dt_weight') and parameter.ndim > 1:
+            assert decays[id(parameter)] == full, key
+
+
+@pytest.mark.parametrize('name', ZOO)
+def test_parameters_are_as_many_as_published(name) -> None:
+    """What the metafile says is rounded to its last digit, or cut off there, as the authors did."""
+    published = entries()[name]['Metadata'].get('Parameters (M)')
+    if published is None:
+        assert name.startswith('v2m/') or entries()[name]['Metadata']['Figures'] == 'none published'
+        return
+    millions = sum(parameter.numel() for parameter in model(name).parameters()) / 1e6
+    digits = len(str(published).partition('.')[2])
+    # V2M's plain and hierarchical variants: the paper gives whole millions, and for the latter no more than these.
+    tolerance = 1.0 if name.startswith('v2m/') else 10.0**-digits
+    assert abs(millions - published) < tolerance, f'{millions:.3f} M'
+
+
+@pytest.mark.parametrize('name', ZOO)
+def test_published_imagenet_weights_start_detection_and_segmentation(name) -> None:
+    """They are the ones that the metafile gives to the same backbone's ImageNet config."""
+    backbone = config(name).model.backbone
+    init_cfg = backbone.get('init_cfg')
+    if config(name).default_scope == 'mmpretrain' or name.startswith('v2m/'):
+        assert init_cfg is None
+        return
+    (weights,) = {entries()[other]['Weights'] for other in ZOO if config(other).default_scope == 'mmpretrain'
+                  and config(other).model.backbone.arch == backbone.arch and other.partition('/')[0] in name}
+    assert (init_cfg.type, init_cfg.checkpoint) == ('OfficialPretrained', weights)
+
+
+@pytest.mark.parametrize('name', DEMOS)
+def test_demos_have_the_components_of_the_real_configs(name) -> None:
+    """A demo shows what the real recipe does: same parts, another size."""
+    demo = config(name)
+    real = [config(other) for other in ZOO if other.partition('/')[0] == name.partition('/')[0]
+            and config(other).default_scope == demo.default_scope]
+    parts = {key: value for key, value in types(demo.model) if not key.endswith('init_cfg')}
+    assert any(parts == {key: value for key, value in types(cfg.model) if not key.endswith('init_cfg')}
+               for cfg in real)
