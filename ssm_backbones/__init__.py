@@ -13,8 +13,9 @@ from ssm_backbones.backbones import V2M, Mamba2D, VMamba  # noqa: E402
 from ssm_backbones.checkpoints import load_official  # noqa: E402
 from ssm_backbones.config_files import allow_inheritance, config_file  # noqa: E402
 from ssm_backbones.factory import create_backbone, list_backbones  # noqa: E402
+from ssm_backbones.layer_decay import LayerDecayOptimWrapperConstructor  # noqa: E402
 
 allow_inheritance()
 
-__all__ = ['BFloat16OptimWrapper', 'Mamba2D', 'V2M', 'VMamba', 'config_file', 'create_backbone', 'list_backbones',
-           'load_official']
+__all__ = ['BFloat16OptimWrapper', 'LayerDecayOptimWrapperConstructor', 'Mamba2D', 'V2M', 'VMamba', 'config_file',
+           'create_backbone', 'list_backbones', 'load_official']

@@ -6,7 +6,7 @@ from mmpretrain.registry import MODELS as CLASSIFIERS
 
 import ssm_backbones.heads  # noqa: F401
 from ssm_backbones import Mamba2D, VMamba
-from ssm_backbones.checkpoints import convert_checkpoint
+from ssm_backbones.checkpoints import convert_checkpoint, restore_checkpoint
 from tests.checkpoints import official_mamba2d, official_vmamba
 from tests.checkpoints.layouts import (
     mamba2d_backbone,
@@ -82,11 +82,13 @@ def test_vmamba_classifiers(variant, spelling):
         torch.testing.assert_close(logits, official_vmamba.classify(tensors, images), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize('variant', ['v2', 'v0'])
-def test_vmamba_pyramids(variant):
+@pytest.mark.parametrize(('variant', 'spelling'), [
+    ('v2', None), ('v0', None), ('v2', spelled_stacked), ('v0', spelled_first)])
+def test_vmamba_pyramids(variant, spelling):
     options = SMALL_VMAMBA[variant]
     tensors = tensors_of(vmamba_pyramid(**options))
-    whole = {'backbone.' + name: tensor for name, tensor in tensors.items()} | {'neck.weight': torch.ones(3)}
+    spelled = spelling(tensors) if spelling else tensors
+    whole = {'backbone.' + name: tensor for name, tensor in spelled.items()} | {'neck.weight': torch.ones(3)}
     converted, _ = convert_checkpoint({'state_dict': whole}, backbone_only=True)
     model = VMamba({'version': 'v2', **options}).double().eval()
     model.load_state_dict(converted['state_dict'], strict=True)
@@ -96,6 +98,9 @@ def test_vmamba_pyramids(variant):
                     for i, x in enumerate(official_vmamba.forward(tensors, images))]
         for result, correct in zip(model(images), expected, strict=True):
             torch.testing.assert_close(result, correct, rtol=1e-9, atol=1e-9)
+    back, _ = restore_checkpoint(convert_checkpoint({'state_dict': whole})[0])
+    assert back['state_dict'].keys() == whole.keys()
+    assert all(torch.equal(back['state_dict'][name], tensor) for name, tensor in whole.items())
 
 
 def test_mamba2d_classifiers():
