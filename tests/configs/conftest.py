@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mmdet.datasets import CocoDataset
 from mmengine.utils import ManagerMixin
@@ -49,6 +51,13 @@ def _imagenet(source: Path, target: Path) -> None:
         picture.rename(target / 'val' / name)
     (target / 'meta' / 'val.txt').write_text(''.join(lines))
     shutil.rmtree(source)
+
+
+@pytest.fixture(autouse=True)
+def _seed_transforms() -> None:
+    """The libraries' transforms draw from these."""
+    random.seed(0)
+    np.random.seed(0)
 
 
 @pytest.fixture(scope='session')
