@@ -120,7 +120,7 @@ def _check_start(start: bytes, name: str) -> None:
     if not start:
         raise CheckpointError(f'{name} is empty. {_AGAIN}')
     text = start.removeprefix(b'\xef\xbb\xbf').lstrip().lower()
-    if text.startswith((b'<!doctype', b'<html', b'<?xml', b'<head')):
+    if text.startswith(b'<'):
         raise CheckpointError(f'{name} is a web page, not a checkpoint: what was saved is the page that led to the '
                               'file, or an error page. Download the file itself.')
     if text.startswith(b'version https://git-lfs'):

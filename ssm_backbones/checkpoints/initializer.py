@@ -62,6 +62,9 @@ def load_official(model: nn.Module, checkpoint: str | os.PathLike[str], *, weigh
                               f'{type(model).__name__}. Whole models: convert the file with '
                               'tools/convert_checkpoint.py and name the result in load_from.')
     assert isinstance(model, SSMBackbone), 'families are of backbones'
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise CheckpointError(f'the {type(model).__name__} is on the meta device, where nothing can be loaded; move it '
+                              "with to_empty(device='cpu') first.")
     chosen = choose_weights(read_checkpoint(checkpoint), weights, FAMILIES, source)
     found, _ = recognise_official(chosen, source)
     report = start_report(found, source, chosen.label)

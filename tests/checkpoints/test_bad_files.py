@@ -1,6 +1,7 @@
 """Files that are no official checkpoint, or not a whole one: one clear message, and nothing is loaded or written."""
 
 import argparse
+import gzip
 import http.server
 import os
 import pickle
@@ -76,6 +77,11 @@ BAD_FILES = {
     'one byte changed': (lambda folder: flipped(zipped(folder)), 'is damaged: the checksum of good/data/.* is wrong'),
     'page': (lambda _: b'\n <!DOCTYPE html><html><body>Not found</body></html>', 'is a web page, not a checkpoint'),
     'old page': (lambda _: b'<HTML><HEAD>', 'is a web page'),
+    'page with a comment': (lambda _: b'<!-- 404 -->\n<html>', 'is a web page'),
+    "a store's answer": (lambda _: b'<Error><Code>NoSuchKey</Code></Error>', 'is a web page'),
+    "a server's answer": (lambda _: b'{"message": "Not Found"}', 'is no PyTorch checkpoint: it starts with .*message'),
+    'safetensors': (lambda _: (2).to_bytes(8, 'little') + b'{}', 'is no PyTorch checkpoint: it starts with'),
+    'compressed': (lambda folder: gzip.compress(zipped(folder)), 'is no PyTorch checkpoint: it starts with'),
     'LFS pointer': (lambda _: b'version https://git-lfs.github.com/spec/v1\noid sha256:0', 'pointer of a Git LFS file'),
     'text': (lambda _: b'hello', "is no PyTorch checkpoint: it starts with b'hello'"),
     'array': (lambda _: b'\x93NUMPY' + bytes(100), 'is no PyTorch checkpoint: it starts with'),

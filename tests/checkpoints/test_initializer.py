@@ -229,3 +229,14 @@ def test_only_backbones_with_official_checkpoints_take_them(save):
         load_official(V2M('test', out_indices=0), path)
     with pytest.raises(CheckpointError, match='not into a Sequential. Whole models: convert the file with tools/'):
         load_official(torch.nn.Sequential(VMamba('test')), path)
+
+
+def test_a_model_without_memory_is_refused(save):
+    tensors = classifier()
+    path = save(tensors)
+    with torch.device('meta'):
+        model = VMamba('test')
+    with pytest.raises(CheckpointError, match='the VMamba is on the meta device, where nothing can be loaded; move it'):
+        load_official(model, path)
+    load_official(model.to_empty(device='cpu'), path)
+    assert_loaded(model, converted(tensors), but=['norm0', 'norm1', 'norm2'])
