@@ -157,7 +157,13 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Zeros at the bottom and right of (B, H, W, C) until ``multiple`` divides both sides; ``x`` itself if it does."""
     # Without %, which torch.compile does not trace where floats are made of sizes that it does not know.
     bottom, right = (-(-size // multiple) * multiple - size for size in x.shape[1:3])
-    return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
+    needed = is_unknown(bottom, right) or bottom or right
+    return F.pad(x, (0, 0, 0, right, 0, bottom)) if needed else x
+
+
+def is_unknown(*sizes: Any) -> bool:
+    """Whether a size is left open by ``torch.export``: to ask for its value would settle it for the whole program."""
+    return torch.compiler.is_exporting() and any(isinstance(size, torch.SymInt) for size in sizes)
 
 
 def init_linear_layers(module: nn.Module) -> None:

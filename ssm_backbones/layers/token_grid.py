@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssm_backbones.layers.common import PatchEmbed
+from ssm_backbones.layers.common import PatchEmbed, is_unknown
 
 CLS_TOKENS = ('mean', 'corner', 'center')
 
@@ -52,7 +52,7 @@ class TokenGrid(PatchEmbed):
 
     def position_embedding(self, height: int, width: int) -> Tensor:
         """The embedding (1, height, width, embed_dims) of a grid of that size."""
-        if self.pos_embed.shape[1:3] == (height, width):
+        if not is_unknown(height, width) and self.pos_embed.shape[1:3] == (height, width):
             return self.pos_embed
         resized = F.interpolate(self.pos_embed.permute(0, 3, 1, 2), (height, width), mode='bicubic')
         return resized.permute(0, 2, 3, 1)

@@ -1,0 +1,116 @@
+"""Export to ONNX: every family, standard operators alone, the same numbers in onnxruntime."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from ssm_backbones import create_backbone
+from ssm_backbones.export import onnx as exporting
+from ssm_backbones.export.models import build_model
+from ssm_backbones.runner import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope='module')
+def tool():
+    spec = importlib.util.spec_from_file_location('export_onnx', ROOT / 'tools' / 'export_onnx.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_standard(path) -> None:
+    """Only ONNX's own operators, also within the loops; and the checker has no complaint."""
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert [(each.domain, each.version) for each in model.opset_import] == [('', 18)]
+    assert not model.functions
+    graphs = [model.graph]
+    kinds = set()
+    while graphs:
+        for node in graphs.pop().node:
+            assert node.domain == '', node.op_type
+            kinds.add(node.op_type)
+            graphs += [attribute.g for attribute in node.attribute if attribute.HasField('g')]
+    assert 'Scan' in kinds
+
+
+@pytest.mark.parametrize('name', ['vmamba-test', 'v2m-test', 'v2m-test-hier', 'mamba2d-test'])
+def test_backbones(name, tmp_path) -> None:
+    model = create_backbone(name).eval()
+    images = torch.randn(1, 3, 40, 72)
+    path = tmp_path / 'model.onnx'
+    assert exporting.write_onnx(model, images, path)[0] == 18
+    check_standard(path)
+    differences = exporting.compare(exporting.open_session(path), model, images.shape)
+    assert len(differences) == len(model.feature_info) and max(differences.values()) <= 1e-4
+
+
+# The plain V2M pads and resizes by the size of the image: what is left open has to stay open there.
+@pytest.mark.parametrize('name', ['v2m-test', 'mamba2d-test'])
+def test_open_sizes(name, tmp_path) -> None:
+    options = dict(img_size=64) if name == 'v2m-test' else {}
+    model = create_backbone(name, **options).eval()
+    path = tmp_path / 'model.onnx'
+    exporting.write_onnx(model, torch.randn(1, 3, 64, 64), path, dynamic=True)
+    check_standard(path)
+    session = exporting.open_session(path)
+    for shape in ((2, 3, 64, 64), (1, 3, 65, 100), (3, 3, 130, 48)):
+        assert max(exporting.compare(session, model, shape).values()) <= 1e-4, shape
+
+
+@pytest.mark.parametrize('host', ['mmpretrain', 'mmseg', 'mmdet'])
+def test_tool(host, tool, write_config, tmp_path, capsys) -> None:
+    config = str(write_config(host))
+    model = build_model(load_config(config), None)
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'model.pth')
+    path = tmp_path / 'out.onnx'
+    command = [config, str(tmp_path / 'model.pth'), '--shape', '64', '96', '--out', str(path)]
+    assert tool.main([*command, *(['--dynamic'] if host == 'mmseg' else [])]) == 0
+    text = capsys.readouterr().out
+    part = {'mmpretrain': 'classifier', 'mmseg': 'segmentor', 'mmdet': 'backbone'}[host]
+    assert text.startswith(f'{part} written to {path}: opset 18') and 'onnxruntime' in text
+    assert text.count('images ') == (3 if host == 'mmseg' else 1)
+    assert [each for each in tmp_path.iterdir() if each.name.endswith('.part')] == []
+    check_standard(path)
+    images = torch.randn(1, 3, 64, 96)
+    (found, *_) = exporting.open_session(path).run(None, {'images': images.numpy()})
+    with torch.no_grad():
+        if host == 'mmseg':
+            metas = [dict(ori_shape=(64, 96), img_shape=(64, 96), pad_shape=(64, 96), padding_size=[0] * 4)]
+            expected = model.inference(images, metas)
+        else:
+            expected = model(images, mode='tensor') if host == 'mmpretrain' else model.backbone(images)[0]
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-3, atol=1e-4)
+    notes = {each.key: each.value for each in onnx.load(path).metadata_props}
+    assert notes['part'] == part and 'mean' in notes
+
+
+def test_what_differs_is_not_written(write_config, tool, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(exporting, 'compare', lambda *args: {'map0': 1e-3, 'map1': 0.0})
+    command = [str(write_config('mmdet')), '--shape', '64', '64', '--out', str(tmp_path / 'x.onnx')]
+    assert tool.main(command) == 2
+    assert 'differ by 1.00e-03 in map0' in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(exporting.CommandError, match='differ by nan'):
+        exporting._check_differences({(1,): {'map0': float('nan')}})
+
+
+def test_bad_arguments(write_config, tool, tmp_path, capsys) -> None:
+    config = str(write_config('mmseg'))
+    for arguments, message in (
+        (['nowhere.pth'], 'checkpoint nowhere.pth does not exist'),
+        (['--part', 'classifier'], 'the config is one of mmseg, which has no classifier'),
+        (['--shape', '0', '5'], 'at least 1'),
+        (['--shape', '32', '64', '--dynamic'], 'at least 64x64'),
+        (['--batch-size', '0'], '--batch-size must be at least 1'),
+        (['--out', str(tmp_path / 'no' / 'x.onnx')], 'its folder does not exist'),
+        (['--out', str(tmp_path)], 'it is a folder'),
+    ):
+        assert tool.main([config, *arguments]) == 2
+        assert message in capsys.readouterr().err

@@ -1,0 +1,45 @@
+#!/usr/bin/env python
+"""Export a backbone, classifier or segmentor to ONNX, in standard operators, and check it against PyTorch."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from mmengine.config import DictAction
+
+from ssm_backbones.cli import run_command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with these arguments (the process's by default) and return the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog='The graph takes normalised images, float32 (B, C, H, W); how they are normalised is in its metadata.',
+    )
+    parser.add_argument('config', help='config file of mmpretrain, mmdet or mmseg')
+    parser.add_argument('checkpoint', nargs='?', help='checkpoint; without it the weights are as initialised')
+    parser.add_argument('--shape', nargs=2, type=int, default=[224, 224], metavar=('H', 'W'), help='of the images')
+    parser.add_argument('--dynamic', action='store_true', help='leave batch, height and width open')
+    parser.add_argument('--batch-size', type=int, default=1, metavar='N', help='images at once (1)')
+    parser.add_argument('--out', metavar='FILE', help="file to write (default: the config's name with .onnx)")
+    parser.add_argument('--part', choices=['backbone', 'classifier', 'segmentor'], help='default: what the config is')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='KEY=VALUE for the config')
+    args = parser.parse_args(argv)
+
+    def run() -> None:
+        from ssm_backbones.export.onnx import TOLERANCE, OnnxOptions, export_onnx
+
+        result = export_onnx(OnnxOptions(**vars(args)))
+        print(f'{result.part} written to {result.path}: opset {result.opset}, {result.nodes} standard operators')
+        print(f'onnxruntime against PyTorch, largest difference relative to the largest value (bound {TOLERANCE:.0e}):')
+        for shape, outputs in result.differences.items():
+            figures = ', '.join(f'{name} {value:.1e}' for name, value in outputs.items())
+            print(f'  images {"x".join(map(str, shape))}: {figures}')
+        figures = ', '.join(f'{name} {1e3 * value:.1f} ms' for name, value in result.seconds.items())
+        print(f'time on the CPU, best of a few runs: {figures}')
+
+    return run_command(run)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
