@@ -1,4 +1,4 @@
-"""Compiled state-space scans for feature maps: C++ kernels on CPUs, one PyTorch reference as the oracle.
+"""Compiled state-space scans for feature maps: CUDA kernels on GPUs, C++ on CPUs, one PyTorch reference as the oracle.
 
 The package imports torch and nothing else. See the docstrings of the public functions for shapes and equations, and run
 ``python -m cuda_ops`` to see which backend serves which device.

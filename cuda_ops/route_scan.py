@@ -36,9 +36,12 @@ CROSS_ROUTES = [ROW, COLUMN, ROW_REVERSED, COLUMN_REVERSED]
 _AXES = {'row': ROW, 'column': COLUMN}
 
 
-def _chunk_length(states: int) -> int:
-    """Positions between two saved states: the working set of a chunk's recomputation stays in a core's cache."""
-    return 64 if states <= 4 else 32
+def _chunk_length(states: int, device_type: str) -> int:
+    """Positions between two saved states: what a chunk's recomputation needs stays in a core's cache, or in a GPU's
+    shared memory."""
+    if device_type == 'cpu':
+        return 64 if states <= 4 else 32
+    return 32 if states <= 2 else 16
 
 
 def _saved_chunks(x: Tensor, routes: Sequence[int], per_line: bool, chunk: int) -> tuple[int, int]:
@@ -153,7 +156,7 @@ def _scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Tensor | Non
     D, delta_bias = (None if value is None else value.to(dtype) for value in (D, delta_bias))
     tensors = (x, delta, A, B, C, D, delta_bias)
     differentiable = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in tensors)
-    chunk = _chunk_length(A.shape[2]) if differentiable else 0
+    chunk = _chunk_length(A.shape[2], x.device.type) if differentiable else 0
     output, last, _ = torch.ops.cuda_ops.route_scan(*tensors, routes, per_line, delta_softplus, chunk)
     return output, last
 

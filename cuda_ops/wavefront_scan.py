@@ -36,12 +36,14 @@ _NAMES = ('x', 'delta_top', 'delta_left', 'A_top', 'A_left', 'B_top', 'B_left', 
 # Recomputed states of 16 channels that about fill a core's own cache, and the fewest lines between two saved ones. A
 # sixteenth of all states is the most that is saved then.
 _CACHED_STATES, _MIN_CHUNK = 16384, 16
+# Rows that a GPU's block advances side by side.
+_CUDA_CHUNK = 8
 
 
-def _chunk_lines(height: int, width: int, states: int) -> int:
+def _chunk_lines(height: int, width: int, states: int, device_type: str) -> int:
     """Lines between two saved ones, along the shorter side; chunks are of about equal length."""
     lines, length = max(height, width), min(height, width)
-    most = max(_MIN_CHUNK, _CACHED_STATES // (length * max(states, 1)))
+    most = max(_MIN_CHUNK, _CACHED_STATES // (length * max(states, 1))) if device_type == 'cpu' else _CUDA_CHUNK
     chunks = -(-lines // most)
     return -(-lines // chunks)
 
@@ -187,5 +189,5 @@ def wavefront_scan(x: Tensor, delta_top: Tensor, delta_left: Tensor, A_top: Tens
     A_top, A_left, D = A_top.to(dtype), A_left.to(dtype), None if D is None else D.to(dtype)
     tensors = (x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D)
     differentiable = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in tensors)
-    chunk = _chunk_lines(height, width, states) if differentiable else 0
+    chunk = _chunk_lines(height, width, states, x.device.type) if differentiable else 0
     return torch.ops.cuda_ops.wavefront_scan(*tensors, reverse, chunk)[0]

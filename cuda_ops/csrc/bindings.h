@@ -2,18 +2,61 @@
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 #include <torch/types.h>
 
 #include <limits>
 #include <optional>
 
+#include "cuda_kernels.h"
 #include "scan_types.h"
 
 namespace cuda_ops {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+// Kernels that serve tensors on the CPU in place of the CPU's own: the tests' emulation of CUDA, else null.
+extern const CudaKernels* emulated_kernels;
+
+// The CUDA kernels to serve a map with, or null where the CPU's do. What runs on a device does so on its current stream.
+class Cuda {
+ public:
+  explicit Cuda(const Tensor& x) {
+    if (x.is_cpu()) {
+      kernels_ = emulated_kernels;
+    } else {
+#if defined(SSM_WITH_CUDA)
+      TORCH_CHECK_VALUE(x.is_cuda(), "x must be on the CPU or a CUDA device, got ", x.device());
+      kernels_ = &kCompiledCudaKernels;
+      guard_.reset_device(x.device());
+      stream_ = c10::impl::VirtualGuardImpl(x.device().type()).getStream(x.device()).native_handle();
+#else
+      TORCH_CHECK_VALUE(false, "x must be on the CPU, got ", x.device());
+#endif
+    }
+    TORCH_CHECK_TYPE(!kernels_ || x.scalar_type() != at::kDouble, "x is float64, which the scans serve on the CPU "
+                     "alone; use float32 on ", x.device());
+  }
+  explicit operator bool() const { return kernels_ != nullptr; }
+  const CudaKernels* operator->() const { return kernels_; }
+  void* stream() const { return stream_; }
+
+  // Raises where a launch, or the plan before it, failed.
+  void check(int code, const char* op) const {
+    TORCH_CHECK(code == 0, op, ": CUDA error ", code, ": ", kernels_->error_string(code), ". An error before it may be "
+                "the cause (CUDA_LAUNCH_BLOCKING=1 shows which). \"no kernel image\" means that the library was not "
+                "compiled for this GPU: build it with TORCH_CUDA_ARCH_LIST naming its compute capability. \"invalid "
+                "configuration\" means that a chunk's states do not fit into shared memory: pass a smaller chunk.");
+  }
+
+ private:
+  const CudaKernels* kernels_ = nullptr;
+  void* stream_ = nullptr;
+  c10::OptionalDeviceGuard guard_;
+};
 
 inline void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, const void*),
                          const void* context) {
@@ -49,14 +92,16 @@ inline OptionalTensor contiguous(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt;
 }
 
-inline void check_shape(const char* name, const OptionalTensor& tensor, at::IntArrayRef expected, at::ScalarType type) {
+inline void check_shape(const char* name, const OptionalTensor& tensor, at::IntArrayRef expected, at::ScalarType type,
+                        at::Device device) {
   if (!tensor) return;
   TORCH_CHECK_VALUE(tensor->sizes() == expected, name, " must have shape ", expected, ", got ", tensor->sizes());
   TORCH_CHECK_TYPE(tensor->scalar_type() == type, name, " must be ", type, ", got ", tensor->scalar_type());
-  TORCH_CHECK_VALUE(tensor->device().is_cpu(), name, " must be on the CPU like x, got ", tensor->device());
+  TORCH_CHECK_VALUE(tensor->device() == device, name, " must be on ", device, " like x, got ", tensor->device());
 }
 
 inline void check_decay_rates(const char* name, const Tensor& A) {
+  if (!A.is_cpu()) return;  // reading them would wait for the device
   AT_DISPATCH_FLOATING_TYPES(A.scalar_type(), "check_decay_rates", [&] {
     const scalar_t* rates = A.const_data_ptr<scalar_t>();
     for (int64_t i = 0; i < A.numel(); ++i)

@@ -39,6 +39,11 @@ struct RouteScanParams {
   void* grad_delta_bias;   // (parts, B, K, E) state, or null
   void* grad_B;            // (tiles, B, H, W, K, G, N) state, or null
   void* grad_C;            // (tiles, B, H, W, K, G, N) state, or null
+
+  // CUDA only, where y and grad_x above hold sums over some of the routes; sized by the plan.
+  void* result;            // (B, H, W, E) data, contiguous: y or grad_x
+  void* steps;             // (B, K, lines, segments, E) float: sums of step sizes
+  void* ends;              // (B, K, lines, segments, N, E) float: states at, or gradients of the states at, an end
 };
 
 // How the work is divided; a function of the shape alone. A tile holds whole units of channels.
@@ -48,6 +53,14 @@ struct RouteScanWork {
   int64_t parts;  // of the lines, with per_line
 };
 RouteScanWork route_scan_work(const RouteScanParams& p);
+
+// How CUDA kernels divide the work. Lines fall into segments, which blocks scan side by side: first each by itself as if
+// it started from zero, then, with what the segments before hand over, for good. One segment needs no first time.
+struct RouteScanPlan {
+  int64_t segment, segments;  // positions of a segment, and segments of a line
+  int64_t warps, tiles;       // of a block of the last pass, and such blocks for each group's channels
+  bool partial;               // whether y or grad_x is needed for sums over some of the routes
+};
 
 void route_scan_forward_cpu(const RouteScanParams& p, ParallelFor parallel_for);
 void route_scan_backward_cpu(const RouteScanParams& p, ParallelFor parallel_for);

@@ -1,4 +1,4 @@
-// The route scan's CPU implementation for PyTorch: checks and allocation. Allocation follows the shape functions in
+// The route scan for PyTorch, on CPU and CUDA: checks and allocation. Allocation follows the shape functions in
 // route_scan.py, which serve fake tensors.
 #include "bindings.h"
 
@@ -43,13 +43,13 @@ struct Inputs {
                       p.channels, " channels");
     const auto type = x_.scalar_type(), state = state_type(x_);
     const std::vector<int64_t> projected{p.batch, p.height, p.width, count, p.groups, p.states};
-    TORCH_CHECK_VALUE(x_.device().is_cpu(), "x must be on the CPU, got ", x_.device());
-    check_shape("delta", delta_, {p.batch, p.height, p.width, count, p.channels}, type);
-    check_shape("A", A_, {count, p.channels, p.states}, state);
-    check_shape("B", B_, projected, type);
-    check_shape("C", C_, projected, type);
-    check_shape("D", D_, {count, p.channels}, state);
-    check_shape("delta_bias", delta_bias_, {count, p.channels}, state);
+    const auto device = x_.device();
+    check_shape("delta", delta_, {p.batch, p.height, p.width, count, p.channels}, type, device);
+    check_shape("A", A_, {count, p.channels, p.states}, state, device);
+    check_shape("B", B_, projected, type, device);
+    check_shape("C", C_, projected, type, device);
+    check_shape("D", D_, {count, p.channels}, state, device);
+    check_shape("delta_bias", delta_bias_, {count, p.channels}, state, device);
 
     x = last_contiguous(x_), delta = last_contiguous(delta_), A = A_.contiguous();
     B = last_contiguous(B_), C = last_contiguous(C_), D = contiguous(D_), delta_bias = contiguous(delta_bias_);
@@ -59,20 +59,52 @@ struct Inputs {
   }
 };
 
+// What the CUDA kernels need beside inputs and outputs: from PyTorch's allocator, so that graphs can be captured.
+struct CudaScratch {
+  RouteScanPlan plan{};
+  Tensor result, sums, steps, ends;
+
+  CudaScratch(const Cuda& cuda, Inputs& inputs, bool backward) {
+    RouteScanParams& p = inputs.params;
+    const Tensor& x = inputs.x;
+    result = at::empty(x.sizes(), x.options());
+    if (!x.numel()) return;
+    cuda.check(cuda->route_scan_plan(p, backward, &plan), "cuda_ops::route_scan");
+    const auto state = x.options().dtype(at::kFloat);
+    const int64_t lines = route_shape(p.route[0], p.per_line, p.height, p.width).lines;
+    if (plan.partial) sums = x.scalar_type() == at::kFloat ? result : at::empty(x.sizes(), state);
+    if (plan.segments > 1) {
+      steps = at::empty({p.batch, p.routes, lines, plan.segments, p.channels}, state);
+      ends = at::empty({p.batch, p.routes, lines, plan.segments, p.states, p.channels}, state);
+      p.steps = steps.data_ptr(), p.ends = ends.data_ptr();
+    }
+    p.result = result.data_ptr();
+  }
+  void* partial() const { return sums.defined() ? sums.data_ptr() : nullptr; }
+};
+
 std::tuple<Tensor, Tensor, Tensor> route_scan(const Tensor& x, const Tensor& delta, const Tensor& A,
                                               const OptionalTensor& B, const OptionalTensor& C,
                                               const OptionalTensor& D, const OptionalTensor& delta_bias,
                                               at::IntArrayRef routes, bool per_line, bool delta_softplus,
                                               int64_t chunk) {
+  const Cuda cuda(x);
   Inputs inputs(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus, chunk);
   RouteScanParams& p = inputs.params;
   const auto state = x.options().dtype(state_type(x));
   const RouteShape shape = route_shape(p.route[0], per_line, p.height, p.width);
-  Tensor y = at::empty(x.sizes(), state);
   Tensor last = at::empty({per_line ? 0 : p.batch, p.routes, p.channels, p.states}, state);
   Tensor saved = at::empty(
       {p.batch, p.routes, chunk ? shape.lines : 1, saved_states(shape.length, chunk), p.states, p.channels}, state);
-  p.y = y.data_ptr(), p.saved = saved.data_ptr(), p.last = per_line ? nullptr : last.data_ptr();
+  p.saved = saved.data_ptr(), p.last = per_line ? nullptr : last.data_ptr();
+  if (cuda) {
+    CudaScratch scratch(cuda, inputs, false);
+    p.y = scratch.partial();
+    if (x.numel()) cuda.check(cuda->route_scan_forward(p, scratch.plan, cuda.stream()), "cuda_ops::route_scan");
+    return {scratch.result, last, saved};
+  }
+  Tensor y = at::empty(x.sizes(), state);
+  p.y = y.data_ptr();
   route_scan_forward_cpu(p, parallel_for);
   return {y.to(x.scalar_type()), last, saved};
 }
@@ -82,21 +114,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route_scan_ba
     const OptionalTensor& B, const OptionalTensor& C, const OptionalTensor& D, const OptionalTensor& delta_bias,
     const Tensor& saved_states_, at::IntArrayRef routes, bool per_line, bool delta_softplus, int64_t chunk) {
   TORCH_CHECK_VALUE(chunk >= 1, "the backward pass needs the states saved with a chunk of at least 1, got ", chunk);
+  const Cuda cuda(x);
   Inputs inputs(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus, chunk);
   RouteScanParams& p = inputs.params;
   const auto type = x.scalar_type();
   const auto state = x.options().dtype(state_type(x));
   const RouteShape shape = route_shape(p.route[0], per_line, p.height, p.width);
-  check_shape("grad_output", grad_output, x.sizes(), type);
+  check_shape("grad_output", grad_output, x.sizes(), type, x.device());
   check_shape("states", saved_states_,
               {p.batch, p.routes, shape.lines, saved_states(shape.length, chunk), p.states, p.channels},
-              state_type(x));
-  check_shape("grad_last", grad_last, {per_line ? 0 : p.batch, p.routes, p.channels, p.states}, state_type(x));
+              state_type(x), x.device());
+  check_shape("grad_last", grad_last, {per_line ? 0 : p.batch, p.routes, p.channels, p.states}, state_type(x),
+              x.device());
   const Tensor grad_y = last_contiguous(grad_output), saved = saved_states_.contiguous();
   const OptionalTensor grad_last_state = per_line ? std::nullopt : contiguous(grad_last);
-  const RouteScanWork work = route_scan_work(p);
+  std::optional<CudaScratch> scratch;
+  RouteScanWork work{};
+  if (cuda) {
+    scratch.emplace(cuda, inputs, true);
+    work = {scratch->plan.tiles, shape.lines * scratch->plan.segments};
+  } else {
+    work = route_scan_work(p);
+  }
 
-  Tensor grad_x = at::empty(x.sizes(), state);
+  Tensor grad_x = cuda ? scratch->result : at::empty(x.sizes(), state);
   Tensor grad_delta = at::empty_like(delta);
   // The kernel writes where the gradient has unit stride along channels, as delta usually has.
   Tensor grad_delta_rows =
@@ -112,10 +153,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route_scan_ba
 
   auto pointer = [](const Tensor& tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; };
   p.saved = saved.data_ptr(), p.grad_last = address(grad_last_state);
-  p.grad_y = grid_tensor(grad_y), p.grad_x = grad_x.data_ptr(), p.grad_delta = grid_tensor(grad_delta_rows);
+  p.grad_y = grid_tensor(grad_y), p.grad_x = cuda ? scratch->partial() : grad_x.data_ptr(), p.grad_delta = grid_tensor(grad_delta_rows);
   p.grad_A = grad_A.data_ptr(), p.grad_D = pointer(grad_D), p.grad_delta_bias = pointer(grad_bias);
   p.grad_B = pointer(grad_B), p.grad_C = pointer(grad_C);
-  route_scan_backward_cpu(p, parallel_for);
+  if (!cuda) {
+    route_scan_backward_cpu(p, parallel_for);
+  } else if (x.numel()) {
+    cuda.check(cuda->route_scan_backward(p, scratch->plan, cuda.stream()), "cuda_ops::route_scan_backward");
+  }
 
   if (!grad_delta_rows.is_same(grad_delta)) grad_delta.copy_(grad_delta_rows);
   auto per_parameter = [&](const Tensor& parts) {
@@ -130,7 +175,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route_scan_ba
 }
 
 }  // namespace
+
+const CudaKernels* emulated_kernels = nullptr;
+
 }  // namespace cuda_ops
+
+// For the tests: lets other kernels serve tensors on the CPU, as CUDA's serve tensors on a GPU; null ends that.
+extern "C" __attribute__((visibility("default"))) void cuda_ops_emulate(const cuda_ops::CudaKernels* kernels) {
+  cuda_ops::emulated_kernels = kernels;
+}
 
 TORCH_LIBRARY_FRAGMENT(cuda_ops, library) {
   library.def("cpu_capability() -> str", [] { return std::string(cuda_ops::cpu_capability()); });
@@ -140,3 +193,10 @@ TORCH_LIBRARY_IMPL(cuda_ops, CPU, library) {
   library.impl("route_scan", cuda_ops::route_scan);
   library.impl("route_scan_backward", cuda_ops::route_scan_backward);
 }
+
+#if defined(SSM_WITH_CUDA)
+TORCH_LIBRARY_IMPL(cuda_ops, CUDA, library) {
+  library.impl("route_scan", cuda_ops::route_scan);
+  library.impl("route_scan_backward", cuda_ops::route_scan_backward);
+}
+#endif

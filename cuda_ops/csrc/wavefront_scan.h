@@ -39,6 +39,20 @@ struct WavefrontScanParams {
   GridTensor grad_y, grad_x;  // (B, H, W, E) data
   GridTensor grad_C;          // (tiles, B, H, W, N) state
   void* grad_D;               // (B, E) state, or null
+
+  // CUDA only, sized by the plan; there, grad_A and grad_D above have a leading dimension of `rows` parts.
+  void* edge;     // (B, W, N, E) float: the states of a strip's last row, or the gradients of those above its first one
+  void* fronts;   // (B, tiles, fronts, rows, N, 16) float: the states behind each of a strip's spans
+  void* partial;  // (1 or 3, B, H, W, E) float: sums over groups of states of y, or of the gradients of x and deltas
+};
+
+// How CUDA kernels divide the work: a block has a tile of channels and goes through the map in strips of rows. The rows
+// of a strip are one column apart from each other, so that a step advances all of them by a pixel.
+constexpr int64_t kWavefrontTile = 16;
+struct WavefrontScanPlan {
+  int64_t rows, tiles;   // of a strip, and of the channels
+  int64_t span, fronts;  // steps between states kept for the backward pass, and how many are kept
+  bool grouped;          // whether states go in groups, whose sums `partial` holds
 };
 
 // Tiles of channels that give at least so many tasks for the whole batch, where there are enough channels; a function

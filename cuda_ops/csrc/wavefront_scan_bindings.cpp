@@ -1,4 +1,4 @@
-// The wavefront scan's CPU implementation for PyTorch: checks, allocation, and the orientation in which the kernels see
+// The wavefront scan for PyTorch, on CPU and CUDA: checks, allocation, and the orientation in which the kernels see
 // the map. Allocation follows the shape functions in wavefront_scan.py, which serve fake tensors.
 #include "bindings.h"
 
@@ -49,22 +49,22 @@ struct Inputs {
          bool reverse, int64_t chunk) {
     TORCH_CHECK_VALUE(x_.dim() == 4, "x must be (batch, height, width, channels), got ", x_.sizes());
     TORCH_CHECK_VALUE(A_top_.dim() == 2, "A_top must be (channels, states), got ", A_top_.sizes());
-    TORCH_CHECK_VALUE(x_.device().is_cpu(), "x must be on the CPU, got ", x_.device());
     TORCH_CHECK_VALUE(chunk >= 0, "chunk must not be negative, got ", chunk);
     const int64_t batch = x_.size(0), height = x_.size(1), width = x_.size(2), channels = x_.size(3);
     const int64_t states = A_top_.size(1);
     TORCH_CHECK_VALUE(height >= 1 && width >= 1, "x must have height and width of at least 1, got ", x_.sizes());
     const auto type = x_.scalar_type(), state = state_type(x_);
+    const auto device = x_.device();
     WavefrontScanParams& p = params;
     p.dtype = data_type(x_);
-    check_shape("delta_top", delta_top_, x_.sizes(), type);
-    check_shape("delta_left", delta_left_, x_.sizes(), type);
-    check_shape("A_top", A_top_, {channels, states}, state);
-    check_shape("A_left", A_left_, {channels, states}, state);
-    check_shape("B_top", B_top_, {batch, height, width, states}, type);
-    check_shape("B_left", B_left_, {batch, height, width, states}, type);
-    check_shape("C", C_, {batch, height, width, states}, type);
-    check_shape("D", D_, {channels}, state);
+    check_shape("delta_top", delta_top_, x_.sizes(), type, device);
+    check_shape("delta_left", delta_left_, x_.sizes(), type, device);
+    check_shape("A_top", A_top_, {channels, states}, state, device);
+    check_shape("A_left", A_left_, {channels, states}, state, device);
+    check_shape("B_top", B_top_, {batch, height, width, states}, type, device);
+    check_shape("B_left", B_left_, {batch, height, width, states}, type, device);
+    check_shape("C", C_, {batch, height, width, states}, type, device);
+    check_shape("D", D_, {channels}, state, device);
 
     x = last_contiguous(x_), delta_top = last_contiguous(delta_top_), delta_left = last_contiguous(delta_left_);
     B_top = last_contiguous(B_top_), B_left = last_contiguous(B_left_), C = last_contiguous(C_);
@@ -90,16 +90,40 @@ struct Inputs {
   }
 };
 
+// What the CUDA kernels need beside inputs and outputs: from PyTorch's allocator, so that graphs can be captured.
+struct CudaScratch {
+  WavefrontScanPlan plan{};
+  Tensor edge, fronts, partial;
+
+  CudaScratch(const Cuda& cuda, WavefrontScanParams& p, const Tensor& x, bool backward) {
+    plan.rows = plan.tiles = 1;
+    if (!x.numel()) return;
+    cuda.check(cuda->wavefront_scan_plan(p, backward, &plan), "cuda_ops::wavefront_scan");
+    const auto state = x.options().dtype(at::kFloat);
+    edge = at::empty({p.batch, p.width, p.states, p.channels}, state);
+    if (backward) fronts = at::empty({p.batch, plan.tiles, plan.fronts, plan.rows, p.states, kWavefrontTile}, state);
+    if (plan.grouped) partial = at::empty({backward ? 3 : 1, p.batch, p.height, p.width, p.channels}, state);
+    p.edge = edge.data_ptr();
+    p.fronts = backward ? fronts.data_ptr() : nullptr, p.partial = plan.grouped ? partial.data_ptr() : nullptr;
+  }
+};
+
 std::tuple<Tensor, Tensor> wavefront_scan(const Tensor& x, const Tensor& delta_top, const Tensor& delta_left,
                                           const Tensor& A_top, const Tensor& A_left, const Tensor& B_top,
                                           const Tensor& B_left, const Tensor& C, const OptionalTensor& D, bool reverse,
                                           int64_t chunk) {
+  const Cuda cuda(x);
   Inputs inputs(x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D, reverse, chunk);
   WavefrontScanParams& p = inputs.params;
   Tensor y = at::empty(x.sizes(), x.options());
   Tensor saved = at::empty(inputs.saved_sizes(), x.options().dtype(state_type(x)));
   p.y = inputs.oriented(y), p.saved = saved.data_ptr();
-  wavefront_scan_forward_cpu(p, parallel_for);
+  if (cuda) {
+    const CudaScratch scratch(cuda, p, x, false);
+    if (x.numel()) cuda.check(cuda->wavefront_scan_forward(p, scratch.plan, cuda.stream()), "cuda_ops::wavefront_scan");
+  } else {
+    wavefront_scan_forward_cpu(p, parallel_for);
+  }
   return {y, saved};
 }
 
@@ -122,30 +146,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const Tensor& A_left, const Tensor& B_top, const Tensor& B_left, const Tensor& C, const OptionalTensor& D,
     const Tensor& saved_states_, bool reverse, int64_t chunk) {
   TORCH_CHECK_VALUE(chunk >= 1, "the backward pass needs the states saved with a chunk of at least 1, got ", chunk);
+  const Cuda cuda(x);
   Inputs inputs(x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D, reverse, chunk);
   WavefrontScanParams& p = inputs.params;
   const Orientation& oriented = inputs.oriented;
   const auto type = x.scalar_type();
   const auto state = x.options().dtype(state_type(x));
-  check_shape("grad_output", grad_output, x.sizes(), type);
-  check_shape("states", saved_states_, inputs.saved_sizes(), state_type(x));
+  check_shape("grad_output", grad_output, x.sizes(), type, x.device());
+  check_shape("states", saved_states_, inputs.saved_sizes(), state_type(x), x.device());
   const Tensor grad_y = last_contiguous(grad_output), saved = saved_states_.contiguous();
 
   Tensor grad_x = at::empty(x.sizes(), x.options());
   const Gradient grad_delta_top(delta_top), grad_delta_left(delta_left);
-  const int64_t tiles = wavefront_scan_tiles(p, kBackwardTasks);
+  std::optional<CudaScratch> scratch;
+  if (cuda) scratch.emplace(cuda, p, x, true);
+  const int64_t tiles = cuda ? scratch->plan.tiles : wavefront_scan_tiles(p, kBackwardTasks);
+  // Each of a strip's rows has sums of its own on CUDA.
+  const int64_t parts = p.batch * (cuda ? scratch->plan.rows : 1);
   const std::vector<int64_t> projections{tiles, p.batch, x.size(1), x.size(2), p.states};
   Tensor grad_B_top = at::empty(projections, state), grad_B_left = at::empty(projections, state);
   Tensor grad_C = at::empty(projections, state);
-  Tensor grad_A_top = at::empty({p.batch, p.channels, p.states}, state), grad_A_left = at::empty_like(grad_A_top);
-  Tensor grad_D = D ? at::empty({p.batch, p.channels}, state) : Tensor();
+  Tensor grad_A_top = at::empty({parts, p.channels, p.states}, state), grad_A_left = at::empty_like(grad_A_top);
+  Tensor grad_D = D ? at::empty({parts, p.channels}, state) : Tensor();
 
   p.saved = saved.data_ptr(), p.grad_y = oriented(grad_y), p.grad_x = oriented(grad_x);
   p.grad_C = oriented.tiled(grad_C), p.grad_D = D ? grad_D.data_ptr() : nullptr;
   inputs.top().grad_delta = oriented(grad_delta_top.rows), inputs.left().grad_delta = oriented(grad_delta_left.rows);
   inputs.top().grad_B = oriented.tiled(grad_B_top), inputs.left().grad_B = oriented.tiled(grad_B_left);
   inputs.top().grad_A = grad_A_top.data_ptr(), inputs.left().grad_A = grad_A_left.data_ptr();
-  wavefront_scan_backward_cpu(p, parallel_for);
+  if (!cuda) {
+    wavefront_scan_backward_cpu(p, parallel_for);
+  } else if (x.numel()) {
+    cuda.check(cuda->wavefront_scan_backward(p, scratch->plan, cuda.stream()), "cuda_ops::wavefront_scan_backward");
+  }
 
   auto per_projection = [&](const Tensor& parts) {
     return (tiles == 1 ? parts.squeeze(0) : parts.sum(0)).to(type);
@@ -181,3 +214,10 @@ TORCH_LIBRARY_IMPL(cuda_ops, CPU, library) {
   library.impl("wavefront_scan_backward", cuda_ops::wavefront_scan_backward);
   library.impl("exp2_repeatedly", cuda_ops::exp2_repeatedly);
 }
+
+#if defined(SSM_WITH_CUDA)
+TORCH_LIBRARY_IMPL(cuda_ops, CUDA, library) {
+  library.impl("wavefront_scan", cuda_ops::wavefront_scan);
+  library.impl("wavefront_scan_backward", cuda_ops::wavefront_scan_backward);
+}
+#endif

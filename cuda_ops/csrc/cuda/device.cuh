@@ -1,0 +1,173 @@
+// What the CUDA kernels share: element types, arithmetic, warp reductions, and launches. The tests compile the same
+// kernels for the CPU, by headers of their own that stand in for CUDA's.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "../scan_math.h"
+#include "../scan_types.h"
+
+#if defined(__CUDACC__)
+#define SSM_LAUNCH(kernel, blocks, threads, shared, stream, ...) \
+  kernel<<<(blocks), (threads), (shared), (stream)>>>(__VA_ARGS__)
+#define SSM_DYNAMIC_SHARED(name) extern __shared__ __align__(16) float name[]
+#endif
+
+namespace cuda_ops {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// Blocks of one launch. Tests lower it, to see that more of them are divided among launches.
+#if !defined(SSM_MAX_BLOCKS)
+#define SSM_MAX_BLOCKS 0x7fffffff
+#endif
+
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float value);
+template <>
+__device__ __forceinline__ float from_float<float>(float value) {
+  return value;
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float value) {
+  return __float2half_rn(value);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
+  return __float2bfloat16_rn(value);
+}
+
+// 2^x by one instruction of the special function unit; relative error 2^-22, and 0 below 2^-126.
+__device__ __forceinline__ float fast_exp2(float x) {
+#if defined(__CUDACC__)
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return exp2f(x);
+#endif
+}
+
+__device__ __forceinline__ float fast_divide(float a, float b) { return __fdividef(a, b); }
+
+struct Softplus {
+  float value;  // log(1 + exp(v))
+  float slope;  // 1 / (1 + exp(-v))
+};
+
+__device__ __forceinline__ Softplus softplus(float v) {
+  const bool positive = v > 0;
+  const float t = fast_exp2((positive ? -v : v) * kLog2E);
+  // log(1 + t) = 2 atanh(t / (2 + t)), by a minimax polynomial for t in [0, 1].
+  const float s = fast_divide(t, t + 2.f), z = s * s;
+  float q = 2.5848155178e-1f;
+  q = q * z + 2.8405319656e-1f;
+  q = q * z + 4.0001240873e-1f;
+  q = q * z + 6.6666665228e-1f;
+  q = q * z + 2.0f;
+  const float reciprocal = fast_divide(1.f, t + 1.f);
+  return {q * s + (positive ? v : 0.f), positive ? reciprocal : t * reciprocal};
+}
+
+// Sums each of some values over the lanes of a warp, or of each half of it: lane i gets the sum of values[i], modulo their
+// number, a power of two of at most as many as there are lanes. Every lane of the warp takes part. Half of the values
+// change sides at each level, so that 31 exchanges do for 32 sums.
+template <int Lanes, int Count, int Held = Count>
+__device__ __forceinline__ float sum_each(float (&values)[Count], int lane) {
+  if constexpr (Held > 1) {
+    constexpr int kHalf = Held / 2;
+    const bool upper = (lane & kHalf) != 0;
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      const float given = upper ? values[i] : values[i + kHalf];
+      const float kept = upper ? values[i + kHalf] : values[i];
+      values[i] = kept + __shfl_xor_sync(kAllLanes, given, kHalf);
+    }
+    return sum_each<Lanes, Count, kHalf>(values, lane);
+  } else {
+    float sum = values[0];
+#pragma unroll
+    for (int step = Count; step < Lanes; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+    return sum;
+  }
+}
+
+// A row of NS floats of shared memory, 16 bytes at a time where there are so many.
+template <int NS>
+__device__ __forceinline__ void read_row(const float* row, float (&values)[NS]) {
+  if constexpr (NS % 4 == 0) {
+#pragma unroll
+    for (int n = 0; n < NS; n += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(row + n);
+      values[n] = four.x, values[n + 1] = four.y, values[n + 2] = four.z, values[n + 3] = four.w;
+    }
+  } else {
+#pragma unroll
+    for (int n = 0; n < NS; ++n) values[n] = row[n];
+  }
+}
+
+template <class T>
+__device__ __forceinline__ T* at(const GridTensor& tensor, int64_t batch, int64_t row, int64_t column) {
+  return static_cast<T*>(tensor.data) + batch * tensor.batch + row * tensor.row + column * tensor.column;
+}
+
+// Copies a float to shared memory without waiting for it, where the GPU can.
+__device__ __forceinline__ void async_copy(float* shared, const float* global) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(unsigned(__cvta_generic_to_shared(shared))), "l"(global)
+               : "memory");
+#else
+  *shared = *global;
+#endif
+}
+
+// Waits for the thread's copies; others see them after a barrier.
+__device__ __forceinline__ void async_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// Shared memory that a block may have on the current device, in bytes.
+inline int shared_memory_limit(int64_t* bytes) {
+  int device = 0, limit = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  *bytes = limit;
+  return int(error);
+}
+
+// Launches as many blocks as there are, in parts where they are too many for one grid: kernels add `first` to their
+// block's number. `Arguments` has a member `first_block`.
+template <class Arguments>
+int launch_blocks(void (*kernel)(Arguments), Arguments arguments, int64_t blocks, int threads, int64_t shared,
+                  void* stream) {
+  if (blocks == 0) return cudaSuccess;
+  if (shared > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    if (error != cudaSuccess) return int(error);
+  }
+  for (int64_t first = 0; first < blocks; first += SSM_MAX_BLOCKS) {
+    const int64_t rest = blocks - first;
+    arguments.first_block = first;
+    SSM_LAUNCH(kernel, unsigned(rest < SSM_MAX_BLOCKS ? rest : SSM_MAX_BLOCKS), unsigned(threads), size_t(shared),
+               static_cast<cudaStream_t>(stream), arguments);
+    const cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess) return int(error);
+  }
+  return cudaSuccess;
+}
+
+}  // namespace cuda_ops
