@@ -9,11 +9,12 @@ IN_VENV = "$(VENV)/bin/python"
 given = $(filter command environment,$(firstword $(origin $(1))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint kernels clean
 
 help:
 	@echo 'make demo     set up, then train, evaluate and show a small model (DEMO_ARGS, FAMILY, TASK are passed on)'
 	@echo 'make test     set up, then check style and types and run the tests (PYTEST_ARGS are passed on)'
+	@echo 'make kernels  compile every CUDA kernel for every architecture by nvcc alone, and print what each takes (ARCHS="8.0 9.0")'
 	@echo 'make setup    make or complete the environment alone'
 	@echo 'make lint     set up, then check style and types alone'
 	@echo 'make clean    remove what compiling and testing left; the environment and the data stay'
@@ -32,6 +33,9 @@ lint: setup
 
 test: lint
 	@$(IN_VENV) -m pytest $(PYTEST_ARGS)
+
+kernels:
+	@$(PYTHON) cuda_ops/kernel_report.py $(if $(ARCHS),--archs "$(ARCHS)")
 
 clean:
 	rm -rf build dist *.egg-info cuda_ops/_C.so* cuda_ops/_build_info.json* .mypy_cache .pytest_cache .ruff_cache

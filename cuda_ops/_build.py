@@ -33,6 +33,8 @@ X86_CAPABILITIES = {
     'avx2': ['-mavx2', '-mfma'],
     'avx512': ['-mavx512f', '-mavx512bw', '-mavx512dq', '-mavx512vl', '-mfma', '-mprefer-vector-width=512'],
 }
+# Compute capabilities that a library for unknown GPUs is compiled for, from Turing on.
+ARCHS = ('7.5', '8.0', '8.6', '8.9', '9.0', '10.0', '12.0')
 SOURCE_SUFFIXES = ('.cpp', '.h', '.cu', '.cuh')
 
 
@@ -51,12 +53,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Toolkit:
-    """A CUDA compiler, its version (e.g. 13.0), and the folders of the runtime's headers and libraries."""
+    """A CUDA compiler, its version (e.g. 13.0), the folders of the runtime's headers and libraries, and what it knows.
+
+    Attributes:
+        archs: the architectures it compiles for, without their dots.
+    """
 
     nvcc: Path
     version: str
     includes: tuple[str, ...]
     libraries: tuple[str, ...]
+    archs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,7 @@ class CudaPlan:
     build: bool
     reason: str
     gencode: tuple[str, ...] = ()
+    archs: str = ''
 
 
 def source_hash(csrc: Path = CSRC) -> str | None:
@@ -129,37 +137,59 @@ def gencode_flags(arch_list: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(flags))
 
 
-def plan_cuda(force: str, *, sources: Sequence[Path], torch_cuda: str | None, nvcc_version: str | None,
-              arch_list: str) -> CudaPlan:
-    """Decide whether CUDA kernels are compiled.
-
-    Args:
-        force: ``FORCE_CUDA``: 1 demands them, 0 forbids them, ``auto`` or empty takes them where everything is there.
-        sources: the ``.cu`` files.
-        torch_cuda: the CUDA version torch was built for, None for a CPU build of torch.
-        nvcc_version: the CUDA compiler's version, None where there is no nvcc.
-        arch_list: the architectures to compile for, as in ``TORCH_CUDA_ARCH_LIST``.
+def default_archs(toolkit: Toolkit) -> str:
+    """The architectures compiled for where no GPU is visible: those of :data:`ARCHS` that the compiler knows, and PTX.
 
     Raises:
-        BuildError: if ``force`` is unknown, or is 1 and torch or the toolkit cannot serve.
+        BuildError: if the compiler knows none of them.
+    """
+    known = set(toolkit.archs)
+    archs = [arch for arch in ARCHS if arch.replace('.', '') in known]
+    if not archs:
+        raise BuildError(f'nvcc {toolkit.version} knows none of the architectures {", ".join(ARCHS)}; name one that it '
+                         'knows in TORCH_CUDA_ARCH_LIST')
+    return ';'.join(archs) + '+PTX'
+
+
+def plan_cuda(force: str, *, sources: Sequence[Path], torch_cuda: str | None, toolkit: Toolkit | None,
+              environ_archs: str, visible_archs: str) -> CudaPlan:
+    """Decide whether CUDA kernels are compiled, and for which architectures.
+
+    The kernels need nothing of torch, and the bindings only what is in every build of torch. So ``FORCE_CUDA=1`` also
+    serves where torch is a CPU build, or none of the machine's; such a library runs on the CPU.
+
+    Args:
+        force: ``FORCE_CUDA``: 1 demands them, 0 forbids them, ``auto`` or empty takes them where torch and toolkit fit.
+        sources: the ``.cu`` files.
+        torch_cuda: the CUDA version torch was built for, None for a CPU build of torch.
+        toolkit: the CUDA compiler, None where there is none.
+        environ_archs: ``TORCH_CUDA_ARCH_LIST``, empty where it is not set.
+        visible_archs: the architectures of the GPUs at hand, likewise.
+
+    Raises:
+        BuildError: if ``force`` is unknown, or is 1 and there is no toolkit, or one of another major version than
+            torch's.
     """
     if force not in ('', 'auto', '0', '1'):
         raise BuildError(f'FORCE_CUDA is {force!r}; it must be 1, 0 or auto')
     if force == '0':
         return CudaPlan(False, 'FORCE_CUDA=0')
     if not sources:
-        return CudaPlan(False, 'this version has no CUDA kernels yet'
-                        + ('; FORCE_CUDA=1 changes nothing here' if force == '1' else ''))
-    if torch_cuda is None:
-        obstacle = 'the installed torch is a CPU build'
-    elif nvcc_version is None:
-        obstacle = f'there is no nvcc; install the CUDA toolkit {torch_cuda} and set CUDA_HOME'
-    elif nvcc_version.partition('.')[0] != torch_cuda.partition('.')[0]:
-        obstacle = f'nvcc is version {nvcc_version}, but torch was built for CUDA {torch_cuda}'
-    elif not arch_list:
-        obstacle = 'no GPU is visible; name its compute capability in TORCH_CUDA_ARCH_LIST, for example 9.0'
+        return CudaPlan(False, 'there are no CUDA sources')
+    if toolkit is None:
+        obstacle = (f'there is no nvcc; install the CUDA toolkit{f" {torch_cuda}" if torch_cuda else ""} and set '
+                    'CUDA_HOME')
+    elif torch_cuda is None and force != '1':
+        obstacle = 'the installed torch is a CPU build; FORCE_CUDA=1 compiles them all the same'
+    elif torch_cuda and toolkit.version.partition('.')[0] != torch_cuda.partition('.')[0]:
+        obstacle = (f'nvcc is version {toolkit.version}, but torch was built for CUDA {torch_cuda}; install the '
+                    f'toolkit {torch_cuda} and set CUDA_HOME, or a torch built for CUDA {toolkit.version}')
     else:
-        return CudaPlan(True, f'nvcc {nvcc_version}, torch for CUDA {torch_cuda}', gencode_flags(arch_list))
+        archs = environ_archs or visible_archs or default_archs(toolkit)
+        why = ('TORCH_CUDA_ARCH_LIST' if environ_archs else 'the GPU at hand' if visible_archs else
+               'no GPU is visible, so all that this nvcc knows of the usual ones')
+        torch_is = f'torch for CUDA {torch_cuda}' if torch_cuda else 'FORCE_CUDA=1 with a CPU build of torch'
+        return CudaPlan(True, f'nvcc {toolkit.version}, {torch_is}, for {archs} ({why})', gencode_flags(archs), archs)
     if force == '1':
         raise BuildError(f'FORCE_CUDA=1, but {obstacle}')
     return CudaPlan(False, obstacle)
@@ -179,7 +209,9 @@ def find_toolkit(environ: Mapping[str, str] = os.environ) -> Toolkit | None:
                re.findall(r'^#\$ (INCLUDES|LIBRARIES)=(.*)$', output, re.MULTILINE)}
     if version is None or len(folders) != 2:
         return None
-    return Toolkit(Path(nvcc), version.group(1), folders['INCLUDES'], folders['LIBRARIES'])
+    listed = subprocess.run([nvcc, '--list-gpu-arch'], capture_output=True, text=True, env=dict(environ)).stdout
+    return Toolkit(Path(nvcc), version.group(1), folders['INCLUDES'], folders['LIBRARIES'],
+                   tuple(re.findall(r'compute_(\d+)', listed)))
 
 
 def cpu_steps(csrc: Path, objects: Path, compiler: Sequence[str], machine: str) -> list[Step]:
@@ -230,8 +262,8 @@ def link_step(library: Path, objects: Sequence[Path], compiler: Sequence[str], t
     argv = [*compiler, '-shared', *_openmp(), *map(str, objects), *(f'-L{path}' for path in library_paths()),
             '-lc10', '-ltorch_cpu', '-ltorch']
     if toolkit:
-        argv += ['-lc10_cuda', '-ltorch_cuda', *(f'-L{path}' for path in toolkit.libraries), '-lcudart_static', '-ldl',
-                 '-lrt', '-lpthread']
+        # The runtime is carried along, so that neither torch's nor the machine's version of it matters.
+        argv += [*(f'-L{path}' for path in toolkit.libraries), '-lcudart_static', '-ldl', '-lrt', '-lpthread']
     return Step(library, tuple(objects), (*argv, '-o', str(library)))
 
 
@@ -253,9 +285,8 @@ def build(package: Path, build_dir: Path, csrc: Path = CSRC, environ: Mapping[st
     machine = platform.machine()
     toolkit = find_toolkit(environ)
     sources = sorted((csrc / 'cuda').glob('*.cu'))
-    arch_list = environ.get('TORCH_CUDA_ARCH_LIST') or _visible_archs(torch)
-    cuda = plan_cuda(environ.get('FORCE_CUDA', ''), sources=sources, torch_cuda=torch.version.cuda,
-                     nvcc_version=toolkit.version if toolkit else None, arch_list=arch_list)
+    cuda = plan_cuda(environ.get('FORCE_CUDA', ''), sources=sources, torch_cuda=torch.version.cuda, toolkit=toolkit,
+                     environ_archs=environ.get('TORCH_CUDA_ARCH_LIST', ''), visible_archs=_visible_archs(torch))
     toolkit = toolkit if cuda.build else None
     print(f'cuda_ops: torch {torch.__version__}, {version}')
     print(f'cuda_ops: CPU kernels for {machine}: {", ".join(cpu_capabilities(machine))}')
@@ -277,7 +308,7 @@ def build(package: Path, build_dir: Path, csrc: Path = CSRC, environ: Mapping[st
             'compiler': version,
             'machine': machine,
             'capabilities': list(cpu_capabilities(machine)),
-            'cuda': {'toolkit': toolkit.version, 'arch_list': arch_list} if toolkit else None,
+            'cuda': {'toolkit': toolkit.version, 'arch_list': cuda.archs} if toolkit else None,
             'cuda_reason': cuda.reason,
             'source_hash': hashed,
         }

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,39 +73,65 @@ def test_gencode_refuses_what_is_no_compute_capability(build, arch_list):
         build.gencode_flags(arch_list)
 
 
-COMPLETE = {'sources': ['scan.cu'], 'torch_cuda': '13.0', 'nvcc_version': '13.1', 'arch_list': '9.0'}
+def toolkit_of(build, version='13.1', archs=('75', '80', '90', '121')):
+    return build.Toolkit(Path('/t/bin/nvcc'), version, (), (), archs)
+
+
+def plan_of(build, force, **changed):
+    complete = {'sources': ['scan.cu'], 'torch_cuda': '13.0', 'toolkit': toolkit_of(build), 'environ_archs': '',
+                'visible_archs': '9.0'}
+    return build.plan_cuda(force, **(complete | changed))
 
 
 @pytest.mark.parametrize(('force', 'changed', 'reason'), [
     ('0', {}, 'FORCE_CUDA=0'),
-    ('auto', {'sources': []}, 'no CUDA kernels yet'),
-    ('1', {'sources': []}, 'no CUDA kernels yet; FORCE_CUDA=1 changes nothing'),
+    ('auto', {'sources': []}, 'no CUDA sources'),
     ('', {'torch_cuda': None}, 'CPU build'),
-    ('auto', {'nvcc_version': None}, 'no nvcc'),
-    ('auto', {'nvcc_version': '12.8'}, 'nvcc is version 12.8, but torch was built for CUDA 13.0'),
-    ('auto', {'arch_list': ''}, 'TORCH_CUDA_ARCH_LIST'),
+    ('auto', {'toolkit': None}, 'no nvcc; install the CUDA toolkit 13.0 and set CUDA_HOME'),
 ])
 def test_cuda_is_left_out_with_a_reason(build, force, changed, reason):
-    plan = build.plan_cuda(force, **{**COMPLETE, **changed})
+    plan = plan_of(build, force, **changed)
     assert not plan.build and reason in plan.reason
+
+
+def test_a_toolkit_of_another_major_version_is_not_used(build):
+    plan = plan_of(build, '', toolkit=toolkit_of(build, '12.8'))
+    assert not plan.build and 'nvcc is version 12.8, but torch was built for CUDA 13.0' in plan.reason
+    with pytest.raises(build.BuildError, match='FORCE_CUDA=1, but nvcc is version 12.8'):
+        plan_of(build, '1', toolkit=toolkit_of(build, '12.8'))
 
 
 @pytest.mark.parametrize('force', ['', 'auto', '1'])
 def test_cuda_is_built_where_everything_is_there(build, force):
-    plan = build.plan_cuda(force, **COMPLETE)
-    assert plan.build and plan.gencode == build.gencode_flags('9.0')
+    plan = plan_of(build, force)
+    assert plan.build and plan.gencode == build.gencode_flags('9.0') and plan.archs == '9.0'
+    assert 'nvcc 13.1, torch for CUDA 13.0, for 9.0 (the GPU at hand)' == plan.reason
 
 
-@pytest.mark.parametrize('changed', [{'torch_cuda': None}, {'nvcc_version': None}, {'nvcc_version': '12.8'},
-                                     {'arch_list': ''}])
-def test_forced_cuda_fails_where_something_lacks(build, changed):
-    with pytest.raises(build.BuildError, match='FORCE_CUDA=1, but'):
-        build.plan_cuda('1', **{**COMPLETE, **changed})
+def test_forced_cuda_needs_neither_a_gpu_nor_torchs_cuda(build):
+    plan = plan_of(build, '1', torch_cuda=None, visible_archs='')
+    assert plan.build and plan.archs == '7.5;8.0;9.0+PTX'
+    assert 'CPU build of torch' in plan.reason and 'no GPU is visible' in plan.reason
+
+
+def test_the_variable_names_the_architectures(build):
+    plan = plan_of(build, '', environ_archs='8.6')
+    assert plan.archs == '8.6' and 'TORCH_CUDA_ARCH_LIST' in plan.reason
+
+
+def test_forced_cuda_fails_without_a_toolkit(build):
+    with pytest.raises(build.BuildError, match='FORCE_CUDA=1, but there is no nvcc'):
+        plan_of(build, '1', toolkit=None)
+
+
+def test_a_toolkit_too_new_for_the_usual_architectures_is_explained(build):
+    with pytest.raises(build.BuildError, match='TORCH_CUDA_ARCH_LIST'):
+        plan_of(build, '1', visible_archs='', toolkit=toolkit_of(build, archs=('150',)))
 
 
 def test_unknown_force_cuda_is_refused(build):
     with pytest.raises(build.BuildError, match="'yes'"):
-        build.plan_cuda('yes', **COMPLETE)
+        plan_of(build, 'yes')
 
 
 def test_toolkit_is_read_from_the_compiler(build, tmp_path):
@@ -113,12 +140,13 @@ def test_toolkit_is_read_from_the_compiler(build, tmp_path):
     nvcc.write_text('''#!/bin/sh
 case "$1" in
 --version) echo 'Cuda compilation tools, release 12.8, V12.8.9';;
+--list-gpu-arch) echo compute_75; echo compute_90;;
 *) echo '#$ INCLUDES="-I/t/include"  '; echo '#$ LIBRARIES=  "-L/t/stubs" "-L/t/lib"';;
 esac
 ''')
     nvcc.chmod(0o755)
     toolkit = build.find_toolkit({'CUDA_HOME': str(tmp_path), 'PATH': os.environ['PATH']})
-    assert toolkit == build.Toolkit(nvcc, '12.8', ('/t/include',), ('/t/stubs', '/t/lib'))
+    assert toolkit == build.Toolkit(nvcc, '12.8', ('/t/include',), ('/t/stubs', '/t/lib'), ('75', '90'))
     assert build.find_toolkit({'CUDA_HOME': str(tmp_path / 'nothing'), 'PATH': os.environ['PATH']}) is None
 
 
@@ -134,7 +162,9 @@ def test_cuda_kernels_are_compiled_by_nvcc_alone(build, csrc):
 def test_cuda_library_carries_the_runtime(build):
     toolkit = build.Toolkit('/t/bin/nvcc', '13.0', ('/t/include',), ('/t/lib',))
     argv = build.link_step('lib.so', [], ['c++'], toolkit).argv
-    assert {'-lcudart_static', '-lc10_cuda', '-ltorch_cuda', '-L/t/lib'} <= set(argv)
+    assert {'-lcudart_static', '-L/t/lib'} <= set(argv)
+    # Nothing of torch's CUDA libraries: a CPU build of torch has none.
+    assert not {'-lc10_cuda', '-ltorch_cuda'} & set(argv)
     assert not any('cuda' in flag for flag in build.link_step('lib.so', [], ['c++'], None).argv)
 
 

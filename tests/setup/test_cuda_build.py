@@ -1,0 +1,81 @@
+"""Builds with CUDA where there is nvcc and no GPU: against the installed torch, also a CPU build of it."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+NO_NVCC = pytest.mark.skipif(shutil.which('nvcc') is None, reason='there is no nvcc')
+
+
+@NO_NVCC
+@pytest.mark.skipif(torch.cuda.is_available(), reason='a GPU is here: tests/gpu tests the library itself')
+def test_a_library_with_cuda_kernels_serves_the_cpu(root: Path, tmp_path: Path) -> None:
+    """Compiles everything for one architecture, about a minute on one core."""
+    package = Path(shutil.copytree(root / 'cuda_ops', tmp_path / 'cuda_ops',
+                                   ignore=shutil.ignore_patterns('__pycache__', '_C.so*', '_build_info.json*')))
+    script = f'''
+import importlib.util, os, sys
+from pathlib import Path
+os.environ.update(FORCE_CUDA='1', TORCH_CUDA_ARCH_LIST='9.0')
+spec = importlib.util.spec_from_file_location('cuda_ops_build', {str(package / "_build.py")!r})
+build = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = build
+spec.loader.exec_module(build)
+build.build(Path({str(package)!r}), Path({str(tmp_path / "objects")!r}))
+'''
+    result = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert 'CUDA kernels: yes: nvcc' in result.stdout and 'for 9.0 (TORCH_CUDA_ARCH_LIST)' in result.stdout
+    use = '''
+import torch, cuda_ops
+from cuda_ops import _library, reference
+from cuda_ops.__main__ import report
+assert 'cuda' in _library.STATUS.devices, _library.STATUS.reason
+x, delta, A = torch.randn(2, 5, 7, 6), torch.randn(2, 5, 7, 6), -torch.rand(6, 3)
+B, C = torch.randn(2, 5, 7, 3), torch.randn(2, 5, 7, 3)
+y = cuda_ops.line_scan(x, delta, A, B, C, axis='row')
+grid = (x, delta[:, :, :, None], A[None], B[:, :, :, None, None], C[:, :, :, None, None], None, None)
+torch.testing.assert_close(y, reference.route_scan(*grid, [0], True, True)[0])
+print(report())
+'''
+    result = subprocess.run([sys.executable, '-c', use], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert 'no such device here' in result.stdout and '9.0' in result.stdout
+
+
+@NO_NVCC
+def test_kernels_keep_to_their_registers(root: Path) -> None:
+    """Every kernel for one architecture, as ``make kernels`` compiles them for all."""
+    result = subprocess.run([sys.executable, str(root / 'cuda_ops' / 'kernel_report.py'), '--archs', '9.0'],
+                            capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    for kernel in ('scan_forward<bfloat16, 1>', 'scan_backward<float16, 16>', 'summarize<float32, 8, 1>', 'combine',
+                   'wavefront_forward<bfloat16, 16>', 'wavefront_backward<float32, 4>'):
+        assert f'| {kernel} |' in result.stdout
+    assert ', 0 spill' in result.stdout
+
+
+def test_spills_are_read_from_the_compilers_report(root: Path) -> None:
+    spec = importlib.util.spec_from_file_location('kernel_report', root / 'cuda_ops' / 'kernel_report.py')
+    assert spec and spec.loader
+    report = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = report
+    spec.loader.exec_module(report)
+    symbol = '_ZN8cuda_ops5_anon12scan_forwardI13__nv_bfloat16Li16EEEvNS0_14RouteArgumentsE'
+    log = f"""ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '{symbol}' for 'sm_90'
+ptxas info    : Function properties for {symbol}
+    24 bytes stack frame, 20 bytes spill stores, 36 bytes spill loads
+ptxas info    : Used 168 registers, used 1 barriers, 24 bytes cumulative stack size, 512 bytes smem
+"""
+    (usage,) = report.parse(log)
+    assert usage == report.Usage('scan_forward<bfloat16, 16>', 'sm_90', 168, 512, 24, 20, 36) and usage.spills
+    assert not report.parse(log.replace('24 bytes stack', '0 bytes stack').replace('20 b', '0 b').replace(
+        '36 b', '0 b'))[0].spills
+    with pytest.raises(ValueError, match='no report'):
+        report.parse('nothing')
