@@ -1,0 +1,88 @@
+"""Compile the CUDA kernels for the CPU, by the headers in this folder, and let them serve tensors on the CPU."""
+
+import contextlib
+import ctypes
+import importlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from cuda_ops import _library, route_scan
+
+FOLDER = Path(__file__).resolve().parent
+CSRC = FOLDER.parents[1] / 'cuda_ops' / 'csrc'
+SANITIZE_VARIABLE = 'SSM_EMULATION_SANITIZE'
+SANITIZERS = ['-fsanitize=address,alignment,bounds,shift,signed-integer-overflow,null', '-fno-sanitize-recover=all']
+SHARED_LIMIT = 227 * 1024
+
+
+def compiler() -> str | None:
+    """g++, whose sanitizers the tests use."""
+    return shutil.which('g++')
+
+
+def compile_for_cpu(sources: Sequence[Path], target: Path, flags: Sequence[str]) -> None:
+    """Compile ``.cu`` and ``.cpp`` sources, two at a time, and link them."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    common = [str(compiler()), '-std=c++17', '-O1', '-g1', '-fPIC', '-fvisibility=hidden', '-Wall', '-Werror',
+              '-Wno-unknown-pragmas', f'-I{FOLDER / "include"}', f'-I{CSRC}', *flags]
+    objects = [target.with_name(f'{target.name}.{source.stem}.o') for source in sources]
+    commands = [[*common, '-x', 'c++', '-c', str(source), '-o', str(path)]
+                for source, path in zip(sources, objects, strict=True)]
+    running: list[subprocess.Popen[str]] = []
+    for command in commands:
+        if len(running) == (os.cpu_count() or 1):
+            _finish(running.pop(0))
+        running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    for process in running:
+        _finish(process)
+    link = ['-shared'] if target.suffix == '.so' else []
+    subprocess.run([*common, *link, *map(str, objects), '-o', str(target)], check=True)
+
+
+def _finish(process: 'subprocess.Popen[str]') -> None:
+    messages = process.communicate()[1]
+    assert process.returncode == 0, messages
+
+
+class Emulation:
+    """The kernels, compiled for the CPU; with sanitizers where the variable says so."""
+
+    def __init__(self, folder: Path, flags: Sequence[str] = ()) -> None:
+        target = folder / 'libemulation.so'
+        if os.environ.get(SANITIZE_VARIABLE):
+            flags = [*flags, *SANITIZERS]
+        compile_for_cpu([*sorted((CSRC / 'cuda').glob('*.cu')), FOLDER / 'emulation.cpp'], target, flags)
+        self._kernels = ctypes.CDLL(str(target))
+        self._kernels.emulated_kernels.restype = ctypes.c_void_p
+        self._kernels.emulation_launches.restype = self._kernels.emulation_blocks.restype = ctypes.c_int64
+        self._library = ctypes.CDLL(str(_library.LIBRARY_PATH))
+        self._library.cuda_ops_emulate.argtypes = [ctypes.c_void_p]
+
+    @contextlib.contextmanager
+    def serve(self, seed: int = 0, shared_limit: int = SHARED_LIMIT, fail_launch: int = -1) -> Iterator[None]:
+        """Within the context the ops run the CUDA kernels, with the chunks they have on a GPU."""
+        # By its name, since the package has the public function under it.
+        wavefront = importlib.import_module('cuda_ops.wavefront_scan')
+        chunk_length, chunk_lines = route_scan._chunk_length, wavefront._chunk_lines
+        self._kernels.emulation_set(seed, shared_limit, fail_launch)
+        self._library.cuda_ops_emulate(self._kernels.emulated_kernels())
+        route_scan._chunk_length = lambda states, device_type: chunk_length(states, 'cuda')
+        wavefront._chunk_lines = lambda height, width, states, device_type: chunk_lines(height, width, states, 'cuda')
+        try:
+            yield
+        finally:
+            route_scan._chunk_length, wavefront._chunk_lines = chunk_length, chunk_lines
+            self._library.cuda_ops_emulate(None)
+
+    @property
+    def launches(self) -> int:
+        """Kernels launched since the context began."""
+        return self._kernels.emulation_launches()
+
+    @property
+    def blocks(self) -> int:
+        """Blocks run since then."""
+        return self._kernels.emulation_blocks()

@@ -1,0 +1,142 @@
+"""The CUDA kernels themselves, run on the CPU: every pass, dtype, number of states and route, at awkward sizes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from zlib import crc32
+
+import pytest
+import torch
+
+import cuda_ops
+from cuda_ops import _library
+from tests.cuda_emulation.emulate import SANITIZE_VARIABLE, Emulation, compiler
+from tests.ops.helpers import ROOT, check_against_loop, differentiate, dtype_name, rounded
+from tests.ops.route_cases import CASES as ROUTE_CASES
+from tests.ops.route_cases import PARAMETERS, Case, Cross, Lines, Sequence, case_id, check
+from tests.ops.wavefront_cases import CASES as WAVEFRONT_CASES
+from tests.ops.wavefront_cases import PARAMETERS as WAVEFRONT_PARAMETERS
+from tests.ops.wavefront_cases import Wavefront, loop
+
+pytestmark = [pytest.mark.skipif(compiler() is None, reason='the emulation is compiled by g++, which is not there'),
+              pytest.mark.skipif(not _library.STATUS.compiled, reason='the ops are not compiled')]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Several segments along each route, lines that end within them, several tiles of channels, blocks of several warps.
+LONG = (Cross(1, 17, 23, 40, 1), Cross(2, 9, 31, 5, 16), Cross(1, 20, 13, 300, 2), Cross(1, 10, 14, 33, 11),
+        Lines(2, 3, 200, 35, 4, 'row', reverse=True), Sequence(1, 70, 260, 8, B=2, C=1, z=True),
+        Sequence(1, 12, 300, 3, B=3, C=3))
+WIDE = (Wavefront(1, 19, 30, 40, 16), Wavefront(2, 33, 17, 20, 10, reverse=True), Wavefront(1, 9, 50, 17, 8),
+        Wavefront(1, 24, 26, 16, 4, reverse=True))
+
+
+@pytest.fixture(scope='session')
+def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
+    return Emulation(tmp_path_factory.mktemp('emulation'))
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=dtype_name)
+@pytest.mark.parametrize('case', (*ROUTE_CASES, *LONG), ids=case_id)
+def test_route_scans_equal_the_loop(emulation: Emulation, nan_in_fresh_memory: None, case: Case,
+                                    dtype: torch.dtype) -> None:
+    with emulation.serve(seed=crc32(f'{case_id(case)} {dtype}'.encode())):
+        check(case, dtype)
+        assert emulation.launches or case.batch == 0
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=dtype_name)
+@pytest.mark.parametrize('case', (*WAVEFRONT_CASES, *WIDE), ids=str)
+def test_wavefront_scan_equals_the_loop(emulation: Emulation, nan_in_fresh_memory: None, case: Wavefront,
+                                        dtype: torch.dtype) -> None:
+    with emulation.serve(seed=crc32(f'{case} {dtype}'.encode())):
+        check_against_loop(cuda_ops.wavefront_scan, loop, case.inputs(), case.options(), WAVEFRONT_PARAMETERS, dtype)
+        assert emulation.launches or case.batch == 0
+
+
+@pytest.mark.parametrize('case', (Cross(2, 17, 23, 40, 1), Lines(1, 7, 90, 65, 4, 'column'),
+                                  Wavefront(1, 19, 11, 40, 16)), ids=str)
+def test_results_do_not_depend_on_the_order_of_threads(emulation: Emulation, case: Case | Wavefront) -> None:
+    wavefront = isinstance(case, Wavefront)
+    function = cuda_ops.wavefront_scan if wavefront else case.function
+    inputs = rounded(case.inputs(), WAVEFRONT_PARAMETERS if wavefront else PARAMETERS, torch.bfloat16)
+    weights, first = None, {}
+    for seed in range(4):
+        with emulation.serve(seed=seed):
+            results, weights = differentiate(function, inputs, case.options(), weights)
+        first = first or results
+        for name, value in results.items():
+            assert torch.equal(value, first[name]), f'{name} with seed {seed}'
+
+
+def test_kernels_fit_into_the_shared_memory_of_older_gpus(emulation: Emulation) -> None:
+    for limit in (64 * 1024, 99 * 1024):
+        with emulation.serve(shared_limit=limit):
+            for case in (Cross(1, 9, 15, 130, 16), Cross(1, 9, 15, 130, 11), Lines(1, 3, 90, 70, 8, 'row')):
+                check(case, torch.float32)
+            case = Wavefront(1, 17, 20, 18, 16)
+            check_against_loop(cuda_ops.wavefront_scan, loop, case.inputs(), case.options(), WAVEFRONT_PARAMETERS,
+                               torch.float32)
+
+
+def test_a_long_route_of_one_image_is_divided(emulation: Emulation) -> None:
+    case = Cross(1, 64, 64, 32, 1)
+    with emulation.serve(), torch.no_grad():
+        case.function(**rounded(case.inputs(), PARAMETERS, torch.float32), **case.options())
+        # For each axis a summary and a scan of 64 segments, and one combination for all routes.
+        assert emulation.launches == 5
+        assert emulation.blocks == 4 * 64 + 4
+
+
+def test_a_map_is_one_launch(emulation: Emulation) -> None:
+    case = Wavefront(2, 40, 30, 40, 8)
+    with emulation.serve():
+        x = rounded(case.inputs(), WAVEFRONT_PARAMETERS, torch.float32)
+        cuda_ops.wavefront_scan(**x)
+        assert emulation.launches == 1 and emulation.blocks == 2 * 3
+
+
+def test_more_blocks_than_a_grid_takes_are_divided_among_launches(tmp_path: Path) -> None:
+    few = Emulation(tmp_path, ['-DSSM_MAX_BLOCKS=3'])
+    with few.serve():
+        check(Cross(2, 9, 15, 40, 1), torch.float32)
+        assert few.launches > few.blocks / 4
+        case = Wavefront(3, 9, 5, 40, 2)
+        check_against_loop(cuda_ops.wavefront_scan, loop, case.inputs(), case.options(), WAVEFRONT_PARAMETERS,
+                           torch.float32)
+
+
+@pytest.mark.parametrize('launch', range(5))
+def test_a_failed_launch_raises(emulation: Emulation, launch: int) -> None:
+    case = Cross(1, 20, 20, 16, 1)
+    inputs = rounded(case.inputs(), PARAMETERS, torch.float32)
+    with emulation.serve(fail_launch=launch), torch.no_grad():
+        with pytest.raises(RuntimeError, match='cuda_ops::route_scan: CUDA error 719: the launch was made to fail'):
+            case.function(**inputs)
+        case.function(**inputs)
+
+
+def test_what_has_no_kernel_is_refused(emulation: Emulation) -> None:
+    case = Cross(1, 3, 3, 4, 1)
+    with emulation.serve():
+        with pytest.raises(TypeError, match='float64'):
+            case.function(**case.inputs())
+        x, delta, A = torch.randn(1, 150, 150, 4), torch.randn(1, 150, 150, 2, 4), -torch.rand(2, 4, 1)
+        with pytest.raises(RuntimeError, match='pass a smaller chunk'):
+            torch.ops.cuda_ops.route_scan(x, delta, A, None, None, None, None, [0, 2], False, True, 20000)
+
+
+@pytest.mark.skipif(SANITIZE_VARIABLE in os.environ, reason='these are the sanitized tests')
+def test_sanitizers_find_nothing(pytestconfig: pytest.Config) -> None:
+    """The tests above once more, with every access watched: address and undefined-behaviour sanitizers."""
+    preload = subprocess.run([str(compiler()), '-print-file-name=libasan.so'], capture_output=True, text=True,
+                             check=True).stdout.strip()
+    environment = os.environ | {
+        SANITIZE_VARIABLE: '1', 'LD_PRELOAD': preload, 'OMP_NUM_THREADS': '1', 'UBSAN_OPTIONS': 'print_stacktrace=1',
+        # The interpreter's own leaks are not the kernels'.
+        'ASAN_OPTIONS': 'detect_leaks=0:detect_stack_use_after_return=0:alloc_dealloc_mismatch=0'}
+    result = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', __file__,
+                             '-k', 'equal and bfloat16 or fit'], cwd=ROOT, env=environment,
+                            capture_output=True, text=True, timeout=400)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
+    assert ' passed' in result.stdout
