@@ -1,0 +1,33 @@
+#!/bin/sh
+# Builds the ops for the GPU at hand, tests them there, and measures: one command, for a machine with torch and nvcc.
+# Usage: tools/gpu_check.sh [FOLDER]     (tables and logs go to FOLDER, gpu_check by default)
+# Needs torch built for CUDA, mmengine, pytest and nvcc; takes the Python named in PYTHON, python3 by default.
+set -u
+cd "$(dirname "$0")/.." || exit 1
+out=${1:-gpu_check}
+python=${PYTHON:-python3}
+mkdir -p "$out"
+failed=0
+
+step() {  # step SECONDS NAME COMMAND...: run a command for so long at most, its output in NAME.txt
+  seconds=$1 name=$2
+  shift 2
+  echo "== $name: $*"
+  timeout "$seconds" "$@" > "$out/$name.txt" 2>&1
+  code=$?
+  tail -n 15 "$out/$name.txt"
+  [ $code -eq 0 ] || { echo "== $name failed with status $code"; failed=1; }
+}
+
+{ git log -1 --format='commit %H' 2>/dev/null; nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
+  nvcc --version | tail -n 2; "$python" -c 'import torch; print("torch", torch.__version__)'; } > "$out/versions.txt" 2>&1
+cat "$out/versions.txt"
+
+export FORCE_CUDA=1
+step 200 build "$python" setup.py build_ext --inplace
+unset FORCE_CUDA
+step 20 report "$python" -m cuda_ops
+step 180 tests "$python" -m pytest -q tests/gpu
+step 130 benchmark "$python" tools/benchmark.py --device cuda --json "$out/benchmark.json"
+echo "== tables and logs are in $out"
+exit $failed
