@@ -156,7 +156,8 @@ def feature_map(x: Tensor) -> Tensor:
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Zeros at the bottom and right of (B, H, W, C) until ``multiple`` divides both sides; ``x`` itself if it does."""
     # Without %, which torch.compile does not trace where floats are made of sizes that it does not know.
-    bottom, right = (-(-size // multiple) * multiple - size for size in x.shape[1:3])
+    # And without -(-size // multiple): PyTorch's exporter to ONNX rounds quotients of negative numbers towards zero.
+    bottom, right = ((size + multiple - 1) // multiple * multiple - size for size in x.shape[1:3])
     needed = is_unknown(bottom, right) or bottom or right
     return F.pad(x, (0, 0, 0, right, 0, bottom)) if needed else x
 

@@ -43,7 +43,8 @@ class SimplePyramid(nn.Module):
         """
         outputs = []
         for x, stride, level, norm in zip(maps, STRIDES, self.levels, self.norms, strict=True):
-            x = level(x)[:, :-(-height // stride), :-(-width // stride)]
+            # Not -(-height // stride), which PyTorch's exporter to ONNX rounds towards zero.
+            x = level(x)[:, :(height + stride - 1) // stride, :(width + stride - 1) // stride]
             outputs.append(feature_map(norm(x)))
         return tuple(outputs)
 

@@ -1,0 +1,77 @@
+"""The backbones under torch.compile, torch.export and AOTInductor, with the compiled ops in the graph."""
+
+import pytest
+import torch
+
+from ssm_backbones import create_backbone
+
+NAMES = ['vmamba-test', 'v2m-test', 'v2m-test-hier', 'mamba2d-test']
+SCANS = ('cuda_ops.route_scan', 'cuda_ops.wavefront_scan')
+
+
+def scans_in(graph) -> int:
+    return sum(str(node.target).startswith(SCANS) for node in graph.nodes)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_one_graph(name) -> None:
+    """fullgraph=True raises at a graph break; the graph holds the scans as operators, and serves other sizes."""
+    model = create_backbone(name).eval()
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module.graph)
+        return module
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        for shape in ((2, 3, 64, 96), (2, 3, 65, 100), (2, 3, 96, 64), (2, 3, 80, 80)):
+            images = torch.randn(shape)
+            for found, expected in zip(compiled(images), model(images), strict=True):
+                torch.testing.assert_close(found, expected)
+    assert graphs and all(scans_in(graph) for graph in graphs)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_one_graph_with_gradients(name) -> None:
+    model = create_backbone(name)
+    images = torch.randn(1, 3, 32, 48)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    grads = []
+    for run in (model, compiled):
+        model.zero_grad()
+        sum(each.square().mean() for each in run(images)).backward()
+        grads.append({key: value.grad.clone() for key, value in model.named_parameters()})
+    for key, value in grads[0].items():
+        assert torch.allclose(grads[1][key], value, rtol=1e-4, atol=1e-6), key
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_exported_program(name, tmp_path) -> None:
+    """Saved and loaded, with open batch and sides; the scans are operators in it."""
+    model = create_backbone(name).eval()
+    open_dims = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    with torch.no_grad():
+        program = torch.export.export(model, (torch.randn(2, 3, 67, 131),), dynamic_shapes=(open_dims,), strict=False)
+    assert scans_in(program.graph)
+    torch.export.save(program, tmp_path / 'model.pt2')
+    loaded = torch.export.load(tmp_path / 'model.pt2').module()
+    images = torch.randn(3, 3, 93, 70)
+    with torch.no_grad():
+        for found, expected in zip(loaded(images), model(images), strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+def test_ahead_of_time_compiled_library(tmp_path) -> None:
+    """AOTInductor on the CPU: the compiled op is called from the compiled library."""
+    model = create_backbone('vmamba-test', out_indices=(1,)).eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        program = torch.export.export(model, (images,), strict=False)
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / 'model.pt2'))
+        compiled = torch._inductor.aoti_load_package(path)
+        (found,) = compiled(images)
+        (expected,) = model(images)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
