@@ -1,0 +1,73 @@
+"""The examples do what they say."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ssm_backbones.datasets.options import ShapesOptions
+from ssm_backbones.datasets.shapes import make_shapes
+from ssm_backbones.export.features import ExportOptions, export_features
+from ssm_backbones.export.models import build_model
+from ssm_backbones.runner import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+CONFIG = """
+_base_ = ['mmseg::_base_/datasets/ade20k.py', 'mmseg::_base_/default_runtime.py']
+custom_imports = dict(imports=['ssm_backbones'], allow_failed_imports=False)
+model = dict(
+    type='EncoderDecoder',
+    data_preprocessor=dict(type='SegDataPreProcessor', mean=[127.0] * 3, std=[60.0] * 3, bgr_to_rgb=True),
+    backbone=dict(type='VMamba', arch='test'),
+    decode_head=dict(
+        type='FCNHead', in_channels=16, in_index=0, channels=16, num_convs=1, num_classes=7, norm_cfg=dict(type='BN')),
+    train_cfg=dict(), test_cfg=dict(mode='whole'))
+pipeline = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), dict(type='PackSegInputs')]
+data = dict(dataset=dict(type='BaseSegDataset', data_root='{data}', pipeline=pipeline))
+train_dataloader = data
+val_dataloader = data
+test_dataloader = data
+"""
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / 'examples' / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_linear_head_on_exported_features(tmp_path, capsys) -> None:
+    """It tells classes apart by the features of a backbone that was never trained."""
+    make_shapes(tmp_path / 'shapes', ShapesOptions(seed=3, train=24, val=6, size=(64, 64)))
+    config = tmp_path / 'config.py'
+    config.write_text(CONFIG.replace('{data}', f'{tmp_path}/shapes/ade20k/'))
+    torch.save({'state_dict': build_model(load_config(config), None).state_dict()}, tmp_path / 'model.pth')
+    for split in ('train', 'val'):
+        out = str(tmp_path / split)
+        export_features(ExportOptions(str(config), str(tmp_path / 'model.pth'), split, out, dtype='fp16', workers=0))
+    example = load('linear_segmentation')
+    # Few pictures and a backbone that knows nothing: what shows is whether the head fits what it was shown.
+    score = example.main([str(tmp_path / 'train'), str(tmp_path / 'train'), '--epochs', '30'])
+    first, _, last = capsys.readouterr().out.split()[1:4]
+    assert float(last.rstrip(',')) < 0.5 * float(first)
+    labels = torch.cat([item['labels'].flatten() for item in example.labelled(str(tmp_path / 'train'))])
+    known = labels[labels != example.IGNORED]
+    share = (known == known.mode().values).float().mean().item()
+    assert score > 1.5 * share / len(known.unique()), 'the most frequent class alone would give the last quotient'
+    unseen = example.main([str(tmp_path / 'train'), str(tmp_path / 'val'), '--epochs', '1'])
+    assert 0.0 < unseen < 1.0
+
+
+@pytest.mark.parametrize('name', ['vmamba-test', 'v2m-test-hier', 'mamba2d-test'])
+def test_torchvision_head(name) -> None:
+    example = load('torchvision_head')
+    images = torch.randn(2, 3, 64, 48)
+    labels = (F.avg_pool2d(images.mean(1, keepdim=True), 9, 1, 4)[:, 0] > 0).long()
+    model = example.Segmentor(name, classes=2, width=16)
+    losses = example.train_steps(model, images, labels, steps=15)
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(parameter.grad is not None for parameter in model.backbone.parameters())
