@@ -92,9 +92,9 @@ class OnnxResult:
 class Segmentor(nn.Module):
     """An mmseg segmentor from normalised images to class scores of their size, (B, classes, H, W)."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
 
     def forward(self, images: Tensor) -> Tensor:
         scores = self.model.decode_head(self.model.extract_feat(images))
@@ -104,9 +104,9 @@ class Segmentor(nn.Module):
 class Classifier(nn.Module):
     """An mmpretrain classifier from normalised images to class scores before softmax, (B, classes)."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model.head(self.model.extract_feat(images))
@@ -249,7 +249,7 @@ def _module(cfg: Config, checkpoint: str | None, part: str) -> tuple[nn.Module, 
         module = build_extractor(cfg, checkpoint).backbone
         backbone = module
     else:
-        model = build_model(cfg, checkpoint)
+        model: Any = build_model(cfg, checkpoint)
         backbone = model.backbone
         module = Classifier(model) if part == 'classifier' else Segmentor(model)
     return module.eval(), getattr(backbone, 'in_channels', 3)

@@ -49,7 +49,7 @@ def replace_placeholders(model: ir.Model) -> int:
     placeholders = [node for node in model.graph if node.domain == _DOMAIN]
     for number, node in enumerate(placeholders):
         body = {'line': _line, 'front': _front}[node.op_type](f'{node.op_type}{number}')
-        nodes, states = _scan(body, list(node.inputs), node.outputs[0])
+        nodes, states = _scan(body, [value for value in node.inputs if value is not None], node.outputs[0])
         ir.convenience.replace_nodes_and_values(model.graph, node, [node], nodes, [node.outputs[0]], [states])
     model.graph.opset_imports.pop(_DOMAIN, None)
     return len(placeholders)
