@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,23 @@ def apply_mends() -> None:
     """Apply every mend that the installed versions need. Cheap, and harmless when called again."""
     _mend_torchvision_import()
     _mend_checkpoint_loading()
+    _mend_mmseg_bases()
+
+
+@functools.cache
+def _mend_mmseg_bases() -> None:
+    """Let configs inherit ``mmseg::`` ones where mmseg comes from the fork ``onedl-mmsegmentation``.
+
+    mmengine looks for the distribution ``mmsegmentation``, whose name differs from its module's; the other libraries of
+    the fork are found by their modules' names, and so is mmseg then.
+    """
+    if importlib.util.find_spec('mmseg') is None:
+        return
+    try:
+        importlib.metadata.distribution('mmsegmentation')
+    except importlib.metadata.PackageNotFoundError:
+        MODULE2PACKAGE['mmseg'] = 'mmseg'
+        logger.debug('mmsegmentation is installed under another name; its configs are found by the module mmseg.')
 
 
 @functools.cache

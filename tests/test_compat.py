@@ -1,5 +1,6 @@
 """The mends for clashes between the libraries."""
 
+import importlib.metadata
 import os
 import pickle
 import subprocess
@@ -10,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer, MessageHub
 
-import ssm_backbones  # noqa: F401  (applies the mends)
+from ssm_backbones import compat  # importing the package applies the mends
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -92,6 +94,7 @@ def test_torch_load_still_refuses_code(payload, tmp_path) -> None:
 
 FAKE_TORCHVISION = """
 import torch
+import importlib.metadata
 import os
 try:
     torch.ops.load_library(os.path.join(os.path.dirname(__file__), {library!r}))
@@ -132,3 +135,13 @@ def test_importing_the_package_imports_no_host_library() -> None:
     environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=environment, timeout=120)
     assert result.stdout.strip() == 'set()', result.stderr
+
+
+def test_mmseg_of_another_distribution_is_found_by_its_module(monkeypatch) -> None:
+    def distribution(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, 'distribution', distribution)
+    monkeypatch.setitem(MODULE2PACKAGE, 'mmseg', 'mmsegmentation')
+    compat._mend_mmseg_bases.__wrapped__()
+    assert MODULE2PACKAGE['mmseg'] == 'mmseg'
