@@ -8,6 +8,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).resolve().parent
 
@@ -57,7 +58,17 @@ class BuildPackages(build_py):
         shutil.copyfile(ROOT / 'model-index.yml', target / 'model-index.yml')
 
 
+class NameTheMainPackageFirst(egg_info):
+    """Order top_level.txt: some of mim's and mmengine's versions take its first line for the package with .mim."""
+
+    def run(self):
+        super().run()
+        names = sorted(self.distribution.packages, key=lambda name: name != 'ssm_backbones')
+        top_level = dict.fromkeys(name.partition('.')[0] for name in names)
+        Path(self.egg_info, 'top_level.txt').write_text('\n'.join(top_level) + '\n', encoding='utf-8')
+
+
 setup(
     ext_modules=[Extension('cuda_ops._C', sources=[])],
-    cmdclass={'build_ext': BuildOps, 'build_py': BuildPackages},
+    cmdclass={'build_ext': BuildOps, 'build_py': BuildPackages, 'egg_info': NameTheMainPackageFirst},
 )

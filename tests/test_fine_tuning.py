@@ -253,7 +253,7 @@ def test_classification_weights_into_a_detectors_backbone_in_one_step(official):
 
 def test_images_of_four_channels_with_weights_of_three(official):
     path, tensors = official
-    model = segmentor(in_channels=4, preprocessor=dict(mean=[120.0] * 4, std=[60.0] * 4),
+    model = segmentor(in_channels=4, preprocessor=dict(mean=[120.0], std=[60.0]),
                       init_cfg=dict(type='OfficialPretrained', checkpoint=path, in_channels=4))
     with DefaultScope.overwrite_default_scope('mmseg'):
         model.init_weights()
