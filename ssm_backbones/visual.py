@@ -72,19 +72,89 @@ def draw_instances(
     return np.asarray(picture)
 
 
+def draw_label_map(
+    image: np.ndarray, labels: np.ndarray, palette: Sequence[Sequence[int]], ignored: int = 255, zoom: int = 2
+) -> np.ndarray:
+    """Lay the classes' colours over an enlarged picture.
+
+    Args:
+        image: uint8 (height, width, 3), RGB.
+        labels: int (height, width), the class of each pixel, or ``ignored``, which darkens it.
+        palette: RGB colour (0..255) of each class.
+        ignored: label of pixels that belong to no class.
+        zoom: factor by which the picture is enlarged.
+
+    Returns:
+        uint8 (zoom * height, zoom * width, 3), RGB.
+
+    Raises:
+        ValueError: a label without a colour.
+    """
+    wrong = labels[(labels != ignored) & (labels >= len(palette))]
+    if wrong.size:
+        raise ValueError(f'label {int(wrong[0])} has no colour; the palette has {len(palette)}')
+    colours = np.zeros((max(ignored, len(palette) - 1) + 1, 3), dtype=np.float32)
+    colours[: len(palette)] = palette
+    blended = 0.45 * image + 0.55 * colours[labels]
+    return blended.astype(np.uint8).repeat(zoom, axis=0).repeat(zoom, axis=1)
+
+
+def draw_scores(scores: np.ndarray, truth: int, classes: Sequence[str], size: tuple[int, int]) -> np.ndarray:
+    """Draw class scores as bars: the highest one green if it is the truth's and red otherwise, the truth outlined.
+
+    Args:
+        scores: float (classes,), 0..1.
+        truth: index of the true class.
+        classes: names.
+        size: height and width of the result in pixels.
+
+    Returns:
+        uint8 (height, width, 3), RGB.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    height, width = size
+    picture = Image.new('RGB', (width, height), (246, 247, 249))
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(size=12)
+    step, left = height / len(classes), 74
+    guess = int(np.argmax(scores))
+    for label, (name, score) in enumerate(zip(classes, scores.tolist(), strict=True)):
+        top, bottom = round(label * step + 0.2 * step), round(label * step + 0.8 * step)
+        colour = _MUTED if label != guess else (46, 160, 67) if guess == truth else (218, 54, 51)
+        room = width - left - 40
+        draw.rectangle((left, top, left + max(1, round(room * score)), bottom), fill=colour)
+        if label == truth:
+            draw.rectangle((2, top - 4, width - 3, bottom + 4), outline=_INK, width=1)
+        draw.text((6, (top + bottom) / 2), name, fill=_INK, font=font, anchor='lm')
+        draw.text((width - 6, (top + bottom) / 2), f'{score:.2f}', fill=_INK, font=font, anchor='rm')
+    return np.asarray(picture)
+
+
 def save_contact_sheet(
     pairs: Sequence[tuple[np.ndarray, np.ndarray]],
     titles: tuple[str, str],
     heading: str,
     path: str | Path,
     columns: int = 2,
+    legend: Sequence[tuple[str, Sequence[int]]] = (),
 ) -> None:
-    """Save pairs of pictures (RGB, uint8), each pair side by side under its titles, in this many columns of pairs."""
+    """Save pairs of pictures, each pair side by side under its titles.
+
+    Args:
+        pairs: uint8 (height, width, 3) each, RGB.
+        titles: of the two pictures of each pair.
+        heading: title over everything.
+        path: where the picture (PNG) goes.
+        columns: of pairs.
+        legend: names and RGB colours to explain below the heading.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
     if not pairs:
         raise ValueError('a contact sheet needs at least one pair of pictures')
-    gap, top, bar = 10, 52, 24
+    gap, bar = 10, 24
+    top = 78 if legend else 52
     height = max(picture.shape[0] for pair in pairs for picture in pair)
     width = max(picture.shape[1] for pair in pairs for picture in pair)
     rows = -(-len(pairs) // columns)
@@ -93,6 +163,11 @@ def save_contact_sheet(
     draw = ImageDraw.Draw(sheet)
     draw.text((gap, 14), heading, fill=_INK, font=ImageFont.load_default(size=22))
     small = ImageFont.load_default(size=15)
+    x = gap
+    for name, colour in legend:
+        draw.rectangle((x, 50, x + 14, 64), fill=tuple(colour))
+        draw.text((x + 20, 48), name, fill=_INK, font=small)
+        x += 36 + round(draw.textlength(name, font=small))
     for column in range(min(columns, len(pairs))):
         for side, title in enumerate(titles):
             draw.text((gap + column * step_x + side * (width + 4), top), title, fill=_MUTED, font=small)
@@ -108,12 +183,14 @@ class History:
     """What a training logged.
 
     Attributes:
-        losses: For each loss by name, (epoch, value) in order; epochs are fractional.
-        metrics: For each validation metric by name, (epoch, value) in order.
+        losses: For each loss by name, (time, value) in order; epochs are fractional.
+        metrics: For each validation metric by name, (time, value) in order.
+        unit: What times count: 'epoch' or 'iteration'.
     """
 
     losses: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     metrics: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    unit: str = 'epoch'
 
 
 def read_history(work_dir: str | Path) -> History:
@@ -132,21 +209,24 @@ def read_history(work_dir: str | Path) -> History:
             (train if 'loss' in record else val)[int(record['step'])] = record
     if not train:
         raise FileNotFoundError(f'no training was logged below {work_dir}')
-    # Training is logged by iteration and validation by epoch; an epoch's last record gives the ratio.
-    length = max(record['iter'] / record['epoch'] for record in train.values())
-    history = History()
+    by_epoch = all('epoch' in record for record in train.values())
+    history = History(unit='epoch' if by_epoch else 'iteration')
+    # Training is logged by iteration and validation by the loop's unit; an epoch's last record gives the ratio.
+    length = max(record['iter'] / record['epoch'] for record in train.values()) if by_epoch else 1
     for _, record in sorted(train.items()):
         for name, value in record.items():
-            if name.startswith('loss'):
+            if 'loss' in name:
                 history.losses.setdefault(name, []).append((record['iter'] / length, value))
     for step, record in sorted(val.items()):
         for name, value in record.items():
-            if '/' in name:
+            if name not in ('step', 'time', 'data_time'):
                 history.metrics.setdefault(name, []).append((step, value))
     return history
 
 
-def save_curves(history: History, metrics: Mapping[str, str], heading: str, path: str | Path) -> None:
+def save_curves(
+    history: History, metrics: Mapping[str, str], heading: str, path: str | Path, scale: float = 1.0
+) -> None:
     """Plot the losses and the validation metrics of a training side by side.
 
     Args:
@@ -154,6 +234,7 @@ def save_curves(history: History, metrics: Mapping[str, str], heading: str, path
         metrics: Which metrics to plot: shown name by logged name.
         heading: Title over both plots.
         path: Where the picture (PNG) goes.
+        scale: Factor that makes fractions of the metrics.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -164,33 +245,33 @@ def save_curves(history: History, metrics: Mapping[str, str], heading: str, path
     left, right = figure.subplots(1, 2)
     parts = sorted(name for name in history.losses if name != 'loss')
     for name in ['loss', *parts]:
-        epochs, values = np.array(history.losses[name]).T
+        times, values = np.array(history.losses[name]).T
         total = name == 'loss'
         left.plot(
-            epochs,
+            times,
             values,
-            label='total' if total else name.removeprefix('loss_'),
+            label='total' if total else name.replace('loss_', ''),
             linewidth=2.2 if total else 1.2,
             color='#20242c' if total else None,
             alpha=1 if total else 0.85,
         )
-    left.set(title='training loss', xlabel='epoch', ylim=(0, None), xlim=(0, None))
+    left.set(title='training loss', xlabel=history.unit, ylim=(0, None), xlim=(0, None))
     colours = ('#3c82f0', '#e63c3c', '#3cbe50', '#f5be28')
     for (name, shown), colour in zip(metrics.items(), colours, strict=False):
         points = history.metrics.get(name, [])
         if points:
-            epochs, values = np.array(points).T
-            right.plot(epochs, values, marker='o', markersize=4, linewidth=2, color=colour, label=shown)
+            times, values = np.array(points).T * [[1], [scale]]
+            right.plot(times, values, marker='o', markersize=4, linewidth=2, color=colour, label=shown)
             right.annotate(
                 f'{values[-1]:.3f}',
-                (epochs[-1], values[-1]),
+                (times[-1], values[-1]),
                 xytext=(6, 0),
                 textcoords='offset points',
                 va='center',
                 color=colour,
                 fontsize=9,
             )
-    right.set(title='on held-out pictures', xlabel='epoch', ylim=(0, 1), xlim=(0, None))
+    right.set(title='on held-out pictures', xlabel=history.unit, ylim=(0, 1), xlim=(0, None))
     right.margins(x=0.1)
     for axes in (left, right):
         axes.grid(alpha=0.25)

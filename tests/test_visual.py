@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssm_backbones.visual import Instances, draw_instances, read_history, save_contact_sheet, save_curves
+from ssm_backbones.visual import (
+    Instances,
+    draw_instances,
+    draw_label_map,
+    draw_scores,
+    read_history,
+    save_contact_sheet,
+    save_curves,
+)
 
 CLASSES, PALETTE = ('disc', 'ring'), ((230, 60, 60), (60, 130, 240))
 
@@ -31,6 +39,25 @@ def test_draws_in_the_class_s_colour_and_leaves_the_rest(scores) -> None:
 def test_draws_nothing_where_nothing_was_found() -> None:
     image = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
     np.testing.assert_array_equal(draw_instances(image, instances(0), CLASSES, PALETTE, zoom=1), image)
+
+
+def test_label_map_in_the_classes_colours_and_dark_where_ignored() -> None:
+    image = np.full((2, 3, 3), 200, dtype=np.uint8)
+    labels = np.array([[0, 1, 255], [1, 1, 0]], dtype=np.uint8)
+    drawn = draw_label_map(image, labels, PALETTE, zoom=2)
+    assert drawn.shape == (4, 6, 3) and drawn.dtype == np.uint8
+    red, blue, dark = drawn[0, 0].astype(int), drawn[0, 2].astype(int), drawn[0, 4].astype(int)
+    assert red[0] > red[2] and blue[2] > blue[0] and dark.max() < min(red.max(), blue.max())
+    with pytest.raises(ValueError, match='label 2 has no colour; the palette has 2'):
+        draw_label_map(image, labels + np.uint8(1), PALETTE)
+
+
+def test_scores_are_green_where_right_and_red_where_wrong() -> None:
+    scores = np.array([0.9, 0.1])
+    right, wrong = (draw_scores(scores, truth, CLASSES, (60, 200)).astype(int) for truth in (0, 1))
+    assert right.shape == (60, 200, 3)
+    bar = 15, 80
+    assert right[bar][1] > right[bar][0] and wrong[bar][0] > wrong[bar][1]
 
 
 def test_contact_sheet(tmp_path) -> None:
@@ -67,6 +94,15 @@ def test_history_joins_an_interrupted_training_with_its_continuation(tmp_path) -
     assert history.metrics == {'coco/bbox_mAP': [(1, 0.1), (2, 0.2)]}
     save_curves(history, {'coco/bbox_mAP': 'box AP', 'coco/segm_mAP': 'mask AP'}, 'heading', tmp_path / 'curves.png')
     assert np.asarray(Image.open(tmp_path / 'curves.png')).std() > 0
+
+
+def test_history_by_iteration(tmp_path) -> None:
+    steps = [{'loss': 4.0 - i, 'decode.loss_ce': 1.0, 'iter': i, 'step': i} for i in (1, 2)]
+    write_log(tmp_path, '20260101_000000', [*steps, {'mIoU': 20.0, 'aAcc': 60.0, 'data_time': 0.1, 'step': 2}])
+    history = read_history(tmp_path)
+    assert history.unit == 'iteration'
+    assert history.losses == {'loss': [(1, 3.0), (2, 2.0)], 'decode.loss_ce': [(1, 1.0), (2, 1.0)]}
+    assert history.metrics == {'mIoU': [(2, 20.0)], 'aAcc': [(2, 60.0)]}
 
 
 def test_no_history(tmp_path) -> None:

@@ -13,8 +13,8 @@ from ssm_backbones.cli import run_command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these arguments (the process's by default) and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--family', default='vmamba', help="the backbone's family")
-    parser.add_argument('--task', default='det', help='det: detection with instance masks')
+    parser.add_argument('--family', default='vmamba', help="the backbone's family: vmamba, v2m or mamba2d")
+    parser.add_argument('--task', default='det', help='det: instances, seg: semantic segmentation, cls: classes')
     parser.add_argument('--fresh', action='store_true', help='drop what earlier runs left and start anew')
     args = parser.parse_args(argv)
 

@@ -151,6 +151,12 @@ def _forget_runs() -> None:
         kind._instance_dict.clear()
 
 
+@pytest.fixture
+def forget_runs() -> Callable[[], None]:
+    """Makes the next run in this process like the first one."""
+    return _forget_runs
+
+
 @pytest.fixture(scope='session')
 def train() -> Callable[..., Runner]:
     """``runner.train`` as a new process would run it, with the options' fields as arguments."""

@@ -1,33 +1,52 @@
 """The demo, on a tiny scale."""
 
 import dataclasses
-import json
 import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from ssm_backbones import demo
+from ssm_backbones.datasets.classes import CLASSES, SEG_CLASSES
 from ssm_backbones.datasets.options import ShapesOptions
+from ssm_backbones.demo import run as demo_run
 from ssm_backbones.preflight import CommandError
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+SHORT = {
+    'det': ('mmdet', 'train_cfg = dict(max_epochs=4, val_interval=2)'),
+    'seg': (
+        'mmseg',
+        """
+        train_cfg = dict(max_iters=4, val_interval=2)
+        default_hooks = dict(checkpoint=dict(interval=2))
+        test_dataloader = dict(dataset=dict(data_prefix=dict(
+            img_path='images/validation', seg_map_path='annotations/validation')))
+        """,
+    ),
+    'cls': ('mmpretrain', 'train_cfg = dict(max_epochs=2, val_interval=1)'),
+}
+
+
 @pytest.fixture
-def checkout(tmp_path, monkeypatch, write_config) -> Path:
-    """A folder like a checkout's root, whose demo is tiny."""
+def checkout(tmp_path, monkeypatch, write_config, environment) -> Path:
+    """A folder like a checkout's root, whose demos of VMamba are tiny."""
     for name in ('tools', 'configs', 'ssm_backbones', 'cuda_ops'):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
-    config = write_config('mmdet', 'train_cfg = dict(max_epochs=4, val_interval=2)', data=Path('data/shapes'))
-    tiny = dataclasses.replace(
-        demo.DEMOS['vmamba', 'det'],
-        config=str(config),
-        options=ShapesOptions(seed=3, train=12, val=4, size=(64, 64)),
-    )
-    monkeypatch.setitem(demo.DEMOS, ('vmamba', 'det'), tiny)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for task, (host, changes) in SHORT.items():
+        row = demo.DEMOS['vmamba', task]
+        config = write_config(host, changes, data=Path('data/shapes'))
+        options = ShapesOptions(seed=3, train=12, val=4, size=(64, 64))
+        tiny = demo.Demo(dataclasses.replace(row.task, options=options), str(config))
+        monkeypatch.setitem(demo.DEMOS, ('vmamba', task), tiny)
     return tmp_path
 
 
@@ -41,16 +60,15 @@ def killed_after_the_first_epoch(command, check, **kwargs) -> subprocess.Complet
     return subprocess.CompletedProcess(command, process.wait())
 
 
-def test_demo_is_interrupted_carried_on_reported_and_renewed(checkout, monkeypatch, capfd, environment) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+def test_demo_is_interrupted_carried_on_reported_and_renewed(checkout, monkeypatch, capfd, forget_runs) -> None:
     out = checkout / 'demo' / 'vmamba-det'
-    with monkeypatch.context() as patch, pytest.raises(CommandError, match='carries on from the last epoch'):
-        patch.setattr(demo.subprocess, 'run', killed_after_the_first_epoch)
+    with monkeypatch.context() as patch, pytest.raises(CommandError, match='carries on from the last checkpoint'):
+        patch.setattr(demo_run.subprocess, 'run', killed_after_the_first_epoch)
         demo.run_demo()
     assert not (out / 'results.json').exists()
     capfd.readouterr()
 
+    forget_runs()
     figures = demo.run_demo()
     assert set(figures) == {'coco/bbox_mAP', 'coco/segm_mAP'}
     written = {path.name for path in out.iterdir() if not path.name.startswith('.')}
@@ -70,14 +88,32 @@ def test_demo_is_interrupted_carried_on_reported_and_renewed(checkout, monkeypat
 
     config = Path(demo.DEMOS['vmamba', 'det'].config)
     config.write_text(config.read_text().replace('max_epochs=4', 'max_epochs=1'))
+    forget_runs()
     demo.run_demo()
     assert 'Starting anew: data or config have changed' in capfd.readouterr().out
     assert (out / 'train' / 'epoch_1.pth').is_file() and not (out / 'train' / 'epoch_4.pth').exists()
 
 
+@pytest.mark.parametrize(('task', 'last', 'shown'), [
+    ('seg', 'iter_4.pth', ('mIoU', 'mean class accuracy', 'pixel accuracy')),
+    ('cls', 'epoch_2.pth', ('accuracy',)),
+])
+def test_other_tasks(checkout, capfd, forget_runs, task, last, shown) -> None:
+    forget_runs()
+    figures = demo.run_demo('vmamba', task)
+    out = checkout / 'demo' / f'vmamba-{task}'
+    assert (out / 'train' / last).is_file()
+    assert all(0 <= value <= 1 for value in figures.values())
+    reached = ', '.join(f'{name} {value:.3f}' for name, value in zip(shown, figures.values(), strict=True))
+    assert capfd.readouterr().out.splitlines()[-1].startswith(f'{reached} on held-out pictures')
+    for name in ('predictions.png', 'curves.png'):
+        assert np.asarray(Image.open(out / name)).std() > 0
+
+
 def test_unknown_demo(checkout) -> None:
-    with pytest.raises(CommandError, match='no demo for --family v2m --task seg; there is: --family vmamba --task det'):
-        demo.run_demo('v2m', 'seg')
+    with pytest.raises(CommandError, match='no demo for --family swin --task seg; families are vmamba, v2m, mamba2d, '
+                                           'tasks are det, seg, cls'):
+        demo.run_demo('swin', 'seg')
 
 
 def test_other_data_in_the_way(checkout) -> None:
@@ -90,6 +126,12 @@ def test_other_data_in_the_way(checkout) -> None:
 
 @pytest.mark.parametrize('row', demo.DEMOS.values(), ids=['-'.join(key) for key in demo.DEMOS])
 def test_each_demo_s_config_reads_what_is_generated(row) -> None:
-    cfg = demo.load_config(ROOT / row.config)
-    assert cfg.train_dataloader.dataset.data_root == f'data/shapes/{row.data_format}/'
-    assert json.dumps(row.options.as_json())
+    cfg = demo_run.load_config(ROOT / row.config)
+    assert cfg.train_dataloader.dataset.data_root == f'data/shapes/{row.task.data_format}/'
+    classes = SEG_CLASSES if row.task.data_format == 'ade20k' else CLASSES
+    for mode in ('train', 'val', 'test'):
+        assert tuple(cfg[f'{mode}_dataloader'].dataset.metainfo.classes) == classes
+
+
+def test_every_family_has_every_task() -> None:
+    assert set(demo.DEMOS) == {(family, task) for family in ('vmamba', 'v2m', 'mamba2d') for task in SHORT}

@@ -1,0 +1,127 @@
+"""A demo's run. Everything goes through what users have: the generator, ``tools/train.py`` and an ordinary config."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from mmengine.config import Config
+
+from ssm_backbones.datasets.shapes import MANIFEST, make_shapes
+from ssm_backbones.demo.catalogue import DEMOS, Demo
+from ssm_backbones.preflight import CommandError
+from ssm_backbones.runner import TestOptions, load_config, test
+from ssm_backbones.visual import read_history, save_curves
+
+
+def run_demo(family: str = 'vmamba', task: str = 'det', fresh: bool = False) -> dict[str, float]:
+    """Run a demo in the current directory, which has to be the root of a checkout.
+
+    The data go to ``data/shapes/``, everything else to ``demo/<family>-<task>/``. A run that was interrupted is carried
+    on; one that was finished with the same data and config is only reported.
+
+    Args:
+        family: The backbone's family: ``'vmamba'``, ``'v2m'`` or ``'mamba2d'``.
+        task: ``'det'``, ``'seg'`` or ``'cls'``; :data:`~ssm_backbones.demo.catalogue.TASKS` says what they are.
+        fresh: Drop what earlier runs left and start anew.
+
+    Returns:
+        The figures reached by their logged names, as fractions.
+
+    Raises:
+        CommandError: If there is no such demo, or data, training or evaluation fail.
+    """
+    if (family, task) not in DEMOS:
+        families, tasks = (', '.join(dict.fromkeys(names)) for names in zip(*DEMOS, strict=True))
+        raise CommandError(
+            f'there is no demo for --family {family} --task {task}; families are {families}, tasks are {tasks}'
+        )
+    demo = DEMOS[family, task]
+    data_format = demo.task.data_format
+    out = Path('demo', f'{family}-{task}')
+    started = time.monotonic()
+
+    _say(f'Data: data/shapes/{data_format}')
+    try:
+        make_shapes('data/shapes', demo.task.options, [data_format], report=lambda line: print(line, flush=True))
+    except (ValueError, OSError) as error:
+        raise CommandError(f'the data cannot be generated: {error}') from error
+    cfg = load_config(demo.config)
+    _start_or_carry_on(out, _fingerprint(cfg, Path('data/shapes', data_format, MANIFEST)), fresh)
+    results = out / 'results.json'
+    if not results.is_file():
+        _train(demo.config, cfg, out / 'train')
+        _evaluate_and_show(demo, cfg, out, f'{family}, {task}')
+        _say(f'Done after {time.monotonic() - started:.0f} s.')
+    else:
+        _say('Finished before with the same data and config; --fresh trains anew.')
+    figures = json.loads(results.read_text(encoding='utf-8'))
+    reached = _in_words(demo, figures)
+    _say(f'{reached} on held-out pictures; see predictions.png, curves.png and model.pth in {out}{os.sep}')
+    return figures
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _fingerprint(cfg: Config, manifest: Path) -> str:
+    digest = hashlib.sha256(cfg.pretty_text.encode())
+    digest.update(manifest.read_bytes())
+    return digest.hexdigest()
+
+
+def _start_or_carry_on(out: Path, fingerprint: str, fresh: bool) -> None:
+    stamp = out / 'fingerprint'
+    known = stamp.read_text(encoding='utf-8') if stamp.is_file() else None
+    if out.exists() and (fresh or known != fingerprint):
+        _say(f'Starting anew: {"asked to" if fresh else "data or config have changed"}; removing {out}{os.sep}')
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    stamp.write_text(fingerprint, encoding='utf-8')
+
+
+def _train(config: str, cfg: Config, work_dir: Path) -> None:
+    schedule = cfg.train_cfg
+    last = f'epoch_{schedule.max_epochs}.pth' if 'max_epochs' in schedule else f'iter_{schedule.max_iters}.pth'
+    if _last_checkpoint(work_dir).name == last:
+        _say('Training: finished before')
+        return
+    command = [sys.executable, os.path.join('tools', 'train.py'), config, '--work-dir', str(work_dir), '--resume']
+    _say('Training: ' + ' '.join(['python', *command[1:]]))
+    status = subprocess.run(command, check=False).returncode
+    if status != 0:
+        raise CommandError(
+            f'training stopped with exit status {status}; the same command carries on from the last checkpoint'
+        )
+
+
+def _last_checkpoint(work_dir: Path) -> Path:
+    record = work_dir / 'last_checkpoint'
+    return work_dir / Path(record.read_text(encoding='utf-8').strip()).name if record.is_file() else Path()
+
+
+def _evaluate_and_show(demo: Demo, cfg: Config, out: Path, heading: str) -> None:
+    task, checkpoint = demo.task, _last_checkpoint(out / 'train')
+    dump = out / 'train' / task.dump
+    _say(f'Evaluation: {checkpoint}')
+    metrics = test(TestOptions(demo.config, str(checkpoint), work_dir=str(out / 'train' / 'test'), out=str(dump)))
+    figures = {name: task.scale * float(metrics[name]) for name in task.figures}
+    heading = f'{heading}: {_in_words(demo, figures)}'
+    task.show(cfg, dump, f'{heading} on held-out pictures', out / 'predictions.png')
+    save_curves(read_history(out / 'train'), task.figures, heading, out / 'curves.png', task.scale)
+    shutil.copyfile(checkpoint, out / 'model.pth')
+    partial = out / '.results.json.partial'
+    partial.write_text(json.dumps(figures, indent=2) + '\n', encoding='utf-8')
+    partial.replace(out / 'results.json')
+
+
+def _in_words(demo: Demo, figures: Mapping[str, float]) -> str:
+    return ', '.join(f'{shown} {figures[name]:.3f}' for name, shown in demo.task.figures.items())
