@@ -1,0 +1,40 @@
+# The ImageNet configs' recipe on small pictures: smaller parts, a shorter schedule, and labels as they are, since a few
+# hundred steps have no use for mixed pictures. A family adds its backbone.
+_base_ = [
+    '../models/classifier.py',
+    '../datasets/shapes_classification.py',
+    'mmpretrain::_base_/schedules/imagenet_bs1024_adamw_swin.py',
+    '../mmpretrain_runtime.py',
+]
+
+model = dict(
+    head=dict(num_classes=6, in_channels=256, topk=(1, )),
+    train_cfg=dict(_delete_=True))
+
+max_epochs = 20
+batch_size = 32
+train_dataloader = dict(batch_size=batch_size, num_workers=1)
+val_dataloader = dict(batch_size=batch_size, num_workers=1)
+test_dataloader = val_dataloader
+train_cfg = dict(max_epochs=max_epochs, val_interval=4)
+optim_wrapper = dict(
+    optimizer=dict(lr=1e-3),
+    clip_grad=dict(max_norm=5.0),
+    paramwise_cfg=dict(
+        custom_keys={
+            'mixer.D': dict(decay_mult=0.0),
+            '.A_log': dict(decay_mult=0.0),
+            '.dt_bias': dict(decay_mult=0.0)
+        }))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
+    dict(
+        type='CosineAnnealingLR',
+        by_epoch=True,
+        begin=0,
+        end=max_epochs,
+        eta_min_ratio=0.02,
+        convert_to_iter_based=True)
+]
+default_hooks = dict(logger=dict(interval=10), checkpoint=dict(max_keep_ckpts=2))
+randomness = dict(seed=0)

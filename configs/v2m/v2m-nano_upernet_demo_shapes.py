@@ -1,0 +1,11 @@
+_base_ = '../_base_/demos/upernet_shapes.py'
+
+model = dict(
+    backbone=dict(
+        type='V2M',
+        arch=dict(layout='plain', embed_dims=128, depth=4, d_state=4),
+        pyramid='multi',
+        out_indices=None,
+        img_size=128),
+    decode_head=dict(in_channels=[32, 64, 128, 128]),
+    auxiliary_head=dict(in_channels=128))

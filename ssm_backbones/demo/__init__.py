@@ -1,0 +1,6 @@
+"""The demo of each family and task: generate data, train a small model on it, evaluate, and show what it learnt."""
+
+from ssm_backbones.demo.catalogue import DEMOS, Demo
+from ssm_backbones.demo.run import run_demo
+
+__all__ = ['DEMOS', 'Demo', 'run_demo']
