@@ -7,6 +7,7 @@ import yaml
 
 from tests.configs.catalogue import DEMOS, METAFILES, NAMES, ROOT, ZOO, config, entries
 
+README = (ROOT / 'README.md').read_text(encoding='utf-8')
 TASKS = {
     'mmpretrain': {('Image Classification', 'ImageNet-1k', ('Top 1 Accuracy',))},
     'mmdet': {('Object Detection', 'COCO', ('box AP',)), ('Instance Segmentation', 'COCO', ('mask AP',))},
@@ -92,3 +93,15 @@ def test_names_follow_openmmlab(name) -> None:
     schedule = {'_1x_': 12, '-12e_': 12, '-3x_': 36, '-160k_': 160000, '_in1k': 300}
     (length,) = [value for key, value in schedule.items() if key in stem]
     assert length == cfg.train_cfg.get('max_epochs', cfg.train_cfg.get('max_iters'))
+
+
+@pytest.mark.parametrize('name', ZOO)
+def test_readme_s_table_gives_the_entry_s_figures(name) -> None:
+    entry = entries()[name]
+    (row,) = [line for line in README.splitlines() if line.startswith(f"| [{entry['Name']}](configs/{name}.py) |")]
+    parameters, flops, metrics, weights = [cell.strip() for cell in row.split('|')[2:-1]]
+    assert 5 < float(parameters) < 130 and 1 < float(flops) < 2000
+    published = [str(value) for result in entry.get('Results', []) for value in result['Metrics'].values()]
+    assert metrics == (' / '.join(published) or '–')
+    file = entry.get('Weights', '').rpartition('/')[2]
+    assert weights == (f'`{file}`' if file else '–')
