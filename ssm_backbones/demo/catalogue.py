@@ -22,6 +22,7 @@ class Task:
         options: what is generated.
         figures: the figures to report: shown name by logged name.
         scale: factor that makes fractions of the logged figures.
+        samples: glob pattern, below the data's folder, of the few held-out pictures whose feature maps are shown.
         dump: name of what ``tools/test.py --out`` writes: a file, or a folder of label maps.
         show: draws held-out pictures with truth and prediction: ``show(cfg, dump, heading, path)``.
     """
@@ -31,6 +32,7 @@ class Task:
     options: ShapesOptions
     figures: Mapping[str, str]
     scale: float
+    samples: str
     dump: str
     show: Callable[[Config, Path, str, Path], None]
 
@@ -50,6 +52,7 @@ TASKS: dict[str, Task] = {
         options=ShapesOptions(train=1600, val=200),
         figures={'coco/bbox_mAP': 'box AP', 'coco/segm_mAP': 'mask AP'},
         scale=1.0,
+        samples='val2017/*000[1-4].jpg',
         dump='predictions.pkl',
         show=show_detections,
     ),
@@ -59,6 +62,7 @@ TASKS: dict[str, Task] = {
         options=ShapesOptions(train=1600, val=100),
         figures={'mIoU': 'mIoU', 'mAcc': 'mean class accuracy', 'aAcc': 'pixel accuracy'},
         scale=0.01,
+        samples='images/validation/*_0000000[1-4].jpg',
         dump='predictions',
         show=show_label_maps,
     ),
@@ -68,6 +72,7 @@ TASKS: dict[str, Task] = {
         options=ShapesOptions(train=2400, val=300, size=(96, 96)),
         figures={'accuracy/top1': 'accuracy'},
         scale=0.01,
+        samples='val/*/*_0000000[1-4].JPEG',
         dump='predictions.pkl',
         show=show_classes,
     ),

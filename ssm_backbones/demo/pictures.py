@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from mmengine.config import Config
 
+from ssm_backbones.export.preview import PREVIEWS
 from ssm_backbones.visual import Instances, draw_instances, draw_label_map, draw_scores, save_contact_sheet
 
 SHOWN_PICTURES = 12
@@ -87,6 +88,30 @@ def show_classes(cfg: Config, dump: Path, heading: str, path: Path) -> None:
         image = _read(prediction['img_path']).repeat(2, axis=0).repeat(2, axis=1)
         pairs.append((image, draw_scores(prediction['pred_score'].numpy(), truth, classes, image.shape[:2])))
     save_contact_sheet(pairs, ('held-out picture', 'scores (outlined: the truth)'), heading, path, columns=3)
+
+
+def show_features(config: str, checkpoint: Path, pictures: str, export: Path, path: Path) -> None:
+    """Export the backbone's maps of some pictures, and draw each level's principal components beside them.
+
+    Args:
+        config: the config file.
+        checkpoint: the model's.
+        pictures: glob pattern.
+        export: folder to export to.
+        path: the picture to write.
+    """
+    from PIL import Image
+
+    from ssm_backbones.export.features import ExportOptions, export_features
+
+    export_features(ExportOptions(config, str(checkpoint), pictures, str(export), workers=0, preview=True))
+    rows = [Image.open(file) for file in sorted((export / PREVIEWS).glob('*.png'))]
+    sheet = Image.new('RGB', (max(row.width for row in rows), sum(row.height for row in rows)), (255, 255, 255))
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
+    sheet.save(path)
 
 
 def _unpickle(dump: Path) -> list[dict[str, Any]]:

@@ -16,6 +16,8 @@ from mmengine.config import Config
 
 from ssm_backbones.datasets.shapes import MANIFEST, make_shapes
 from ssm_backbones.demo.catalogue import DEMOS, Demo
+from ssm_backbones.demo.pictures import show_features
+from ssm_backbones.demo.report import RESULTS, describe_run, write_report
 from ssm_backbones.preflight import CommandError
 from ssm_backbones.runner import TestOptions, load_config, test
 from ssm_backbones.visual import read_history, save_curves
@@ -24,7 +26,8 @@ from ssm_backbones.visual import read_history, save_curves
 def run_demo(family: str = 'vmamba', task: str = 'det', fresh: bool = False) -> dict[str, float]:
     """Run a demo in the current directory, which has to be the root of a checkout.
 
-    The data go to ``data/shapes/``, everything else to ``demo/<family>-<task>/``. A run that was interrupted is carried
+    The data go to ``data/shapes/``, everything else to ``demo/<family>-<task>/``, and ``demo/report.html`` tells of
+    all demos that have been run. A run that was interrupted is carried
     on; one that was finished with the same data and config is only reported.
 
     Args:
@@ -46,7 +49,7 @@ def run_demo(family: str = 'vmamba', task: str = 'det', fresh: bool = False) -> 
     demo = DEMOS[family, task]
     data_format = demo.task.data_format
     out = Path('demo', f'{family}-{task}')
-    started = time.monotonic()
+    times = Times()
 
     _say(f'Data: data/shapes/{data_format}')
     try:
@@ -55,16 +58,19 @@ def run_demo(family: str = 'vmamba', task: str = 'det', fresh: bool = False) -> 
         raise CommandError(f'the data cannot be generated: {error}') from error
     cfg = load_config(demo.config)
     _start_or_carry_on(out, _fingerprint(cfg, Path('data/shapes', data_format, MANIFEST)), fresh)
-    results = out / 'results.json'
+    results = out / RESULTS
     if not results.is_file():
+        times.lap('data')
         _train(demo.config, cfg, out / 'train')
-        _evaluate_and_show(demo, cfg, out, f'{family}, {task}')
-        _say(f'Done after {time.monotonic() - started:.0f} s.')
+        times.lap('training (of this run, where one was carried on)')
+        _evaluate_and_show(demo, cfg, out, f'{family}, {task}', times)
+        _say(f'Done after {times.total:.0f} s.')
     else:
         _say('Finished before with the same data and config; --fresh trains anew.')
-    figures = json.loads(results.read_text(encoding='utf-8'))
+    figures = json.loads(results.read_text(encoding='utf-8'))['figures']
+    page = write_report(out.parent)
     reached = _in_words(demo, figures)
-    _say(f'{reached} on held-out pictures; see predictions.png, curves.png and model.pth in {out}{os.sep}')
+    _say(f'{reached} on held-out pictures; see {page}, and predictions.png, curves.png and model.pth in {out}{os.sep}')
     return figures
 
 
@@ -108,19 +114,47 @@ def _last_checkpoint(work_dir: Path) -> Path:
     return work_dir / Path(record.read_text(encoding='utf-8').strip()).name if record.is_file() else Path()
 
 
-def _evaluate_and_show(demo: Demo, cfg: Config, out: Path, heading: str) -> None:
+def _evaluate_and_show(demo: Demo, cfg: Config, out: Path, heading: str, times: Times) -> None:
     task, checkpoint = demo.task, _last_checkpoint(out / 'train')
     dump = out / 'train' / task.dump
     _say(f'Evaluation: {checkpoint}')
     metrics = test(TestOptions(demo.config, str(checkpoint), work_dir=str(out / 'train' / 'test'), out=str(dump)))
+    times.lap('evaluation')
     figures = {name: task.scale * float(metrics[name]) for name in task.figures}
     heading = f'{heading}: {_in_words(demo, figures)}'
     task.show(cfg, dump, f'{heading} on held-out pictures', out / 'predictions.png')
     save_curves(read_history(out / 'train'), task.figures, heading, out / 'curves.png', task.scale)
+    samples = Path('data/shapes', task.data_format, task.samples)
+    show_features(demo.config, checkpoint, str(samples), out / 'features', out / 'features.png')
+    times.lap('pictures')
     shutil.copyfile(checkpoint, out / 'model.pth')
-    partial = out / '.results.json.partial'
-    partial.write_text(json.dumps(figures, indent=2) + '\n', encoding='utf-8')
-    partial.replace(out / 'results.json')
+    results = {'figures': figures, 'seconds': times.seconds, 'versions': describe_run()}
+    partial = out / f'.{RESULTS}.partial'
+    partial.write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
+    partial.replace(out / RESULTS)
+
+
+class Times:
+    """Seconds of the parts of a run.
+
+    Attributes:
+        seconds: by part, in order.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        """What was done since the last call was this."""
+        now = time.monotonic()
+        self.seconds[name] = now - self._last
+        self._last = now
+
+    @property
+    def total(self) -> float:
+        """Seconds of all parts."""
+        return sum(self.seconds.values())
 
 
 def _in_words(demo: Demo, figures: Mapping[str, float]) -> str:

@@ -8,7 +8,7 @@ _base_ = [
 
 num_classes = 7
 model = dict(
-    data_preprocessor=dict(size=(128, 128)),
+    data_preprocessor=dict(size=(128, 160)),
     backbone=dict(_delete_=True, out_indices=(0, 1, 2, 3)),
     decode_head=dict(in_channels=[32, 64, 128, 256], channels=64, num_classes=num_classes),
     auxiliary_head=dict(in_channels=128, channels=32, num_classes=num_classes))
