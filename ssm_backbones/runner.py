@@ -94,6 +94,8 @@ def train(options: TrainOptions) -> Runner:
     _set_work_dir(cfg, options.config, options.work_dir)
     if options.amp:
         _enable_amp(cfg)
+    if not torch.cuda.is_available():
+        _replace_what_needs_a_gpu(cfg)
     if options.auto_scale_lr:
         _enable_auto_scale_lr(cfg)
     if options.resume is not None:
@@ -202,6 +204,14 @@ def _enable_amp(cfg: Config) -> None:
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     else:
         cfg.optim_wrapper.type = 'BFloat16OptimWrapper'
+
+
+def _replace_what_needs_a_gpu(cfg: Config) -> None:
+    if cfg.optim_wrapper.get('type') == 'AmpOptimWrapper':
+        logger.warning('AmpOptimWrapper needs a GPU; on this CPU BFloat16OptimWrapper takes its place.')
+        cfg.optim_wrapper.type = 'BFloat16OptimWrapper'
+        for name in ('loss_scale', 'dtype', 'use_fsdp'):
+            cfg.optim_wrapper.pop(name, None)
 
 
 def _enable_auto_scale_lr(cfg: Config) -> None:

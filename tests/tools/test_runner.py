@@ -97,6 +97,18 @@ def test_amp_computes_in_bfloat16_on_cpus(host, train, write_config, read_losses
     assert runs[True][0] == pytest.approx(runs[False][0], rel=0.03)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason='on a GPU AmpOptimWrapper stays')
+def test_a_config_s_float16_becomes_bfloat16_on_cpus(train, write_config, tmp_path, caplog) -> None:
+    changes = """
+    train_cfg = dict(max_epochs=1)
+    val_cfg = val_dataloader = val_evaluator = None
+    optim_wrapper = dict(type='AmpOptimWrapper', loss_scale='dynamic')
+    """
+    runner = train(write_config('mmpretrain', changes), tmp_path)
+    assert type(runner.optim_wrapper).__name__ == 'BFloat16OptimWrapper'
+    assert 'AmpOptimWrapper needs a GPU' in caplog.text
+
+
 def test_auto_scale_lr_follows_the_batch(train, write_config, tmp_path) -> None:
     changes = 'train_cfg = dict(max_epochs=1)\nval_cfg = val_dataloader = val_evaluator = None'
     config = str(write_config('mmpretrain', changes))
