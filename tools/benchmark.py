@@ -22,12 +22,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--threads', type=int, metavar='N', help="threads of the CPU; torch's choice without it")
     parser.add_argument('--repeats', type=int, metavar='N', default=defaults.repeats, help='turns of every measurement')
     parser.add_argument('--device', default=defaults.device, help='cpu, cuda or cuda:1')
+    parser.add_argument('--seconds', type=float, metavar='N', help='begin nothing more after so many seconds')
     args = parser.parse_args(argv)
 
     def command() -> None:
         try:
-            selected = select(args.only)
             settings = Settings(args.device, args.repeats, args.threads)
+            selected = select(args.only, args.device)
         except ValueError as error:
             raise CommandError(str(error)) from error
         if args.list:
@@ -36,10 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             return
         if args.json and not args.json.absolute().parent.is_dir():
             raise CommandError(f'--json: the folder {args.json.absolute().parent} does not exist')
-        report = run(selected, settings, progress=lambda name: print(f'measuring {name}', file=sys.stderr, flush=True))
+        report = run(
+            selected,
+            settings,
+            progress=lambda name: print(f'measuring {name}', file=sys.stderr, flush=True),
+            seconds=args.seconds,
+            save=lambda report: write_json(report, args.json) if args.json else None,
+        )
         print(report.as_table())
-        if args.json:
-            write_json(report, args.json)
+        if report.failed:
+            raise CommandError(f'{len(report.failed)} entries failed; they are listed above')
 
     return run_command(command)
 

@@ -9,11 +9,24 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-import cuda_ops
-from ssm_backbones import benchmark
-from ssm_backbones.benchmark import Comparison, Pair, Scaling, Settings
+from ssm_backbones.benchmark import (
+    Comparison,
+    Floor,
+    Pair,
+    Scaling,
+    Settings,
+    Unavailable,
+    backbones,
+    comparison,
+    registry,
+    run,
+    select,
+)
+from ssm_backbones.benchmark.backbones import BACKBONES, backbone_call, build_backbone
+from ssm_backbones.benchmark.comparison import measure_comparison, measure_scaling, scaling_peak
+from ssm_backbones.benchmark.registry import COMPARISONS, SCALINGS
+from ssm_backbones.benchmark.timing import measure_in_turns
 
 CPU = torch.device('cpu')
 
@@ -42,13 +55,13 @@ class Clock:
 
 def test_ratio_is_the_median_of_the_turns() -> None:
     clock = Clock()
-    comparison = Comparison(
+    compared = Comparison(
         'name',
         'summary',
         {'ours': clock.takes('ours', 1.0, 9.0, 2.0), 'theirs': clock.takes('theirs', 2.0, 3.0, 8.0)},
         (Pair('ours', 'theirs', 0.5), Pair('theirs', 'ours', 1.9), Pair('ours', 'ours')),
     )
-    result = benchmark.measure_comparison(comparison, Settings(repeats=3), clock)
+    result = measure_comparison(compared, Settings(repeats=3), clock)
     assert result['entries']['ours'] == {'median_s': 2.0, 'times_s': [1.0, 9.0, 2.0]}
     assert result['entries']['theirs'] == {'median_s': 3.0, 'times_s': [2.0, 3.0, 8.0]}
     # Turn by turn 1/2, 9/3 and 2/8.
@@ -58,63 +71,109 @@ def test_ratio_is_the_median_of_the_turns() -> None:
 def test_entries_take_turns_and_change_the_order() -> None:
     clock = Clock()
     calls = {label: clock.takes(label, 1.0)(CPU) for label in 'abc'}
-    benchmark.measure_in_turns(calls, 3, CPU, clock)
+    measure_in_turns(calls, 3, CPU, clock)
     assert clock.calls == list('aabbccabccbaabc')
 
 
 def test_short_calls_are_repeated_within_a_turn() -> None:
     clock = Clock()
-    times = benchmark.measure_in_turns({'short': clock.takes('short', 0.01)(CPU)}, 4, CPU, clock)
+    times = measure_in_turns({'short': clock.takes('short', 0.01)(CPU)}, 4, CPU, clock)
     assert len(clock.calls) == 2 + 4 * 5
     assert times['short'] == pytest.approx([0.01] * 4)
 
 
-@pytest.mark.parametrize('states', (1, 3))
-def test_the_loop_and_the_scan_compute_the_same(states: int) -> None:
-    inputs = [value.double().requires_grad_() for value in benchmark.scan_inputs((2, 4, 5, 6), states, CPU)]
-    weight = torch.randn(2, 4, 5, 6, dtype=torch.float64)
-    loop, scan = benchmark.cross_scan_by_loop(*inputs), cuda_ops.cross_selective_scan(*inputs)
-    torch.testing.assert_close(loop, scan)
-    for ours, theirs in zip(
-        torch.autograd.grad(scan, inputs, weight), torch.autograd.grad(loop, inputs, weight), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs)
+def test_floors_and_entries_that_are_missing() -> None:
+    def lacks(device: torch.device) -> Floor:
+        raise Unavailable('no such thing here')
+
+    def breaks(device: torch.device) -> Floor:
+        raise RuntimeError('it broke\nin detail')
+
+    clock = Clock()
+    entries = {
+        'ours': clock.takes('ours', 2.0),
+        'floor': lambda device: Floor(0.5, {'counted': 7}),
+        'lacking': lacks,
+        'broken': breaks,
+    }
+    pairs = (Pair('ours', 'floor', 3.0), Pair('ours', 'lacking', 1.0), Pair('ours', 'broken', 1.0))
+    result = measure_comparison(Comparison('name', 'summary', entries, pairs, images=8), Settings(repeats=2), clock)
+    assert [(pair['against'], pair['ratio'], pair['met']) for pair in result['pairs']] == [('floor', 4.0, False)]
+    assert result['entries']['floor'] == {'median_s': 0.5, 'times_s': [0.5, 0.5], 'counted': 7}
+    assert result['entries']['ours']['images_per_s'] == 4.0
+    assert result['skipped'] == {'lacking': 'no such thing here'}
+    assert result['failed'] == {'broken': 'RuntimeError: it broke'}
 
 
-@pytest.mark.parametrize('train', (False, True))
-def test_the_copy_moves_what_the_scan_has_to_touch(train: bool) -> None:
-    class Count(TorchDispatchMode):
-        copied = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func is torch.ops.aten.copy_.default:
-                self.copied += args[1].nbytes
-            return func(*args, **(kwargs or {}))
-
-    shape, states = (1, 4, 5, 6), 3
-    pixels = 4 * 5
-    needed = 4 * (pixels * (6 + 4 * 6 + 2 * 4 * states + 6) + 4 * 6 * (states + 2))
-    with Count() as count:
-        benchmark.copy_call(shape, states, train, CPU)()
-    assert count.copied == needed * (2 if train else 1)
+def test_a_run_names_what_it_leaves_out() -> None:
+    clock = Clock()
+    pairs = (Pair('ours', 'theirs'),)
+    entries = {'ours': clock.takes('ours', 0.0), 'theirs': lambda device: build_backbone('lacking', device)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BACKBONES, 'lacking', dict(type='no_such_library.Model'))
+        saved = []
+        report = run(
+            [
+                Comparison('one', '', entries, pairs),
+                Comparison('gpu', '', entries, pairs, devices=('cuda',)),
+                Comparison('two', '', entries, pairs),
+            ],
+            Settings(repeats=1),
+            save=lambda report: saved.append(len(report.comparisons)),
+        )
+        late = run([Comparison('one', '', entries, pairs)], Settings(repeats=1), seconds=-1)
+    assert saved == [1, 1, 2] and not report.failed
+    assert report.skipped[1] == {'name': 'gpu', 'reason': 'it is for --device cuda'}
+    missing = "lacking is no_such_library's, which cannot be imported: No module named 'no_such_library'"
+    assert report.skipped[0] == {'name': 'one: theirs', 'reason': missing}
+    table = report.as_table()
+    assert '| one        | ours  |' in table and f'skipped: two: theirs: {missing}' in table
+    assert not late.comparisons and late.skipped == [{'name': 'one', 'reason': '-1 seconds were over'}]
 
 
 def test_the_registry_is_consistent() -> None:
-    names = [each.name for each in benchmark.select()]
+    names = [each.name for each in select()]
     assert len(set(names)) == len(names)
-    for comparison in benchmark.COMPARISONS:
-        labels = {label for pair in comparison.pairs for label in (pair.entry, pair.against)}
-        assert labels == set(comparison.entries), comparison.name
-    for scaling in benchmark.SCALINGS:
-        assert scaling.backbone in benchmark.BACKBONES and scaling.sizes == tuple(sorted(scaling.sizes))
+    for each in COMPARISONS:
+        labels = {label for pair in each.pairs for label in (pair.entry, pair.against)}
+        assert labels == set(each.entries), each.name
+    for scaling in SCALINGS:
+        assert scaling.backbone in BACKBONES and scaling.sizes == tuple(sorted(scaling.sizes))
 
 
 def test_selection_by_name_and_pattern() -> None:
-    assert [each.name for each in benchmark.select(['vmamba-tiny/sizes'])] == ['vmamba-tiny/sizes']
-    assert len(benchmark.select(['cross-scan/*/n1', 'cross-scan/*/n16'])) == 4
-    assert benchmark.select() == [*benchmark.COMPARISONS, *benchmark.SCALINGS]
+    assert [each.name for each in select(['vmamba-tiny/sizes'])] == ['vmamba-tiny/sizes']
+    assert len(select(['cross-scan/*/n1', 'cross-scan/*/n16'])) == 4
+    assert select() == [*COMPARISONS, *SCALINGS]
+    here = {each.name for each in select(device='cpu')}
+    assert 'wavefront/forward/n16' in here and not any(name.startswith('gpu/') for name in here)
+    assert 'wavefront/forward/n16' not in {each.name for each in select(device='cuda:1')}
     with pytest.raises(ValueError, match=r"no comparison is called 'cross-scan'.*cross-scan/forward/n1"):
-        benchmark.select(['cross-scan'])
+        select(['cross-scan'])
+
+
+def test_plain_models_do_the_same_job() -> None:
+    with torch.device('meta'):
+        image = torch.empty(1, 3, 224, 224)
+        ours, theirs = (build_backbone(name, torch.device('meta'))(image) for name in ('v2m-tiny', 'deit-tiny'))
+    assert [value.shape for value in ours] == [value.shape for value in theirs] == [(1, 192, 14, 14)]
+
+
+def test_swin_with_fused_attention_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = dict(embed_dims=16, depths=[2, 2], num_heads=[2, 4])
+    config = dict(type='mmpretrain.SwinTransformer', arch=small, img_size=56, out_indices=(1,), drop_path_rate=0.0)
+    monkeypatch.setitem(BACKBONES, 'small-swin', config)
+    model = build_backbone('small-swin', CPU).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    images = torch.randn(2, 3, 56, 56, dtype=torch.float64)
+    before = model(images)[0]
+    backbones.use_fused_attention(model)
+    called = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(backbones.F, 'scaled_dot_product_attention', lambda *a, **k: called.append(1) or fused(*a, **k))
+    torch.testing.assert_close(model(images)[0], before)
+    assert len(called) == 4
 
 
 @pytest.mark.parametrize(
@@ -134,34 +193,34 @@ def test_settings_that_cannot_be(options: dict, message: str) -> None:
 @pytest.fixture
 def small_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backbone, a comparison and a scaling that take no time."""
-    monkeypatch.setitem(benchmark.BACKBONES, 'small', dict(type='VMamba', arch='test', out_indices=(3,)))
+    monkeypatch.setitem(BACKBONES, 'small', dict(type='VMamba', arch='test', out_indices=(3,)))
     entries = {
-        label: lambda device, train=train: benchmark.backbone_call('small', 2, 32, train, device)
+        label: lambda device, train=train: backbone_call('small', 2, 32, train, device)
         for label, train in (('small', False), ('trained', True))
     }
     pairs = (Pair('small', 'trained', 1.0), Pair('trained', 'small'))
-    monkeypatch.setattr(benchmark, 'COMPARISONS', [Comparison('small/one', 'a small one', entries, pairs)])
-    monkeypatch.setattr(benchmark, 'SCALINGS', [Scaling('small/sizes', 'small ones', 'small', (32, 64))])
+    monkeypatch.setattr(registry, 'COMPARISONS', [Comparison('small/one', 'a small one', entries, pairs)])
+    monkeypatch.setattr(registry, 'SCALINGS', [Scaling('small/sizes', 'small ones', 'small', (32, 64))])
     # A process of its own would not know the small backbone.
-    monkeypatch.setattr(benchmark, 'peak_bytes_in_new_process', lambda name, size, device: 1000 * size**2 + 24000)
+    monkeypatch.setattr(comparison, 'scaling_peak', lambda name, size, device: 1000 * size**2 + 24000)
 
 
 def test_backbone_calls_do_what_they_say(small_registry: None, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[torch.Size, bool, bool]] = []
-    model = benchmark.build_backbone('small', CPU)
+    model = build_backbone('small', CPU)
     model.register_forward_pre_hook(
         lambda module, inputs: seen.append((inputs[0].shape, module.training, torch.is_grad_enabled()))
     )
-    monkeypatch.setattr(benchmark, 'build_backbone', lambda name, device: model)
-    benchmark.backbone_call('small', 2, 32, False, CPU)()
+    monkeypatch.setattr(backbones, 'build_backbone', lambda name, device: model)
+    backbone_call('small', 2, 32, False, CPU)()
     assert all(parameter.grad is None for parameter in model.parameters())
-    benchmark.backbone_call('small', 3, 64, True, CPU)()
+    backbone_call('small', 3, 64, True, CPU)()
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert seen == [((2, 3, 32, 32), False, False), ((3, 3, 64, 64), True, True)]
 
 
 def test_scaling_is_relative_to_the_first_size_and_the_pixels(small_registry: None) -> None:
-    first, second = benchmark.measure_scaling(benchmark.SCALINGS[0], Settings(repeats=3))['sizes']
+    first, second = measure_scaling(registry.SCALINGS[0], Settings(repeats=3))['sizes']
     assert first['time_per_pixel'] == first['peak_per_pixel'] == 1
     assert second['peak_per_pixel'] == pytest.approx((1000 * 64**2 + 24000) / (1000 * 32**2 + 24000) / 4)
     ratios = [late / early / 4 for late, early in zip(second['times_s'], first['times_s'], strict=True)]
@@ -169,7 +228,7 @@ def test_scaling_is_relative_to_the_first_size_and_the_pixels(small_registry: No
 
 
 def test_peak_memory_grows_with_the_pixels() -> None:
-    small, large = (benchmark.peak_bytes_in_new_process('vmamba-tiny', size, 'cpu') for size in (224, 448))
+    small, large = (scaling_peak('vmamba-tiny', size, 'cpu') for size in (224, 448))
     # The stem's map alone: 48 channels at half the side, before and after its norm.
     assert small > 2 * 48 * 112**2 * 4
     # Four times the pixels. What an allocator keeps blurs it, so the bounds lie half way, in factors, to no growth and
@@ -179,7 +238,7 @@ def test_peak_memory_grows_with_the_pixels() -> None:
 
 def test_peak_memory_that_cannot_be_measured_is_an_error() -> None:
     with pytest.raises(RuntimeError, match='peak memory of vmamba-tiny at 0x0 could not be measured'):
-        benchmark.peak_bytes_in_new_process('vmamba-tiny', 0, 'cpu')
+        scaling_peak('vmamba-tiny', 0, 'cpu')
 
 
 @pytest.fixture

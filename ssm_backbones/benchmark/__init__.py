@@ -1,0 +1,14 @@
+"""Speed and memory: the backbones and scans against what they compete with, and whole models of any config.
+
+What is compared is data (:mod:`~ssm_backbones.benchmark.registry`). To add a family, name its models in
+:data:`~ssm_backbones.benchmark.backbones.BACKBONES` and list its comparisons and its scaling in the registry.
+Everything of one comparison is measured in one run, in turns, so that a disturbance of the machine hits all alike; a
+ratio is the median of the ratios of the single turns.
+"""
+
+from ssm_backbones.benchmark.comparison import Comparison, Floor, Pair, Scaling, Unavailable
+from ssm_backbones.benchmark.registry import run, select
+from ssm_backbones.benchmark.report import Report, write_json
+from ssm_backbones.benchmark.timing import Settings
+
+__all__ = ['Comparison', 'Floor', 'Pair', 'Report', 'Scaling', 'Settings', 'Unavailable', 'run', 'select', 'write_json']

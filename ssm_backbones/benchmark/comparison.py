@@ -1,0 +1,192 @@
+"""What can be compared, and how it is measured."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ssm_backbones.benchmark.backbones import backbone_call
+from ssm_backbones.benchmark.memory import peak_bytes, peak_bytes_in_new_process
+from ssm_backbones.benchmark.timing import Call, Clock, Settings, measure_in_turns, warm_up
+from ssm_backbones.benchmark.unavailable import Unavailable
+
+__all__ = ['Comparison', 'Floor', 'Pair', 'Scaling', 'Unavailable', 'measure_comparison', 'measure_scaling']
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least time that a job can take: an entry that is computed and not run.
+
+    Attributes:
+        seconds: the time.
+        details: what it was computed from, of JSON's types, for the report.
+    """
+
+    seconds: float
+    details: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A ratio to report.
+
+    Attributes:
+        entry: label of the entry whose time is the numerator.
+        against: label of the one whose time is the denominator.
+        target: the largest ratio aimed at, if any.
+        memory_target: the same for their peak memory, which is measured on GPUs.
+    """
+
+    entry: str
+    against: str
+    target: float | None = None
+    memory_target: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Entries that do the same job, measured in turns.
+
+    Attributes:
+        name: for the table and for ``--only``.
+        summary: what is done, in a few words.
+        entries: by label, a function that prepares everything on a device and returns the call to be measured, or a
+            floor. It raises :class:`Unavailable` where this machine lacks what it needs.
+        pairs: the ratios to report.
+        devices: types of the devices that it is meant for.
+        images: pictures that a call computes, where it computes pictures.
+    """
+
+    name: str
+    summary: str
+    entries: Mapping[str, Callable[[torch.device], Call | Floor]]
+    pairs: tuple[Pair, ...]
+    devices: tuple[str, ...] = ('cpu', 'cuda')
+    images: int | None = None
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Forward time and peak memory of a backbone over square images of growing size."""
+
+    name: str
+    summary: str
+    backbone: str
+    sizes: tuple[int, ...] = (224, 384, 512, 768, 1024)
+    devices: tuple[str, ...] = ('cpu', 'cuda')
+
+
+def measure_comparison(
+    comparison: Comparison, settings: Settings, clock: Clock = time.perf_counter
+) -> dict[str, Any]:
+    """Measure a comparison.
+
+    Args:
+        comparison: what to compare.
+        settings: how to measure.
+        clock: seconds since some moment.
+
+    Returns:
+        Of JSON's types: median and single seconds of each entry, and its peak memory on a GPU; each pair's ratio;
+        under ``skipped`` the entries that this machine lacks something for, and under ``failed`` those that raised an
+        error, with the reasons.
+    """
+    device = torch.device(settings.device)
+    calls: dict[str, Call] = {}
+    loops: dict[str, int] = {}
+    floors: dict[str, Floor] = {}
+    skipped: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    for label, prepare in comparison.entries.items():
+        try:
+            prepared = prepare(device)
+            if isinstance(prepared, Floor):
+                floors[label] = prepared
+            else:
+                loops[label] = warm_up(prepared, device, clock)
+                calls[label] = prepared
+        except Unavailable as error:
+            skipped[label] = str(error)
+        except Exception as error:
+            # One entry that fails must not take along what was and will be measured; the report tells of it.
+            failed[label] = f'{type(error).__name__}: {(str(error).strip() or "no message").splitlines()[0]}'
+    times = measure_in_turns(calls, settings.repeats, device, clock, loops)
+    entries: dict[str, dict[str, Any]] = {}
+    for label, values in times.items():
+        median = statistics.median(values)
+        entries[label] = {'median_s': median, 'times_s': values}
+        if comparison.images:
+            entries[label]['images_per_s'] = comparison.images / median
+        if device.type == 'cuda':
+            entries[label]['peak_bytes'] = peak_bytes(calls[label], device)
+    for label, floor in floors.items():
+        entries[label] = {'median_s': floor.seconds, 'times_s': [floor.seconds] * settings.repeats, **floor.details}
+    return {
+        'name': comparison.name,
+        'summary': comparison.summary,
+        'pairs': [_ratios(pair, entries) for pair in comparison.pairs if {pair.entry, pair.against} <= entries.keys()],
+        'entries': entries,
+        'skipped': skipped,
+        'failed': failed,
+    }
+
+
+def _ratios(pair: Pair, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    ours, theirs = entries[pair.entry], entries[pair.against]
+    ratio = statistics.median(a / b for a, b in zip(ours['times_s'], theirs['times_s'], strict=True))
+    result = {
+        'entry': pair.entry,
+        'against': pair.against,
+        'ratio': ratio,
+        'target': pair.target,
+        'met': None if pair.target is None else ratio <= pair.target,
+    }
+    if theirs.get('peak_bytes') and 'peak_bytes' in ours:
+        memory = ours['peak_bytes'] / theirs['peak_bytes']
+        target = pair.memory_target
+        result |= {
+            'memory_ratio': memory,
+            'memory_target': target,
+            'memory_met': None if target is None else memory <= target,
+        }
+    return result
+
+
+def measure_scaling(scaling: Scaling, settings: Settings) -> dict[str, Any]:
+    """Measure a scaling: times in turns in this process, peak memory in a process of its own for each size.
+
+    Returns:
+        Of JSON's types: for each size the seconds and the peak bytes of a forward pass beyond the model's own, and both
+        relative to the first size and to the number of pixels, which is 1 where they grow linearly.
+    """
+    device = torch.device(settings.device)
+    calls = {str(size): backbone_call(scaling.backbone, 1, size, False, device) for size in scaling.sizes}
+    times = measure_in_turns(calls, settings.repeats, device)
+    peaks = [scaling_peak(scaling.backbone, size, settings.device) for size in scaling.sizes]
+    first = scaling.sizes[0]
+    sizes = []
+    for size, peak in zip(scaling.sizes, peaks, strict=True):
+        pixels = (size / first) ** 2
+        ratios = [value / start / pixels for value, start in zip(times[str(size)], times[str(first)], strict=True)]
+        sizes.append(
+            {
+                'size': size,
+                'median_s': statistics.median(times[str(size)]),
+                'times_s': times[str(size)],
+                'time_per_pixel': statistics.median(ratios),
+                'peak_bytes': peak,
+                'peak_per_pixel': peak / peaks[0] / pixels,
+            }
+        )
+    return {'name': scaling.name, 'summary': scaling.summary, 'backbone': scaling.backbone, 'sizes': sizes}
+
+
+def scaling_peak(backbone: str, size: int, device: str) -> int:
+    """Bytes that a forward pass of one image takes at most beyond the model and the image, in a process of its own."""
+    prepare = 'ssm_backbones.benchmark.backbones:warm_backbone_call'
+    return peak_bytes_in_new_process(prepare, [backbone, size], device, f'{backbone} at {size}x{size}')

@@ -1,0 +1,104 @@
+"""Comparisons of backbones and scans in float32, as data; they are for the CPU first, and most run on GPUs as well."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+import cuda_ops
+from ssm_backbones.benchmark import scans
+from ssm_backbones.benchmark.backbones import backbone_call
+from ssm_backbones.benchmark.baselines import WavefrontByDiagonals, cross_scan_by_loop
+from ssm_backbones.benchmark.comparison import Comparison, Pair
+from ssm_backbones.benchmark.floors import wavefront_scan_work
+from ssm_backbones.benchmark.scans import Shape
+from ssm_backbones.benchmark.timing import Call
+
+
+def backbone_comparisons(
+    name: str,
+    forward: float | None = None,
+    training: float | None = None,
+    against: tuple[str, ...] = ('swin-tiny', 'convnext-tiny'),
+) -> list[Comparison]:
+    """A backbone against others at 224x224, with the ratios to the first of them that are aimed at.
+
+    Args:
+        name: key of :data:`~ssm_backbones.benchmark.backbones.BACKBONES`.
+        forward: target of the forward pass, at batch 1 and 4.
+        training: target of forward and backward pass together, at batch 4.
+        against: keys of the others.
+    """
+    comparisons = []
+    for batch, train in ((1, False), (4, False), (4, True)):
+        passes = 'forward+backward' if train else 'forward'
+        entries = {entry: partial(backbone_call, entry, batch, 224, train) for entry in (name, *against)}
+        pairs = (Pair(name, against[0], training if train else forward), *(Pair(name, each) for each in against[1:]))
+        comparisons.append(Comparison(f'{name}/{passes}/batch-{batch}', f'{passes} at 224x224, batch {batch}', entries,
+                                      pairs, images=batch))
+    return comparisons
+
+
+def cross_scan_comparisons(states: int, shape: Shape = (1, 56, 56, 96)) -> list[Comparison]:
+    """The cross scan against the loop and against a copy of its inputs and outputs, whose time nothing can beat."""
+
+    def scan(function, train: bool, device: torch.device) -> Call:
+        return scans.scan_call(function, scans.cross_scan_inputs(shape, states, device), train)
+
+    def copy(train: bool, device: torch.device) -> Call:
+        return scans.copy_call(scans.cross_scan_inputs(shape, states, device), train)
+
+    comparisons = []
+    for train in (False, True):
+        passes = 'forward+backward' if train else 'forward'
+        entries = {
+            'cuda_ops': partial(scan, cuda_ops.cross_selective_scan, train),
+            'loop': partial(scan, cross_scan_by_loop, train),
+            'copy': partial(copy, train),
+        }
+        pairs = (Pair('cuda_ops', 'loop'), Pair('cuda_ops', 'copy'))
+        comparisons.append(
+            Comparison(f'cross-scan/{passes}/n{states}', f'{passes} at {shape}, N={states}', entries, pairs)
+        )
+    return comparisons
+
+
+def wavefront_comparisons(states: int, shape: Shape = (1, 56, 56, 64), target: float | None = None) -> list[Comparison]:
+    """The wavefront scan against a copy, a loop over diagonals, and the exponentials that it must compute.
+
+    Args:
+        states: N.
+        shape: of the map.
+        target: of the forward pass against its exponentials.
+    """
+    height, width = shape[1:3]
+
+    def scan(train: bool, device: torch.device) -> Call:
+        return scans.scan_call(cuda_ops.wavefront_scan, scans.wavefront_inputs(shape, states, device), train)
+
+    def by_diagonals(train: bool, device: torch.device) -> Call:
+        function = WavefrontByDiagonals(height, width, device, compiled=False)
+        return scans.scan_call(function, scans.wavefront_inputs(shape, states, device), train)
+
+    def copy(train: bool, device: torch.device) -> Call:
+        return scans.copy_call(scans.wavefront_inputs(shape, states, device), train)
+
+    def exponentials(train: bool, device: torch.device) -> Call:
+        forward, backward = wavefront_scan_work(shape, states, itemsize=4)
+        return scans.exponentials_call(forward.exponentials + (backward.exponentials if train else 0), device)
+
+    comparisons = []
+    for train in (False, True):
+        passes = 'forward+backward' if train else 'forward'
+        entries = {
+            'cuda_ops': partial(scan, train),
+            'exponentials': partial(exponentials, train),
+            'diagonals': partial(by_diagonals, train),
+            'copy': partial(copy, train),
+        }
+        pairs = (Pair('cuda_ops', 'exponentials', None if train else target), Pair('cuda_ops', 'diagonals'),
+                 Pair('cuda_ops', 'copy'))
+        comparisons.append(Comparison(f'wavefront/{passes}/n{states}', f'{passes} at {shape}, N={states}', entries,
+                                      pairs, devices=('cpu',)))
+    return comparisons

@@ -1,0 +1,118 @@
+"""The least that a scan must move and compute, and how fast a device can at best.
+
+Counted are each input read once and each output written once (maps alone: parameters are small), and exponentials: one
+for each route, pixel, channel and state, two for a softplus; for each of a wavefront scan's two neighbours. The
+backward pass reads the inputs and the output's gradient, writes the inputs' gradients, and computes the exponentials
+once more. The floor of a pass is the longer of the two times; forward and backward pass add theirs.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cuda_ops.exp_rate import measure_exp_rate
+from ssm_backbones.benchmark.comparison import Floor
+from ssm_backbones.benchmark.timing import seconds
+from ssm_backbones.benchmark.unavailable import Unavailable
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one pass of a scan must do: bytes moved and exponentials computed."""
+
+    bytes: int
+    exponentials: int
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second: bytes read and written by a copy, and exponentials."""
+
+    bytes: float
+    exponentials: float
+
+
+def route_scan_work(
+    shape: Sequence[int], routes: int, states: int, itemsize: int, *, projections: int = 2, softplus: bool = True
+) -> tuple[Work, Work]:
+    """The forward and the backward pass of a scan along routes over a map (B, H, W, E).
+
+    Args:
+        shape: of the map.
+        routes: how many; each has step sizes (E) and projections (N) for each pixel.
+        states: N.
+        itemsize: bytes of a number.
+        projections: 2 for B and C, 1 where one of them is ones.
+        softplus: whether the step sizes pass a softplus.
+    """
+    pixels, channels = math.prod(shape[:3]), shape[3]
+    inputs = channels + routes * (channels + projections * states)
+    exponentials = pixels * routes * channels * (states + (2 if softplus else 0))
+    return _passes(pixels * itemsize, inputs, channels, exponentials)
+
+
+def wavefront_scan_work(shape: Sequence[int], states: int, itemsize: int) -> tuple[Work, Work]:
+    """The forward and the backward pass of a wavefront scan of a map (B, H, W, E); its step sizes are given as such."""
+    pixels, channels = math.prod(shape[:3]), shape[3]
+    return _passes(pixels * itemsize, 3 * channels + 3 * states, channels, 2 * pixels * channels * states)
+
+
+def _passes(scale: int, inputs: int, outputs: int, exponentials: int) -> tuple[Work, Work]:
+    # Backward: inputs, the gradient of the output, and the gradients of the inputs.
+    return Work(scale * (inputs + outputs), exponentials), Work(scale * (2 * inputs + outputs), exponentials)
+
+
+def floor(passes: Sequence[Work], rates: Rates) -> Floor:
+    """The least time of some passes one after the other, with what it was computed from."""
+    times = [(each.bytes / rates.bytes, each.exponentials / rates.exponentials) for each in passes]
+    return Floor(
+        sum(max(pair) for pair in times),
+        {
+            'floor': {
+                'bytes': [each.bytes for each in passes],
+                'exponentials': [each.exponentials for each in passes],
+                'bytes_per_s': rates.bytes,
+                'exponentials_per_s': rates.exponentials,
+            }
+        },
+    )
+
+
+@functools.cache
+def measure_rates(device: torch.device) -> Rates:
+    """Measure a device's copy bandwidth and its rate of exponentials, once in a process.
+
+    Raises:
+        Unavailable: if its exponentials cannot be measured.
+    """
+    try:
+        exponentials = measure_exp_rate(device=device.type if device.index is None else str(device))
+    except RuntimeError as error:
+        raise Unavailable(f'the rate of exponentials of {device} cannot be measured: {error}') from error
+    return Rates(measure_copy_rate(device), exponentials)
+
+
+def measure_copy_rate(device: torch.device, size: int | None = None, duration: float = 0.3) -> float:
+    """Bytes a second, read and written, of a copy that no cache holds.
+
+    Args:
+        device: where.
+        size: bytes to copy; a GiB on a GPU, 256 MiB on a CPU.
+        duration: seconds to measure for; the fastest turn counts, as other programs may run.
+    """
+    if size is None:
+        size = 2**30 if device.type == 'cuda' else 2**28
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    loops = 8 if device.type == 'cuda' else 1
+    seconds(lambda: target.copy_(source), 1, device)
+    fastest, end = math.inf, time.perf_counter() + duration
+    while math.isinf(fastest) or time.perf_counter() < end:
+        fastest = min(fastest, seconds(lambda: target.copy_(source), loops, device))
+    return 2 * size / fastest

@@ -1,0 +1,76 @@
+"""Peak memory of a call: on a GPU by the allocator's own account, on the CPU in a process of its own."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssm_backbones.benchmark.timing import Call
+
+_START = 'from ssm_backbones.benchmark.memory import main; main()'
+
+
+def peak_bytes(call: Call, device: torch.device) -> int:
+    """Bytes that a call takes at most beyond what is held before it.
+
+    On the CPU it is the growth of the process's resident memory, for which the process must be a fresh one: memory that
+    was freed before and is used again does not show.
+    """
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    # Linux: the recorded peak falls back to the present size, and what the start-up took no longer counts.
+    Path('/proc/self/clear_refs').write_text('5')
+    before = _resident_bytes('VmRSS')
+    call()
+    return _resident_bytes('VmHWM') - before
+
+
+def peak_bytes_in_new_process(prepare: str, arguments: list[Any], device: str, what: str) -> int:
+    """:func:`peak_bytes` in a process of its own, which no earlier allocation disturbs.
+
+    Args:
+        prepare: ``'module:function'``, a function that takes the arguments and the device and returns the call.
+        arguments: of JSON's types.
+        device: as torch names devices.
+        what: is measured, for the message where it cannot be.
+
+    Raises:
+        RuntimeError: if the process fails.
+    """
+    given = json.dumps(dict(prepare=prepare, arguments=arguments, device=device, threads=torch.get_num_threads()))
+    path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get('PYTHONPATH')])])
+    result = subprocess.run(
+        [sys.executable, '-c', _START, given], capture_output=True, text=True, env=os.environ | {'PYTHONPATH': path}
+    )
+    if result.returncode:
+        reason = (result.stderr.strip() or f'it ended with status {result.returncode}').splitlines()[-1]
+        raise RuntimeError(f'the peak memory of {what} could not be measured: {reason}')
+    return int(result.stdout.split()[-1])
+
+
+def main() -> None:
+    """What the new process does: measure what its argument says, and print the bytes."""
+    given = json.loads(sys.argv[1])
+    torch.set_num_threads(given['threads'])
+    module, _, name = given['prepare'].partition(':')
+    device = torch.device(given['device'])
+    call = getattr(importlib.import_module(module), name)(*given['arguments'], device)
+    print(peak_bytes(call, device))
+
+
+def _resident_bytes(kind: str) -> int:
+    match = re.search(rf'^{kind}:\s+(\d+) kB', Path('/proc/self/status').read_text(), re.MULTILINE)
+    if match is None:
+        raise RuntimeError(f'/proc/self/status does not tell {kind}')
+    return int(match.group(1)) * 1024

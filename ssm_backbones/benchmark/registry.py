@@ -1,0 +1,98 @@
+"""Everything that ``tools/benchmark.py`` measures by name, and the run over it."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatch
+
+import torch
+
+from ssm_backbones.benchmark.comparison import Comparison, Scaling, measure_comparison, measure_scaling
+from ssm_backbones.benchmark.cpu import backbone_comparisons, cross_scan_comparisons, wavefront_comparisons
+from ssm_backbones.benchmark.machine import describe_machine
+from ssm_backbones.benchmark.report import Report
+from ssm_backbones.benchmark.timing import Settings
+
+COMPARISONS: list[Comparison] = [
+    *backbone_comparisons('vmamba-tiny', forward=1.1, training=1.25),
+    *backbone_comparisons('vmamba-tiny-s2l5'),
+    *backbone_comparisons('vmamba-tiny-v0'),
+    *backbone_comparisons('mamba2d-tiny', forward=1.3, training=1.5),
+    *backbone_comparisons('v2m-hier-small', forward=1.3, training=1.5),
+    *backbone_comparisons('v2m-tiny', against=('deit-tiny',)),
+    *cross_scan_comparisons(states=1),
+    *cross_scan_comparisons(states=16),
+    *wavefront_comparisons(states=16, target=2.0),
+]
+SCALINGS: list[Scaling] = [
+    Scaling(f'{name}/sizes', 'forward pass of one image from 224x224 to 1024x1024', name)
+    for name in ('vmamba-tiny', 'mamba2d-tiny', 'v2m-hier-small')
+]
+
+
+def select(patterns: Sequence[str] = (), device: str | None = None) -> list[Comparison | Scaling]:
+    """The comparisons and scalings whose names match one of the patterns (as in a shell), or all of them.
+
+    Args:
+        patterns: Names or patterns; without any, everything.
+        device: Where it will be measured: without patterns, only what is meant for devices of its type.
+
+    Raises:
+        ValueError: a pattern matches nothing.
+    """
+    everything: list[Comparison | Scaling] = [*COMPARISONS, *SCALINGS]
+    for pattern in patterns:
+        if not any(fnmatch(each.name, pattern) for each in everything):
+            names = ', '.join(each.name for each in everything)
+            raise ValueError(f'no comparison is called {pattern!r}; there are {names}')
+    if patterns:
+        return [each for each in everything if any(fnmatch(each.name, pattern) for pattern in patterns)]
+    return [each for each in everything if device is None or torch.device(device).type in each.devices]
+
+
+def run(
+    selected: Iterable[Comparison | Scaling],
+    settings: Settings,
+    progress: Callable[[str], None] = lambda line: None,
+    seconds: float | None = None,
+    save: Callable[[Report], None] = lambda report: None,
+) -> Report:
+    """Measure everything selected.
+
+    Args:
+        selected: from :func:`select`.
+        settings: how to measure.
+        progress: told the name of what is measured next.
+        seconds: after which nothing more is begun; the report names what is left.
+        save: given the report after each comparison and scaling.
+    """
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    start = time.monotonic()
+    report = Report(describe_machine(settings.device), {'repeats': settings.repeats, 'device': settings.device})
+    kind = torch.device(settings.device).type
+    for each in selected:
+        if kind not in each.devices:
+            report.skipped.append(dict(name=each.name, reason=f'it is for --device {" or ".join(each.devices)}'))
+        elif seconds is not None and time.monotonic() - start > seconds:
+            report.skipped.append(dict(name=each.name, reason=f'{seconds:g} seconds were over'))
+        else:
+            progress(each.name)
+            _measure(each, settings, report)
+        save(report)
+    return report
+
+
+def _measure(each: Comparison | Scaling, settings: Settings, report: Report) -> None:
+    if isinstance(each, Scaling):
+        report.scalings.append(measure_scaling(each, settings))
+        return
+    result = measure_comparison(each, settings)
+    report.comparisons.append(result)
+    for outcome, entries in (('skipped', report.skipped), ('failed', report.failed)):
+        entries += [dict(name=f'{each.name}: {label}', reason=reason) for label, reason in result[outcome].items()]
+    if torch.device(settings.device).type == 'cuda':
+        gc.collect()
+        torch.cuda.empty_cache()

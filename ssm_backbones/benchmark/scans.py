@@ -1,0 +1,117 @@
+"""Inputs of the scans, the calls that are measured of them, and what takes the least time that they can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from cuda_ops import _library
+from ssm_backbones.benchmark.timing import Call
+from ssm_backbones.benchmark.unavailable import Unavailable
+
+Shape = tuple[int, int, int, int]
+Inputs = tuple[Tensor, ...]
+
+
+def cross_scan_inputs(shape: Shape, states: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Inputs:
+    """Arguments x, delta, A, B, C, D, delta_bias of a cross scan of a map (B, H, W, E); the parameters in float32."""
+    torch.manual_seed(0)
+    grid, channels = shape[:3], shape[3]
+    # The step sizes as SS2D computes them: one product for each route, so that routes lie apart in memory.
+    delta = torch.randn(4, *grid, channels, device=device, dtype=dtype).permute(1, 2, 3, 0, 4)
+    return (
+        torch.randn(shape, device=device, dtype=dtype),
+        delta,
+        _decay_rates(channels, states, device).expand(4, channels, states).contiguous(),
+        torch.randn(*grid, 4, states, device=device, dtype=dtype),
+        torch.randn(*grid, 4, states, device=device, dtype=dtype),
+        torch.ones(4, channels, device=device),
+        torch.full((4, channels), -4.0, device=device),
+    )
+
+
+def line_scan_inputs(shape: Shape, states: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Inputs:
+    """Arguments x, delta, A, B of V2M's scan along rows, whose C is one, of a map (B, H, W, E)."""
+    torch.manual_seed(0)
+    return (
+        torch.randn(shape, device=device, dtype=dtype),
+        torch.randn(shape, device=device, dtype=dtype) - 4,
+        _decay_rates(shape[3], states, device),
+        torch.randn(*shape[:3], states, device=device, dtype=dtype),
+    )
+
+
+def wavefront_inputs(shape: Shape, states: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Inputs:
+    """Arguments x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D of a wavefront scan of (B, H, W, E)."""
+    torch.manual_seed(0)
+
+    def steps() -> Tensor:
+        return nn.functional.softplus(torch.randn(shape, device=device) - 4).to(dtype)
+
+    def projection() -> Tensor:
+        return torch.randn(*shape[:3], states, device=device, dtype=dtype)
+
+    rates = _decay_rates(shape[3], states, device)
+    return (
+        torch.randn(shape, device=device, dtype=dtype),
+        steps(),
+        steps(),
+        rates,
+        rates.clone(),
+        projection(),
+        projection(),
+        projection(),
+        torch.ones(shape[3], device=device),
+    )
+
+
+def _decay_rates(channels: int, states: int, device: torch.device) -> Tensor:
+    return -torch.arange(1.0, states + 1, device=device).expand(channels, states).contiguous()
+
+
+def scan_call(scan: Callable[..., Tensor], inputs: Sequence[Tensor], train: bool) -> Call:
+    """A scan of these inputs, or its forward and backward pass with ``train``."""
+    if not train:
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return scan(*inputs)
+
+        return forward
+    leaves = [value.detach().requires_grad_() for value in inputs]
+    weight = torch.ones_like(scan(*leaves))
+    return lambda: torch.autograd.grad(scan(*leaves), leaves, weight)
+
+
+def copy_call(inputs: Sequence[Tensor], train: bool) -> Call:
+    """Copy what a scan of these inputs reads and writes, and with ``train`` the gradients of all of it.
+
+    The output is like the first input.
+    """
+    tensors = [*inputs, torch.ones_like(inputs[0], memory_format=torch.contiguous_format)]
+    pairs = [(value, torch.empty_like(value)) for value in tensors * (2 if train else 1)]
+
+    def copy() -> None:
+        for source, target in pairs:
+            target.copy_(source)
+
+    return copy
+
+
+def exponentials_call(count: int, device: torch.device) -> Call:
+    """So many exponentials, by the CPU kernels' own vectorised function, on all threads, in the first cache.
+
+    No scan that computes them can take less time, as :func:`cuda_ops.exp_rate.measure_exp_rate` has it.
+
+    Raises:
+        Unavailable: if the op library is not compiled, or on another device.
+    """
+    if device.type != 'cpu':
+        raise Unavailable('the function whose speed is measured is the CPU kernels\'')
+    if not _library.STATUS.compiled:
+        raise Unavailable(f'the exponential to measure is in the compiled library, and {_library.STATUS.reason}')
+    x = torch.linspace(-20, 0, 1024 * torch.get_num_threads())
+    return partial(torch.ops.cuda_ops.exp2_repeatedly, x, max(1, round(count / x.numel())))
