@@ -5,3 +5,4 @@ model = dict(
         type='Mamba2D',
         arch=dict(embed_dims=[32, 64, 128, 256], depths=[1, 1, 2, 1], d_state=4)),
     neck=dict(norm_cfg=dict(type='GN', num_groups=32)))
+optim_wrapper = dict(paramwise_cfg=dict(flat_decay_mult=0.0))

@@ -9,3 +9,4 @@ model = dict(
         img_size=128),
     decode_head=dict(in_channels=[32, 64, 128, 128]),
     auxiliary_head=dict(in_channels=128))
+optim_wrapper = dict(paramwise_cfg=dict(norm_decay_mult=0.0))

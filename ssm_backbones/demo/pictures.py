@@ -105,7 +105,7 @@ def show_features(config: str, checkpoint: Path, pictures: str, export: Path, pa
     from ssm_backbones.export.features import ExportOptions, export_features
 
     export_features(ExportOptions(config, str(checkpoint), pictures, str(export), workers=0, preview=True))
-    rows = [Image.open(file) for file in sorted((export / PREVIEWS).glob('*.png'))]
+    rows = [Image.open(file) for file in sorted((export / PREVIEWS).rglob('*.png'))]
     sheet = Image.new('RGB', (max(row.width for row in rows), sum(row.height for row in rows)), (255, 255, 255))
     top = 0
     for row in rows:

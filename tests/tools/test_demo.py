@@ -72,14 +72,19 @@ def test_demo_is_interrupted_carried_on_reported_and_renewed(checkout, monkeypat
     figures = demo.run_demo()
     assert set(figures) == {'coco/bbox_mAP', 'coco/segm_mAP'}
     written = {path.name for path in out.iterdir() if not path.name.startswith('.')}
-    assert written == {'train', 'predictions.png', 'curves.png', 'model.pth', 'results.json', 'fingerprint'}
+    assert written == {
+        'train', 'predictions.png', 'curves.png', 'features', 'features.png', 'model.pth', 'results.json', 'fingerprint'
+    }
+    assert (out.parent / 'report.html').is_file()
     lines = capfd.readouterr().out.splitlines()
     assert any('resumed epoch: ' in line for line in lines)
     assert any('eta: ' in line for line in lines)
     assert lines[-1].startswith(
         f'box AP {figures["coco/bbox_mAP"]:.3f}, mask AP {figures["coco/segm_mAP"]:.3f} on held-out'
     )
-    assert lines[-1].endswith('predictions.png, curves.png and model.pth in demo/vmamba-det/')
+    assert lines[-1].endswith(
+        'see demo/report.html, and predictions.png, curves.png and model.pth in demo/vmamba-det/'
+    )
 
     checkpoint = (out / 'model.pth').stat()
     assert demo.run_demo() == figures
