@@ -1,0 +1,18 @@
+"""See what a backbone sees: effective receptive fields, activation maps, and the response of a pixel through a scan."""
+
+from ssm_backbones.visualize.activation import activation_maps
+from ssm_backbones.visualize.drawing import draw_activation_maps, draw_receptive_fields, draw_scan_response
+from ssm_backbones.visualize.receptive_field import ReceptiveField, effective_receptive_field, receptive_field
+from ssm_backbones.visualize.response import ScanResponse, scan_response
+
+__all__ = [
+    'ReceptiveField',
+    'ScanResponse',
+    'activation_maps',
+    'draw_activation_maps',
+    'draw_receptive_fields',
+    'draw_scan_response',
+    'effective_receptive_field',
+    'receptive_field',
+    'scan_response',
+]

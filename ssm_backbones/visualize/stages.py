@@ -1,0 +1,143 @@
+"""The stages of a backbone: their numbers, strides and places, and the maps behind their blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ssm_backbones.backbones.base import SSMBackbone
+from ssm_backbones.backbones.v2m import PATCH_SIZE, PlainV2M
+from ssm_backbones.layers.common import PatchMerging
+
+
+def resolve_stage(backbone: SSMBackbone, stage: int | None) -> int:
+    """The number of a stage, negative ones counted from the end; None means the last one.
+
+    Of a backbone of one resolution (V2M's plain layout) every block is a stage.
+
+    Raises:
+        ValueError: If there is no such stage, or it was not built because no map of it or of a later one is returned.
+    """
+    return _resolve('stage', stage, len(backbone.stages), f'the {type(backbone).__name__} that was built')
+
+
+def resolve_block(backbone: SSMBackbone, stage: int, block: int | None) -> int:
+    """The number of a block in its stage, negative ones counted from the end; None means the last one.
+
+    Raises:
+        ValueError: If there is no such block.
+    """
+    return _resolve('block', block, len(backbone.stages[stage].blocks), f'stage {stage}')
+
+
+def _resolve(kind: str, number: int | None, count: int, owner: str) -> int:
+    number = -1 if number is None else number
+    if not -count <= number < count:
+        known = f'{kind}s 0 to {count - 1}' if count > 1 else f'one {kind}, 0'
+        raise ValueError(f'{kind} {number} does not exist: {owner} has {known} (-1 is the last).')
+    return number % count
+
+
+def stage_stride(backbone: SSMBackbone, stage: int) -> int:
+    """Pixels of the image along a side of one pixel of the stage's map."""
+    return PATCH_SIZE if isinstance(backbone, PlainV2M) else 4 * 2**stage
+
+
+def stage_name(backbone: SSMBackbone, stage: int) -> str:
+    """What titles call a stage."""
+    return f'block {stage}' if isinstance(backbone, PlainV2M) else f'stage {stage}'
+
+
+def spread_stages(backbone: SSMBackbone) -> list[int]:
+    """The stages to show by default: all, or the last block of each quarter of a backbone of one resolution."""
+    count = len(backbone.stages)
+    return sorted({max(count * quarter // 4 - 1, 0) for quarter in range(1, 5)}) if count > 4 else list(range(count))
+
+
+def cell_centre(backbone: SSMBackbone, stage: int, index: float) -> float:
+    """The coordinate in the image, along one axis, at which pixel ``index`` of a stage's map is centred.
+
+    The centre of the window that the stem's and the downsamplings' convolutions see; pixel centres are whole numbers.
+    A convolution of size k, stride s and padding p centres its output i at ``s * i - p + (k - 1) / 2``.
+    """
+    layers = [backbone.patch_embed, *(backbone.stages[i].downsample for i in range(stage))]
+    modules = [module for layer in layers for module in layer.modules()]
+    reducing = [module for module in modules if isinstance(module, nn.Conv2d | PatchMerging)]
+    for module in reversed(reducing):
+        if isinstance(module, nn.Conv2d):
+            size, stride, padding = module.kernel_size[0], module.stride[0], int(module.padding[0])
+            index = stride * index - padding + (size - 1) / 2
+        else:
+            index = 2 * index + 0.5
+    return index
+
+
+def stage_maps(backbone: SSMBackbone, images: Tensor, stages: Sequence[int]) -> dict[int, Tensor]:
+    """The maps behind the blocks of chosen stages, before any norm of the stage or of the output.
+
+    A LayerNorm makes all pixels equally large and their channels sum to a constant, so the norms of pixels and sums
+    over channels tell something only before it.
+
+    Args:
+        backbone: The backbone.
+        images: (B, in_channels, H, W), preprocessed.
+        stages: Numbers of the stages, from 0 on.
+
+    Returns:
+        For each stage its map (B, C, h, w), without class tokens, connected to the images for gradients.
+    """
+    wanted = {f'stage {stage}': backbone.stages[stage].blocks[-1] for stage in stages}
+    runs = runs_of(backbone, images, wanted)
+    maps = {stage: runs[f'stage {stage}'].result for stage in stages}
+    if isinstance(backbone, PlainV2M):
+        maps = {stage: backbone.patch_embed.patches(value) for stage, value in maps.items()}
+    return {stage: value.permute(0, 3, 1, 2) for stage, value in maps.items()}
+
+
+class Run(NamedTuple):
+    """What a module within a model was given, and what it made of it."""
+
+    given: Tensor
+    result: Tensor
+
+
+def runs_of(model: nn.Module, images: Tensor, modules: Mapping[str, nn.Module]) -> dict[str, Run]:
+    """Run a model and return the runs of chosen modules within it, by the given names."""
+    runs: dict[str, Run] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            # With activation checkpointing a module runs again in the backward pass; the first run counts.
+            runs.setdefault(name, Run(inputs[0], output))
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(module.register_forward_hook(keep(name)).remove)
+        model(images)
+    return runs
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode (nothing dropped at random), and each of its modules back as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def check_image(image: Tensor) -> None:
+    """Raise a ValueError unless ``image`` is one preprocessed picture (1, C, H, W) or (C, H, W), finite."""
+    if image.ndim not in (3, 4) or (image.ndim == 4 and image.shape[0] != 1):
+        raise ValueError(f'expected one picture (1, C, H, W) or (C, H, W), got shape {tuple(image.shape)}.')
+    if not torch.isfinite(image).all():
+        raise ValueError('the picture holds values that are not finite.')
