@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 
 import torch
 
+from ssm_backbones.benchmark import gpu
 from ssm_backbones.benchmark.comparison import Comparison, Scaling, measure_comparison, measure_scaling
 from ssm_backbones.benchmark.cpu import backbone_comparisons, cross_scan_comparisons, wavefront_comparisons
 from ssm_backbones.benchmark.machine import describe_machine
@@ -25,6 +26,7 @@ COMPARISONS: list[Comparison] = [
     *cross_scan_comparisons(states=1),
     *cross_scan_comparisons(states=16),
     *wavefront_comparisons(states=16, target=2.0),
+    *gpu.COMPARISONS,
 ]
 SCALINGS: list[Scaling] = [
     Scaling(f'{name}/sizes', 'forward pass of one image from 224x224 to 1024x1024', name)

@@ -19,12 +19,14 @@ from ssm_backbones.benchmark import (
     Unavailable,
     backbones,
     comparison,
+    gpu,
     registry,
     run,
     select,
 )
 from ssm_backbones.benchmark.backbones import BACKBONES, backbone_call, build_backbone
 from ssm_backbones.benchmark.comparison import measure_comparison, measure_scaling, scaling_peak
+from ssm_backbones.benchmark.floors import Rates
 from ssm_backbones.benchmark.registry import COMPARISONS, SCALINGS
 from ssm_backbones.benchmark.timing import measure_in_turns
 
@@ -139,6 +141,38 @@ def test_the_registry_is_consistent() -> None:
         assert labels == set(each.entries), each.name
     for scaling in SCALINGS:
         assert scaling.backbone in BACKBONES and scaling.sizes == tuple(sorted(scaling.sizes))
+
+
+def test_gpu_comparisons_cover_the_models_sizes() -> None:
+    by_name = {each.name: each for each in gpu.COMPARISONS}
+    # Each ends in its pass.
+    sizes = {name.rpartition('/')[0] for name in by_name}
+    for job in gpu.JOBS:
+        for stage in ('stage1', 'stage2'):
+            for image in ('224/batch-64', '224/batch-128', '1280x800/batch-2', '1024/batch-1', '2048/batch-1'):
+                assert f'gpu/{job.op}/{job.model}/{stage}/{image}' in sizes
+    cross = by_name['gpu/cross-scan/vmamba-base/stage2/1280x800/batch-2/forward+backward']
+    assert cross.pairs == (Pair('cuda_ops', 'floor', 3.0), Pair('cuda_ops', 'mamba-ssm', 1 / 3))
+    wavefront = by_name['gpu/wavefront/mamba2d-tiny/stage1/2048/batch-1/forward']
+    assert wavefront.pairs == (Pair('cuda_ops', 'floor', 2.0), Pair('cuda_ops', 'diagonals', 1 / 5, 1 / 8))
+    assert '(2, 100, 160, 512), N=1' in cross.summary and '(1, 512, 512, 64), N=16' in wavefront.summary
+    assert {each.devices for each in gpu.COMPARISONS} == {('cuda',)}
+
+
+@pytest.mark.parametrize('job', gpu.JOBS, ids=lambda job: job.model)
+def test_gpu_comparisons_run_what_they_say(job: gpu.ScanJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, 'measure_rates', lambda device: Rates(1e9, 1e9))
+    monkeypatch.setitem(gpu.IMAGES, 'small', (2, 16, 24))
+    small = gpu.ScanJob(job.op, job.model, 8, 2)
+    forward, both = gpu.scan_comparisons(small, 'small', 'stage2')
+    y = forward.entries['cuda_ops'](CPU)()
+    assert y.shape == (2, 2, 3, 16) and y.dtype == torch.bfloat16
+    gradients = both.entries['cuda_ops'](CPU)()
+    assert gradients[0].shape == y.shape
+    floors = [each.entries['floor'](CPU).seconds for each in (forward, both)]
+    work = gpu.work(job.op, (2, 2, 3, 16), 2)
+    seconds = [max(each.bytes, each.exponentials) / 1e9 for each in work]
+    assert floors == pytest.approx([seconds[0], sum(seconds)])
 
 
 def test_selection_by_name_and_pattern() -> None:

@@ -1,0 +1,172 @@
+"""Comparisons for GPUs, as data: scans at the models' own sizes, and whole backbones, all in bfloat16.
+
+Scans are set against their floor and against what the families' public code runs, in time and (the wavefront scan) in
+peak memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import cuda_ops
+from ssm_backbones.benchmark import scans
+from ssm_backbones.benchmark.backbones import backbone_call, use_fused_attention
+from ssm_backbones.benchmark.baselines import (
+    WavefrontByDiagonals,
+    cross_scan_by_indexing,
+    mamba_layout,
+    mamba_selective_scan,
+)
+from ssm_backbones.benchmark.comparison import Comparison, Floor, Pair
+from ssm_backbones.benchmark.floors import Work, floor, measure_rates, route_scan_work, wavefront_scan_work
+from ssm_backbones.benchmark.scans import Inputs, Shape
+from ssm_backbones.benchmark.timing import Call
+
+# Batch, height and width, the most telling first: a run that is cut short by the clock has them. Maps of stage 1 have
+# a stride of 4, those of stage 2 of 8.
+IMAGES = {
+    '224/batch-128': (128, 224, 224),
+    '1280x800/batch-2': (2, 800, 1280),
+    '2048/batch-1': (1, 2048, 2048),
+    '224/batch-64': (64, 224, 224),
+    '1024/batch-1': (1, 1024, 1024),
+}
+STRIDES = {'stage1': 4, 'stage2': 8}
+# The most that a pass may take, in floors.
+FORWARD, TRAINING = 2.0, 3.0
+
+
+@dataclass(frozen=True)
+class ScanJob:
+    """A model's scan.
+
+    Attributes:
+        op: for the name.
+        model: likewise.
+        channels: of the scan in stage 1; twice as many in stage 2.
+        states: N.
+    """
+
+    op: str
+    model: str
+    channels: int
+    states: int
+
+
+JOBS = (
+    ScanJob('cross-scan', 'vmamba-tiny', 96, 1),
+    ScanJob('wavefront', 'mamba2d-tiny', 64, 16),
+    ScanJob('cross-scan', 'vmamba-base', 256, 1),
+    ScanJob('wavefront', 'mamba2d-small', 96, 16),
+    ScanJob('cross-scan', 'vmamba-tiny-v0', 192, 16),
+    ScanJob('line-scan', 'v2m-hier-small', 96, 4),
+)
+
+
+def backbone_comparisons(name: str, against: str = 'swin-tiny', target: float = 1.0) -> list[Comparison]:
+    """A backbone against another at 224x224, batch 128, in bfloat16 and channels-last, in inference and training."""
+
+    def entry(backbone: str, train: bool, device: torch.device) -> Call:
+        change = use_fused_attention if backbone == against else None
+        return backbone_call(backbone, 128, 224, train, device, amp=True, channels_last=True, change=change)
+
+    return [
+        Comparison(
+            f'gpu/{name}/{_passes(train)}',
+            f'{_passes(train)} at 224x224, batch 128, bfloat16',
+            {each: partial(entry, each, train) for each in (name, against)},
+            (Pair(name, against, target),),
+            devices=('cuda',),
+            images=128,
+        )
+        for train in (False, True)
+    ]
+
+
+def scan_comparisons(job: ScanJob, image: str, stage: str) -> list[Comparison]:
+    """A model's scan in a stage, forward and then forward and backward.
+
+    Args:
+        job: the scan.
+        image: key of :data:`IMAGES`.
+        stage: key of :data:`STRIDES`.
+    """
+    batch, height, width = IMAGES[image]
+    stride = STRIDES[stage]
+    shape = (batch, height // stride, width // stride, job.channels * stride // 4)
+    comparisons = []
+    for train in (False, True):
+        entries: dict[str, Callable[[torch.device], Call | Floor]] = {
+            'cuda_ops': partial(_ours, job.op, shape, job.states, train),
+            'floor': partial(_floor, job.op, shape, job.states, train),
+        }
+        pairs = [Pair('cuda_ops', 'floor', TRAINING if train else FORWARD)]
+        if job.op == 'cross-scan':
+            entries['mamba-ssm'] = partial(_by_mamba, shape, job.states, train)
+            pairs.append(Pair('cuda_ops', 'mamba-ssm', 1 / 3 if train else None))
+        elif job.op == 'wavefront':
+            entries['diagonals'] = partial(_by_diagonals, shape, job.states, train)
+            pairs.append(Pair('cuda_ops', 'diagonals', 1 / 5, memory_target=1 / 8))
+        comparisons.append(
+            Comparison(f'gpu/{job.op}/{job.model}/{stage}/{image}/{_passes(train)}',
+                       f'{_passes(train)} at {shape}, N={job.states}, bfloat16', entries, tuple(pairs),
+                       devices=('cuda',))
+        )
+    return comparisons
+
+
+def _passes(train: bool) -> str:
+    return 'forward+backward' if train else 'forward'
+
+
+def _rows(x: Tensor, delta: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    return cuda_ops.line_scan(x, delta, A, B, None, axis='row')
+
+
+_SCANS: dict[str, tuple[Callable[..., Tensor], Callable[..., Inputs]]] = {
+    'cross-scan': (cuda_ops.cross_selective_scan, scans.cross_scan_inputs),
+    'line-scan': (_rows, scans.line_scan_inputs),
+    'wavefront': (cuda_ops.wavefront_scan, scans.wavefront_inputs),
+}
+
+
+def _inputs(op: str, shape: Shape, states: int, device: torch.device) -> Inputs:
+    return _SCANS[op][1](shape, states, device, torch.bfloat16)
+
+
+def _ours(op: str, shape: Shape, states: int, train: bool, device: torch.device) -> Call:
+    return scans.scan_call(_SCANS[op][0], _inputs(op, shape, states, device), train)
+
+
+def _by_mamba(shape: Shape, states: int, train: bool, device: torch.device) -> Call:
+    scan = partial(cross_scan_by_indexing, selective_scan=mamba_selective_scan())
+    return scans.scan_call(scan, mamba_layout(*_inputs('cross-scan', shape, states, device)), train)
+
+
+def _by_diagonals(shape: Shape, states: int, train: bool, device: torch.device) -> Call:
+    scan = WavefrontByDiagonals(*shape[1:3], device, compiled=True)
+    return scans.scan_call(scan, _inputs('wavefront', shape, states, device), train)
+
+
+def work(op: str, shape: Shape, states: int) -> tuple[Work, Work]:
+    """What the forward and the backward pass of a scan in bfloat16 must do."""
+    if op == 'wavefront':
+        return wavefront_scan_work(shape, states, itemsize=2)
+    routes, projections = (4, 2) if op == 'cross-scan' else (1, 1)
+    return route_scan_work(shape, routes, states, itemsize=2, projections=projections)
+
+
+def _floor(op: str, shape: Shape, states: int, train: bool, device: torch.device) -> Floor:
+    forward, backward = work(op, shape, states)
+    return floor((forward, backward) if train else (forward,), measure_rates(device))
+
+
+COMPARISONS: list[Comparison] = [
+    *(each for name in ('vmamba-tiny', 'mamba2d-tiny') for each in backbone_comparisons(name)),
+    *(each for image in IMAGES for stage in STRIDES for job in JOBS for each in scan_comparisons(job, image, stage)),
+]
