@@ -1,0 +1,93 @@
+"""``python -m ssm_backbones``: what is installed, what serves which device, and what needs mending, on one page.
+
+Nothing but the standard library is imported before the page is being made, and relatively: it is printed where the
+package that it belongs to cannot be imported as well.
+"""
+
+from __future__ import annotations
+
+import importlib
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from . import hosts, machine
+from .line import Line, short
+
+_LABEL, _WIDTH = 24, 118
+_CUDA_OPS_LABEL = 21
+Section = tuple[str, list[Line]]
+
+
+def main() -> int:
+    """Print the page; 1 where something that a config needs is broken, else 0."""
+    sections = examine()
+    print(render(sections))
+    return int(any(line.broken for _, lines in sections for line in lines))
+
+
+def examine() -> list[Section]:
+    """All findings, by section."""
+    torch, torch_line = machine.import_torch()
+    found = hosts.installed()
+    base = [machine.python_line(), torch_line, machine.numpy_line(torch), hosts.mmengine_line(),
+            hosts.package_line()]
+    if any(line.broken for line in base):
+        tried = [Line('imports', 'not tried, for what is broken above')]
+    else:
+        tried = [*hosts.host_lines(found), hosts.loading_line(torch)]
+    sections = [('base', base), ('host libraries', [*hosts.stack_lines(found), *tried])]
+    sections.append(('machine', _guarded('compilers', machine.compiler_lines) + machine.gpu_lines(torch)))
+    if torch is not None:
+        sections.append(('ops', _guarded('cuda_ops', lambda: backend_lines(torch))))
+        sections.append(('self-test', _guarded('cuda_ops', lambda: self_test(torch))))
+    return sections
+
+
+def backend_lines(torch: Any) -> list[Line]:
+    """What serves each device, in the words of ``python -m cuda_ops``."""
+    report = importlib.import_module('cuda_ops.__main__').report()
+    lines = []
+    for line in report.splitlines():
+        label, text = line[:_CUDA_OPS_LABEL].strip(), line[_CUDA_OPS_LABEL:].strip()
+        # It begins with torch's version, and what it sets in is the build's record.
+        if line.startswith(' ') or label == 'torch':
+            continue
+        slow = 'PyTorch reference' in text
+        lines.append(Line(label, text, 'slow; build the ops: make setup, or pip install -e . --no-build-isolation'
+                          if slow else ''))
+    return lines
+
+
+def self_test(torch: Any) -> list[Line]:
+    """Each op on each device, see :mod:`ssm_backbones.doctor.selftest`."""
+    selftest = importlib.import_module('.selftest', __name__)
+    return selftest.examine_ops(['cpu', *(['cuda'] if torch.cuda.is_available() else [])])
+
+
+def render(sections: Sequence[Section]) -> str:
+    """The page as text: what is broken is marked, and what can be done stands below each finding."""
+    page = []
+    for title, lines in sections:
+        page.append(title)
+        for line in lines:
+            text = f'BROKEN: {line.text}' if line.broken else line.text
+            page += _wrapped(f'  {line.label}'.ljust(_LABEL), text)
+            if line.remedy:
+                page += _wrapped(' ' * _LABEL, f'-> {line.remedy}')
+        page.append('')
+    broken = [line.label for _, lines in sections for line in lines if line.broken]
+    page.append(f'Broken: {", ".join(broken)}.' if broken else 'Nothing that a config needs is broken.')
+    return '\n'.join(page)
+
+
+def _wrapped(head: str, text: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, initial_indent=head, subsequent_indent=' ' * _LABEL, break_on_hyphens=False)
+
+
+def _guarded(label: str, lines: Callable[[], list[Line]]) -> list[Line]:
+    """These lines, or in their place why there are none."""
+    try:
+        return lines()
+    except Exception as error:
+        return [Line(label, short(error), 'install the package anew', broken=True)]

@@ -1,0 +1,115 @@
+"""Each op once, forward and backward, against the PyTorch reference in float64."""
+
+from __future__ import annotations
+
+import importlib
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cuda_ops
+
+from .line import Line, short
+
+# Of the largest root mean square error over outputs and gradients, relative to the exact values' own. Right ones lie
+# about a hundred times below, and a wrong index or sign far above.
+BOUND = 1e-5
+_REMEDY = 'build the ops anew: pip install -e . --no-build-isolation in the checkout'
+
+
+class _Reference(TorchDispatchMode):
+    """Lets the PyTorch references serve the operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = {}
+        for name in ('route_scan', 'wavefront_scan'):
+            module: Any = importlib.import_module(f'cuda_ops.{name}')
+            packet = getattr(torch.ops.cuda_ops, name), getattr(torch.ops.cuda_ops, f'{name}_backward')
+            self.table[packet[0].default] = module._reference_forward
+            self.table[packet[1].default] = module._reference_backward
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.table.get(func, func)(*args, **(kwargs or {}))
+
+
+def _cases() -> dict[str, tuple[Callable[..., Any], dict[str, Tensor]]]:
+    """A call of each op, and its inputs in float64: sides and channels that no vector or chunk divides."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def rates(*shape: int) -> Tensor:
+        return -torch.rand(shape, generator=generator, dtype=torch.float64) - 0.1
+
+    grid, channels, states = (2, 19, 13), 21, 3
+    x, length = normal(*grid, channels), grid[1] * grid[2]
+    lines = dict(x=x, delta=normal(*grid, channels), A=rates(channels, states), B=normal(*grid, states),
+                 C=normal(*grid, states), D=normal(channels))
+    return {
+        'cross_selective_scan': (
+            cuda_ops.cross_selective_scan,
+            dict(x=x, delta=normal(*grid, 4, channels), A=rates(4, channels, states), B=normal(*grid, 4, states),
+                 C=normal(*grid, 4, states), D=normal(4, channels), delta_bias=normal(4, channels)),
+        ),
+        'line_scan': (lambda **given: cuda_ops.line_scan(**given, axis='column', reverse=True), lines),
+        'selective_scan': (
+            lambda **given: cuda_ops.selective_scan(**given, delta_softplus=True),
+            dict(u=normal(2, channels, length), delta=normal(2, channels, length), A=rates(channels, states),
+                 B=normal(2, states, length), C=normal(2, states, length), D=normal(channels)),
+        ),
+        'wavefront_scan': (
+            lambda **given: cuda_ops.wavefront_scan(**given, reverse=True),
+            dict(x=x, delta_top=F.softplus(normal(*grid, channels)), delta_left=F.softplus(normal(*grid, channels)),
+                 A_top=rates(channels, states), A_left=rates(channels, states), B_top=normal(*grid, states),
+                 B_left=normal(*grid, states), C=normal(*grid, states), D=normal(channels)),
+        ),
+    }
+
+
+def _results(op: Callable[..., Any], inputs: dict[str, Tensor]) -> list[Tensor]:
+    """The output, and the gradient of its weighted sum in each input."""
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in inputs.items()}
+    output = op(**leaves)
+    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device).view(output.shape)
+    return [output.detach(), *torch.autograd.grad(output, list(leaves.values()), weights)]
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    return ((found.cpu().double() - exact).norm() / exact.norm()).item()
+
+
+def examine_ops(devices: list[str]) -> list[Line]:
+    """A line for each op: its error on each device, in float32; broken where one is above :data:`BOUND` or raises."""
+    lines = []
+    for name, (op, inputs) in _cases().items():
+        said, broken = [], False
+        with _Reference():
+            exact = _results(op, inputs)
+        for device in devices:
+            began = time.perf_counter()
+            try:
+                with warnings.catch_warnings():
+                    # That the reference serves a device is on the page already.
+                    warnings.filterwarnings('ignore', message='cuda_ops uses its PyTorch reference')
+                    found = _results(op, {key: value.float().to(device) for key, value in inputs.items()})
+                # torch's maximum, unlike Python's, is NaN wherever one of them is.
+                worst = torch.tensor([_error(*pair) for pair in zip(found, exact, strict=True)]).max().item()
+            except Exception as error:
+                said.append(f'{device}: {short(error)}')
+                broken = True
+                continue
+            # Written so that a NaN fails.
+            right = worst <= BOUND
+            verdict = 'right' if right else f'WRONG, allowed is {BOUND:.0e}'
+            said.append(f'{device}: error {worst:.0e}, {verdict} ({time.perf_counter() - began:.2f} s)')
+            broken |= not right
+        lines.append(Line(name, '; '.join(said), _REMEDY if broken else '', broken))
+    return lines
