@@ -59,7 +59,7 @@ TASKS: dict[str, Task] = {
     'seg': Task(
         summary='semantic segmentation',
         data_format='ade20k',
-        options=ShapesOptions(train=1600, val=100),
+        options=ShapesOptions(train=2400, val=200, size=(96, 96)),
         figures={'mIoU': 'mIoU', 'mAcc': 'mean class accuracy', 'aAcc': 'pixel accuracy'},
         scale=0.01,
         samples='images/validation/*_0000000[1-4].jpg',
