@@ -94,6 +94,10 @@ def test_demos_have_the_components_of_the_real_configs(name) -> None:
     demo = config(name)
     real = [config(other) for other in ZOO if other.partition('/')[0] == name.partition('/')[0]
             and config(other).default_scope == demo.default_scope]
-    parts = {key: value for key, value in types(demo.model) if not key.endswith('init_cfg')}
-    assert any(parts == {key: value for key, value in types(cfg.model) if not key.endswith('init_cfg')}
-               for cfg in real)
+
+    def parts(cfg) -> dict[str, str]:
+        # Which pixels a segmentor's loss counts is a matter of the schedule's length, not a part of the model.
+        return {key: value for key, value in types(cfg.model)
+                if not key.endswith(('init_cfg', 'decode_head.sampler'))}
+
+    assert any(parts(demo) == parts(cfg) for cfg in real)
