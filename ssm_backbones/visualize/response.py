@@ -32,7 +32,14 @@ from ssm_backbones.backbones.v2m import PlainV2M
 from ssm_backbones.layers.mamba2d_mixer import ScanMixer
 from ssm_backbones.layers.ss2d import ROUTES, SS2D
 from ssm_backbones.layers.v2m_mixer import HierarchicalV2MMixer, PlainV2MMixer, V2MMixer
-from ssm_backbones.visualize.stages import check_image, evaluating, resolve_block, resolve_stage, runs_of
+from ssm_backbones.visualize.stages import (
+    check_image,
+    evaluating,
+    resolve_block,
+    resolve_stage,
+    runs_of,
+    stage_stride,
+)
 
 SENSES = ('reads', 'feeds')
 _ROUTE_NAMES = ('row by row', 'column by column', 'row by row, reversed', 'column by column, reversed')
@@ -85,7 +92,7 @@ def default_scan_stage(model: SSMBackbone) -> int:
 
 
 def scan_response(model: SSMBackbone, image: Tensor, stage: int | None = None, block: int | None = None,
-                  point: tuple[int, int] | None = None, sense: str = 'reads') -> ScanResponse:
+                  pixel: tuple[int, int] | None = None, sense: str = 'reads') -> ScanResponse:
     """The weights between a pixel and all others through the scan of one block; see the module's docstring.
 
     VMamba's paths are its four routes, V2M's its four corners (row scan, gate, column scan; in the plain layout with
@@ -97,7 +104,8 @@ def scan_response(model: SSMBackbone, image: Tensor, stage: int | None = None, b
         image: One preprocessed picture, (1, in_channels, H, W) or (in_channels, H, W).
         stage: Number of the stage, negative ones counted from the end; None is :func:`default_scan_stage`.
         block: Number of the block in the stage, likewise; None is the last one.
-        point: Row and column of the pixel in the stage's map, without class tokens; None is (h // 2, w // 2).
+        pixel: Row and column of a pixel of the image; the pixel of the stage's map is the one whose square of
+            ``stride`` pixels it lies in. None is (h // 2, w // 2) of the map.
         sense: ``'reads'`` or ``'feeds'``, see :class:`ScanResponse`.
 
     Raises:
@@ -112,20 +120,26 @@ def scan_response(model: SSMBackbone, image: Tensor, stage: int | None = None, b
     if not _scans(mixer):
         raise ValueError(f'stage {number} mixes by {type(mixer).__name__}, which has no scan; '
                          f'stages that scan: {", ".join(map(str, scan_stages(model)))}.')
+    height, width = image.shape[-2:]
+    if pixel is not None and not (0 <= pixel[0] < height and 0 <= pixel[1] < width):
+        raise ValueError(f'row {pixel[0]}, column {pixel[1]} lie outside the image, which has {height} rows and '
+                         f'{width} columns.')
     with evaluating(model), torch.no_grad():
         x = runs_of(model, image.reshape(1, *image.shape[-3:]), {'mixer': mixer})['mixer'].given
         paths, channels = scan_paths(mixer, x)
         cells = _cells(model, x.shape[1], x.shape[2], x.device)
-    row, column = (size // 2 for size in cells.shape) if point is None else point
-    if not (0 <= row < cells.shape[0] and 0 <= column < cells.shape[1]):
-        raise ValueError(f'row {row}, column {column} lie outside the map of stage {number}, which has '
-                         f'{cells.shape[0]} rows and {cells.shape[1]} columns.')
+    if pixel is None:
+        row, column = (size // 2 for size in cells.shape)
+    else:
+        # A map may leave an odd image's last pixels out.
+        row, column = (min(place // stage_stride(model, number), size - 1)
+                       for place, size in zip(pixel, cells.shape, strict=True))
     probe = x.new_zeros(x.shape[1] * x.shape[2], channels)
     probe[cells[row, column]] = 1
     probe = probe.view(1, *x.shape[1:3], channels)
     weights = torch.stack([_weights(path, probe, sense) for path in paths.values()]).flatten(1, 3)[:, cells]
     return ScanResponse(tuple(paths), weights.abs().sum(-1).cpu().numpy(),
-                        weights.sum(0).abs().sum(-1).cpu().numpy(), (int(row), int(column)), sense, number, place)
+                        weights.sum(0).abs().sum(-1).cpu().numpy(), (row, column), sense, number, place)
 
 
 def scan_paths(mixer: nn.Module, x: Tensor) -> tuple[dict[str, Linear], int]:

@@ -7,9 +7,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ssm_backbones import V2M, create_backbone
-from ssm_backbones.visualize import scan_response
+from ssm_backbones.visualize import ScanResponse, scan_response
 from ssm_backbones.visualize.response import default_scan_stage, scan_paths, scan_stages
-from ssm_backbones.visualize.stages import runs_of
+from ssm_backbones.visualize.stages import runs_of, stage_stride
 
 FAMILIES = ('vmamba-test', 'v2m-test', 'v2m-test-hier', 'mamba2d-test')
 
@@ -23,12 +23,20 @@ def lively(name: str, **options) -> nn.Module:
     return model
 
 
+def respond(model: nn.Module, image: torch.Tensor, point: tuple[int, int], sense: str = 'reads') -> ScanResponse:
+    """The response of a pixel of the map."""
+    stride = stage_stride(model, default_scan_stage(model))
+    found = scan_response(model, image, pixel=(stride * point[0] + stride - 1, stride * point[1]), sense=sense)
+    assert found.point == point
+    return found
+
+
 def run(name: str, height: int, width: int):
     """A model's mixer, its input, and what runs within it."""
     model = lively(name)
     stage = default_scan_stage(model)
     mixer = model.stages[stage].blocks[-1].mixer
-    size = 16 if name == 'v2m-test' else 4 * 2**stage
+    size = stage_stride(model, stage)
     image = torch.randn(1, 3, height * size, width * size, dtype=torch.float64)
     modules = {'mixer': mixer, 'out_proj': mixer.out_proj}
     if hasattr(mixer, 'norm'):
@@ -89,7 +97,7 @@ def test_paths_are_linear_in_each_channel_alone(name: str) -> None:
 def test_vmamba_by_the_formula(sense: str) -> None:
     """SS2D's weights, written out along every route: C^T (product of decays behind q up to p) d B."""
     model, image, mixer, runs = run('vmamba-test', 3, 4)
-    found = scan_response(model, image, point=(1, 2), sense=sense)
+    found = respond(model, image, (1, 2), sense=sense)
     height, width = found.total.shape
     assert (height, width) == (3, 4)
     with torch.no_grad():
@@ -119,7 +127,7 @@ def test_vmamba_by_the_formula(sense: str) -> None:
 def test_mamba2d_by_the_recurrence() -> None:
     """The wavefront's weights, by running the two-neighbour recurrence on an impulse."""
     model, image, mixer, runs = run('mamba2d-test', 3, 4)
-    found = scan_response(model, image, stage=1, point=(1, 1), sense='feeds')
+    found = respond(model, image, (1, 1), sense='feeds')
     with torch.no_grad():
         u = F.gelu(mixer.in_proj(runs['mixer'].given))[0]
         steps = mixer.x_proj(u).split((mixer.dt_rank, mixer.dt_rank, *[mixer.d_state] * 3), -1)
@@ -149,7 +157,7 @@ def test_paths_reach_what_they_should(name: str) -> None:
     model = lively(name)
     image = torch.randn(3, 96, 112, dtype=torch.float64) if name == 'v2m-test' else torch.randn(
         3, 40, 48, dtype=torch.float64)
-    reads = scan_response(model, image, point=(2, 3))
+    reads = respond(model, image, (2, 3))
     height, width = reads.total.shape
     rows, columns = np.mgrid[:height, :width]
     up, down, left, right = rows <= 2, rows >= 2, columns <= 3, columns >= 3
@@ -161,7 +169,7 @@ def test_paths_reach_what_they_should(name: str) -> None:
         'column by column, reversed': (columns > 3) | (columns == 3) & down,
     }
     assert len(reads.names) == (1 if name == 'mamba2d-test' else 4)
-    feeds = scan_response(model, image, point=(2, 3), sense='feeds')
+    feeds = respond(model, image, (2, 3), sense='feeds')
     for number, path in enumerate(reads.names):
         assert ((reads.paths[number] > 0) == regions[path]).all()
         turned = {'upper': 'lower', 'lower': 'upper', 'left': 'right', 'right': 'left'}
@@ -170,7 +178,7 @@ def test_paths_reach_what_they_should(name: str) -> None:
             behind = path.removesuffix(', reversed') if 'reversed' in path else f'{path}, reversed'
         assert ((feeds.paths[number] > 0) == regions[behind]).all()
     # What one pixel reads of another is what the other feeds to it.
-    back = scan_response(model, image, point=(1, 1), sense='feeds')
+    back = respond(model, image, (1, 1), sense='feeds')
     np.testing.assert_allclose(back.paths[:, 2, 3], reads.paths[:, 1, 1], rtol=1e-6)
     assert (reads.total <= reads.paths.sum(0) * (1 + 1e-9)).all() and (reads.total > 0).any()
 
@@ -178,7 +186,7 @@ def test_paths_reach_what_they_should(name: str) -> None:
 @pytest.mark.parametrize('cls_token', ['corner', 'center'])
 def test_class_tokens_are_no_pixels(cls_token: str) -> None:
     model = V2M(arch='test', img_size=64, cls_token=cls_token).eval()
-    found = scan_response(model, torch.randn(3, 64, 80), point=(0, 0))
+    found = respond(model, torch.randn(3, 64, 80), (0, 0))
     assert found.total.shape == (4, 5)
     # Only the corner lies before the first patch, and the tokens are not shown.
     only = np.zeros((4, 5), bool)
@@ -194,8 +202,8 @@ def test_stages_blocks_and_points_that_do_not_exist() -> None:
         (dict(stage=9), r'stage 9 does not exist: the Mamba2D that was built has stages 0 to 3'),
         (dict(block=7), r'block 7 does not exist: stage 1 has'),
         (dict(stage=attention), 'mixes by RotaryAttention, which has no scan; stages that scan: 0, 1'),
-        (dict(point=(8, 0)), 'row 8, column 0 lie outside the map of stage 1, which has 8 rows and 8 columns'),
-        (dict(point=(-1, 0)), 'lie outside'),
+        (dict(pixel=(64, 0)), 'row 64, column 0 lie outside the image, which has 64 rows and 64 columns'),
+        (dict(pixel=(-1, 0)), 'lie outside'),
         (dict(sense='smells'), "sense is one of reads, feeds, got 'smells'"),
     ):
         with pytest.raises(ValueError, match=message):
