@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -21,14 +22,15 @@ from ssm_backbones.demo.report import RESULTS, describe_run, write_report
 from ssm_backbones.preflight import CommandError
 from ssm_backbones.runner import TestOptions, load_config, test
 from ssm_backbones.visual import read_history, save_curves
+from ssm_backbones.visualize import draw_erf_before_and_after
 
 
 def run_demo(family: str = 'vmamba', task: str = 'det', fresh: bool = False) -> dict[str, float]:
     """Run a demo in the current directory, which has to be the root of a checkout.
 
     The data go to ``data/shapes/``, everything else to ``demo/<family>-<task>/``, and ``demo/report.html`` tells of
-    all demos that have been run. A run that was interrupted is carried
-    on; one that was finished with the same data and config is only reported.
+    all demos that have been run. A run that was interrupted is carried on; one that was finished with the same data
+    and config is only reported.
 
     Args:
         family: The backbone's family: ``'vmamba'``, ``'v2m'`` or ``'mamba2d'``.
@@ -126,6 +128,7 @@ def _evaluate_and_show(demo: Demo, cfg: Config, out: Path, heading: str, times: 
     save_curves(read_history(out / 'train'), task.figures, heading, out / 'curves.png', task.scale)
     samples = Path('data/shapes', task.data_format, task.samples)
     show_features(demo.config, checkpoint, str(samples), out / 'features', out / 'features.png')
+    draw_erf_before_and_after(cfg, checkpoint, sorted(glob.glob(str(samples))), out / 'erf.png')
     times.lap('pictures')
     shutil.copyfile(checkpoint, out / 'model.pth')
     results = {'figures': figures, 'seconds': times.seconds, 'versions': describe_run()}

@@ -73,7 +73,8 @@ def test_demo_is_interrupted_carried_on_reported_and_renewed(checkout, monkeypat
     assert set(figures) == {'coco/bbox_mAP', 'coco/segm_mAP'}
     written = {path.name for path in out.iterdir() if not path.name.startswith('.')}
     assert written == {
-        'train', 'predictions.png', 'curves.png', 'features', 'features.png', 'model.pth', 'results.json', 'fingerprint'
+        'train', 'predictions.png', 'curves.png', 'features', 'features.png', 'erf.png', 'model.pth', 'results.json',
+        'fingerprint',
     }
     assert (out.parent / 'report.html').is_file()
     lines = capfd.readouterr().out.splitlines()
