@@ -75,7 +75,7 @@ def draw_instances(
 def draw_label_map(
     image: np.ndarray, labels: np.ndarray, palette: Sequence[Sequence[int]], ignored: int = 255, zoom: int = 2
 ) -> np.ndarray:
-    """Lay the classes' colours over an enlarged picture.
+    """Lay the classes' colours over an enlarged picture, which is made grey so that only they are colourful.
 
     Args:
         image: uint8 (height, width, 3), RGB.
@@ -95,7 +95,8 @@ def draw_label_map(
         raise ValueError(f'label {int(wrong[0])} has no colour; the palette has {len(palette)}')
     colours = np.zeros((max(ignored, len(palette) - 1) + 1, 3), dtype=np.float32)
     colours[: len(palette)] = palette
-    blended = 0.45 * image + 0.55 * colours[labels]
+    grey = image.astype(np.float32).mean(axis=2, keepdims=True)
+    blended = 0.4 * grey + 0.6 * colours[labels]
     return blended.astype(np.uint8).repeat(zoom, axis=0).repeat(zoom, axis=1)
 
 
@@ -144,7 +145,7 @@ def save_contact_sheet(
     Args:
         pairs: uint8 (height, width, 3) each, RGB.
         titles: of the two pictures of each pair.
-        heading: title over everything.
+        heading: title over everything, in as large a font as the width has room for.
         path: where the picture (PNG) goes.
         columns: of pairs.
         legend: names and RGB colours to explain below the heading.
@@ -161,7 +162,9 @@ def save_contact_sheet(
     step_x, step_y = 2 * width + 4 + 3 * gap, height + gap
     sheet = Image.new('RGB', (columns * step_x - gap, top + bar + rows * step_y), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((gap, 14), heading, fill=_INK, font=ImageFont.load_default(size=22))
+    font = next(font for size in range(22, 0, -1) if (font := ImageFont.load_default(size=size)).getlength(heading)
+                <= sheet.width - 2 * gap or size == 1)
+    draw.text((gap, 14), heading, fill=_INK, font=font)
     small = ImageFont.load_default(size=15)
     x = gap
     for name, colour in legend:

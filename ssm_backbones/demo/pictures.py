@@ -70,7 +70,7 @@ def show_label_maps(cfg: Config, dump: Path, heading: str, path: Path) -> None:
         image = _read(root / prefix.img_path / f'{found.stem}.jpg')
         # Stored one higher than they count: 0 is ADE20K's "other", which becomes 255, the ignored label.
         maps = [_read_labels(file) - 1 for file in (root / prefix.seg_map_path / found.name, found)]
-        drawn = [draw_label_map(image, labels, palette, ignored=_IGNORED) for labels in maps]
+        drawn = [draw_label_map(image, labels, palette, ignored=_IGNORED, zoom=3) for labels in maps]
         pairs.append((drawn[0], drawn[1]))
     legend = list(zip(classes, palette, strict=True))
     save_contact_sheet(pairs, ('ground truth (dark: ignored)', 'prediction'), heading, path, legend=legend)
