@@ -3,8 +3,9 @@
 # Usage: tools/gpu_check.sh [FOLDER]     (tables and logs go to FOLDER, gpu_check by default)
 # Needs torch built for CUDA, mmengine, pytest and nvcc; takes the Python named in PYTHON, python3 by default.
 set -u
-cd "$(dirname "$0")/.." || exit 1
 out=${1:-gpu_check}
+case $out in /*) ;; *) out=$PWD/$out ;; esac
+cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}
 mkdir -p "$out"
 failed=0

@@ -136,9 +136,15 @@ class WavefrontByDiagonals:
         left = torch.where(rows == 0, 1.0, 0.5) * ((columns > 0) | (rows == 0))
         self.weights = [each.flatten()[order].view(-1, 1, 1).to(device) for each in (top, left)]
         self.lengths = torch.bincount(diagonal.flatten()).tolist()
-        # By how much the first row of a diagonal lies below that of the one before.
-        self.shifts = [0] + [int(s >= width) for s in range(1, height + width - 1)]
-        self.step = torch.compile(_diagonal, dynamic=True, fullgraph=True) if compiled else _diagonal
+        # Where a diagonal's left neighbours end among the states of the one before, which lie between rows of zeros;
+        # counted so that it is never 0 or 1, of which torch.compile would make graphs of their own.
+        shifts = [0] + [int(s >= width) for s in range(1, height + width - 1)]
+        self.ends = [shift + 1 + count for shift, count in zip(shifts, self.lengths, strict=True)]
+        self.step = _diagonal
+        if compiled:
+            # A few graphs for each pass and for a batch of one; over all sizes of a run they pass the usual limit.
+            torch._dynamo.config.recompile_limit = 64
+            self.step = torch.compile(_diagonal, dynamic=True, fullgraph=True)
 
     def __call__(
         self,
@@ -158,15 +164,17 @@ class WavefrontByDiagonals:
         weights = [each.split(self.lengths) for each in self.weights]
         states = A_top.new_zeros(x.shape[0], 2, *A_top.shape)
         outputs = []
-        for shift, *pixels in zip(self.shifts, *along, *weights, strict=True):
-            states, y = self.step(states, shift, A_top, A_left, D, *pixels)
+        for end, *pixels in zip(self.ends, *along, *weights, strict=True):
+            # As for a single pixel: a graph of its own for the two corners is not worth compiling.
+            step = self.step if pixels[0].shape[1] > 1 else _diagonal
+            states, y = step(states, end, A_top, A_left, D, *pixels)
             outputs.append(y)
         return torch.cat(outputs, dim=1)[:, self.back].view(x.shape)
 
 
 def _diagonal(
     before: Tensor,
-    shift: int,
+    end: int,
     A_top: Tensor,
     A_left: Tensor,
     D: Tensor,
@@ -184,8 +192,8 @@ def _diagonal(
     u = x.to(A_top.dtype)
     share = []
     for states, delta, A, B, weight in (
-        (before[:, shift : shift + count], delta_top, A_top, B_top, weight_top),
-        (before[:, shift + 1 : shift + 1 + count], delta_left, A_left, B_left, weight_left),
+        (before[:, end - 1 - count : end - 1], delta_top, A_top, B_top, weight_top),
+        (before[:, end - count : end], delta_left, A_left, B_left, weight_left),
     ):
         d = delta.to(A.dtype)
         inflow = (d * u).unsqueeze(-1) * B.to(A.dtype).unsqueeze(2)

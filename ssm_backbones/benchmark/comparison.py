@@ -13,9 +13,10 @@ import torch
 from ssm_backbones.benchmark.backbones import backbone_call
 from ssm_backbones.benchmark.memory import peak_bytes, peak_bytes_in_new_process
 from ssm_backbones.benchmark.timing import Call, Clock, Settings, measure_in_turns, warm_up
-from ssm_backbones.benchmark.unavailable import Unavailable
+from ssm_backbones.benchmark.unavailable import Unavailable, reason
 
-__all__ = ['Comparison', 'Floor', 'Pair', 'Scaling', 'Unavailable', 'measure_comparison', 'measure_scaling']
+__all__ = ['Comparison', 'Floor', 'Pair', 'Scaling', 'Unavailable', 'measure_comparison', 'measure_scaling',
+           'ratios']
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def measure_comparison(
             skipped[label] = str(error)
         except Exception as error:
             # One entry that fails must not take along what was and will be measured; the report tells of it.
-            failed[label] = f'{type(error).__name__}: {(str(error).strip() or "no message").splitlines()[0]}'
+            failed[label] = reason(error)
     times = measure_in_turns(calls, settings.repeats, device, clock, loops)
     entries: dict[str, dict[str, Any]] = {}
     for label, values in times.items():
@@ -129,14 +130,15 @@ def measure_comparison(
     return {
         'name': comparison.name,
         'summary': comparison.summary,
-        'pairs': [_ratios(pair, entries) for pair in comparison.pairs if {pair.entry, pair.against} <= entries.keys()],
+        'pairs': [ratios(pair, entries) for pair in comparison.pairs if {pair.entry, pair.against} <= entries.keys()],
         'entries': entries,
         'skipped': skipped,
         'failed': failed,
     }
 
 
-def _ratios(pair: Pair, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def ratios(pair: Pair, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A pair's ratio of times, turn by turn, and of peak memory where it was measured, with the targets."""
     ours, theirs = entries[pair.entry], entries[pair.against]
     ratio = statistics.median(a / b for a, b in zip(ours['times_s'], theirs['times_s'], strict=True))
     result = {

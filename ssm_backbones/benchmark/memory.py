@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +19,29 @@ import torch
 
 from ssm_backbones.benchmark.timing import Call
 
+# glibc's numbers of these options, from malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _START = 'from ssm_backbones.benchmark.memory import main; main()'
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:
     """Bytes that a call takes at most beyond what is held before it.
 
-    On the CPU it is the growth of the process's resident memory, for which the process must be a fresh one: memory that
-    was freed before and is used again does not show.
+    On the CPU it is the growth of the process's resident memory, with every large block taken from the system and given
+    back to it at once: what the C library would keep of freed memory differs from run to run. Linux with glibc alone
+    can do that.
     """
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
-    # Linux: the recorded peak falls back to the present size, and what the start-up took no longer counts.
-    Path('/proc/self/clear_refs').write_text('5')
-    before = _resident_bytes('VmRSS')
-    call()
-    return _resident_bytes('VmHWM') - before
+    with _blocks_from_the_system():
+        # The recorded peak falls back to the present size, and what the start-up took no longer counts.
+        Path('/proc/self/clear_refs').write_text('5')
+        before = _resident_bytes('VmRSS')
+        call()
+        return _resident_bytes('VmHWM') - before
 
 
 def peak_bytes_in_new_process(prepare: str, arguments: list[Any], device: str, what: str) -> int:
@@ -67,6 +75,22 @@ def main() -> None:
     device = torch.device(given['device'])
     call = getattr(importlib.import_module(module), name)(*given['arguments'], device)
     print(peak_bytes(call, device))
+
+
+@contextmanager
+def _blocks_from_the_system() -> Iterator[None]:
+    gc.collect()
+    library = ctypes.CDLL(None)
+    if not hasattr(library, 'mallopt') or not Path('/proc/self/clear_refs').exists():
+        raise RuntimeError('peak memory on the CPU is measured on Linux with glibc alone')
+    library.mallopt(_M_MMAP_THRESHOLD, 1 << 16)
+    library.malloc_trim(0)
+    try:
+        yield
+    finally:
+        # What glibc's own thresholds grow to where large blocks come and go.
+        library.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        library.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
 
 def _resident_bytes(kind: str) -> int:

@@ -12,9 +12,11 @@ import torch
 from ssm_backbones.benchmark import gpu
 from ssm_backbones.benchmark.comparison import Comparison, Scaling, measure_comparison, measure_scaling
 from ssm_backbones.benchmark.cpu import backbone_comparisons, cross_scan_comparisons, wavefront_comparisons
+from ssm_backbones.benchmark.export import EXPORTS, ExportComparison, measure_export
 from ssm_backbones.benchmark.machine import describe_machine
 from ssm_backbones.benchmark.report import Report
 from ssm_backbones.benchmark.timing import Settings
+from ssm_backbones.benchmark.unavailable import reason
 
 COMPARISONS: list[Comparison] = [
     *backbone_comparisons('vmamba-tiny', forward=1.1, training=1.25),
@@ -33,8 +35,10 @@ SCALINGS: list[Scaling] = [
     for name in ('vmamba-tiny', 'mamba2d-tiny', 'v2m-hier-small')
 ]
 
+Entry = Comparison | Scaling | ExportComparison
 
-def select(patterns: Sequence[str] = (), device: str | None = None) -> list[Comparison | Scaling]:
+
+def select(patterns: Sequence[str] = (), device: str | None = None) -> list[Entry]:
     """The comparisons and scalings whose names match one of the patterns (as in a shell), or all of them.
 
     Args:
@@ -44,7 +48,7 @@ def select(patterns: Sequence[str] = (), device: str | None = None) -> list[Comp
     Raises:
         ValueError: a pattern matches nothing.
     """
-    everything: list[Comparison | Scaling] = [*COMPARISONS, *SCALINGS]
+    everything: list[Entry] = [*COMPARISONS, *SCALINGS, *EXPORTS]
     for pattern in patterns:
         if not any(fnmatch(each.name, pattern) for each in everything):
             names = ', '.join(each.name for each in everything)
@@ -55,7 +59,7 @@ def select(patterns: Sequence[str] = (), device: str | None = None) -> list[Comp
 
 
 def run(
-    selected: Iterable[Comparison | Scaling],
+    selected: Iterable[Entry],
     settings: Settings,
     progress: Callable[[str], None] = lambda line: None,
     seconds: float | None = None,
@@ -87,11 +91,17 @@ def run(
     return report
 
 
-def _measure(each: Comparison | Scaling, settings: Settings, report: Report) -> None:
+def _measure(each: Entry, settings: Settings, report: Report) -> None:
     if isinstance(each, Scaling):
-        report.scalings.append(measure_scaling(each, settings))
+        try:
+            report.scalings.append(measure_scaling(each, settings))
+        except RuntimeError as error:
+            report.failed.append(dict(name=each.name, reason=reason(error)))
         return
-    result = measure_comparison(each, settings)
+    if isinstance(each, ExportComparison):
+        result = measure_export(each, settings)
+    else:
+        result = measure_comparison(each, settings)
     report.comparisons.append(result)
     for outcome, entries in (('skipped', report.skipped), ('failed', report.failed)):
         entries += [dict(name=f'{each.name}: {label}', reason=reason) for label, reason in result[outcome].items()]

@@ -16,7 +16,9 @@ class Report:
     Attributes:
         machine: see :func:`~ssm_backbones.benchmark.machine.describe_machine`.
         settings: how it was measured.
-        comparisons, scalings: the results.
+        comparisons, scalings: the results of what is measured by name.
+        models: those of whole models, a record for each model, resolution and pass.
+        ratios: those of the models that are set against others.
         skipped: what was not measured and why, as dicts of ``name`` and ``reason``.
         failed: what ended in an error, likewise.
     """
@@ -25,12 +27,21 @@ class Report:
     settings: dict[str, Any]
     comparisons: list[dict[str, Any]] = field(default_factory=list)
     scalings: list[dict[str, Any]] = field(default_factory=list)
+    models: list[dict[str, Any]] = field(default_factory=list)
+    ratios: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
     failed: list[dict[str, str]] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, of JSON's types."""
         return asdict(self)
+
+    def heading(self) -> str:
+        """What the models were measured on, and how, in a line."""
+        precision = 'bfloat16 autocast' if self.settings['amp'] else 'float32'
+        processor = self.machine.get('GPU') or f'{self.machine["CPU"]}, {self.machine["threads"]} threads'
+        return (f'{self.settings["of"]}, batch {self.settings["batch_size"]}, {precision}, {processor}, '
+                f'torch {self.machine["torch"]}')
 
     def as_table(self) -> str:
         """Markdown: the machine in a line, the comparisons, the scalings, and what is missing."""
@@ -44,6 +55,15 @@ class Report:
         if self.scalings:
             rows = [_size_row(scaling, size) for scaling in self.scalings for size in scaling['sizes']]
             parts.append(markdown(('scaling', 'image', 'ms', 'per pixel', 'peak MiB', 'per pixel'), rows, text=(0, 1)))
+        if self.models:
+            rows = [_model_row(each) for each in self.models]
+            parts.append(markdown(('model', 'pass', 'picture', 'batch', 'ms', 'images/s', 'peak MiB'), rows,
+                                  text=(0, 1, 2)))
+        if self.ratios:
+            rows = [(each['model'], each['against'], each['what'], _size(each), f'{each["time_ratio"]:.3g}',
+                     f'{each["memory_ratio"]:.3g}') for each in self.ratios]
+            parts.append(markdown(('model', 'against', 'pass', 'picture', 'time ratio', 'memory ratio'), rows,
+                                  text=(0, 1, 2, 3)))
         for what, entries in (('skipped', self.skipped), ('failed', self.failed)):
             if entries:
                 parts.append('\n'.join(f'{what}: {each["name"]}: {each["reason"]}' for each in entries))
@@ -103,6 +123,15 @@ def _comparison_rows(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def _goal(target: float | None, met: bool | None) -> str:
     return '' if target is None else f'<= {target:.3g}: {"met" if met else "missed"}'
+
+
+def _model_row(record: Mapping[str, Any]) -> tuple[str, ...]:
+    return (record['model'], record['what'], _size(record), str(record['batch_size']),
+            milliseconds(record['latency_s']), f'{record["images_per_s"]:.4g}', mebibytes(record['peak_bytes']))
+
+
+def _size(record: Mapping[str, Any]) -> str:
+    return f'{record["height"]}x{record["width"]}'
 
 
 def _size_row(scaling: Mapping[str, Any], size: Mapping[str, Any]) -> tuple[str, ...]:

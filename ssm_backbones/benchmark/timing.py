@@ -36,11 +36,11 @@ class Settings:
             if value is not None and value < 1:
                 raise ValueError(f'{name} must be at least 1, got {value}')
         try:
-            available = torch.device(self.device).type == 'cpu' or torch.empty(0, device=self.device).numel() == 0
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            if torch.device(self.device).type not in ('cpu', 'cuda'):
+                raise ValueError(f'the device is cpu, cuda or cuda:1, got {self.device!r}')
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
             raise ValueError(f'the device {self.device!r} cannot be used: {str(error).splitlines()[0]}') from error
-        if not available:
-            raise ValueError(f'the device {self.device!r} cannot be used')
 
 
 def warm_up(call: Call, device: torch.device, clock: Clock = time.perf_counter) -> int:

@@ -26,6 +26,7 @@ from ssm_backbones.benchmark import (
 )
 from ssm_backbones.benchmark.backbones import BACKBONES, backbone_call, build_backbone
 from ssm_backbones.benchmark.comparison import measure_comparison, measure_scaling, scaling_peak
+from ssm_backbones.benchmark.export import EXPORTS
 from ssm_backbones.benchmark.floors import Rates
 from ssm_backbones.benchmark.registry import COMPARISONS, SCALINGS
 from ssm_backbones.benchmark.timing import measure_in_turns
@@ -178,7 +179,7 @@ def test_gpu_comparisons_run_what_they_say(job: gpu.ScanJob, monkeypatch: pytest
 def test_selection_by_name_and_pattern() -> None:
     assert [each.name for each in select(['vmamba-tiny/sizes'])] == ['vmamba-tiny/sizes']
     assert len(select(['cross-scan/*/n1', 'cross-scan/*/n16'])) == 4
-    assert select() == [*COMPARISONS, *SCALINGS]
+    assert select() == [*COMPARISONS, *SCALINGS, *EXPORTS]
     here = {each.name for each in select(device='cpu')}
     assert 'wavefront/forward/n16' in here and not any(name.startswith('gpu/') for name in here)
     assert 'wavefront/forward/n16' not in {each.name for each in select(device='cuda:1')}
@@ -234,6 +235,7 @@ def small_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     pairs = (Pair('small', 'trained', 1.0), Pair('trained', 'small'))
     monkeypatch.setattr(registry, 'COMPARISONS', [Comparison('small/one', 'a small one', entries, pairs)])
+    monkeypatch.setattr(registry, 'EXPORTS', [])
     monkeypatch.setattr(registry, 'SCALINGS', [Scaling('small/sizes', 'small ones', 'small', (32, 64))])
     # A process of its own would not know the small backbone.
     monkeypatch.setattr(comparison, 'scaling_peak', lambda name, size, device: 1000 * size**2 + 24000)
@@ -268,6 +270,18 @@ def test_peak_memory_grows_with_the_pixels() -> None:
     # Four times the pixels. What an allocator keeps blurs it, so the bounds lie half way, in factors, to no growth and
     # to growth with the pixels' square.
     assert 2 < large / small < 8
+
+
+def test_a_scaling_that_fails_does_not_stop_the_rest(
+    small_registry: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: object) -> int:
+        raise RuntimeError('no memory for it')
+
+    monkeypatch.setattr(comparison, 'scaling_peak', fail)
+    report = run(select(['small/*']), Settings(repeats=1))
+    assert len(report.comparisons) == 1 and not report.scalings
+    assert report.failed == [{'name': 'small/sizes', 'reason': 'RuntimeError: no memory for it'}]
 
 
 def test_peak_memory_that_cannot_be_measured_is_an_error() -> None:
