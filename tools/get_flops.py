@@ -2,6 +2,7 @@
 """Count the parameters and FLOPs of a config's model."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 
@@ -20,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('config', help='config file of mmpretrain, mmdet or mmseg')
     parser.add_argument('--shape', type=int, nargs=2, metavar=('H', 'W'), required=True,
                         help='height and width of the picture as the model gets it, padding included')
-    parser.add_argument('--per-layer', type=int, nargs='?', const=0, metavar='DEPTH',
+    parser.add_argument('--per-layer', type=int, nargs='?', const=math.inf, metavar='DEPTH',
                         help='print a line for each module, down to DEPTH dots in its name; without it, all')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE',
                         help='replace settings of the config, by dotted key')
@@ -31,12 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ssm_backbones.preflight import CommandError
         from ssm_backbones.runner import load_config
 
-        if args.per_layer is not None and args.per_layer < 0:
+        if args.per_layer is not None and args.per_layer < 1:
             raise CommandError(f'--per-layer takes a depth of at least 1, got {args.per_layer}')
         height, width = args.shape
         complexity = config_complexity(load_config(args.config, args.cfg_options), height, width)
         if args.per_layer is not None:
-            print(complexity.as_table(args.per_layer or None) + '\n')
+            print(complexity.as_table(None if math.isinf(args.per_layer) else args.per_layer) + '\n')
         print(f'config: {args.config}\npicture: {height}x{width} (height x width)')
         print(f'parameters: {human(complexity.params)} ({complexity.params})')
         print(f'FLOPs: {human(complexity.flops)} ({complexity.flops})\n{CONVENTION}')

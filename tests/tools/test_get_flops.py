@@ -39,10 +39,18 @@ def test_prints_a_table_of_modules(main, capsys):
     assert re.findall(r'^ *(\S+) .*%$', coarse, re.MULTILINE) == ['(model)', 'backbone', 'neck', 'head']
 
 
+def test_counts_a_multiply_add_once(main, capsys):
+    assert main([CONFIG, '--shape', '64', '64', '--per-layer', *TINY]) == 0
+    table = capsys.readouterr().out
+    # The classifier's one product of 128 features with 1000 classes; of the bias nothing is counted.
+    assert re.search(r'^ +fc +129\.00 K +128\.00 K +', table, re.MULTILINE)
+
+
 @pytest.mark.parametrize(('arguments', 'message'), [
     (['nowhere.py', '--shape', '8', '8'], 'nowhere.py does not exist'),
     ([CONFIG, '--shape', '0', '8'], 'at least 1 pixel'),
     ([CONFIG, '--shape', '8', '8', '--per-layer', '-1'], 'at least 1, got -1'),
+    ([CONFIG, '--shape', '8', '8', '--per-layer', '0'], 'at least 1, got 0'),
     ([CONFIG, '--shape', '8', '8', '--cfg-options', 'model.backbone.arch=huge'], "has no arch 'huge'"),
 ])
 def test_bad_arguments_get_one_line(main, capsys, arguments, message):
