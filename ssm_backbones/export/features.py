@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +21,7 @@ from mmengine.registry import TRANSFORMS, DefaultScope
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ssm_backbones.export.interrupts import ending_on_signals
 from ssm_backbones.export.models import FeatureExtractor, build_extractor, fingerprint
 from ssm_backbones.export.pictures import (
     MAX_PIXELS,
@@ -108,6 +108,12 @@ class _Sample:
     data: dict[str, Any] | None = None
     reason: str = ''
 
+    def pin_memory(self) -> _Sample:
+        """For the loader: the picture's pixels where a GPU fetches them without waiting."""
+        if self.data is not None:
+            self.data['inputs'] = self.data['inputs'].pin_memory()
+        return self
+
 
 class _Pictures(Dataset):
     """Reads pictures through the pipeline; one that cannot be read is told, not raised."""
@@ -150,6 +156,8 @@ def export_features(options: ExportOptions) -> ExportResult:
     extractor = build_extractor(cfg, options.checkpoint, options.neck)
     levels = describe_levels(extractor, options.levels)
     extractor = extractor.to(device)
+    # It keeps a device of its own, which the move of a module around it leaves as it was.
+    extractor.preprocessor.to(device)
     mark = fingerprint(extractor, cfg, pipeline)
     settings = dict(fingerprint=mark, dtype=options.dtype, neck=options.neck, levels=levels)
     store = FeatureStore(options.out, settings, options.shard_size)
@@ -225,11 +233,17 @@ def _run(extractor: FeatureExtractor, dataset: _Pictures, store: FeatureStore, l
             else:
                 yield sample
 
+    workers = min(options.workers, len(dataset))
     loader = DataLoader(
-        dataset, batch_size=None, num_workers=min(options.workers, len(dataset)), pin_memory=device.type == 'cuda'
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        # So that, while a batch is computed, the next one is read as a whole.
+        prefetch_factor=max(2, -(-2 * options.batch_size // workers)) if workers else None,
+        pin_memory=device.type == 'cuda',
     )
     # One thread writes while the next batch is computed; it is the only one that touches the store.
-    with _progress(len(dataset), rank) as advance, ThreadPoolExecutor(1) as writer, _ending_on_signals():
+    with _progress(len(dataset), rank) as advance, ThreadPoolExecutor(1) as writer, ending_on_signals():
         pending: list[Future] = []
         try:
             for batch in batches(readable(loader), options.batch_size):
@@ -246,36 +260,60 @@ def _run(extractor: FeatureExtractor, dataset: _Pictures, store: FeatureStore, l
     return failures
 
 
-def _store(store: FeatureStore, exported: Sequence[tuple[Record, dict[str, Tensor]]]) -> None:
-    for record, maps in exported:
-        try:
-            store.add(record, maps)
-        except OSError as error:
-            raise CommandError(f'--out {store.folder} cannot be written: {error}') from error
+@dataclass
+class _Computed:
+    """The maps (B, C, H, W) of a batch, on their way to the CPU, with the records of its pictures."""
+
+    records: list[Record]
+    maps: dict[str, Tensor]
+    largest: Tensor | None
+    arrived: torch.cuda.Event | None
+
+    def pictures(self) -> Iterator[tuple[Record, dict[str, Tensor]]]:
+        """Each picture's record and maps (C, H, W), once they are there."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        if self.largest is not None and self.largest > torch.finfo(torch.float16).max:
+            raise CommandError(
+                f'features reach {self.largest.item():.3g}, beyond what float16 holds; use --dtype bf16 or fp32.'
+            )
+        for place, record in enumerate(self.records):
+            yield record, {name: value[place].contiguous() for name, value in self.maps.items()}
+
+
+def _store(store: FeatureStore, computed: _Computed) -> None:
+    for record, maps in computed.pictures():
+        store.add(record, maps)
 
 
 @torch.inference_mode()
 def _compute(extractor: FeatureExtractor, batch: Sequence[_Sample], levels: Sequence[Mapping[str, Any]],
-             options: ExportOptions, device: torch.device, mark: str) -> list[tuple[Record, dict[str, Tensor]]]:
+             options: ExportOptions, device: torch.device, mark: str) -> _Computed:
     data = [sample.data for sample in batch if sample.data is not None]
-    images = extractor.preprocess(
-        dict(inputs=[each['inputs'] for each in data], data_samples=[each['data_samples'] for each in data])
-    )
+    # A GPU is handed work without waiting for it: pixels go there as bytes, maps come back behind the computation.
+    inputs = [each['inputs'].to(device, non_blocking=True) for each in data]
     try:
-        maps = extractor(images.to(device))
+        images = extractor.preprocess(dict(inputs=inputs, data_samples=[each['data_samples'] for each in data]))
+        maps = extractor(images)
     except torch.OutOfMemoryError as error:
+        height, width = inputs[0].shape[1:]
         raise CommandError(
-            f'{len(batch)} pictures of {images.shape[3]}x{images.shape[2]} pixels do not fit into the memory of '
-            f'{device}; lower --batch-size, or --max-pixels to leave the largest pictures out.'
+            f'{len(batch)} pictures of {width}x{height} pixels do not fit into the memory of {device}; '
+            'lower --batch-size, or --max-pixels to leave the largest pictures out.'
         ) from error
     dtype = DTYPES[options.dtype]
-    # One move for the batch, then a copy for each picture, since a file holds whole tensors.
-    moved = {level['name']: _narrow(maps[level['index']], dtype).cpu() for level in levels}
-    exported = []
-    for place, (sample, each) in enumerate(zip(batch, data, strict=True)):
-        chosen = {name: value[place].contiguous().clone() for name, value in moved.items()}
+    chosen = {level['name']: maps[level['index']] for level in levels}
+    moved = {name: value.to(dtype).to('cpu', non_blocking=True) for name, value in chosen.items()}
+    largest = arrived = None
+    if dtype == torch.float16:
+        largest = torch.stack([_largest(value) for value in chosen.values()]).amax().to('cpu', non_blocking=True)
+    if device.type == 'cuda':
+        arrived = torch.cuda.Event()
+        arrived.record(torch.cuda.current_stream(device))
+    records: list[Record] = []
+    for sample, each in zip(batch, data, strict=True):
         meta = each['data_samples'].metainfo
-        record: Record = dict(
+        records.append(dict(
             id=sample.picture.id,
             path=sample.picture.path,
             original_size=list(meta['ori_shape'][:2]),
@@ -283,23 +321,18 @@ def _compute(extractor: FeatureExtractor, batch: Sequence[_Sample], levels: Sequ
             padded_size=list(images.shape[2:]),
             dtype=options.dtype,
             levels=[
-                dict(name=level['name'], stride=level['stride'], shape=list(chosen[level['name']].shape))
+                dict(name=level['name'], stride=level['stride'], shape=list(moved[level['name']].shape[1:]))
                 for level in levels
             ],
             fingerprint=mark,
             **sample.picture.extra,
-        )
-        exported.append((record, chosen))
-    return exported
+        ))
+    return _Computed(records, moved, largest, arrived)
 
 
-def _narrow(value: Tensor, dtype: torch.dtype) -> Tensor:
-    narrow = value.to(dtype)
-    if dtype == torch.float16 and not torch.isfinite(narrow).all() and torch.isfinite(value).all():
-        raise CommandError(
-            f'features reach {value.abs().max().item():.3g}, beyond what float16 holds; use --dtype bf16 or fp32.'
-        )
-    return narrow
+def _largest(value: Tensor) -> Tensor:
+    """The largest finite magnitude; what the model itself has made infinite is written as it is."""
+    return torch.where(torch.isfinite(value), value, torch.zeros_like(value)).abs().amax()
 
 
 def _check_options(options: ExportOptions) -> None:
@@ -376,22 +409,3 @@ def _progress(total: int, rank: int) -> Iterator[Any]:
     with Progress(*columns, console=Console(file=sys.stderr), disable=rank != 0 or not total) as progress:
         task = progress.add_task('exporting', total=total)
         yield lambda count: progress.advance(task, count)
-
-
-@contextlib.contextmanager
-def _ending_on_signals() -> Iterator[None]:
-    """Being asked to end (SIGTERM) is treated like Ctrl-C, so that what was computed is written first."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:
-        # Not the main thread, which alone may set handlers.
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -92,7 +92,11 @@ class FeatureStore:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is kept, as a shard of its own if it is fewer than a full one."""
+        """Write what is kept, as a shard of its own if it is fewer than a full one.
+
+        Raises:
+            CommandError: If the folder cannot be written, or the disk is full.
+        """
         if not self._waiting:
             return
         ids = [record['id'] for record, _ in self._waiting]
@@ -103,10 +107,14 @@ class FeatureStore:
         path = self.folder / FEATURES / f'{name}.safetensors'
         records = [{**record, 'file': path.relative_to(self.folder).as_posix()} for record, _ in self._waiting]
         tensors = {key: value for _, maps in self._waiting for key, value in maps.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _aside(path) as partial:
-            save_file(tensors, str(partial), metadata={'format': FORMAT, 'pictures': json.dumps(records)})
+        # Whatever comes of it, these are not tried again.
         self._waiting.clear()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _aside(path) as partial:
+                save_file(tensors, str(partial), metadata={'format': FORMAT, 'pictures': json.dumps(records)})
+        except (OSError, SafetensorError) as error:
+            raise CommandError(f'--out {self.folder} cannot be written: {error}') from error
 
     def write_index(self, order: Sequence[str]) -> int:
         """Write the index of all features that are there: the given ids first, in their order.

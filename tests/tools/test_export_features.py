@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -260,6 +261,8 @@ def test_unreadable_pictures_do_not_stop_the_rest(tool, models, tmp_path, capsys
     whole = (folder / 'sub' / 'cut.png').read_bytes()
     (folder / 'sub' / 'cut.png').write_bytes(whole[:-20])
     Image.new('L', (400, 300)).save(folder / 'huge.png')
+    middle = whole.index(b'IDAT') + 6
+    (folder / 'damaged.png').write_bytes(whole[:middle] + b'damaged' + whole[middle + 7:])
     out = tmp_path / 'out'
     command = [*models['mmseg'], str(folder), '--out', str(out), '--workers', '1', '--max-pixels', '100000']
     error = fails(capsys, tool.main(command))
@@ -269,17 +272,18 @@ def test_unreadable_pictures_do_not_stop_the_rest(tool, models, tmp_path, capsys
         ('text.jpg', 'no picture'),
         ('sub/cut.png', 'cut off'),
         ('huge.png', '400x300 pixels are more than 100000'),
+        ('damaged.png', 'failed to load image'),
     ):
         (line,) = [line for line in error.splitlines() if line.startswith(f'unreadable: {folder / name}: ')]
         assert reason in line
-    assert 'error: 5 pictures could not be exported' in error
+    assert 'error: 6 pictures could not be exported' in error
     assert [record['id'] for record in FeatureDataset(out).records] == ['good.jpg']
-    assert len((out / 'unreadable.jsonl').read_text().splitlines()) == 5
+    assert len((out / 'unreadable.jsonl').read_text().splitlines()) == 6
     # Mended, they are exported by the next run alone.
-    for name in ('cut.jpg', 'empty.png', 'text.jpg', 'sub/cut.png', 'huge.png'):
+    for name in ('cut.jpg', 'empty.png', 'text.jpg', 'sub/cut.png', 'huge.png', 'damaged.png'):
         (folder / name).write_bytes(whole if name.endswith('png') else good)
     assert tool.main(command) == 0
-    assert '5 pictures exported' in capsys.readouterr().out
+    assert '6 pictures exported' in capsys.readouterr().out
     assert not (out / 'unreadable.jsonl').exists()
 
 
@@ -356,8 +360,12 @@ def test_bad_arguments(tool, models, tmp_path, shapes, capsys) -> None:
     pictures = str(shapes / 'ade20k' / 'images' / 'validation')
     out = ['--out', str(tmp_path / 'out')]
     (tmp_path / 'file').touch()
+    (tmp_path / 'junk.pth').write_bytes(b'junk')
+    torch.save({'state_dict': {'head.fc.weight': torch.zeros(2)}}, tmp_path / 'head.pth')
     for command, message in (
         ([config, 'nowhere.pth', pictures, *out], 'checkpoint nowhere.pth does not exist'),
+        ([config, str(tmp_path / 'junk.pth'), pictures, *out], 'junk.pth'),
+        ([config, str(tmp_path / 'head.pth'), pictures, *out], 'head.pth'),
         (['nowhere.py', checkpoint, pictures, *out], 'nowhere.py does not exist'),
         ([config, models['mmdet'][1], pictures, '--neck', *out], '--neck: the model of the config'),
         ([config, checkpoint, pictures, '--out', str(tmp_path / 'file')], 'is a file; name a folder'),
@@ -390,6 +398,43 @@ def test_features_beyond_float16(export, tmp_path, shapes, models) -> None:
     options = ExportOptions(config, str(tmp_path / 'large.pth'), pictures, str(tmp_path / 'out'), dtype='fp16')
     with pytest.raises(CommandError, match='beyond what float16 holds'):
         export_features(options)
+
+
+def test_the_next_batch_is_read_while_one_is_computed(models, tmp_path, shapes, monkeypatch) -> None:
+    check, compute, read = features.check_readable, features._compute, tmp_path / 'read'
+    read.mkdir()
+
+    def reading(path, max_pixels):
+        (read / Path(path).name).touch()
+        check(path, max_pixels)
+
+    def computing(*args):
+        deadline = time.monotonic() + 60
+        while len(list(read.iterdir())) < 12 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(list(read.iterdir())) == 12
+        return compute(*args)
+
+    monkeypatch.setattr(features, 'check_readable', reading)
+    monkeypatch.setattr(features, '_compute', computing)
+    pictures = str(shapes / 'ade20k' / 'images' / 'training')
+    options = ExportOptions(*models['mmseg'], pictures, str(tmp_path / 'out'), batch_size=6, workers=1)
+    assert export_features(options).exported == 12
+
+
+@pytest.mark.parametrize('shard_size', [0, 3])
+def test_a_full_disk(shard_size, export, tmp_path, shapes) -> None:
+    """Files end at a few kilobytes here."""
+    pictures = shapes / 'ade20k' / 'images' / 'validation'
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(CommandError, match='out cannot be written: .*File too large'):
+            export(pictures, tmp_path / 'out', shard_size=shard_size)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / 'out').rglob('*.part')) and not list((tmp_path / 'out').rglob('*.safetensors'))
+    assert export(pictures, tmp_path / 'out', shard_size=shard_size).exported == 4
 
 
 def test_batches_are_of_one_size_and_few_wait() -> None:
