@@ -15,7 +15,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
@@ -303,7 +304,7 @@ def _build(cfg: Config) -> nn.Module:
     settings = deepcopy(cfg.model)
     settings.data_preprocessor = preprocessor_config(cfg)
     torch.manual_seed(0)
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+    with _quiet(), DefaultScope.overwrite_default_scope(cfg.default_scope):
         return revert_sync_batchnorm(MODELS.build(settings))
 
 
@@ -313,17 +314,24 @@ def _build_optimizer(cfg: Config, model: nn.Module) -> OptimWrapper:
     for key in ('loss_scale', 'dtype', 'use_fsdp', 'accumulative_counts'):
         settings.pop(key, None)
     settings['type'] = 'OptimWrapper'
-    # mmengine tells of every parameter's settings.
-    logging.disable(logging.INFO)
-    try:
-        with DefaultScope.overwrite_default_scope(cfg.default_scope):
-            wrapper = build_optim_wrapper(model, settings)
-    finally:
-        logging.disable(logging.NOTSET)
+    with _quiet(), DefaultScope.overwrite_default_scope(cfg.default_scope):
+        wrapper = build_optim_wrapper(model, settings)
     # Many steps on noise would lead the weights astray. An update by nothing takes as long.
     for group in wrapper.optimizer.param_groups:
         group['lr'] = 0.0
     return wrapper
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without mmengine's lines about every parameter's settings, which go to the same place as the table."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _tensors(maps: Any) -> Iterator[Tensor]:

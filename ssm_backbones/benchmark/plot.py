@@ -26,6 +26,7 @@ def draw_models(records: Sequence[Mapping[str, Any]], heading: str) -> Any:
         ValueError: if there are no records.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     if not records:
         raise ValueError('nothing was measured that could be drawn')
@@ -45,6 +46,8 @@ def draw_models(records: Sequence[Mapping[str, Any]], heading: str) -> Any:
                               label=f'{model}, {what}')
         axes.set_xscale('log')
         axes.set_yscale('log')
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
         axes.set_xticks([pixels for pixels, _ in sizes], [name for _, name in sizes], rotation=30)
         axes.minorticks_off()
         axes.set(xlabel='picture, height x width', ylabel=label)
