@@ -8,6 +8,9 @@ from torch import nn
 from tests.configs.catalogue import DEMOS, HOSTS, NAMES, ZOO, config, entries, model, types
 
 FAMILIES = {'vmamba': 'VMamba', 'v2m': 'V2M', 'mamba2d': 'Mamba2D'}
+UNDECAYED = ('A_log', 'D', 'dt_bias', 'pos_embed', 'cls_token')
+# Some hundred steps from scratch, in which a decayed position embedding makes no difference.
+DECAYED_POSITIONS = {'v2m/v2m-nano_demo_shapes'}
 # mmdet's own recipe for DINO, whose decay of 1e-4 is for all parameters alike.
 WITHOUT_EXEMPTIONS = {'vmamba/dino-4scale_vmamba-tiny_8xb2-12e_coco'}
 
@@ -52,9 +55,10 @@ def test_scan_parameters_and_norms_do_not_decay(name) -> None:
     norms = {id(parameter) for module in built.backbone.modules() if isinstance(module, (nn.LayerNorm, nn.RMSNorm))
              for parameter in module.parameters(recurse=False)}
     assert norms
+    undecayed = UNDECAYED if name not in DECAYED_POSITIONS else UNDECAYED[:3]
     for key, parameter in built.backbone.named_parameters():
         last = key.rpartition('.')[2]
-        spared = id(parameter) in norms or last in ('A_log', 'D', 'dt_bias') or (flat_too and parameter.ndim == 1)
+        spared = id(parameter) in norms or last in undecayed or (flat_too and parameter.ndim == 1)
         if spared:
             assert decays[id(parameter)] == 0, key
         elif last in ('weight', 'dt_weight') and parameter.ndim > 1:

@@ -1,18 +1,11 @@
 # The recipe of Swin Transformer's UPerNet on ADE20K, which VMamba's authors use too.
-_base_ = 'mmseg::_base_/schedules/schedule_160k.py'
+_base_ = ['mmseg::_base_/schedules/schedule_160k.py', './undecayed.py']
 
 optim_wrapper = dict(
     _delete_=True,
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
-    # The scan's own parameters are rates and gains, which nothing should pull towards zero.
-    paramwise_cfg=dict(
-        custom_keys={
-            'norm': dict(decay_mult=0.0),
-            'mixer.D': dict(decay_mult=0.0),
-            '.A_log': dict(decay_mult=0.0),
-            '.dt_bias': dict(decay_mult=0.0)
-        }))
+    paramwise_cfg=dict(custom_keys={'norm': dict(decay_mult=0.0), **_base_.undecayed}))
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500),
     dict(type='PolyLR', eta_min=0.0, power=1.0, begin=1500, end=160000, by_epoch=False)
