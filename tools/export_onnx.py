@@ -14,7 +14,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run with these arguments (the process's by default) and return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog='The graph takes normalised images, float32 (B, C, H, W); how they are normalised is in its metadata.',
+        epilog='The graph takes normalised images, float32 (B, C, H, W); how they are normalised is in its metadata. A '
+        "classifier gives scores before softmax, a segmentor scores of the images' size, each image as a whole. What "
+        'can be exported: every backbone of this package, ImageClassifier, and EncoderDecoder with one decoding head; '
+        'of detectors and cascades the backbone. Exit status: 0, or 2 where nothing was written.',
     )
     parser.add_argument('config', help='config file of mmpretrain, mmdet or mmseg')
     parser.add_argument('checkpoint', nargs='?', help='checkpoint; without it the weights are as initialised')

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import io
 import logging
 import os
 import time
@@ -21,9 +22,13 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from torch import Tensor, nn
+from torch._dynamo.exc import UserError
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
 from torch.nn import functional as F
+from torch.onnx import OnnxExporterError
 
-from ssm_backbones.export import scans
+from ssm_backbones.export import pooling, scans
+from ssm_backbones.export.interrupts import ending_on_signals
 from ssm_backbones.export.models import build_extractor, build_model, preprocessor_config
 from ssm_backbones.preflight import CommandError
 from ssm_backbones.runner import load_config
@@ -31,6 +36,8 @@ from ssm_backbones.runner import load_config
 TOLERANCE = 1e-4
 PARTS = {'backbone': None, 'classifier': 'mmpretrain', 'segmentor': 'mmseg'}
 _TIMED_RUNS = 5
+# What torch.export and torch.onnx raise for models that they have no graph for.
+_REFUSALS = (UserError, ConstraintViolationError, GuardOnDataDependentSymNode, OnnxExporterError, NotImplementedError)
 # What a graph of open sizes is traced with. PyTorch settles for the whole program what holds of an example by chance:
 # that the batch is one, that sides are equal, or that a patch or a merging divides them. Here nothing does: a stride
 # of 4 makes 17 and 33 of these sides, and halving that 9 and 17, 5 and 9, 3 and 5.
@@ -90,7 +97,10 @@ class OnnxResult:
 
 
 class Segmentor(nn.Module):
-    """An mmseg segmentor from normalised images to class scores of their size, (B, classes, H, W)."""
+    """An mmseg segmentor from normalised images to class scores of their size, (B, classes, H, W).
+
+    Each image goes through as a whole, also where the config's ``test_cfg`` slides a window over it.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -115,9 +125,13 @@ class Classifier(nn.Module):
 def export_onnx(options: OnnxOptions) -> OnnxResult:
     """Export as the options say, run the file in onnxruntime, and compare it with PyTorch.
 
+    All backbones of this package can be exported, with mmpretrain's ``ImageClassifier`` and mmseg's ``EncoderDecoder``
+    around them. Segmentors of several decoding heads in a row (``CascadeEncoderDecoder``) and detectors cannot be as a
+    whole; their backbones can. With ``dynamic``, a head that computes with the sizes in plain Python may be refused.
+
     Raises:
-        CommandError: If the config, the checkpoint or the shape does not allow it, or the file does not compute what
-            PyTorch computes, within :data:`TOLERANCE`; then it is not written.
+        CommandError: If the config, the checkpoint or the shape does not allow it, PyTorch cannot say the model in
+            ONNX, or the file does not compute what PyTorch computes, within :data:`TOLERANCE`; then it is not written.
     """
     require_onnx()
     cfg = load_config(options.config, options.cfg_options)
@@ -126,11 +140,10 @@ def export_onnx(options: OnnxOptions) -> OnnxResult:
     path = Path(options.out or f'{Path(options.config).stem}_{part}.onnx')
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise CommandError(f'--out {path}: {"it is a folder" if path.is_dir() else "its folder does not exist"}.')
-    module, channels = _module(cfg, options.checkpoint, part)
-    images = torch.randn(options.batch_size, channels, height, width, generator=torch.Generator().manual_seed(0))
-    partial = path.with_name(f'.{path.name}.part')
-    try:
-        opset, nodes = write_onnx(module, images, partial, options.dynamic, _notes(cfg, part))
+    with ending_on_signals(), _aside(path) as partial:
+        module, channels = _module(cfg, options.checkpoint, part)
+        images = torch.randn(options.batch_size, channels, height, width, generator=torch.Generator().manual_seed(0))
+        opset, nodes = _write(module, images, partial, options, _notes(cfg, part))
         shapes = [tuple(images.shape)]
         if options.dynamic:
             # Another batch, and sides that no stride divides.
@@ -139,12 +152,7 @@ def export_onnx(options: OnnxOptions) -> OnnxResult:
         differences = {shape: compare(session, module, shape) for shape in shapes}
         _check_differences(differences)
         seconds = _times(session, module, images)
-        names = tuple(each.name for each in session.get_inputs()), tuple(each.name for each in session.get_outputs())
-        os.replace(partial, path)
-    except OSError as error:
-        raise CommandError(f'--out {path} cannot be written: {error}') from error
-    finally:
-        partial.unlink(missing_ok=True)
+    names = tuple(each.name for each in session.get_inputs()), tuple(each.name for each in session.get_outputs())
     return OnnxResult(str(path), part, opset, nodes, *names, differences, seconds)
 
 
@@ -172,7 +180,7 @@ def write_onnx(module: nn.Module, images: Tensor, path: str | os.PathLike[str], 
     count = len(_as_tuple(_run(module, images)))
     with torch.no_grad(), _quiet():
         program = torch.export.export(module, (images,), dynamic_shapes=shapes, strict=False)
-        program = program.run_decompositions(scans.decompositions())
+        program = program.run_decompositions({**scans.decompositions(), **pooling.decompositions()})
         exported = torch.onnx.export(
             program,
             dynamo=True,
@@ -199,9 +207,17 @@ def open_session(path: str | os.PathLike[str]) -> Any:
 
 
 def compare(session: Any, module: nn.Module, shape: Sequence[int]) -> dict[str, float]:
-    """How far onnxruntime's outputs are from PyTorch's on random images, relative to their largest value."""
+    """How far onnxruntime's outputs are from PyTorch's on random images, relative to their largest value.
+
+    Raises:
+        CommandError: If onnxruntime does not take the images, or gives outputs of other shapes.
+    """
     images = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
-    found = session.run(None, {'images': images.numpy()})
+    try:
+        found = session.run(None, {'images': images.numpy()})
+    except Exception as error:
+        # Its errors have no class in common but this one.
+        raise CommandError(f'onnxruntime fails for images {tuple(shape)}: {str(error).strip()}') from error
     expected = _as_tuple(_run(module, images))
     names = [each.name for each in session.get_outputs()]
     differences = {}
@@ -250,6 +266,12 @@ def _module(cfg: Config, checkpoint: str | None, part: str) -> tuple[nn.Module, 
         backbone = module
     else:
         model: Any = build_model(cfg, checkpoint)
+        head = getattr(model, 'head' if part == 'classifier' else 'decode_head', None)
+        if not isinstance(head, nn.Module) or isinstance(head, nn.ModuleList) or not hasattr(model, 'extract_feat'):
+            raise CommandError(
+                f'--part {part}: the model of the config, a {cfg.model.type}, has not one head on its backbone; '
+                'its backbone can be exported (--part backbone).'
+            )
         backbone = model.backbone
         module = Classifier(model) if part == 'classifier' else Segmentor(model)
     return module.eval(), getattr(backbone, 'in_channels', 3)
@@ -285,6 +307,37 @@ def _times(session: Any, module: nn.Module, images: Tensor) -> dict[str, float]:
     return best
 
 
+def _write(module: nn.Module, images: Tensor, path: Path, options: OnnxOptions,
+           notes: Mapping[str, str]) -> tuple[int, int]:
+    """:func:`write_onnx`, and what PyTorch cannot export told in a line."""
+    try:
+        return write_onnx(module, images, path, options.dynamic, notes)
+    except OSError as error:
+        raise CommandError(f'--out {options.out or path} cannot be written: {error}') from error
+    except _REFUSALS as error:
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), '')
+        ways = [*(['without --dynamic'] if options.dynamic else []), 'the backbone alone (--part backbone)']
+        raise CommandError(
+            f'PyTorch cannot export this model to ONNX ({type(error).__name__}: {said}); try {", or ".join(ways)}.'
+        ) from error
+
+
+@contextlib.contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` that takes its name in the end, or is gone if anything fails."""
+    partial = path.with_name(f'.{path.name}.part')
+    try:
+        # At once, before the minutes that the rest can take.
+        partial.touch()
+    except OSError as error:
+        raise CommandError(f'--out {path} cannot be written: {error}') from error
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 @torch.inference_mode()
 def _run(module: nn.Module, images: Tensor) -> Any:
     return module(images)
@@ -296,10 +349,10 @@ def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's notes on PyTorch's own internals."""
+    """Without the exporter's notes on PyTorch's own internals, which it also prints; errors come as exceptions."""
     loggers = [logging.getLogger(name) for name in ('torch.onnx', 'torch.export', 'onnxscript', 'onnx_ir')]
     levels = [each.level for each in loggers]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter('ignore')
         for each in loggers:
             each.setLevel(logging.ERROR)

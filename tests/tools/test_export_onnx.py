@@ -1,6 +1,8 @@
 """Export to ONNX: every family, standard operators alone, the same numbers in onnxruntime."""
 
 import importlib.util
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +57,8 @@ def test_backbones(name, tmp_path) -> None:
 @pytest.mark.parametrize(
     'settings',
     [
-        dict(type=V2M, arch=dict(layout='plain', embed_dims=8, depth=1, d_state=2), img_size=64, cls_token='center'),
+        dict(type=V2M, arch=dict(layout='plain', embed_dims=8, depth=1, d_state=2), img_size=64, cls_token='center',
+             pyramid='single'),
         dict(type=VMamba, arch=dict(embed_dims=8, depths=[1, 1], d_state=2, ssm_ratio=2.0, version='v0')),
         dict(type=Mamba2D, arch=dict(embed_dims=[8, 32], depths=[2, 1], mixers=['scan', 'attention'], d_state=2)),
     ],
@@ -72,18 +75,35 @@ def test_open_sizes(settings, tmp_path) -> None:
         assert max(exporting.compare(session, model, shape).values()) <= 1e-4, shape
 
 
+# UPerNet, whose pooling has cells of sizes that follow from the image's, and the one head of a family's own.
+CHANGES = {
+    'mmseg': """
+        model = dict(decode_head=dict(
+            _delete_=True, type='UPerHead', in_channels=[16, 32, 64, 128], in_index=[0, 1, 2, 3],
+            pool_scales=(1, 2, 3, 6), channels=8, num_classes=7, norm_cfg=dict(type='BN'), align_corners=False))
+        """,
+    'mmpretrain': """
+        custom_imports = dict(imports=['ssm_backbones', 'ssm_backbones.heads'])
+        model = dict(
+            backbone=dict(type='Mamba2D'), neck=None,
+            head=dict(_delete_=True, type='Mamba2DClsHead', num_classes=6, in_channels=64))
+        """,
+    'mmdet': '',
+}
+
+
 @pytest.mark.parametrize('host', ['mmpretrain', 'mmseg', 'mmdet'])
 def test_tool(host, tool, write_config, tmp_path, capsys) -> None:
-    config = str(write_config(host))
+    config = str(write_config(host, CHANGES[host]))
     model = build_model(load_config(config), None)
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'model.pth')
     path = tmp_path / 'out.onnx'
     command = [config, str(tmp_path / 'model.pth'), '--shape', '64', '96', '--out', str(path)]
-    assert tool.main([*command, *(['--dynamic'] if host == 'mmseg' else [])]) == 0
+    assert tool.main([*command, *([] if host == 'mmdet' else ['--dynamic'])]) == 0
     text = capsys.readouterr().out
     part = {'mmpretrain': 'classifier', 'mmseg': 'segmentor', 'mmdet': 'backbone'}[host]
     assert text.startswith(f'{part} written to {path}: opset 18') and 'onnxruntime' in text
-    assert text.count('images ') == (3 if host == 'mmseg' else 1)
+    assert text.count('images ') == (1 if host == 'mmdet' else 3)
     assert [each for each in tmp_path.iterdir() if each.name.endswith('.part')] == []
     check_standard(path)
     images = torch.randn(1, 3, 64, 96)
@@ -107,6 +127,77 @@ def test_what_differs_is_not_written(write_config, tool, tmp_path, capsys, monke
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(exporting.CommandError, match='differ by nan'):
         exporting._check_differences({(1,): {'map0': float('nan')}})
+
+
+def end(*args) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupt(*args) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize('how', [end, interrupt])
+def test_an_interrupted_export_leaves_nothing(how, write_config, tool, tmp_path, monkeypatch) -> None:
+    def write(module, images, path, *args):
+        path.write_bytes(b'half')
+        how()
+        return 18, 1
+
+    monkeypatch.setattr(exporting, 'write_onnx', write)
+    (tmp_path / 'x.onnx').write_bytes(b'of before')
+    # Where it is not asked for, being asked to end is overheard, so that the test would go on to fail.
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert tool.main([str(write_config('mmdet')), '--out', str(tmp_path / 'x.onnx')]) == 130
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert [path.name for path in tmp_path.iterdir()] == ['x.onnx']
+    assert (tmp_path / 'x.onnx').read_bytes() == b'of before'
+
+
+def test_an_unwritable_folder_is_told_first(write_config, tool, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(exporting, '_module', lambda *args: pytest.fail('work was done in vain'))
+    assert tool.main([str(write_config('mmdet')), '--out', '/proc/x.onnx']) == 2
+    assert '--out /proc/x.onnx cannot be written' in capsys.readouterr().err
+
+
+class ByValue(torch.nn.Module):
+    """What no graph can say: it goes by the pixels."""
+
+    in_channels = 3
+
+    def forward(self, images):
+        return images if images.mean() > 0 else -images
+
+
+class BySize(torch.nn.Module):
+    """What no graph of open sizes can say."""
+
+    def forward(self, images):
+        return images.new_ones(int(images.shape[2]) // 2 if images.shape[2] % 2 else 1)
+
+
+@pytest.mark.parametrize('kind, dynamic', [(ByValue, False), (BySize, True)])
+def test_what_pytorch_cannot_export_is_told(kind, dynamic, write_config, tool, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(exporting, '_module', lambda *args: (kind(), 3))
+    command = [str(write_config('mmdet')), '--out', str(tmp_path / 'x.onnx')]
+    assert tool.main([*command, *(['--dynamic'] if dynamic else [])]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith('error: ') and len(error.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cascades_are_refused(write_config, tool, tmp_path, capsys) -> None:
+    head = """dict(
+        type='FCNHead', in_channels=16, in_index=0, channels=8, num_convs=1, num_classes=7,
+        norm_cfg=dict(type='BN'), align_corners=False)"""
+    changes = f"model = dict(type='CascadeEncoderDecoder', num_stages=2, decode_head=[{head}, {head}])"
+    assert tool.main([str(write_config('mmseg', changes)), '--out', str(tmp_path / 'x.onnx')]) == 2
+    error = capsys.readouterr().err
+    assert '--part segmentor: the model of the config, a CascadeEncoderDecoder, has not one head' in error
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_arguments(write_config, tool, tmp_path, capsys) -> None:

@@ -1,0 +1,37 @@
+"""Adaptive average pooling in operators that serve sizes unknown until run time, which ONNX's own pooling does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def adaptive_average_pool(x: Tensor, output_size: Sequence[int]) -> Tensor:
+    """What ``torch.nn.functional.adaptive_avg_pool2d`` gives, as two products with the cells' weights.
+
+    Args:
+        x: (..., H, W), floating-point.
+        output_size: How many cells, down and across. Cell k of K averages the positions from ``floor(k * H / K)``
+            to, excluded, ``ceil((k + 1) * H / K)``.
+    """
+    down, across = output_size
+    return _weights(x, -2, down) @ x @ _weights(x, -1, across).transpose(0, 1)
+
+
+def _weights(x: Tensor, dim: int, cells: int) -> Tensor:
+    """How much each position along a dimension counts in each cell: (cells, positions)."""
+    length = x.shape[dim]
+    numbers = torch.arange(cells, device=x.device)[:, None]
+    start = torch.div(numbers * length, cells, rounding_mode='floor')
+    end = torch.div((numbers + 1) * length + cells - 1, cells, rounding_mode='floor')
+    positions = torch.arange(length, device=x.device)
+    inside = torch.logical_and(positions >= start, positions < end)
+    return inside.to(x.dtype) / (end - start).to(x.dtype)
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """For ``ExportedProgram.run_decompositions``: what to put for the pooling."""
+    return {torch.ops.aten._adaptive_avg_pool2d.default: adaptive_average_pool}
