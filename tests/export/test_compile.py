@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ssm_backbones import create_backbone
+from ssm_backbones import V2M, Mamba2D, VMamba, create_backbone
 
 NAMES = ['vmamba-test', 'v2m-test', 'v2m-test-hier', 'mamba2d-test']
 SCANS = ('cuda_ops.route_scan', 'cuda_ops.wavefront_scan')
@@ -64,12 +64,21 @@ def test_exported_program(name, tmp_path) -> None:
             torch.testing.assert_close(found, expected)
 
 
-def test_ahead_of_time_compiled_library(tmp_path) -> None:
+@pytest.mark.parametrize(
+    'kind, settings',
+    [
+        (VMamba, dict(arch='test', out_indices=(1,))),
+        (V2M, dict(arch=dict(layout='plain', embed_dims=8, depth=1, d_state=2), img_size=32)),
+        (Mamba2D, dict(arch='test', out_indices=(0,))),
+    ],
+)
+def test_ahead_of_time_compiled_library(kind, settings, tmp_path) -> None:
     """AOTInductor on the CPU: the compiled op is called from the compiled library."""
-    model = create_backbone('vmamba-test', out_indices=(1,)).eval()
+    model = kind(**settings).eval()
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         program = torch.export.export(model, (images,), strict=False)
+        assert scans_in(program.graph)
         path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / 'model.pt2'))
         compiled = torch._inductor.aoti_load_package(path)
         (found,) = compiled(images)
