@@ -4,6 +4,7 @@ _base_ = [
     '../models/classifier.py',
     '../datasets/shapes_classification.py',
     'mmpretrain::_base_/schedules/imagenet_bs1024_adamw_swin.py',
+    '../schedules/undecayed.py',
     '../mmpretrain_runtime.py',
 ]
 
@@ -20,12 +21,7 @@ train_cfg = dict(max_epochs=max_epochs, val_interval=4)
 optim_wrapper = dict(
     optimizer=dict(lr=1e-3),
     clip_grad=dict(max_norm=5.0),
-    paramwise_cfg=dict(
-        custom_keys={
-            'mixer.D': dict(decay_mult=0.0),
-            '.A_log': dict(decay_mult=0.0),
-            '.dt_bias': dict(decay_mult=0.0)
-        }))
+    paramwise_cfg=dict(custom_keys=_base_.undecayed))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(
