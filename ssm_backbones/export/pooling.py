@@ -34,4 +34,5 @@ def _weights(x: Tensor, dim: int, cells: int) -> Tensor:
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """For ``ExportedProgram.run_decompositions``: what to put for the pooling."""
-    return {torch.ops.aten._adaptive_avg_pool2d.default: adaptive_average_pool}
+    aten = torch.ops.aten
+    return dict.fromkeys((aten.adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d.default), adaptive_average_pool)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ssm_backbones.export.pooling import adaptive_average_pool
+from ssm_backbones.export.pooling import adaptive_average_pool, decompositions
 
 
 @pytest.mark.parametrize('size', [(1, 1), (2, 3), (7, 4), (16, 31), (6, 6)])
@@ -12,3 +12,13 @@ from ssm_backbones.export.pooling import adaptive_average_pool
 def test_adaptive_average_pool(size, cells) -> None:
     x = torch.randn(2, 3, *size, dtype=torch.float64)
     torch.testing.assert_close(adaptive_average_pool(x, cells), F.adaptive_avg_pool2d(x, cells))
+
+
+def test_no_pooling_is_left_in_a_program_of_open_sizes() -> None:
+    module = torch.nn.AdaptiveAvgPool2d(3)
+    open_sizes = ({2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC},)
+    program = torch.export.export(module, (torch.randn(2, 4, 9, 7),), dynamic_shapes=open_sizes, strict=False)
+    program = program.run_decompositions(decompositions())
+    assert not any('pool' in str(node.target) for node in program.graph.nodes)
+    x = torch.randn(2, 4, 2, 5)
+    torch.testing.assert_close(program.module()(x), module(x))

@@ -98,7 +98,7 @@ def test_tool(host, tool, write_config, tmp_path, capsys) -> None:
     model = build_model(load_config(config), None)
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'model.pth')
     path = tmp_path / 'out.onnx'
-    command = [config, str(tmp_path / 'model.pth'), '--shape', '64', '96', '--out', str(path)]
+    command = [config, str(tmp_path / 'model.pth'), '--shape', '50', '83', '--out', str(path)]
     assert tool.main([*command, *([] if host == 'mmdet' else ['--dynamic'])]) == 0
     text = capsys.readouterr().out
     part = {'mmpretrain': 'classifier', 'mmseg': 'segmentor', 'mmdet': 'backbone'}[host]
@@ -106,11 +106,11 @@ def test_tool(host, tool, write_config, tmp_path, capsys) -> None:
     assert text.count('images ') == (1 if host == 'mmdet' else 3)
     assert [each for each in tmp_path.iterdir() if each.name.endswith('.part')] == []
     check_standard(path)
-    images = torch.randn(1, 3, 64, 96)
+    images = torch.randn(1, 3, 50, 83)
     (found, *_) = exporting.open_session(path).run(None, {'images': images.numpy()})
     with torch.no_grad():
         if host == 'mmseg':
-            metas = [dict(ori_shape=(64, 96), img_shape=(64, 96), pad_shape=(64, 96), padding_size=[0] * 4)]
+            metas = [dict(ori_shape=(50, 83), img_shape=(50, 83), pad_shape=(50, 83), padding_size=[0] * 4)]
             expected = model.inference(images, metas)
         else:
             expected = model(images, mode='tensor') if host == 'mmpretrain' else model.backbone(images)[0]
