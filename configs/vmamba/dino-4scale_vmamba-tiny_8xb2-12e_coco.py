@@ -12,3 +12,13 @@ model = dict(
         drop_path_rate=0.2,
         init_cfg=dict(type='OfficialPretrained', checkpoint=checkpoint)),
     neck=dict(in_channels=[192, 384, 768]))
+# The recipe's tenth of the learning rate for the whole backbone, of which norms and the scan's parameters do not decay.
+# The longest key that a name contains is the only one that counts, so each of these says both.
+undecayed = [
+    'norm', 'patch_embed.first.norm', 'patch_embed.second.norm',
+    *[f'stages.{stage}.downsample.norm' for stage in range(3)],
+    *[f'stages.{stage}.blocks.{block}.{part}' for stage, depth in enumerate([2, 2, 8, 2]) for block in range(depth)
+      for part in ('norm', 'mixer.norm', 'mixer.A_log', 'mixer.D', 'mixer.dt_bias')]
+]
+optim_wrapper = dict(
+    paramwise_cfg=dict(custom_keys={f'backbone.{name}': dict(lr_mult=0.1, decay_mult=0.0) for name in undecayed}))

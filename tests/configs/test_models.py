@@ -9,10 +9,6 @@ from tests.configs.catalogue import DEMOS, HOSTS, NAMES, ZOO, config, entries, m
 
 FAMILIES = {'vmamba': 'VMamba', 'v2m': 'V2M', 'mamba2d': 'Mamba2D'}
 UNDECAYED = ('A_log', 'D', 'dt_bias', 'pos_embed', 'cls_token')
-# Some hundred steps from scratch, in which a decayed position embedding makes no difference.
-DECAYED_POSITIONS = {'v2m/v2m-nano_demo_shapes'}
-# mmdet's own recipe for DINO, whose decay of 1e-4 is for all parameters alike.
-WITHOUT_EXEMPTIONS = {'vmamba/dino-4scale_vmamba-tiny_8xb2-12e_coco'}
 
 
 def test_every_family_and_host_has_configs() -> None:
@@ -42,7 +38,7 @@ def test_package_is_imported(name) -> None:
     assert 'ssm_backbones' in imports.imports and not imports.allow_failed_imports
 
 
-@pytest.mark.parametrize('name', [name for name in NAMES if name not in WITHOUT_EXEMPTIONS])
+@pytest.mark.parametrize('name', NAMES)
 def test_scan_parameters_and_norms_do_not_decay(name) -> None:
     cfg, built = config(name), model(name)
     # Nothing is updated here, and a CPU has no float16 scaler.
@@ -55,14 +51,27 @@ def test_scan_parameters_and_norms_do_not_decay(name) -> None:
     norms = {id(parameter) for module in built.backbone.modules() if isinstance(module, (nn.LayerNorm, nn.RMSNorm))
              for parameter in module.parameters(recurse=False)}
     assert norms
-    undecayed = UNDECAYED if name not in DECAYED_POSITIONS else UNDECAYED[:3]
     for key, parameter in built.backbone.named_parameters():
         last = key.rpartition('.')[2]
-        spared = id(parameter) in norms or last in undecayed or (flat_too and parameter.ndim == 1)
+        spared = id(parameter) in norms or last in UNDECAYED or (flat_too and parameter.ndim == 1)
         if spared:
             assert decays[id(parameter)] == 0, key
         elif last in ('weight', 'dt_weight') and parameter.ndim > 1:
             assert decays[id(parameter)] == full, key
+
+
+def test_dino_s_backbone_learns_at_a_tenth_of_the_rate() -> None:
+    cfg, built = (get('vmamba/dino-4scale_vmamba-tiny_8xb2-12e_coco') for get in (config, model))
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        wrapper = build_optim_wrapper(built, cfg.optim_wrapper)
+    rates = {id(parameter): group['lr'] for group in wrapper.param_groups for parameter in group['params']}
+    wrong = {key for key, parameter in built.named_parameters()
+             if rates[id(parameter)] != (1e-5 if key.startswith('backbone.') else 1e-4)}
+    assert not wrong
+    decays = {group['weight_decay'] for group in wrapper.param_groups for parameter in group['params']
+              if parameter is built.encoder.layers[0].norms[0].weight}
+    # What is mmdet's keeps mmdet's recipe.
+    assert decays == {1e-4}
 
 
 @pytest.mark.parametrize('name', ZOO)

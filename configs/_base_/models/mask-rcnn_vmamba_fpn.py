@@ -1,11 +1,3 @@
-# mmdet's Mask R-CNN with VMamba in the place of the ResNet.
-_base_ = 'mmdet::_base_/models/mask-rcnn_r50_fpn.py'
+_base_ = './mask-rcnn_fpn.py'
 
-model = dict(
-    backbone=dict(
-        _delete_=True,
-        type='VMamba',
-        arch='tiny',
-        out_indices=(0, 1, 2, 3),
-        drop_path_rate=0.2),
-    neck=dict(in_channels=[96, 192, 384, 768]))
+model = dict(backbone=dict(type='VMamba', arch='tiny', drop_path_rate=0.2))
