@@ -21,6 +21,8 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from ssm_backbones.checkpoints.files import read_checkpoint, reading_settings
+from ssm_backbones.checkpoints.fitting import FittingCheckpoint
 from ssm_backbones.preflight import CommandError, check_checkpoint, check_data, check_init_cfg, naming_unreadable_files
 
 logger = logging.getLogger(__name__)
@@ -105,10 +107,14 @@ def train(options: TrainOptions) -> Runner:
         _set_mmpretrain_dataloaders(cfg, ('train_dataloader', 'val_dataloader', 'test_dataloader'))
     check_data(cfg, ('train', 'val'))
     check_init_cfg(cfg.model)
-    check_checkpoint(_checkpoint_to_load(cfg), 'load_from')
+    start = _checkpoint_to_load(cfg)
+    _check_start(start, 'load_from')
     _prepare_launch(cfg, options.launcher)
-    with naming_unreadable_files():
+    with naming_unreadable_files(), reading_settings():
         runner = _build_runner(cfg)
+        if start is not None:
+            resumed = bool(cfg.get('resume'))
+            runner.register_hook(FittingCheckpoint(start, whole=resumed, convert=not resumed))
         runner.train()
     _leave_launch()
     return runner
@@ -132,14 +138,16 @@ def test(options: TestOptions) -> dict[str, float]:
     if scope == 'mmpretrain':
         _set_mmpretrain_dataloaders(cfg, ('test_dataloader',))
     check_data(cfg, ('test',))
-    check_checkpoint(options.checkpoint, 'checkpoint')
+    _check_start(options.checkpoint, 'checkpoint')
     _check_out(options.out, scope)
     _prepare_launch(cfg, options.launcher)
     if options.out is not None and scope == 'mmseg':
         cfg.test_evaluator.output_dir = options.out
         cfg.test_evaluator.keep_results = True
-    with naming_unreadable_files():
+    with naming_unreadable_files(), reading_settings():
         runner = _build_runner(cfg)
+        unused = _parts_without_a_test(scope, options.tta)
+        runner.register_hook(FittingCheckpoint(options.checkpoint, whole=True, unused=unused))
         if options.out is not None and scope != 'mmseg':
             runner.test_evaluator.metrics.append(_dump_metric(scope, options.out))
         metrics = runner.test()
@@ -240,6 +248,21 @@ def _checkpoint_to_load(cfg: Config) -> str | None:
         return cfg.get('load_from')
     record = Path(cfg.work_dir, 'last_checkpoint')
     return record.read_text().strip() if record.is_file() else None
+
+
+def _check_start(checkpoint: str | None, key: str) -> None:
+    """Read a checkpoint on the local disk, so that one that cannot be read is refused before anything is built."""
+    check_checkpoint(checkpoint, key)
+    if checkpoint is not None and '://' not in checkpoint:
+        read_checkpoint(checkpoint)
+
+
+def _parts_without_a_test(scope: str, tta: bool) -> tuple[str, ...]:
+    """Beginnings of the names of those parts of a model that its test does without."""
+    if scope == 'mmseg':
+        return ('auxiliary_head.',)
+    # See _predict_boxes_alone.
+    return ('roi_head.mask_head.',) if scope == 'mmdet' and tta else ()
 
 
 def _enable_drawing(cfg: Config, options: TestOptions) -> None:

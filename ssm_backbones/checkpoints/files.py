@@ -54,6 +54,11 @@ def read_checkpoint(source: str | os.PathLike[str]) -> dict[str, Any]:
         raise
 
 
+def reading_settings() -> contextlib.AbstractContextManager[Any]:
+    """While active, ``torch.load(weights_only=True)`` reads the settings beside the weights in the authors' files."""
+    return torch.serialization.safe_globals(_SETTINGS)
+
+
 def check_destination(path: str | os.PathLike[str], overwrite: bool = False) -> None:
     """Refuse a destination that could not be written, before any work is done.
 
@@ -100,7 +105,7 @@ def _read(path: Path, name: str) -> dict[str, Any]:
     _check_start(start, name)
     try:
         _check_archive(path, name)
-        with torch.serialization.safe_globals(_SETTINGS):
+        with reading_settings():
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except CheckpointError:
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import torch
 from mmengine.logging import print_log
@@ -72,7 +73,7 @@ def load_official(model: nn.Module, checkpoint: str | os.PathLike[str], *, weigh
     leave_out_the_rest(found, report)
     tensors = adapted_backbone(found, in_channels, report)
 
-    unbuilt = {name for name in tensors if _is_unbuilt(model, name)}
+    unbuilt = {name for name in tensors if is_unbuilt(model, name)}
     for name in sorted({name.rpartition('.blocks.')[0] or name.rpartition('.')[0] for name in unbuilt}):
         report.left_out[name] = f'the model is built for out_indices={model.out_indices}'
     tensors = {name: tensor for name, tensor in tensors.items() if name not in unbuilt}
@@ -112,14 +113,16 @@ class OfficialPretrainedInit:
             update_init_info(module, init_info=f'OfficialPretrained: load from {self.checkpoint}')
 
 
-def _is_unbuilt(model: SSMBackbone, name: str) -> bool:
+def is_unbuilt(model: SSMBackbone, name: str) -> bool:
     """Whether a tensor belongs to what this model leaves out of its architecture because of its ``out_indices``."""
-    top, _, rest = name.partition('.')
-    if top == 'stages':
-        stage, part, *_ = rest.split('.')
-        last = model.num_built_stages - 1
-        return last < int(stage) < len(model.num_features) or (int(stage) == last and part == 'downsample')
-    return top.startswith('norm') and int(top[4:]) not in model.out_indices
+    norm = re.match(r'norm(\d+)\.', name)
+    if norm:
+        return int(norm[1]) not in model.out_indices
+    part = re.match(r'stages\.(\d+)\.(\w+)', name)
+    if part is None:
+        return False
+    stage, last = int(part[1]), model.num_built_stages - 1
+    return last < stage < len(model.num_features) or (stage == last and part[2] == 'downsample')
 
 
 def _check_fit(model: SSMBackbone, found: Recognised, tensors: dict[str, Tensor], expected: Shapes,

@@ -73,6 +73,11 @@ def choose_weights(checkpoint: Mapping[str, Any], wanted: str, families: Sequenc
     return replace(chosen[0], others=tuple(found for found in sets if found is not chosen[0]))
 
 
+def holds_official(checkpoint: Mapping[str, Any], families: Sequence[Family]) -> bool:
+    """Whether there are weights by the authors' names anywhere in a checkpoint."""
+    return next(_find(checkpoint, families), None) is not None
+
+
 def _find(checkpoint: Mapping[str, Any], families: Sequence[Family]) -> Iterator[WeightSet]:
     for path, mapping in _mappings(checkpoint, ()):
         found: dict[tuple[str, str], Family] = {}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
+from mmengine.registry import HOOKS, MODELS, DefaultScope
 from torch import Tensor
 
 from ssm_backbones import runner
@@ -145,7 +145,8 @@ def test_segmentation_tests_at_one_scale_and_at_many(tta, beside_data, fresh_mme
     path = tmp_path / 'multi_scale.py'
     cfg.dump(path)
     checkpoint = tmp_path / 'random.pth'
-    torch.save(dict(state_dict={}), checkpoint)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), checkpoint)
     metrics = runner.test(runner.TestOptions(str(path), str(checkpoint), work_dir=str(tmp_path / 'work'), tta=tta,
                                              out=str(tmp_path / 'maps')))
     assert math.isfinite(metrics['mIoU'])

@@ -1,15 +1,24 @@
 """Training and testing configs of the three host libraries."""
 
+import argparse
+import functools
 import logging
 import math
 import pickle
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from ssm_backbones.checkpoints import convert_file
+from ssm_backbones.preflight import CommandError
+from tests.checkpoints.small import classifier
 
 HOSTS = ('mmdet', 'mmseg', 'mmpretrain')
 METRICS = {
@@ -140,3 +149,91 @@ def test_the_work_dir_is_named_by_the_config(train, write_config, tmp_path, monk
     config = write_config('mmpretrain', 'train_cfg = dict(max_epochs=1)')
     train(config)
     assert (tmp_path / 'work_dirs' / config.stem / 'epoch_1.pth').is_file()
+
+
+def predictions(test, config: Path, checkpoint: object, folder: Path) -> list[np.ndarray]:
+    test(config, checkpoint, folder, out=str(folder / 'predictions.pkl'))
+    return [found['pred_score'].numpy() for found in pickle.loads((folder / 'predictions.pkl').read_bytes())]
+
+
+@pytest.fixture
+def official(tmp_path) -> Path:
+    """A classifier as the authors' trainer saves it."""
+    path = tmp_path / 'vssm_test.pth'
+    torch.save(dict(model=classifier(num_classes=6), config=argparse.Namespace(drop=0.2), epoch=3), path)
+    return path
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch) -> Iterator[str]:
+    """The address of the test's folder."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'downloads'))
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f'http://127.0.0.1:{server.server_port}'
+        server.shutdown()
+
+
+def test_the_authors_files_are_tested_as_they_are(official, served, test, write_config, tmp_path) -> None:
+    config = write_config('mmpretrain')
+    convert_file(official, tmp_path / 'converted.pth')
+    expected = predictions(test, config, tmp_path / 'converted.pth', tmp_path / 'a')
+    for name, source in (('b', official), ('c', f'{served}/{official.name}')):
+        np.testing.assert_array_equal(predictions(test, config, source, tmp_path / name), expected)
+    other = write_config('mmpretrain', 'model = dict(head=dict(num_classes=7))')
+    with pytest.raises(CommandError, match=r'vssm_test\.pth does not fit the model .*head\.fc\.weight is \(6, 128\)'):
+        test(other, official, tmp_path / 'd')
+
+
+def test_a_training_starts_from_a_backbone_that_fits(official, served, train, write_config, tmp_path) -> None:
+    """The head's classes may differ; the authors' files and addresses serve too."""
+    still = """
+    train_cfg = dict(max_epochs=1)
+    val_cfg = val_dataloader = val_evaluator = None
+    optim_wrapper = dict(optimizer=dict(lr=0.0))
+    """
+    source = torch.load(official, weights_only=False)['model']
+    for number, name in enumerate((str(official), f'{served}/{official.name}')):
+        changes = f'{still}\n    model = dict(head=dict(num_classes=7))\n    load_from = {name!r}'
+        config = write_config('mmpretrain', changes)
+        runner = train(config, tmp_path / str(number))
+        taken = runner.model.backbone.stages[0].blocks[0].mixer.out_proj.weight
+        torch.testing.assert_close(taken.detach(), source['layers.0.blocks.0.op.out_proj.weight'])
+    config = write_config('mmpretrain', f"{still}\n    model = dict(backbone=dict(arch='test', in_channels=4))\n"
+                                        f'    load_from = {str(official)!r}')
+    with pytest.raises(CommandError, match=r'does not fit the backbone .*first\.conv\.weight is \(8, 3, 3, 3\)'):
+        train(config, tmp_path / 'wrong')
+
+
+def test_no_checkpoint_passes_for_another(train, test, write_config, tmp_path) -> None:
+    config, path = write_config('mmpretrain'), tmp_path / 'odd.pth'
+    torch.save(dict(state_dict={}), path)
+    with pytest.raises(CommandError, match=r'odd\.pth does not fit the model of the config: backbone\..* is missing'):
+        test(config, path, tmp_path / 'a')
+    path.write_text('<html>')
+    with pytest.raises(CommandError, match='is a web page'):
+        test(config, path, tmp_path / 'b')
+    for options in (dict(), dict(resume=str(path))):
+        with pytest.raises(CommandError, match='is a web page'):
+            train(write_config('mmpretrain', f'load_from = {str(path)!r}'), tmp_path / 'c', **options)
+    assert not {'b', 'c'} & {entry.name for entry in tmp_path.iterdir()}
+
+
+def test_averaged_weights_are_tested_with_and_without_the_others(train, test, write_config, tmp_path) -> None:
+    config = write_config('mmpretrain', """
+    train_cfg = dict(max_epochs=2)
+    val_cfg = val_dataloader = val_evaluator = None
+    custom_hooks = [dict(type='EMAHook', momentum=0.1, priority='ABOVE_NORMAL')]
+    default_hooks = dict(checkpoint=dict(interval=1))
+    test_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False)
+    """)
+    train(config, tmp_path / 'train')
+    whole = torch.load(tmp_path / 'train' / 'epoch_2.pth', weights_only=False)
+    assert 'ema_state_dict' in whole
+    torch.save(dict(state_dict=whole['state_dict']), tmp_path / 'alone.pth')
+    torch.save(whole['state_dict'], tmp_path / 'bare.pth')
+    expected = predictions(test, config, tmp_path / 'train' / 'epoch_2.pth', tmp_path / 'a')
+    for name in ('alone', 'bare'):
+        np.testing.assert_array_equal(predictions(test, config, tmp_path / f'{name}.pth', tmp_path / name), expected)
+    assert train(config, tmp_path / 'train', resume='auto').epoch == 2

@@ -1,0 +1,112 @@
+"""Whole checkpoints on their way into a runner: the authors' are converted, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from mmengine.hooks import Hook
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from ssm_backbones.backbones.base import SSMBackbone
+from ssm_backbones.checkpoints.convert import convert_checkpoint
+from ssm_backbones.checkpoints.files import CheckpointError
+from ssm_backbones.checkpoints.initializer import is_unbuilt
+from ssm_backbones.checkpoints.recognise import FAMILIES, shorten
+from ssm_backbones.checkpoints.weights import holds_official
+
+# The normalisation of pictures, which the config gives, and averages that mmdet 2's hook kept among the weights.
+_BESIDE = ('data_preprocessor.', 'ema_')
+# Where a backbone ends depends on what it is for: a classifier has one output norm, a pyramid norms of its own.
+_OUTPUTS = re.compile(r'(norm\d+|pyramid)\.')
+_SHAPES = re.compile(r'.*?size mismatch for (\S+): .*?Size\(\[(.*?)\]\).*?Size\(\[(.*?)\]\)\.?')
+
+
+class FittingCheckpoint(Hook):
+    """Converts the authors' checkpoints as a runner loads them, and refuses those that do not fit its model.
+
+    mmengine itself loads what a file and the model have in common and passes over the rest, so that a foreign file
+    leaves the model as it was initialised.
+
+    Args:
+        source: The file's name, for messages.
+        whole: Whether the whole model has to be in the file, as for a test; for fine-tuning the backbone has to.
+        unused: Beginnings of names that may be in the file or the model alone.
+        convert: Whether the authors' checkpoints are converted; they are nothing that a training could go on from.
+    """
+
+    # Before all others, such as EMAHook, which take the weights from the checkpoint too.
+    priority = 'VERY_HIGH'
+
+    def __init__(self, source: str, whole: bool, unused: Sequence[str] = (), convert: bool = True) -> None:
+        self.source = source
+        self.whole = whole
+        self.unused = (*_BESIDE, *unused)
+        self.convert = convert
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Convert the checkpoint in place, and check it against the runner's model.
+
+        Raises:
+            CheckpointError: Naming the first tensors that are missing, not expected or of another shape.
+        """
+        if self.convert and holds_official(checkpoint, FAMILIES):
+            converted, report = convert_checkpoint(checkpoint, source=self.source)
+            checkpoint.clear()
+            checkpoint.update(converted)
+            runner.logger.info(f"{self.source}: the authors' {report.kind}, {report.model}, is converted to our names.")
+        elif not isinstance(checkpoint.get('state_dict'), dict):
+            # Bare tensors; a runner's other hooks look for them here.
+            checkpoint['state_dict'] = {name: value for name, value in checkpoint.items() if isinstance(value, Tensor)}
+        weights = {
+            name.removeprefix('module.'): value
+            for name, value in checkpoint['state_dict'].items()
+            if not name.removeprefix('module.').startswith(self.unused)
+        }
+        model = runner.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
+        if self.whole:
+            wrong = [line for line in _differences(model, weights) if not line.startswith(self.unused)]
+            what, remedy = 'model', 'Name the checkpoint that was trained with this config.'
+        else:
+            wrong = _backbone_differences(model, weights)
+            what = 'backbone'
+            remedy = (
+                'Name a checkpoint of a model with this backbone; a bare backbone is loaded by '
+                "model.backbone.init_cfg=dict(type='Pretrained', checkpoint=...)."
+            )
+        if wrong:
+            raise CheckpointError(f'{self.source} does not fit the {what} of the config: {shorten(wrong)}. {remedy}')
+
+
+def _backbone_differences(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:
+    backbone = getattr(model, 'backbone', None)
+    if not isinstance(backbone, nn.Module):
+        return []
+    prefix = 'backbone.'
+    inside = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    if isinstance(backbone, SSMBackbone):
+        inside = {name: value for name, value in inside.items() if not is_unbuilt(backbone, name)}
+    return [f'{prefix}{line}' for line in _differences(backbone, inside) if not _is_output(line)]
+
+
+def _is_output(line: str) -> bool:
+    # A line that ends in a bracket is of one that is there and does not fit.
+    return _OUTPUTS.match(line) is not None and not line.endswith(')')
+
+
+def _differences(module: nn.Module, weights: dict[str, Tensor]) -> list[str]:
+    """One line for each tensor that is of another shape, or else for each that is missing or not expected.
+
+    They are loaded to find out: modules may mend older names and shapes meanwhile.
+    """
+    try:
+        missing, unexpected = module.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        return [_SHAPES.sub(r'\1 is (\2), expected (\3)', line.strip()) for line in str(error).splitlines()[1:]]
+    lines = [f'{name} is missing' for name in missing if not name.endswith('num_batches_tracked')]
+    return lines + [f'{name} is not expected' for name in unexpected]
