@@ -100,6 +100,7 @@ def test_readme_s_table_gives_the_entry_s_figures(name) -> None:
     entry = entries()[name]
     (row,) = [line for line in README.splitlines() if line.startswith(f"| [{entry['Name']}](configs/{name}.py) |")]
     parameters, flops, metrics, weights = [cell.strip() for cell in row.split('|')[2:-1]]
+    # tests/test_flops.py counts them.
     assert 5 < float(parameters) < 130 and 1 < float(flops) < 2000
     published = [str(value) for result in entry.get('Results', []) for value in result['Metrics'].values()]
     assert metrics == (' / '.join(published) or '–')
