@@ -138,8 +138,8 @@ def test(options: TestOptions) -> dict[str, float]:
     if scope == 'mmpretrain':
         _set_mmpretrain_dataloaders(cfg, ('test_dataloader',))
     check_data(cfg, ('test',))
-    _check_start(options.checkpoint, 'checkpoint')
     _check_out(options.out, scope)
+    _check_start(options.checkpoint, 'checkpoint')
     _prepare_launch(cfg, options.launcher)
     if options.out is not None and scope == 'mmseg':
         cfg.test_evaluator.output_dir = options.out

@@ -1,7 +1,15 @@
 """What all tests share."""
 
+import os
+
 import pytest
 import torch
+
+if 'PYTEST_XDIST_WORKER_COUNT' in os.environ:
+    # Processes that test side by side share the cores, as do the processes that they start.
+    _threads = max(1, (os.cpu_count() or 1) // int(os.environ['PYTEST_XDIST_WORKER_COUNT']))
+    os.environ.setdefault('OMP_NUM_THREADS', str(_threads))
+    torch.set_num_threads(_threads)
 
 
 @pytest.fixture(autouse=True)
