@@ -167,6 +167,7 @@ def export_features(options: ExportOptions) -> ExportResult:
             store.open()
         _barrier(world)
         done = store.done()
+        _check_same_pictures(options.out, pictures, done)
         todo = [picture for picture in pictures if picture.id not in done][rank::world]
         dataset = _Pictures(todo, pipeline, cfg.default_scope, options.max_pixels)
         _barrier(world)
@@ -315,7 +316,7 @@ def _compute(extractor: FeatureExtractor, batch: Sequence[_Sample], levels: Sequ
         meta = each['data_samples'].metainfo
         records.append(dict(
             id=sample.picture.id,
-            path=sample.picture.path,
+            path=os.path.abspath(sample.picture.path),
             original_size=list(meta['ori_shape'][:2]),
             input_size=list(each['inputs'].shape[1:]),
             padded_size=list(images.shape[2:]),
@@ -344,6 +345,19 @@ def _check_options(options: ExportOptions) -> None:
             raise CommandError(f'--{name.replace("_", "-")} must be at least {least}, got {value}.')
     if os.path.isfile(options.out):
         raise CommandError(f'--out {options.out} is a file; name a folder.')
+
+
+def _check_same_pictures(out: str, pictures: Sequence[Picture], done: Mapping[str, Record]) -> None:
+    """Refuse pictures that are called like others whose features are there: an id says nothing of the folder."""
+    for picture in pictures:
+        if picture.id not in done:
+            continue
+        path, held = os.path.abspath(picture.path), os.path.abspath(done[picture.id]['path'])
+        if path != held and os.path.realpath(path) != os.path.realpath(held):
+            raise CommandError(
+                f'--out {out} holds features of another picture with the id {picture.id!r}: {held}, this one is {path}. '
+                'Name another --out.'
+            )
 
 
 def _start(options: ExportOptions) -> tuple[int, int, torch.device]:

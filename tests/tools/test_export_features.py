@@ -224,6 +224,22 @@ def test_another_model_in_the_same_folder(models, export, tmp_path, shapes) -> N
         export(pictures, tmp_path / 'out', cfg_options={'model.data_preprocessor.std': [50.0] * 3})
 
 
+def test_other_pictures_of_the_same_names(export, tmp_path, monkeypatch) -> None:
+    for name, colour in (('a', 'red'), ('b', 'blue')):
+        (tmp_path / name).mkdir()
+        Image.new('RGB', (32, 32), colour).save(tmp_path / name / 'x.png')
+    out = tmp_path / 'out'
+    monkeypatch.chdir(tmp_path)
+    export('a', out)
+    (record,) = FeatureDataset(out).records
+    assert record['path'] == str(tmp_path / 'a' / 'x.png')
+    with pytest.raises(CommandError, match=r"'x.png': .*/a/x.png, this one is .*/b/x.png. Name another --out"):
+        export('b', out)
+    (tmp_path / 'link').symlink_to(tmp_path / 'a')
+    for same in (tmp_path / 'a', 'link'):
+        assert (export(same, out).exported, export(same, out).kept) == (0, 1)
+
+
 def test_pictures_of_other_kinds(export, tmp_path) -> None:
     """Grey becomes three equal channels, alpha is dropped, 16 bits become 8: as OpenCV reads them."""
     folder = tmp_path / 'in'
