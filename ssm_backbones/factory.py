@@ -8,15 +8,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from mmengine.logging import print_log
+from torch import Tensor, nn
 
 from ssm_backbones.backbones import V2M, Mamba2D, VMamba
 from ssm_backbones.backbones.base import SSMBackbone
 from ssm_backbones.backbones.v2m import PATCH_SIZE, PlainV2M
 from ssm_backbones.checkpoints import CheckpointError, load_official, read_checkpoint
 from ssm_backbones.layers.simple_pyramid import STRIDES
+from ssm_backbones.layers.token_grid import TokenGrid
 
 _FAMILIES: dict[str, Any] = {'vmamba': VMamba, 'v2m': V2M, 'mamba2d': Mamba2D}
+_POSITIONS = 'patch_embed.pos_embed'
+_CLASS_TOKEN = 'patch_embed.cls_token'
+_PYRAMID = 'pyramid.'
 _SHOWN = 5
 
 
@@ -134,8 +139,9 @@ def create_backbone(
 def load_backbone(backbone: SSMBackbone, checkpoint: str | os.PathLike[str]) -> None:
     """Load the backbone that a checkpoint holds, official or of this package, strictly.
 
-    Stages and output norms that the backbone was built without are left out, and output norms that the checkpoint lacks
-    stay as they are; anything else that does not fit is an error, and then nothing is loaded.
+    Stages, output norms and a pyramid that the backbone was built without are left out. Output norms and a pyramid that
+    the checkpoint lacks stay as they are, which the log names. A plain V2M's position embedding is resized bicubically
+    to the backbone's ``img_size``. Anything else that does not fit is an error, and then nothing is loaded.
 
     Args:
         backbone: Where to load the weights.
@@ -149,23 +155,51 @@ def load_backbone(backbone: SSMBackbone, checkpoint: str | os.PathLike[str]) -> 
         load_official(backbone, checkpoint, in_channels=backbone.in_channels)
         return
     state = backbone.state_dict()
+    if isinstance(backbone, PlainV2M):
+        held = _fit_position_embedding(held, state[_POSITIONS].shape)
     wrong = [
         f'{name} is {tuple(tensor.shape)}, expected {tuple(state[name].shape)}'
         for name, tensor in held.items()
         if name in state and tensor.shape != state[name].shape
     ]
-    wrong += [f'{name} is missing' for name in state if name not in held and not _is_output_norm(name)]
+    # A pyramid that is there in part is a damaged one.
+    has_pyramid = any(name.startswith(_PYRAMID) for name in held)
+    missing = [name for name in state if name not in held]
+    initial = [name for name in missing if _is_output_norm(name) or (name.startswith(_PYRAMID) and not has_pyramid)]
+    wrong += [f'{name} is missing' for name in missing if name not in initial]
     wrong += [f'{name} is not expected' for name in held if name not in state and not _is_unbuilt(backbone, name)]
     if wrong:
         more = f'; and {len(wrong) - _SHOWN} more' if len(wrong) > _SHOWN else ''
         raise CheckpointError(
             f'{checkpoint} does not fit the {type(backbone).__name__} that was built: {"; ".join(wrong[:_SHOWN])}'
-            f'{more}. Build the arch that the checkpoint is of.'
+            f'{more}. {_remedy(wrong)}'
         )
     with torch.no_grad():
         for name, tensor in state.items():
             if name in held:
                 tensor.copy_(held[name])
+    if initial:
+        parts = dict.fromkeys(name.partition('.')[0] for name in initial)
+        print_log(f'{checkpoint} lacks {", ".join(parts)}: kept as initialised.', logger='current')
+
+
+def _fit_position_embedding(held: dict[str, Tensor], shape: torch.Size) -> dict[str, Tensor]:
+    """The tensors with the position embedding resized to ``shape`` (1, h, w, C), where it is one of another grid."""
+    positions = held.get(_POSITIONS)
+    if positions is None or positions.ndim != 4 or positions.shape[::3] != shape[::3] or positions.shape == shape:
+        return held
+    rows, columns, channels = positions.shape[1:]
+    with torch.device('meta'):
+        grid = TokenGrid(1, channels, 1, (rows, columns))
+    grid.pos_embed = nn.Parameter(positions.float(), requires_grad=False)
+    return held | {_POSITIONS: grid.position_embedding(shape[1], shape[2])}
+
+
+def _remedy(wrong: Sequence[str]) -> str:
+    # Class tokens take part in the scans, so that a backbone with other ones computes something else.
+    if len(wrong) == 1 and wrong[0].startswith(f'{_CLASS_TOKEN} is '):
+        return "Give the cls_token that the checkpoint was trained with: 'mean' has no such weight, the others have."
+    return 'Build the arch that the checkpoint is of.'
 
 
 def _own_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor] | None:
@@ -191,6 +225,8 @@ def _is_unbuilt(backbone: SSMBackbone, name: str) -> bool:
     """Whether a tensor belongs to what this backbone leaves out of its architecture."""
     if _is_output_norm(name):
         return int(name.partition('.')[0][4:]) < len(backbone.num_features)
+    if name.startswith(_PYRAMID):
+        return isinstance(backbone, PlainV2M) and backbone.pyramid is None
     parts = name.split('.')
     if parts[0] != 'stages':
         return False

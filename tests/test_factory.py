@@ -1,7 +1,10 @@
 """Backbones by name, their feature_info, and weights from every kind of file."""
 
+import logging
+
 import pytest
 import torch
+from mmengine.logging import MMLogger
 
 from ssm_backbones import create_backbone, list_backbones
 from ssm_backbones.checkpoints import CheckpointError
@@ -114,3 +117,57 @@ def test_weights_that_do_not_fit_leave_the_backbone_alone(tmp_path) -> None:
         create_backbone('vmamba-test', tmp_path / 'nowhere.pth')
     with pytest.raises(TypeError, match='takes the path or URL'):
         create_backbone('vmamba-test', True)
+
+
+@pytest.mark.parametrize('kind', ['single', 'multi'])
+def test_plain_weights_with_and_without_a_pyramid(kind, tmp_path, caplog) -> None:
+    plain = create_backbone('v2m-test')
+    torch.save(plain.state_dict(), tmp_path / 'plain.pth')
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.INFO, logger=logger.name):
+            with_pyramid = create_backbone('v2m-test', tmp_path / 'plain.pth', pyramid=kind)
+            (line,) = caplog.messages
+            assert line == f'{tmp_path / "plain.pth"} lacks pyramid: kept as initialised.'
+            torch.save(with_pyramid.state_dict(), tmp_path / 'pyramid.pth')
+            create_backbone('v2m-test', tmp_path / 'pyramid.pth', pyramid='single')
+            assert len(caplog.messages) == 1
+            back = create_backbone('v2m-test', tmp_path / 'pyramid.pth')
+            assert 'lacks norm3: kept as initialised' in caplog.messages[1]
+    finally:
+        logger.removeHandler(caplog.handler)
+    for model in (with_pyramid, back):
+        for name, value in model.stages.state_dict().items():
+            assert torch.equal(value, plain.stages.state_dict()[name]), name
+    assert not any(name.startswith('pyramid') for name in back.state_dict())
+
+
+def test_a_pyramid_in_part_is_refused(tmp_path) -> None:
+    state = create_backbone('v2m-test', pyramid='single').state_dict()
+    name = next(name for name in state if name.startswith('pyramid.'))
+    state['pyramid.other'] = state.pop(name)
+    torch.save(state, tmp_path / 'part.pth')
+    with pytest.raises(CheckpointError, match=rf'{name} is missing; pyramid.other is not expected'):
+        create_backbone('v2m-test', tmp_path / 'part.pth', pyramid='single')
+
+
+def test_the_position_embedding_is_resized_on_load(tmp_path) -> None:
+    source = create_backbone('v2m-test', img_size=96).eval()
+    torch.save(source.state_dict(), tmp_path / 'weights.pth')
+    loaded = create_backbone('v2m-test', tmp_path / 'weights.pth', img_size=(64, 128)).eval()
+    assert loaded.patch_embed.pos_embed.shape == (1, 4, 8, 16)
+    images = torch.randn(1, 3, 64, 128)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), source(images))
+    state = source.state_dict() | {'patch_embed.pos_embed': torch.zeros(1, 6, 6, 8)}
+    torch.save(state, tmp_path / 'narrow.pth')
+    with pytest.raises(CheckpointError, match=r'pos_embed is \(1, 6, 6, 8\), expected \(1, 4, 4, 16\)'):
+        create_backbone('v2m-test', tmp_path / 'narrow.pth', img_size=64)
+
+
+@pytest.mark.parametrize(('trained', 'built'), [('corner', 'mean'), ('mean', 'center')])
+def test_class_tokens_have_to_be_those_of_the_checkpoint(trained, built, tmp_path) -> None:
+    torch.save(create_backbone('v2m-test', cls_token=trained).state_dict(), tmp_path / 'weights.pth')
+    with pytest.raises(CheckpointError, match='Give the cls_token that the checkpoint was trained with'):
+        create_backbone('v2m-test', tmp_path / 'weights.pth', cls_token=built)
