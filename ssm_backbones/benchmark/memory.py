@@ -27,7 +27,7 @@ _START = 'from ssm_backbones.benchmark.memory import main; main()'
 def peak_bytes(call: Call, device: torch.device) -> int:
     """Bytes that a call takes at most beyond what is held before it.
 
-    On the CPU it is the growth of the process's resident memory, with every large block taken from the system and given
+    On the CPU it is the growth of the process's resident memory in the second of two calls, with every large block taken from the system and given
     back to it at once: what the C library would keep of freed memory differs from run to run. Linux with glibc alone
     can do that.
     """
@@ -37,6 +37,8 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         call()
         return torch.cuda.max_memory_allocated(device) - before
     with _blocks_from_the_system():
+        # Once before: the first call also reads code from the disk, which stays.
+        call()
         # The recorded peak falls back to the present size, and what the start-up took no longer counts.
         Path('/proc/self/clear_refs').write_text('5')
         before = _resident_bytes('VmRSS')
