@@ -355,8 +355,8 @@ def _check_same_pictures(out: str, pictures: Sequence[Picture], done: Mapping[st
         path, held = os.path.abspath(picture.path), os.path.abspath(done[picture.id]['path'])
         if path != held and os.path.realpath(path) != os.path.realpath(held):
             raise CommandError(
-                f'--out {out} holds features of another picture with the id {picture.id!r}: {held}, this one is {path}. '
-                'Name another --out.'
+                f'--out {out} holds features of another picture with the id {picture.id!r}: {held}, this one is '
+                f'{path}. Name another --out.'
             )
 
 

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from ssm_backbones.datasets.feature_export import FeatureDataset
-from ssm_backbones.export.store import file_name
+from ssm_backbones.export.pictures import UnreadablePicture
+from ssm_backbones.export.store import PREVIEWS, aside, file_name
+from ssm_backbones.preflight import CommandError
 
-PREVIEWS = 'previews'
+# torch.quantile takes no more than 2^24 values; so many pixels tell a component's range.
+_SAMPLES = 1_000_000
 _SIDE, _GAP, _BAR = 320, 12, 44
 _PAPER, _INK, _MUTED = (255, 255, 255), (32, 36, 44), (120, 126, 138)
 
@@ -38,7 +41,8 @@ def pca_colours(features: Tensor) -> np.ndarray:
     # A component's sign is arbitrary: the largest weight is made positive, so that drawing twice gives one picture.
     largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
     projected = pixels.double() @ (basis * torch.where(largest < 0, -1.0, 1.0))
-    low, high = (torch.quantile(projected, q, dim=0) for q in (0.02, 0.98))
+    sample = projected[:: -(-len(projected) // _SAMPLES)]
+    low, high = (torch.quantile(sample, q, dim=0) for q in (0.02, 0.98))
     spread = high - low
     flat = spread < 1e-9
     scaled = torch.where(flat, 0.5, ((projected - low) / spread.where(~flat, torch.ones(()).double())).clamp(0, 1))
@@ -48,12 +52,16 @@ def pca_colours(features: Tensor) -> np.ndarray:
 
 
 def draw_preview(dataset: FeatureDataset, index: int, path: str | os.PathLike[str]) -> None:
-    """Draw a picture of an export beside the colours of its levels, without their padding, into a PNG file."""
-    from PIL import Image, ImageDraw, ImageFont, ImageOps
+    """Draw a picture of an export beside the colours of its levels, without their padding, into a PNG file.
+
+    Raises:
+        UnreadablePicture: If the picture can no longer be read.
+        OSError: If the file cannot be written.
+    """
+    from PIL import Image, ImageDraw, ImageFont
 
     record = dataset.records[index]
-    with Image.open(record['path']) as opened:
-        image = ImageOps.exif_transpose(opened).convert('RGB')
+    image = Image.fromarray(_read(record['path']))
     scale = _SIDE / max(image.size)
     size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
     panels = [(image.resize(size, Image.Resampling.LANCZOS), 'input', f'{image.width} x {image.height}')]
@@ -72,17 +80,38 @@ def draw_preview(dataset: FeatureDataset, index: int, path: str | os.PathLike[st
         sheet.paste(panel, (x, _GAP + _BAR - 4))
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f'.{target.name}.part')
-    sheet.save(partial, format='PNG')
-    partial.replace(target)
+    with aside(target) as partial:
+        sheet.save(partial, format='PNG')
+
+
+def _read(path: str) -> np.ndarray:
+    """uint8 (H, W, 3), RGB, as the pipelines' default reader has it: 16 bits become 8, and EXIF turns the picture."""
+    import mmcv
+
+    try:
+        return mmcv.imread(path, channel_order='rgb', backend='cv2')
+    except Exception as error:
+        # The decoder raises what it will for files that are damaged, too large for it, or gone by now.
+        raise UnreadablePicture(f'{type(error).__name__}: {str(error).strip()}') from error
 
 
 def draw_missing_previews(folder: str | os.PathLike[str], ids: Collection[str], quiet: bool = False) -> None:
-    """Draw the previews of these pictures of an export that are not there yet, into its ``previews`` folder."""
+    """Draw the previews of these pictures of an export that are not there yet, into its ``previews`` folder.
+
+    A picture that cannot be read now is told on the error stream, and left out.
+
+    Raises:
+        CommandError: If the folder cannot be written, or the disk is full.
+    """
     dataset = FeatureDataset(folder)
     for index, record in enumerate(dataset.records):
         path = Path(folder, PREVIEWS, f'{file_name(record["id"])}.png')
         if record['id'] in ids and not path.exists():
-            draw_preview(dataset, index, path)
+            try:
+                draw_preview(dataset, index, path)
+            except UnreadablePicture as error:
+                print(f'no preview of {record["path"]}: {error}', file=sys.stderr)
+            except OSError as error:
+                raise CommandError(f'--out {folder} cannot be written: {error}') from error
     if not quiet:
         print(f'previews: {Path(folder, PREVIEWS)}', file=sys.stderr)

@@ -7,6 +7,7 @@ Layout of the folder::
     features/<id>.safetensors                one picture a file, or
     features/shard-<hash>.safetensors        many pictures a file
     unreadable.jsonl       pictures that could not be exported, if any
+    previews/<id>.png      drawings of the levels, if asked for
 
 A file holds the tensors ``<id>/<level>``, each (C, H, W), and in its metadata, under ``pictures``, the records of its
 pictures as JSON. The index repeats them, so that it can be made anew from the files at any time.
@@ -18,6 +19,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,7 +36,9 @@ from ssm_backbones.preflight import CommandError
 
 FORMAT = 'ssm_backbones.features/1'
 DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
-EXPORT, INDEX, UNREADABLE, FEATURES = 'export.json', 'index.jsonl', 'unreadable.jsonl', 'features'
+EXPORT, INDEX, UNREADABLE = 'export.json', 'index.jsonl', 'unreadable.jsonl'
+FEATURES, PREVIEWS = 'features', 'previews'
+_PARTIAL = re.compile(r'\.[0-9a-f]{32}\.part')
 
 Record = dict[str, Any]
 
@@ -67,10 +71,17 @@ class FeatureStore:
                 self._check_settings(read_settings(self.folder))
             else:
                 write_whole(path, json.dumps(self._settings, indent=1) + '\n')
-            for left in self.folder.rglob('.*.part'):
+            for left in self._left():
                 left.unlink()
         except OSError as error:
             raise CommandError(f'--out {self.folder} cannot be written: {error}') from error
+
+    def _left(self) -> list[Path]:
+        """What :func:`aside` made in the folders of an export; other files there, and other folders, are not ours."""
+        found = list(self.folder.glob('.*.part'))
+        for name in (FEATURES, PREVIEWS):
+            found += (self.folder / name).rglob('.*.part')
+        return [path for path in found if _PARTIAL.fullmatch(path.name)]
 
     def _check_settings(self, held: Mapping[str, Any]) -> None:
         for key, value in self._settings.items():
@@ -111,7 +122,7 @@ class FeatureStore:
         self._waiting.clear()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _aside(path) as partial:
+            with aside(path) as partial:
                 save_file(tensors, str(partial), metadata={'format': FORMAT, 'pictures': json.dumps(records)})
         except (OSError, SafetensorError) as error:
             raise CommandError(f'--out {self.folder} cannot be written: {error}') from error
@@ -196,12 +207,13 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file aside and rename it."""
-    with _aside(path) as partial:
+    with aside(path) as partial:
         partial.write_text(text, encoding='utf-8')
 
 
 @contextmanager
-def _aside(path: Path) -> Iterator[Path]:
+def aside(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` to write to, renamed to it where that succeeds and removed where it does not."""
     partial = path.with_name(f'.{uuid.uuid4().hex}.part')
     try:
         yield partial

@@ -168,15 +168,18 @@ def test_resumed_export_redoes_nothing(shard_size, export, tmp_path, shapes, mon
     assert len(list(read_records(tmp_path / 'out'))) == 8
     with pytest.raises(CommandError, match='interrupted'):
         FeatureDataset(tmp_path / 'out')
-    half = tmp_path / 'out' / 'features' / '.half.part'
-    half.write_bytes(b'x')
+    half = tmp_path / 'out' / 'features' / f'.{"0123456789abcdef" * 2}.part'
+    foreign = [tmp_path / 'out' / name for name in ('.x.part', 'features/.x.part', f'mine/{half.name}')]
+    foreign[2].parent.mkdir()
+    for path in (half, *foreign):
+        path.write_bytes(b'x')
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / 'out').rglob('*.safetensors')}
     first, computed[:] = set(computed), []
     result = export(pictures, tmp_path / 'out', batch_size=2, shard_size=shard_size)
     assert (result.exported, result.kept) == (4, 8)
     assert not first & set(computed) and len(computed) == 4
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
-    assert not half.exists()
+    assert not half.exists() and all(path.exists() for path in foreign)
     ids = [record['id'] for record in FeatureDataset(tmp_path / 'out').records]
     assert ids == sorted(path.name for path in pictures.iterdir())
     computed[:] = []
@@ -256,7 +259,15 @@ def test_pictures_of_other_kinds(export, tmp_path) -> None:
     }
     for name, image in kinds.items():
         image.save(folder / f'{name}.png')
-    assert export(folder, tmp_path / 'out').unreadable == []
+    assert export(folder, tmp_path / 'out', preview=True).unreadable == []
+    panels = {}
+    for name in kinds:
+        # The picture's own panel: 320 pixels wide, below its title.
+        sheet = np.asarray(Image.open(tmp_path / 'out' / 'previews' / f'{name}.png.png').convert('RGB'))
+        panels[name] = sheet[60:260, 20:320].astype(float)
+    for name, same in (('rgba', 'rgb'), ('grey16', 'grey3')):
+        assert panels[name].mean() == pytest.approx(panels[same].mean(), abs=2), name
+    assert 100 < panels['grey16'].mean() < 150
     dataset = FeatureDataset(tmp_path / 'out')
     maps = {record['id'].partition('.')[0]: dataset.maps(index) for index, record in enumerate(dataset.records)}
     for name, same in (('rgba', 'rgb'), ('grey', 'grey3'), ('grey16', 'grey3'), ('palette', 'grey3')):
@@ -333,6 +344,31 @@ def test_preview(tool, models, tmp_path, shapes) -> None:
     drawn[1].unlink()
     assert tool.main(command) == 0
     assert drawn[1].exists() and drawn[0].stat().st_mtime_ns == before[0]
+
+
+def test_preview_of_pictures_that_vanished(export, tmp_path, capsys, monkeypatch) -> None:
+    (tmp_path / 'in').mkdir()
+    for name, size in (('gone', (40, 40)), ('here', (40, 40)), ('large', (400, 300))):
+        Image.new('RGB', size, 'red').save(tmp_path / 'in' / f'{name}.png')
+    draw = features._draw_previews
+
+    def drawing(*args):
+        (tmp_path / 'in' / 'gone.png').unlink()
+        monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 50_000)
+        draw(*args)
+
+    monkeypatch.setattr(features, '_draw_previews', drawing)
+    assert export(tmp_path / 'in', tmp_path / 'out', preview=True).exported == 3
+    drawn = {path.name for path in (tmp_path / 'out' / 'previews').iterdir()}
+    assert drawn == {'here.png.png', 'large.png.png'}
+    assert f'no preview of {tmp_path / "in" / "gone.png"}: ' in capsys.readouterr().err
+
+
+def test_colours_of_a_large_map() -> None:
+    """More values than torch.quantile takes."""
+    ramp = torch.linspace(0, 1, 2400).expand(2400, 2400)
+    colours = pca_colours(torch.stack([ramp, ramp.t() / 2, torch.zeros_like(ramp)]))
+    assert colours.shape == (2400, 2400, 3) and colours[0, 0, 0] == 0 and colours[0, -1, 0] == 255
 
 
 def test_pca_colours() -> None:
