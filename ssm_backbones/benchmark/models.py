@@ -241,41 +241,68 @@ def _measure(
     calls: dict[str, Call] = {}
     loops: dict[str, int] = {}
     details: dict[str, dict[str, Any]] = {}
+    failures: dict[str, str] = {}
     for name, subject in subjects.items():
-        try:
+        # A model that cannot take this resolution, or finds no memory for it, must not take along the others.
+        with _noting_failure(name, failures):
             call, details[name] = subject.prepare(*shape, train)
             loops[name] = warm_up(call, device, clock)
             calls[name] = call
-        except Exception as error:
-            # A model that cannot take this resolution, or finds no memory for it, must not take along the others.
-            report.failed.append(dict(name=f'{name}, {what} at {shape[0]}x{shape[1]}', reason=reason(error)))
+    turns = {name: _until_failure(name, call, failures) for name, call in calls.items()}
     records: dict[str, dict[str, Any]] = {}
-    for name, times in measure_in_turns(calls, settings.repeats, device, clock, loops).items():
+    for name, times in measure_in_turns(turns, settings.repeats, device, clock, loops).items():
+        if name in failures:
+            continue
         subject = subjects[name]
         latency = statistics.median(times)
         held = subject.held_bytes()
-        records[name] = dict(
-            model=name,
-            config=subject.path,
-            what=what,
-            height=shape[0],
-            width=shape[1],
-            batch_size=subject.options.batch_size,
-            latency_s=latency,
-            times_s=times,
-            images_per_s=subject.options.batch_size / latency,
-            peak_bytes=held + peak_bytes(calls[name], device),
-            model_bytes=held,
-            **details[name],
-        )
+        with _noting_failure(name, failures):
+            records[name] = dict(
+                model=name,
+                config=subject.path,
+                what=what,
+                height=shape[0],
+                width=shape[1],
+                batch_size=subject.options.batch_size,
+                latency_s=latency,
+                times_s=times,
+                images_per_s=subject.options.batch_size / latency,
+                peak_bytes=held + peak_bytes(calls[name], device),
+                model_bytes=held,
+                **details[name],
+            )
+    report.failed += [
+        dict(name=f'{name}, {what} at {shape[0]}x{shape[1]}', reason=why) for name, why in failures.items()
+    ]
     report.models += records.values()
     for name, other in pairs:
         if name in records and other in records:
             report.ratios.append(_ratio(records[name], records[other]))
     calls.clear()
+    turns.clear()
     gc.collect()
     if device.type == 'cuda':
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def _noting_failure(name: str, failures: dict[str, str]) -> Iterator[None]:
+    """Note an error in a line; the error itself would keep the failed call's tensors."""
+    try:
+        yield
+    except Exception as error:
+        failures[name] = reason(error)
+
+
+def _until_failure(name: str, call: Call, failures: dict[str, str]) -> Call:
+    """The call for turns with others: once it has failed, it does nothing more, and its times are worth nothing."""
+
+    def run() -> None:
+        if name not in failures:
+            with _noting_failure(name, failures):
+                call()
+
+    return run
 
 
 def _ratio(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:

@@ -183,6 +183,43 @@ def test_what_a_model_cannot_take_does_not_stop_the_rest(
     assert errors.strip().splitlines()[-1] == 'error: 1 entries failed; they are listed above'
 
 
+@pytest.mark.parametrize('when', ['turns', 'peak'])
+def test_what_fails_after_its_warm_up_does_not_take_along_the_others(
+    configs: dict[str, str], when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare, peak_bytes, runs = Subject.prepare, models.peak_bytes, []
+    measuring_peak: list[bool] = []
+
+    def counted(self: Subject, height: int, width: int, train: bool):
+        call, details = prepare(self, height, width, train)
+
+        def run() -> None:
+            runs.append(self.path)
+            if self.path == configs['mmseg'] and (measuring_peak or when == 'turns'):
+                raise torch.OutOfMemoryError('no memory')
+            call()
+
+        return run, details
+
+    def peak(call, device: torch.device) -> int:
+        measuring_peak.append(True)
+        try:
+            return peak_bytes(call, device)
+        finally:
+            measuring_peak.clear()
+
+    monkeypatch.setattr(Subject, 'prepare', counted)
+    monkeypatch.setattr(models, 'peak_bytes', peak)
+    monkeypatch.setattr(models, 'warm_up', lambda call, device, clock: 1)
+    asked = options(configs['mmseg'], against=[configs['mmpretrain']])
+    report = measure_models(asked, Settings(repeats=3))
+    (record,) = report.models
+    assert record['config'] == configs['mmpretrain'] and len(record['times_s']) == 3
+    name = f'{Path(configs["mmseg"]).stem}, inference at 64x64'
+    assert report.failed == [dict(name=name, reason='OutOfMemoryError: no memory')] and not report.ratios
+    assert runs.count(configs['mmseg']) == (1 if when == 'turns' else 4)
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     (
