@@ -53,9 +53,10 @@ class V2M(SSMBackbone):
     # The paper gives 30 M parameters and 5.4 GFLOPs, and 50 M and 9.6 G, for the hierarchical ones, and no more. Here
     # the widths and the first and last stage are VMamba-T's, and the gate adds a product to each block. The state size,
     # a third block in the second stage, and the third stage's depth are chosen to meet both figures at once: 30.8 M and
-    # 5.36 G, 50.9 M and 9.40 G with the classification head.
-    # The plain ones follow the paper's settings: 6.9 M and 25.2 M. They take 3.1 G and 8.8 G, of which the six scans of
-    # each block are 1.6 G and 3.1 G; the paper's 1.9 G and 5.9 G are what a single corner would take.
+    # 5.39 G, 50.9 M and 9.45 G with the classification head.
+    # The plain ones follow the paper's settings: 6.9 M and 25.2 M. They take 3.14 G and 8.88 G, of which the six scans
+    # of each block are 1.56 G and 3.12 G; the paper's 1.9 G and 5.9 G are about what a single corner would take, 1.76 G
+    # and 5.77 G (layer by layer in docs/flops.md).
     ARCHS: ClassVar[dict[str, dict[str, Any]]] = {
         'tiny': _plain(192, depth=24, d_state=16),
         'small': _plain(384, depth=24, d_state=16),
