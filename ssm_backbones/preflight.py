@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 
@@ -49,6 +50,28 @@ def check_checkpoint(path: str | None, key: str) -> None:
     """
     if path is not None and '://' not in path and not os.path.isfile(os.path.expanduser(path)):
         raise CommandError(f'{key}: checkpoint {path} does not exist.')
+
+
+def check_device(name: str | None) -> torch.device:
+    """The device that a ``--device`` names: ``'cpu'``, ``'cuda'`` or ``'cuda:1'``; by default a GPU where there is one.
+
+    Nothing is placed on it, so that processes which go on to other GPUs occupy none of its memory.
+
+    Raises:
+        CommandError: If there is no such device.
+    """
+    try:
+        device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    except RuntimeError as error:
+        raise CommandError(f'--device {name} is no device: cpu, cuda or cuda:1.') from error
+    if device.type not in ('cpu', 'cuda'):
+        raise CommandError(f'--device {name} is no device that can be used: cpu, cuda or cuda:1.')
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        raise CommandError(f'--device {device}: no GPU is visible to PyTorch here.')
+    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise CommandError(f'--device {device}: PyTorch sees {count} GPUs here, cuda:0 to cuda:{count - 1}.')
+    return device
 
 
 def check_init_cfg(model: Mapping[str, Any], key: str = 'model') -> None:

@@ -7,12 +7,12 @@ on which pictures were its neighbours, and an export that was interrupted ends a
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -31,13 +31,14 @@ from ssm_backbones.export.pictures import (
     find_pictures,
     test_pipeline,
 )
-from ssm_backbones.export.store import DTYPES, UNREADABLE, FeatureStore, Record, locked, write_whole
-from ssm_backbones.preflight import CommandError
+from ssm_backbones.export.store import DTYPES, FeatureStore, Record, locked
+from ssm_backbones.preflight import CommandError, check_device
 from ssm_backbones.runner import load_config
 
 # Pictures that wait for others of their size, in batches: a bound on memory, beyond which batches are left unfilled.
 _WAITING_BATCHES = 4
 _PROBE = 256
+_PATIENCE = timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def export_features(options: ExportOptions) -> ExportResult:
         gathered = _gather(failures, world)
         if rank == 0:
             store.write_index([picture.id for picture in pictures])
-            _write_unreadable(store, gathered)
+            store.write_unreadable(gathered)
         if options.preview:
             _draw_previews(options, pictures[rank::world], rank)
         _barrier(world)
@@ -362,9 +363,7 @@ def _check_same_pictures(out: str, pictures: Sequence[Picture], done: Mapping[st
 
 def _start(options: ExportOptions) -> tuple[int, int, torch.device]:
     """Rank, number of processes and device; joins the processes where there are many."""
-    device = torch.device(options.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    if device.type == 'cuda' and not torch.cuda.is_available():
-        raise CommandError(f'--device {device}: no GPU is visible to PyTorch here.')
+    device = check_device(options.device)
     if options.launcher == 'none':
         return 0, 1, device
     missing = [name for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK') if name not in os.environ]
@@ -374,10 +373,11 @@ def _start(options: ExportOptions) -> tuple[int, int, torch.device]:
             'torchrun --nproc_per_node=N tools/export_features.py ... --launcher pytorch.'
         )
     if device.type == 'cuda':
-        device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+        device = check_device(f'cuda:{os.environ["LOCAL_RANK"]}')
         torch.cuda.set_device(device)
-    # Only small messages are exchanged, so gloo serves GPUs as well.
-    torch.distributed.init_process_group('gloo')
+    # Only small messages are exchanged, so gloo serves GPUs as well. A process that is through with its pictures waits
+    # for the slowest one; of a process that ended, the others hear at once.
+    torch.distributed.init_process_group('gloo', timeout=_PATIENCE)
     return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
 
 
@@ -397,14 +397,6 @@ def _gather(failures: list[dict[str, str]], world: int) -> list[dict[str, str]]:
     parts: list[Any] = [None] * world
     torch.distributed.all_gather_object(parts, failures)
     return [failure for part in parts for failure in part]
-
-
-def _write_unreadable(store: FeatureStore, failures: Sequence[Mapping[str, str]]) -> None:
-    path = store.folder / UNREADABLE
-    if failures:
-        write_whole(path, ''.join(json.dumps(failure) + '\n' for failure in failures))
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _draw_previews(options: ExportOptions, pictures: Sequence[Picture], rank: int) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import glob
 import json
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -104,13 +104,8 @@ def check_readable(path: str, max_pixels: int) -> None:
 
     try:
         data = Path(path).read_bytes()
-        with warnings.catch_warnings():
-            # The bound on pixels is this function's own.
-            warnings.simplefilter('ignore', Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                kind, (width, height) = image.format, image.size
-    except Image.DecompressionBombError:
-        raise UnreadablePicture(f'too large: more than {max_pixels} pixels (--max-pixels)') from None
+        with _without_pil_limit(), Image.open(path) as image:
+            kind, (width, height) = image.format, image.size
     except UnidentifiedImageError:
         raise UnreadablePicture('no picture, or damaged' if data else 'the file is empty') from None
     except FileNotFoundError:
@@ -125,6 +120,19 @@ def check_readable(path: str, max_pixels: int) -> None:
     )
     if cut_off:
         raise UnreadablePicture('the file is cut off: its end is missing')
+
+
+@contextmanager
+def _without_pil_limit() -> Iterator[None]:
+    """PIL refuses what is larger than a bound of its own; here the only bound is the one that was asked for."""
+    from PIL import Image
+
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def _of_split(split: str, cfg: Config) -> list[Picture]:

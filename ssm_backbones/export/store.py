@@ -120,24 +120,39 @@ class FeatureStore:
         tensors = {key: value for _, maps in self._waiting for key, value in maps.items()}
         # Whatever comes of it, these are not tried again.
         self._waiting.clear()
-        try:
+        with writing(self.folder):
             path.parent.mkdir(parents=True, exist_ok=True)
             with aside(path) as partial:
                 save_file(tensors, str(partial), metadata={'format': FORMAT, 'pictures': json.dumps(records)})
-        except (OSError, SafetensorError) as error:
-            raise CommandError(f'--out {self.folder} cannot be written: {error}') from error
 
     def write_index(self, order: Sequence[str]) -> int:
         """Write the index of all features that are there: the given ids first, in their order.
 
         Returns:
             How many pictures it lists.
+
+        Raises:
+            CommandError: If the folder cannot be written, or the disk is full.
         """
         records = self.done()
         ids = [id for id in order if id in records]
         ids += sorted(records.keys() - set(ids))
-        write_whole(self.folder / INDEX, ''.join(json.dumps(records[id]) + '\n' for id in ids))
+        with writing(self.folder):
+            write_whole(self.folder / INDEX, ''.join(json.dumps(records[id]) + '\n' for id in ids))
         return len(ids)
+
+    def write_unreadable(self, failures: Sequence[Mapping[str, str]]) -> None:
+        """Write the list of pictures that could not be exported, or remove an earlier run's if there are none.
+
+        Raises:
+            CommandError: If the folder cannot be written, or the disk is full.
+        """
+        path = self.folder / UNREADABLE
+        with writing(self.folder):
+            if failures:
+                write_whole(path, ''.join(json.dumps(failure) + '\n' for failure in failures))
+            else:
+                path.unlink(missing_ok=True)
 
 
 def file_name(id: str) -> str:
@@ -203,6 +218,15 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
         except BlockingIOError:
             raise CommandError(f'--out {folder}: another export is writing there.') from None
         yield
+
+
+@contextmanager
+def writing(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn a failure to write into a :class:`CommandError` that names the folder."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CommandError(f'--out {folder} cannot be written: {error}') from error
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -17,7 +17,7 @@ from ssm_backbones.backbones.base import SSMBackbone
 from ssm_backbones.export.models import FeatureExtractor, build_extractor
 from ssm_backbones.export.pictures import MAX_PIXELS, SUFFIXES, Picture, find_pictures
 from ssm_backbones.export.store import file_name
-from ssm_backbones.preflight import CommandError, check_checkpoint
+from ssm_backbones.preflight import CommandError, check_checkpoint, check_device
 from ssm_backbones.runner import load_config
 from ssm_backbones.visualize.activation import activation_maps
 from ssm_backbones.visualize.drawing import draw_activation_maps, draw_receptive_fields, draw_scan_response
@@ -86,7 +86,7 @@ def visualize(options: VisualizeOptions) -> Iterator[Path]:
     """
     cfg = load_config(options.config, options.cfg_options)
     check_checkpoint(options.checkpoint, 'checkpoint')
-    device = _device(options.device)
+    device = check_device(options.device)
     pictures = _pictures(options, cfg)
     names = _names(pictures)
     size = None if options.size is None else (options.size[0], options.size[1])
@@ -220,16 +220,6 @@ def _folder(out: str) -> Path:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise CommandError(f'--out {out} is a folder that cannot be written to.')
     return folder
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    except RuntimeError as error:
-        raise CommandError(f'--device {name} is no device: cpu, cuda or cuda:1.') from error
-    if device.type == 'cuda' and not torch.cuda.is_available():
-        raise CommandError(f'--device {device}: no GPU is visible to PyTorch here.')
-    return device
 
 
 def _backbone(extractor: FeatureExtractor) -> SSMBackbone:

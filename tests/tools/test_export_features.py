@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,12 @@ from ssm_backbones.datasets.feature_export import FeatureDataset
 from ssm_backbones.export import features
 from ssm_backbones.export.features import ExportOptions, _Sample, batches, export_features
 from ssm_backbones.export.models import build_extractor, build_model
-from ssm_backbones.export.pictures import Picture, find_pictures
+from ssm_backbones.export.pictures import Picture, UnreadablePicture, check_readable, find_pictures
 from ssm_backbones.export.preview import pca_colours
 from ssm_backbones.export.store import file_name, read_records
-from ssm_backbones.preflight import CommandError
+from ssm_backbones.preflight import CommandError, check_device
 from ssm_backbones.runner import load_config
+from ssm_backbones.visualize.figures import VisualizeOptions, visualize
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / 'tools' / 'export_features.py'
@@ -314,6 +316,16 @@ def test_unreadable_pictures_do_not_stop_the_rest(tool, models, tmp_path, capsys
     assert not (out / 'unreadable.jsonl').exists()
 
 
+def test_the_bound_on_pixels_is_the_one_asked_for(tmp_path, monkeypatch) -> None:
+    """PIL has one too, lower than what may be asked for."""
+    Image.new('RGB', (40, 30)).save(tmp_path / 'x.png')
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 10)
+    check_readable(str(tmp_path / 'x.png'), 1200)
+    with pytest.raises(UnreadablePicture, match='40x30 pixels are more than 1199'):
+        check_readable(str(tmp_path / 'x.png'), 1199)
+    assert Image.MAX_IMAGE_PIXELS == 10
+
+
 def test_processes_share_the_pictures(models, tmp_path, shapes, environment, export) -> None:
     pictures = shapes / 'ade20k' / 'images' / 'training'
     (tmp_path / 'in').mkdir()
@@ -330,6 +342,18 @@ def test_processes_share_the_pictures(models, tmp_path, shapes, environment, exp
     assert [record['id'] for record in shared.records] == [record['id'] for record in alone.records]
     for index in range(12):
         assert torch.allclose(shared.maps(index)[3], alone.maps(index)[3], rtol=1e-4, atol=1e-5)
+
+
+def test_processes_wait_for_slow_ones(monkeypatch) -> None:
+    for name, value in dict(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1', MASTER_PORT='0').items():
+        monkeypatch.setenv(name, value)
+    try:
+        features._start(ExportOptions('', '', '', '', device='cpu', launcher='pytorch'))
+        group = torch.distributed.distributed_c10d._get_default_group()
+        timeout = group._get_backend(torch.device('cpu')).options._timeout
+        assert timeout >= timedelta(days=2)
+    finally:
+        features._stop(1)
 
 
 def test_preview(tool, models, tmp_path, shapes) -> None:
@@ -433,6 +457,22 @@ def test_bad_arguments(tool, models, tmp_path, shapes, capsys) -> None:
     assert not (tmp_path / 'out').exists()
 
 
+@pytest.mark.parametrize('device, message', [
+    ('abacus', 'abacus is no device'),
+    ('meta', 'meta is no device that can be used'),
+    ('cuda:99', 'PyTorch sees 2 GPUs here, cuda:0 to cuda:1'),
+])
+def test_devices_that_are_not_there(device, message, models, export, tmp_path, shapes, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    pictures = shapes / 'ade20k' / 'images' / 'validation'
+    with pytest.raises(CommandError, match=message):
+        export(pictures, tmp_path / 'out', device=device)
+    with pytest.raises(CommandError, match=message):
+        next(visualize(VisualizeOptions('erf', *models['mmseg'], [str(pictures)], str(tmp_path), device=device)))
+    assert check_device('cuda:1') == torch.device('cuda:1') and check_device(None).type == 'cuda'
+
+
 def test_checkpoint_of_another_model(models, tmp_path) -> None:
     cfg = load_config(models['mmdet'][0])
     with pytest.raises(CommandError, match=r'neck.lateral_convs.0.conv.weight is missing'):
@@ -487,6 +527,13 @@ def test_a_full_disk(shard_size, export, tmp_path, shapes) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list((tmp_path / 'out').rglob('*.part')) and not list((tmp_path / 'out').rglob('*.safetensors'))
     assert export(pictures, tmp_path / 'out', shard_size=shard_size).exported == 4
+
+
+@pytest.mark.parametrize('name', ['index.jsonl', 'unreadable.jsonl'])
+def test_lists_that_cannot_be_written(name, export, tmp_path, shapes) -> None:
+    (tmp_path / 'out' / name).mkdir(parents=True)
+    with pytest.raises(CommandError, match=f'out cannot be written: .*{name}'):
+        export(shapes / 'ade20k' / 'images' / 'validation', tmp_path / 'out')
 
 
 def test_batches_are_of_one_size_and_few_wait() -> None:
