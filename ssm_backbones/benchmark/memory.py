@@ -27,9 +27,9 @@ _START = 'from ssm_backbones.benchmark.memory import main; main()'
 def peak_bytes(call: Call, device: torch.device) -> int:
     """Bytes that a call takes at most beyond what is held before it.
 
-    On the CPU it is the growth of the process's resident memory in the second of two calls, with every large block taken from the system and given
-    back to it at once: what the C library would keep of freed memory differs from run to run. Linux with glibc alone
-    can do that.
+    On the CPU it is the growth of the process's resident memory in the second of two calls, with every large block
+    taken from the system and given back to it at once: what the C library would keep of freed memory differs from run
+    to run. Linux with glibc alone can do that.
     """
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
