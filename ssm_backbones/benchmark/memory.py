@@ -24,12 +24,17 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _START = 'from ssm_backbones.benchmark.memory import main; main()'
 
 
-def peak_bytes(call: Call, device: torch.device) -> int:
+def peak_bytes(call: Call, device: torch.device, warm_up: bool = False) -> int:
     """Bytes that a call takes at most beyond what is held before it.
 
-    On the CPU it is the growth of the process's resident memory in the second of two calls, with every large block
-    taken from the system and given back to it at once: what the C library would keep of freed memory differs from run
-    to run. Linux with glibc alone can do that.
+    On the CPU it is the growth of the process's resident memory, with every large block taken from the system and given
+    back to it at once: what the C library would keep of freed memory differs from run to run. Linux with glibc alone
+    can do that.
+
+    Args:
+        call: what to measure.
+        device: where it computes.
+        warm_up: call once before, because what a process's first call reads of code from the disk stays.
     """
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
@@ -37,8 +42,8 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         call()
         return torch.cuda.max_memory_allocated(device) - before
     with _blocks_from_the_system():
-        # Once before: the first call also reads code from the disk, which stays.
-        call()
+        if warm_up:
+            call()
         # The recorded peak falls back to the present size, and what the start-up took no longer counts.
         Path('/proc/self/clear_refs').write_text('5')
         before = _resident_bytes('VmRSS')
@@ -76,7 +81,7 @@ def main() -> None:
     module, _, name = given['prepare'].partition(':')
     device = torch.device(given['device'])
     call = getattr(importlib.import_module(module), name)(*given['arguments'], device)
-    print(peak_bytes(call, device))
+    print(peak_bytes(call, device, warm_up=True))
 
 
 @contextmanager
