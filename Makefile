@@ -32,7 +32,7 @@ lint: setup
 	@$(IN_VENV) -m mypy
 
 test: lint
-	@$(IN_VENV) -m pytest --numprocesses auto --dist loadfile $(PYTEST_ARGS)
+	@$(IN_VENV) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 
 kernels:
 	@$(PYTHON) cuda_ops/kernel_report.py $(if $(ARCHS),--archs "$(ARCHS)")
