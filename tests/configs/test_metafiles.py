@@ -17,6 +17,7 @@ RELEASES = {
     'vmamba': 'https://github.com/MzeroMiko/VMamba/releases/download/%23v',
     'mamba2d': 'https://github.com/cocoalex00/Mamba2D/releases/download/v2.0.0/M2D-',
 }
+NO_WEIGHTS = 'none-published/'
 
 
 def test_every_config_stands_in_its_family_s_metafile() -> None:
@@ -62,18 +63,22 @@ def test_results_are_of_the_config_s_task_or_said_to_be_missing(name) -> None:
     entry = entries()[name]
     family = name.partition('/')[0]
     if entry['Metadata'].get('Figures') == 'none published':
-        assert not {'Results', 'Weights'} & set(entry)
+        assert 'Results' not in entry and entry['Weights'] == NO_WEIGHTS
         return
     found = {(result['Task'], result['Dataset'], tuple(result['Metrics'])) for result in entry['Results']}
     assert found == TASKS[config(name).default_scope]
     assert all(30 < value < 90 for result in entry['Results'] for value in result['Metrics'].values())
     # V2M's authors published no weights.
-    assert ('Weights' in entry) == (family in RELEASES)
-    assert entry.get('Weights', '').startswith(RELEASES.get(family, ''))
+    assert entry['Weights'].startswith(RELEASES.get(family, NO_WEIGHTS))
+
+
+@pytest.mark.parametrize('name', DEMOS)
+def test_demos_come_without_weights(name) -> None:
+    assert entries()[name]['Weights'] == NO_WEIGHTS
 
 
 def test_no_weights_stand_twice() -> None:
-    weights = [entry['Weights'] for entry in entries().values() if 'Weights' in entry]
+    weights = [entry['Weights'] for entry in entries().values() if entry['Weights'] != NO_WEIGHTS]
     assert len(weights) == len(set(weights)) > 0
 
 
@@ -104,5 +109,5 @@ def test_readme_s_table_gives_the_entry_s_figures(name) -> None:
     assert 5 < float(parameters) < 130 and 1 < float(flops) < 2000
     published = [str(value) for result in entry.get('Results', []) for value in result['Metrics'].values()]
     assert metrics == (' / '.join(published) or '–')
-    file = entry.get('Weights', '').rpartition('/')[2]
+    file = entry['Weights'].rpartition('/')[2]
     assert weights == (f'`{file}`' if file else '–')
