@@ -9,17 +9,15 @@ from typing import Any
 
 import torch
 from mmengine.logging import print_log
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssm_backbones.backbones import V2M, Mamba2D, VMamba
 from ssm_backbones.backbones.base import SSMBackbone
 from ssm_backbones.backbones.v2m import PATCH_SIZE, PlainV2M
 from ssm_backbones.checkpoints import CheckpointError, load_official, read_checkpoint
 from ssm_backbones.layers.simple_pyramid import STRIDES
-from ssm_backbones.layers.token_grid import TokenGrid
 
 _FAMILIES: dict[str, Any] = {'vmamba': VMamba, 'v2m': V2M, 'mamba2d': Mamba2D}
-_POSITIONS = 'patch_embed.pos_embed'
 _CLASS_TOKEN = 'patch_embed.cls_token'
 _PYRAMID = 'pyramid.'
 _SHOWN = 5
@@ -156,7 +154,7 @@ def load_backbone(backbone: SSMBackbone, checkpoint: str | os.PathLike[str]) -> 
         return
     state = backbone.state_dict()
     if isinstance(backbone, PlainV2M):
-        held = _fit_position_embedding(held, state[_POSITIONS].shape)
+        backbone.patch_embed.resize_saved(held, 'patch_embed.')
     wrong = [
         f'{name} is {tuple(tensor.shape)}, expected {tuple(state[name].shape)}'
         for name, tensor in held.items()
@@ -181,18 +179,6 @@ def load_backbone(backbone: SSMBackbone, checkpoint: str | os.PathLike[str]) -> 
     if initial:
         parts = dict.fromkeys(name.partition('.')[0] for name in initial)
         print_log(f'{checkpoint} lacks {", ".join(parts)}: kept as initialised.', logger='current')
-
-
-def _fit_position_embedding(held: dict[str, Tensor], shape: torch.Size) -> dict[str, Tensor]:
-    """The tensors with the position embedding resized to ``shape`` (1, h, w, C), where it is one of another grid."""
-    positions = held.get(_POSITIONS)
-    if positions is None or positions.ndim != 4 or positions.shape[::3] != shape[::3] or positions.shape == shape:
-        return held
-    rows, columns, channels = positions.shape[1:]
-    with torch.device('meta'):
-        grid = TokenGrid(1, channels, 1, (rows, columns))
-    grid.pos_embed = nn.Parameter(positions.float(), requires_grad=False)
-    return held | {_POSITIONS: grid.position_embedding(shape[1], shape[2])}
 
 
 def _remedy(wrong: Sequence[str]) -> str:

@@ -1,6 +1,8 @@
 """What all tests share."""
 
+import logging
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,3 +18,17 @@ if 'PYTEST_XDIST_WORKER_COUNT' in os.environ:
 def _seed() -> None:
     """Every test starts from the same random state, whichever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def log() -> Iterator[list[str]]:
+    """What mmengine's current logger, which hands nothing on to its parents, is told in a test."""
+    from mmengine.logging import MMLogger
+
+    lines: list[str] = []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)

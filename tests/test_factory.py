@@ -1,10 +1,7 @@
 """Backbones by name, their feature_info, and weights from every kind of file."""
 
-import logging
-
 import pytest
 import torch
-from mmengine.logging import MMLogger
 
 from ssm_backbones import create_backbone, list_backbones
 from ssm_backbones.checkpoints import CheckpointError
@@ -120,23 +117,16 @@ def test_weights_that_do_not_fit_leave_the_backbone_alone(tmp_path) -> None:
 
 
 @pytest.mark.parametrize('kind', ['single', 'multi'])
-def test_plain_weights_with_and_without_a_pyramid(kind, tmp_path, caplog) -> None:
+def test_plain_weights_with_and_without_a_pyramid(kind, tmp_path, log) -> None:
     plain = create_backbone('v2m-test')
     torch.save(plain.state_dict(), tmp_path / 'plain.pth')
-    logger = MMLogger.get_current_instance()
-    logger.addHandler(caplog.handler)
-    try:
-        with caplog.at_level(logging.INFO, logger=logger.name):
-            with_pyramid = create_backbone('v2m-test', tmp_path / 'plain.pth', pyramid=kind)
-            (line,) = caplog.messages
-            assert line == f'{tmp_path / "plain.pth"} lacks pyramid: kept as initialised.'
-            torch.save(with_pyramid.state_dict(), tmp_path / 'pyramid.pth')
-            create_backbone('v2m-test', tmp_path / 'pyramid.pth', pyramid='single')
-            assert len(caplog.messages) == 1
-            back = create_backbone('v2m-test', tmp_path / 'pyramid.pth')
-            assert 'lacks norm3: kept as initialised' in caplog.messages[1]
-    finally:
-        logger.removeHandler(caplog.handler)
+    with_pyramid = create_backbone('v2m-test', tmp_path / 'plain.pth', pyramid=kind)
+    assert log == [f'{tmp_path / "plain.pth"} lacks pyramid: kept as initialised.']
+    torch.save(with_pyramid.state_dict(), tmp_path / 'pyramid.pth')
+    create_backbone('v2m-test', tmp_path / 'pyramid.pth', pyramid='single')
+    assert len(log) == 1
+    back = create_backbone('v2m-test', tmp_path / 'pyramid.pth')
+    assert 'lacks norm3: kept as initialised' in log[1]
     for model in (with_pyramid, back):
         for name, value in model.stages.state_dict().items():
             assert torch.equal(value, plain.stages.state_dict()[name]), name
@@ -152,11 +142,12 @@ def test_a_pyramid_in_part_is_refused(tmp_path) -> None:
         create_backbone('v2m-test', tmp_path / 'part.pth', pyramid='single')
 
 
-def test_the_position_embedding_is_resized_on_load(tmp_path) -> None:
+def test_the_position_embedding_is_resized_on_load(tmp_path, log) -> None:
     source = create_backbone('v2m-test', img_size=96).eval()
     torch.save(source.state_dict(), tmp_path / 'weights.pth')
     loaded = create_backbone('v2m-test', tmp_path / 'weights.pth', img_size=(64, 128)).eval()
     assert loaded.patch_embed.pos_embed.shape == (1, 4, 8, 16)
+    assert log == ['patch_embed.pos_embed is resized from 6x6 to 4x8 patches.']
     images = torch.randn(1, 3, 64, 128)
     with torch.no_grad():
         torch.testing.assert_close(loaded(images), source(images))

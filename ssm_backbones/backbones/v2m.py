@@ -80,7 +80,7 @@ class PlainV2M(V2M):
     Args:
         arch: see :class:`V2M`.
         img_size: side, or height and width, of the images that the position embedding is made for. Any image can be
-            given: the embedding is resized bicubically.
+            given, and weights trained at any other size: the embedding is resized bicubically.
         cls_token: where the class output comes from: 'mean' pools the map, 'corner' and 'center' take the token where
             an extra row and column of class tokens cross, at the upper left or in the middle. Those are no part of the
             feature maps.

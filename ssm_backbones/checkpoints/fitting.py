@@ -15,8 +15,9 @@ from ssm_backbones.backbones.base import SSMBackbone
 from ssm_backbones.checkpoints.convert import convert_checkpoint
 from ssm_backbones.checkpoints.files import CheckpointError
 from ssm_backbones.checkpoints.initializer import is_unbuilt
-from ssm_backbones.checkpoints.recognise import FAMILIES, shorten
+from ssm_backbones.checkpoints.recognise import FAMILIES, differences, shapes_of, shorten
 from ssm_backbones.checkpoints.weights import holds_official
+from ssm_backbones.layers.token_grid import TokenGrid
 
 # The normalisation of pictures, which the config gives, and averages that mmdet 2's hook kept among the weights.
 _BESIDE = ('data_preprocessor.', 'ema_')
@@ -35,7 +36,8 @@ class FittingCheckpoint(Hook):
         source: The file's name, for messages.
         whole: Whether the whole model has to be in the file, as for a test; for fine-tuning the backbone has to.
         unused: Beginnings of names that may be in the file or the model alone.
-        convert: Whether the authors' checkpoints are converted; they are nothing that a training could go on from.
+        convert: Whether the authors' checkpoints are converted, and position embeddings resized; they are nothing that
+            a training could go on from.
     """
 
     # Before all others, such as EMAHook, which take the weights from the checkpoint too.
@@ -53,6 +55,9 @@ class FittingCheckpoint(Hook):
         Raises:
             CheckpointError: Naming the first tensors that are missing, not expected or of another shape.
         """
+        model = runner.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
         if self.convert and holds_official(checkpoint, FAMILIES):
             converted, report = convert_checkpoint(checkpoint, source=self.source)
             checkpoint.clear()
@@ -61,16 +66,25 @@ class FittingCheckpoint(Hook):
         elif not isinstance(checkpoint.get('state_dict'), dict):
             # Bare tensors; a runner's other hooks look for them here.
             checkpoint['state_dict'] = {name: value for name, value in checkpoint.items() if isinstance(value, Tensor)}
+        held = checkpoint['state_dict']
+        if self.convert:
+            # Loading does this too, but does and logs it for the check, for a hook's averages and for the model.
+            for name, module in model.named_modules():
+                if isinstance(module, TokenGrid):
+                    module.resize_saved(held, f'{name}.')
+                    module.resize_saved(held, f'module.{name}.')
         weights = {
             name.removeprefix('module.'): value
-            for name, value in checkpoint['state_dict'].items()
+            for name, value in held.items()
             if not name.removeprefix('module.').startswith(self.unused)
         }
-        model = runner.model
-        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-            model = model.module
         if self.whole:
             wrong = [line for line in _differences(model, weights) if not line.startswith(self.unused)]
+            if not wrong and not self.convert:
+                # What loading would resize; the optimiser's averages of it have the old shape.
+                shapes = shapes_of(model.state_dict())
+                held = {name: value for name, value in weights.items() if value.shape != shapes.get(name, value.shape)}
+                wrong = differences(held, {name: shapes[name] for name in held})
             what, remedy = 'model', 'Name the checkpoint that was trained with this config.'
         else:
             wrong = _backbone_differences(model, weights)

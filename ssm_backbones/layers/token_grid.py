@@ -1,6 +1,10 @@
 """The stem of V2M's plain layout: patches, their position embedding, and class tokens laid into the grid."""
 
+from collections.abc import MutableMapping
+from typing import Any
+
 import torch
+from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,6 +19,8 @@ class TokenGrid(PatchEmbed):
     Class tokens in the grid take a row and a column of their own, all of them the same learned vector, so that the grid
     stays rectangular: the first row and column ('corner'), or those behind the first half of the patches ('center').
     The token where the two meet is the class output. 'mean' stands for none.
+
+    Loading a state dict resizes a position embedding that was made for another grid; see :meth:`resize_saved`.
 
     Args:
         in_channels: C_in.
@@ -54,8 +60,31 @@ class TokenGrid(PatchEmbed):
         """The embedding (1, height, width, embed_dims) of a grid of that size."""
         if not is_unknown(height, width) and self.pos_embed.shape[1:3] == (height, width):
             return self.pos_embed
-        resized = F.interpolate(self.pos_embed.permute(0, 3, 1, 2), (height, width), mode='bicubic')
-        return resized.permute(0, 2, 3, 1)
+        return _resize(self.pos_embed, height, width)
+
+    def resize_saved(self, state_dict: MutableMapping[str, Any], prefix: str = '') -> None:
+        """Resize a saved position embedding (1, h, w, embed_dims) to this grid, in place, and log it.
+
+        Anything else under its name is left as it is, for the loading to refuse.
+
+        Args:
+            state_dict: tensors by name.
+            prefix: what stands before this module's names there.
+        """
+        name = f'{prefix}pos_embed'
+        saved, shape = state_dict.get(name), self.pos_embed.shape
+        if (not isinstance(saved, Tensor) or not saved.is_floating_point() or saved.ndim != 4 or saved.shape == shape
+                or saved.shape[::3] != shape[::3] or saved.numel() == 0):
+            return
+        with torch.no_grad():
+            state_dict[name] = _resize(saved.float(), shape[1], shape[2]).to(saved.dtype)
+        print_log(f'{name} is resized from {saved.shape[1]}x{saved.shape[2]} to {shape[1]}x{shape[2]} patches.',
+                  logger='current')
+
+    def _load_from_state_dict(self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any) -> None:
+        # Called by torch and by mmengine alike, which loads state dicts its own way; both pass a copy.
+        self.resize_saved(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def crossing(self, height: int, width: int) -> tuple[int, int]:
         """Row and column of the class output among patches of ``height`` rows and ``width`` columns."""
@@ -75,3 +104,8 @@ class TokenGrid(PatchEmbed):
         row, column = self.crossing(x.shape[1] - 1, x.shape[2] - 1)
         x = torch.cat([x[:, :row], x[:, row + 1:]], dim=1)
         return torch.cat([x[:, :, :column], x[:, :, column + 1:]], dim=2)
+
+
+def _resize(positions: Tensor, height: int, width: int) -> Tensor:
+    """(1, h, w, C) -> (1, height, width, C)."""
+    return F.interpolate(positions.permute(0, 3, 1, 2), (height, width), mode='bicubic').permute(0, 2, 3, 1)

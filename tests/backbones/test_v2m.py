@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from mmengine.registry import MODELS
+from mmengine.runner import load_checkpoint
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -256,6 +257,50 @@ def test_position_embeddings_are_made_for_the_image_size(img_size):
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     shape = V2M('test', img_size=img_size).patch_embed.pos_embed.shape
     assert shape == (1, math.ceil(height / 16), math.ceil(width / 16), 16)
+
+
+def init_cfg_loads(model, weights, folder):
+    """Save weights as a trained model's, and let mmengine load them as a config's backbone does."""
+    torch.save(dict(state_dict={f'backbone.{name}': t for name, t in weights.items()}), folder / 'model.pth')
+    model.init_cfg = dict(type='Pretrained', checkpoint=str(folder / 'model.pth'), prefix='backbone.')
+    model.init_weights()
+
+
+def load_from_loads(model, weights, folder):
+    """Save weights as a trained model's, and let mmengine load them as a runner does."""
+    torch.save(dict(state_dict={f'module.{name}': t for name, t in weights.items()}), folder / 'model.pth')
+    load_checkpoint(model, str(folder / 'model.pth'), map_location='cpu')
+
+
+def torch_loads(model, weights, folder):
+    model.load_state_dict(weights)
+
+
+@pytest.mark.parametrize('load', [init_cfg_loads, load_from_loads, torch_loads])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
+def test_saved_position_embeddings_are_resized_to_the_image_size(load, dtype, tmp_path, log):
+    source, model = V2M('test', img_size=96).eval(), copy.deepcopy(V2M('test', img_size=(64, 128))).eval()
+    saved = {name: t.to(dtype) for name, t in source.state_dict().items()}
+    source.load_state_dict(saved)
+    load(model, saved, tmp_path)
+    assert [line for line in log if 'resized' in line] == ['patch_embed.pos_embed is resized from 6x6 to 4x8 patches.']
+    assert saved['patch_embed.pos_embed'].shape == (1, 6, 6, 16)
+    images = torch.randn(1, 3, 64, 128)
+    tolerance = {} if dtype == torch.float32 else dict(atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(model(images), source(images), **tolerance)
+    rest = {name: t for name, t in model.state_dict().items() if name != 'patch_embed.pos_embed'}
+    assert all(torch.equal(t, source.state_dict()[name]) for name, t in rest.items())
+
+
+@pytest.mark.parametrize('saved', [
+    torch.zeros(1, 6, 6, 8), torch.zeros(2, 6, 6, 16), torch.zeros(36, 16), torch.zeros(1, 0, 6, 16),
+    torch.zeros(1, 6, 6, 16, dtype=torch.int64),
+], ids=['channels', 'first', 'flat', 'empty', 'integers'])
+def test_other_tensors_in_a_position_embedding_s_place_are_refused(saved, log):
+    model = V2M('test', img_size=64)
+    with pytest.raises(RuntimeError, match='size mismatch for patch_embed.pos_embed'):
+        model.load_state_dict(model.state_dict() | {'patch_embed.pos_embed': saved})
+    assert not log
 
 
 def test_a_mirrored_picture_gives_mirrored_maps_once_the_plain_stem_is_mirrored():

@@ -143,8 +143,21 @@ def test_a_classifier_s_weights_start_a_pyramid(saved) -> None:
 def test_a_plain_classifier_s_weights_start_a_pyramid() -> None:
     weights = Model(dict(type='V2M', out_indices=None)).state_dict()
     load(Model(dict(type='V2M', out_indices=None, pyramid='single')), dict(state_dict=weights), whole=False)
-    with pytest.raises(CheckpointError, match=r'pos_embed is \('):
-        load(Model(dict(type='V2M', out_indices=None, img_size=64)), dict(state_dict=weights), whole=False)
+
+
+@pytest.mark.parametrize('whole', [True, False])
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+def test_position_embeddings_are_resized_once_and_for_no_training_that_goes_on(whole, prefix, log) -> None:
+    source, model = (Model(dict(type='V2M', out_indices=None, img_size=size)) for size in (96, 64))
+    weights = {f'{prefix}{name}': tensor for name, tensor in source.state_dict().items()}
+    name = 'backbone.patch_embed.pos_embed'
+    checkpoint = dict(state_dict=dict(weights))
+    load(model, checkpoint, whole)
+    assert log == [f'{prefix}{name} is resized from 6x6 to 4x4 patches.']
+    resized = source.backbone.patch_embed.position_embedding(4, 4)
+    assert torch.equal(checkpoint['state_dict'][f'{prefix}{name}'], resized)
+    with pytest.raises(CheckpointError, match=rf'{name} is \(1, 6, 6, 16\), expected \(1, 4, 4, 16\)\. Name'):
+        load(model, dict(state_dict=dict(weights)), convert=False)
 
 
 def test_models_under_test_time_augmentation_are_checked(model, saved) -> None:
