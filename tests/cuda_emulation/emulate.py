@@ -15,7 +15,8 @@ FOLDER = Path(__file__).resolve().parent
 CSRC = FOLDER.parents[1] / 'cuda_ops' / 'csrc'
 SANITIZE_VARIABLE = 'SSM_EMULATION_SANITIZE'
 SANITIZERS = ['-fsanitize=address,alignment,bounds,shift,signed-integer-overflow,null', '-fno-sanitize-recover=all']
-SHARED_LIMIT = 227 * 1024
+# An H200's.
+SHARED_LIMIT, MULTIPROCESSORS = 227 * 1024, 132
 
 
 def compiler() -> str | None:
@@ -62,12 +63,21 @@ class Emulation:
         self._library.cuda_ops_emulate.argtypes = [ctypes.c_void_p]
 
     @contextlib.contextmanager
-    def serve(self, seed: int = 0, shared_limit: int = SHARED_LIMIT, fail_launch: int = -1) -> Iterator[None]:
-        """Within the context the ops run the CUDA kernels, with the chunks they have on a GPU."""
+    def serve(self, seed: int = 0, shared_limit: int = SHARED_LIMIT, multiprocessors: int = MULTIPROCESSORS,
+              residents: int = 4, fail_launch: int = -1) -> Iterator[None]:
+        """Within the context the ops run the CUDA kernels, with the chunks they have on a GPU.
+
+        Args:
+            seed: of the order in which threads and blocks go on.
+            shared_limit: bytes of shared memory that a block may have.
+            multiprocessors: what the device says it has; a persistent kernel has a block for each of them.
+            residents: blocks of a launch that really run at the same time.
+            fail_launch: the number of the launch that fails, counted from 0.
+        """
         # By its name, since the package has the public function under it.
         wavefront = importlib.import_module('cuda_ops.wavefront_scan')
         chunk_length, chunk_lines = route_scan._chunk_length, wavefront._chunk_lines
-        self._kernels.emulation_set(seed, shared_limit, fail_launch)
+        self._kernels.emulation_set(seed, shared_limit, multiprocessors, residents, fail_launch)
         self._library.cuda_ops_emulate(self._kernels.emulated_kernels())
         route_scan._chunk_length = lambda states, device_type: chunk_length(states, 'cuda')
         wavefront._chunk_lines = lambda height, width, states, device_type: chunk_lines(height, width, states, 'cuda')

@@ -1,8 +1,10 @@
 // Stands in for CUDA's header where kernels are compiled for the CPU. The threads of a block are fibers of one thread of
-// the CPU, which change at barriers and warp operations alone, in an order that a seed decides: what should be behind a
-// barrier and is not, shows. Blocks follow one another. Shared memory is of the exact size and starts as NaN.
+// the CPU, which change at barriers, warp operations and naps alone, in an order that a seed decides: what should be behind
+// a barrier and is not, shows. Some blocks of a launch are resident at a time and take turns, each at a pace of its own,
+// between and within barriers; the others start as those end. Shared memory is of the exact size and starts as NaN.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -42,7 +44,7 @@ struct alignas(16) float4 {
 };
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 using cudaStream_t = void*;
 
@@ -52,13 +54,14 @@ constexpr unsigned kLanes = 32;
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr int kSharedWithoutAsking = 48 * 1024;
 
-enum class State { kReady, kAtBlock, kAtWarp, kEnded };
+enum class State { kReady, kAtBlock, kAtWarp, kAsleep, kEnded };
 enum class WarpOperation { kNone, kSync, kShuffle, kVote };
 
 struct Fiber {
   State state = State::kReady;
   WarpOperation operation = WarpOperation::kNone;
   unsigned exchanges = 0;
+  bool polls = false;  // has napped since it last waited for anything else
   dim3 thread;
 #if defined(__x86_64__)
   void* stack_pointer = nullptr;
@@ -68,23 +71,41 @@ struct Fiber {
   void* fake_stack = nullptr;
 };
 
+using Memory = std::unique_ptr<char, decltype(&std::free)>;
+
+// A block that is resident. Its stacks serve the next one as well.
+struct Block {
+  bool runs = false;
+  dim3 index;
+  unsigned pace = 1;  // of so many turns it takes one
+  std::vector<Fiber> fibers;
+  std::vector<char*> stacks;
+  std::vector<std::array<std::array<uint64_t, kLanes>, 2>> exchange;
+  Memory shared{nullptr, &std::free};
+  // The threads in the order of this round, how many of them had their turn, and what had been done before.
+  std::vector<size_t> order;
+  size_t turn = 0;
+  int64_t done_before = 0, stalled_at = -1;
+};
+
 struct Machine {
   // Settings.
   unsigned seed = 0;
-  int shared_limit = 227 * 1024;  // of an H200
-  int fail_launch = -1;           // the number of the launch that is made to fail, counted from 0
+  int shared_limit = 227 * 1024, multiprocessors = 132;  // of an H200
+  int residents = 4;     // blocks that run at the same time
+  int fail_launch = -1;  // the number of the launch that is made to fail, counted from 0
   // What happened.
   cudaError_t error = cudaSuccess;
   std::string message;
   int64_t launches = 0, blocks = 0;
-  // The block that runs.
-  dim3 block, grid, threads;
-  std::vector<Fiber> fibers;
-  Fiber* current = nullptr;
+  // The launch that runs.
+  dim3 grid, threads;
+  size_t shared = 0;
   std::function<void()> body;
-  char* shared = nullptr;
-  std::vector<std::array<std::array<uint64_t, kLanes>, 2>> exchange;
-  std::vector<char*> stacks;
+  std::vector<Block> resident;
+  Block* block = nullptr;
+  Fiber* current = nullptr;
+  int64_t done = 0;  // turns of threads that did not only poll
   std::map<const void*, int> allowed_shared;
 #if defined(__x86_64__)
   void* scheduler = nullptr;
@@ -190,22 +211,28 @@ inline void prepare(Fiber& fiber, char* stack) {
 #endif
 }
 
-inline unsigned flat_thread() { return unsigned(machine.current - machine.fibers.data()); }
+inline unsigned flat_thread() { return unsigned(machine.current - machine.block->fibers.data()); }
 
 inline std::string where() {
-  return "block " + std::to_string(machine.block.x) + " of " + std::to_string(machine.grid.x);
+  return "block " + std::to_string(machine.block->index.x) + " of " + std::to_string(machine.grid.x);
 }
 
 // Lets go on who waits for nobody any more; whether there is anyone.
 inline bool release() {
   bool any = false;
-  const size_t count = machine.fibers.size();
+  std::vector<Fiber>& fibers = machine.block->fibers;
+  const size_t count = fibers.size();
+  for (Fiber& fiber : fibers) {
+    if (fiber.state != State::kAsleep) continue;
+    fiber.state = State::kReady;
+    any = true;
+  }
   for (size_t first = 0; first < count; first += kLanes) {
     size_t waiting = 0, ended = 0, present = 0;
     bool same = true;
     WarpOperation operation = WarpOperation::kNone;
     for (size_t i = first; i < first + kLanes && i < count; ++i, ++present) {
-      const Fiber& fiber = machine.fibers[i];
+      const Fiber& fiber = fibers[i];
       ended += fiber.state == State::kEnded;
       if (fiber.state != State::kAtWarp) continue;
       if (waiting++ && fiber.operation != operation) same = false;
@@ -215,37 +242,96 @@ inline bool release() {
     if (!same) throw std::runtime_error("lanes of a warp meet in different operations in " + where());
     if (ended) throw std::runtime_error("lanes have ended that others of their warp wait for in " + where());
     if (waiting < present) continue;
-    for (size_t i = first; i < first + present; ++i) machine.fibers[i].state = State::kReady;
+    for (size_t i = first; i < first + present; ++i) fibers[i].state = State::kReady;
     any = true;
   }
   if (any) return true;
   size_t waiting = 0, ended = 0;
-  for (const Fiber& fiber : machine.fibers) waiting += fiber.state == State::kAtBlock, ended += fiber.state == State::kEnded;
+  for (const Fiber& fiber : fibers) waiting += fiber.state == State::kAtBlock, ended += fiber.state == State::kEnded;
   if (ended == count) return false;
   if (waiting + ended < count || ended)
     throw std::runtime_error("divergent barrier in " + where() + ": of " + std::to_string(count) + " threads " +
                              std::to_string(waiting) + " wait at __syncthreads, " + std::to_string(ended) +
                              " have ended, the others wait for their warps");
-  for (Fiber& fiber : machine.fibers) fiber.state = State::kReady;
+  for (Fiber& fiber : fibers) fiber.state = State::kReady;
   return true;
 }
 
-inline void run_block(std::mt19937& random) {
-  const size_t count = machine.fibers.size();
-  std::vector<size_t> order(count);
+// Starts a block of the launch in the place of one that has ended.
+inline void start_block(Block& block, size_t number, std::mt19937& random) {
+  Machine& m = machine;
+  const size_t count = size_t(m.threads.x) * m.threads.y * m.threads.z;
+  block.runs = true, block.turn = count, block.stalled_at = -1;
+  block.index = dim3(unsigned(number % m.grid.x), unsigned(number / m.grid.x % m.grid.y),
+                     unsigned(number / m.grid.x / m.grid.y));
+  block.pace = random() % 2 ? 1 : 8;
+  while (block.stacks.size() < count) block.stacks.push_back(static_cast<char*>(std::aligned_alloc(64, kStackBytes)));
+  block.fibers.assign(count, Fiber());
+  block.order.resize(count);
+  block.exchange.resize((count + kLanes - 1) / kLanes);
   for (size_t i = 0; i < count; ++i) {
-    Fiber& fiber = machine.fibers[i] = Fiber();
-    fiber.thread = dim3(unsigned(i) % machine.threads.x, unsigned(i) / machine.threads.x % machine.threads.y,
-                        unsigned(i) / machine.threads.x / machine.threads.y);
-    prepare(fiber, machine.stacks[i]);
-    order[i] = i;
+    block.fibers[i].thread = dim3(unsigned(i) % m.threads.x, unsigned(i) / m.threads.x % m.threads.y,
+                                  unsigned(i) / m.threads.x / m.threads.y);
+    prepare(block.fibers[i], block.stacks[i]);
+    block.order[i] = i;
   }
-  do {
+  // Of the very size, so that the address sanitizer sees what lies beyond.
+  block.shared.reset(static_cast<char*>(std::malloc(m.shared ? m.shared : 1)));
+  std::memset(block.shared.get(), 0xff, m.shared ? m.shared : 1);
+  ++m.blocks;
+}
+
+// Lets some of the block's threads go on, all where it is alone, until they wait. After each has had its turn, a round
+// is over, and those go on that wait for nobody any more.
+inline void take_turn(Block& block, bool alone, std::mt19937& random) {
+  machine.block = &block;
+  const size_t count = block.order.size();
+  if (block.turn == count) {
     // Fisher and Yates' shuffle by hand: the standard one differs between libraries.
-    for (size_t i = count; i > 1; --i) std::swap(order[i - 1], order[random() % i]);
-    for (const size_t i : order)
-      if (machine.fibers[i].state == State::kReady) enter(machine.fibers[i], machine.stacks[i]);
-  } while (release());
+    for (size_t i = count; i > 1; --i) std::swap(block.order[i - 1], block.order[random() % i]);
+    block.turn = 0, block.done_before = machine.done;
+  }
+  const size_t until = alone ? count : block.turn + 1 + random() % (count - block.turn);
+  for (; block.turn < until; ++block.turn) {
+    const size_t i = block.order[block.turn];
+    Fiber& fiber = block.fibers[i];
+    if (fiber.state != State::kReady) continue;
+    const bool polled = fiber.polls;
+    fiber.polls = false;
+    enter(fiber, block.stacks[i]);
+    fiber.polls = fiber.state == State::kAsleep;
+    machine.done += !(polled && fiber.polls);
+  }
+  if (block.turn < count) return;
+  block.runs = release();
+  if (block.done_before == machine.done) block.stalled_at = machine.done;
+}
+
+// Runs all blocks of the launch: from the first to the last by even seeds, else from the last to the first.
+inline void run_blocks(std::mt19937& random) {
+  Machine& m = machine;
+  const size_t total = size_t(m.grid.x) * m.grid.y * m.grid.z;
+  const size_t residents = std::min(total, size_t(m.residents));
+  if (m.resident.size() < residents) m.resident.resize(residents);
+  for (Block& block : m.resident) block.runs = false;
+  size_t started = 0, running = 0;
+  while (true) {
+    for (size_t i = 0; i < residents && started < total; ++i) {
+      if (m.resident[i].runs) continue;
+      start_block(m.resident[i], m.seed % 2 ? total - 1 - started : started, random);
+      ++started, ++running;
+    }
+    if (!running) return;
+    Block& block = m.resident[random() % residents];
+    if (!block.runs || (running > 1 && random() % block.pace)) continue;
+    take_turn(block, running == 1, random);
+    running -= !block.runs;
+    if (block.runs && block.stalled_at == m.done &&
+        std::all_of(m.resident.begin(), m.resident.end(),
+                    [&m](const Block& other) { return !other.runs || other.stalled_at == m.done; }))
+      throw std::runtime_error("deadlock in " + where() + ": all of the " + std::to_string(running) +
+                               " blocks that are resident poll, for what none of them will do");
+  }
 }
 
 inline void wait(State state, WarpOperation operation = WarpOperation::kNone) {
@@ -258,7 +344,7 @@ template <class Value>
 Value exchange(Value value, unsigned from, WarpOperation operation) {
   static_assert(sizeof(Value) <= 8);
   const unsigned thread = flat_thread();
-  auto& slots = machine.exchange[thread / kLanes][machine.current->exchanges++ % 2];
+  auto& slots = machine.block->exchange[thread / kLanes][machine.current->exchanges++ % 2];
   slots[thread % kLanes] = 0;
   std::memcpy(&slots[thread % kLanes], &value, sizeof(value));
   wait(State::kAtWarp, operation);
@@ -278,23 +364,10 @@ inline void launch_body(const void* kernel, dim3 grid, dim3 threads, size_t shar
     m.error = cudaErrorInvalidConfiguration, m.message = "the launch asks for what the device does not have";
     return;
   }
-  m.grid = grid, m.threads = threads, m.body = std::move(body);
-  while (m.stacks.size() < count) m.stacks.push_back(static_cast<char*>(std::aligned_alloc(64, kStackBytes)));
-  m.fibers.resize(count);
-  m.exchange.resize((count + kLanes - 1) / kLanes);
+  m.grid = grid, m.threads = threads, m.shared = shared, m.body = std::move(body);
   std::mt19937 random(m.seed);
   try {
-    for (unsigned z = 0; z < grid.z; ++z)
-      for (unsigned y = 0; y < grid.y; ++y)
-        for (unsigned x = 0; x < grid.x; ++x, ++m.blocks) {
-          m.block = dim3(x, y, z);
-          // Of the very size, so that the address sanitizer sees what lies beyond.
-          const std::unique_ptr<char, decltype(&std::free)> memory(static_cast<char*>(std::malloc(shared ? shared : 1)),
-                                                                   &std::free);
-          std::memset(memory.get(), 0xff, shared ? shared : 1);
-          m.shared = memory.get();
-          run_block(random);
-        }
+    run_blocks(random);
   } catch (const std::exception& error) {
     m.error = cudaErrorLaunchFailure, m.message = error.what();
   }
@@ -309,10 +382,10 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t share
 
 #define SSM_LAUNCH(kernel, blocks, threads, shared, stream, ...) \
   emulation::launch(kernel, (blocks), (threads), (shared), (stream), __VA_ARGS__)
-#define SSM_DYNAMIC_SHARED(name) float* name = reinterpret_cast<float*>(emulation::machine.shared)
+#define SSM_DYNAMIC_SHARED(name) float* name = reinterpret_cast<float*>(emulation::machine.block->shared.get())
 
 #define threadIdx (emulation::machine.current->thread)
-#define blockIdx (emulation::machine.block)
+#define blockIdx (emulation::machine.block->index)
 #define blockDim (emulation::machine.threads)
 #define gridDim (emulation::machine.grid)
 
@@ -330,7 +403,7 @@ Value __shfl_sync(unsigned, Value value, int lane) {
 }
 inline unsigned __ballot_sync(unsigned, int predicate) {
   const unsigned thread = emulation::flat_thread();
-  const auto& slots = emulation::machine.exchange[thread / 32][emulation::machine.current->exchanges % 2];
+  const auto& slots = emulation::machine.block->exchange[thread / 32][emulation::machine.current->exchanges % 2];
   emulation::exchange(uint64_t(predicate != 0), 0, emulation::WarpOperation::kVote);
   unsigned result = 0;
   for (unsigned lane = 0; lane < 32; ++lane) result |= unsigned(slots[lane]) << lane;
@@ -338,6 +411,16 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == 0xffffffffu; }
+
+// Threads of other blocks, and those of this one, have their turns in between.
+inline void __nanosleep(unsigned) { emulation::wait(emulation::State::kAsleep); }
+inline unsigned long long atomicAdd(unsigned long long* sum, unsigned long long value) {
+  return std::exchange(*sum, *sum + value);
+}
+template <class Value>
+Value __ldcg(const Value* source) {
+  return *source;
+}
 
 inline float __fdividef(float a, float b) { return a / b; }
 
@@ -349,8 +432,13 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = emulation::machine.shared_limit;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const emulation::Machine& machine = emulation::machine;
+  *value = attribute == cudaDevAttrMultiProcessorCount ? machine.multiprocessors : machine.shared_limit;
+  return cudaSuccess;
+}
+inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
+  *blocks = 1;
   return cudaSuccess;
 }
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
