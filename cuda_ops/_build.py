@@ -53,17 +53,20 @@ class Step:
 
 @dataclass(frozen=True)
 class Toolkit:
-    """A CUDA compiler, its version (e.g. 13.0), the folders of the runtime's headers and libraries, and what it knows.
+    """A CUDA compiler, its version (e.g. 13.0), the folders of the runtime's libraries, and what it knows.
 
     Attributes:
         archs: the architectures it compiles for, without their dots.
+        host: the options that name its host compiler; empty where it finds one by itself.
+        obstacle: why it compiles nothing here, and what to do; empty where it does.
     """
 
     nvcc: Path
     version: str
-    includes: tuple[str, ...]
     libraries: tuple[str, ...]
-    archs: tuple[str, ...] = ()
+    archs: tuple[str, ...]
+    host: tuple[str, ...] = ()
+    obstacle: str = ''
 
 
 @dataclass(frozen=True)
@@ -116,24 +119,23 @@ def compiler_version(command: Sequence[str]) -> str:
     return output.partition('\n')[0].strip()
 
 
-def gencode_flags(arch_list: str) -> tuple[str, ...]:
+def gencode_flags(arch_list: str, origin: str = 'TORCH_CUDA_ARCH_LIST') -> tuple[str, ...]:
     """nvcc's ``-gencode`` flags for a list as in ``TORCH_CUDA_ARCH_LIST``, e.g. ``8.0;9.0a+PTX``.
 
     Raises:
         BuildError: for an entry that is not a compute capability with an optional ``+PTX``.
     """
     flags = []
-    for entry in arch_list.replace(';', ' ').replace(',', ' ').split():
+    for entry in _entries(arch_list):
         match = re.fullmatch(r'(\d+)\.(\d)([af]?)(\+PTX)?', entry)
         if not match:
-            raise BuildError(f"TORCH_CUDA_ARCH_LIST has the entry {entry!r}; write compute capabilities such as "
-                             "'8.0;9.0+PTX'")
+            raise BuildError(f"{origin} has the entry {entry!r}; write compute capabilities such as '8.0;9.0+PTX'")
         arch = ''.join(match.group(1, 2, 3))
         flags.append(f'-gencode=arch=compute_{arch},code=sm_{arch}')
         if match.group(4):
             flags.append(f'-gencode=arch=compute_{arch},code=compute_{arch}')
     if not flags:
-        raise BuildError('TORCH_CUDA_ARCH_LIST names no architecture')
+        raise BuildError(f'{origin} names no architecture')
     return tuple(dict.fromkeys(flags))
 
 
@@ -168,7 +170,7 @@ def plan_cuda(force: str, *, sources: Sequence[Path], torch_cuda: str | None, to
 
     Raises:
         BuildError: if ``force`` is unknown, or is 1 and there is no toolkit, or one of another major version than
-            torch's.
+            torch's, or one that does not compile with the host compiler or for the architectures.
     """
     if force not in ('', 'auto', '0', '1'):
         raise BuildError(f'FORCE_CUDA is {force!r}; it must be 1, 0 or auto')
@@ -177,8 +179,8 @@ def plan_cuda(force: str, *, sources: Sequence[Path], torch_cuda: str | None, to
     if not sources:
         return CudaPlan(False, 'there are no CUDA sources')
     if toolkit is None:
-        obstacle = (f'there is no nvcc; install the CUDA toolkit{f" {torch_cuda}" if torch_cuda else ""} and set '
-                    'CUDA_HOME')
+        obstacle = ('there is no nvcc that runs, below CUDA_HOME or, where that is not set, on the path; install the '
+                    f'CUDA toolkit{f" {torch_cuda}" if torch_cuda else ""} and set CUDA_HOME')
     elif torch_cuda is None and force != '1':
         obstacle = 'the installed torch is a CPU build; FORCE_CUDA=1 compiles them all the same'
     elif torch_cuda and toolkit.version.partition('.')[0] != torch_cuda.partition('.')[0]:
@@ -189,29 +191,58 @@ def plan_cuda(force: str, *, sources: Sequence[Path], torch_cuda: str | None, to
         why = ('TORCH_CUDA_ARCH_LIST' if environ_archs else 'the GPU at hand' if visible_archs else
                'no GPU is visible, so all that this nvcc knows of the usual ones')
         torch_is = f'torch for CUDA {torch_cuda}' if torch_cuda else 'FORCE_CUDA=1 with a CPU build of torch'
-        return CudaPlan(True, f'nvcc {toolkit.version}, {torch_is}, for {archs} ({why})', gencode_flags(archs), archs)
+        gencode = gencode_flags(archs)
+        obstacle = toolkit.obstacle or unknown_archs(toolkit, archs, why)
+        if not obstacle:
+            nvcc = f'nvcc {toolkit.version}{f" with {toolkit.host[-1]}" if toolkit.host else ""}'
+            return CudaPlan(True, f'{nvcc}, {torch_is}, for {archs} ({why})', gencode, archs)
     if force == '1':
         raise BuildError(f'FORCE_CUDA=1, but {obstacle}')
     return CudaPlan(False, obstacle)
 
 
+def unknown_archs(toolkit: Toolkit, archs: str, origin: str) -> str:
+    """Why the compiler cannot compile for a list as in ``TORCH_CUDA_ARCH_LIST``, and what to do; empty where it can."""
+    # Variants such as 9.0a are not listed by nvcc.
+    numbers = [re.sub(r'\D', '', entry) for entry in _entries(archs)]
+    unknown = sorted({number for number in numbers if number not in toolkit.archs}, key=int)
+    if not unknown:
+        return ''
+    known = [_dotted(arch) for arch in sorted(toolkit.archs, key=int)]
+    too_new = known and int(unknown[-1]) > int(max(toolkit.archs, key=int))
+    remedy = ('install a newer toolkit, or set TORCH_CUDA_ARCH_LIST with '
+              f"'{known[-1]}+PTX', which the driver translates for newer GPUs" if too_new else
+              'install a toolkit that does, or set TORCH_CUDA_ARCH_LIST to what it knows')
+    return (f'nvcc {toolkit.version} does not compile for {", ".join(map(_dotted, unknown))} ({origin}), only for '
+            f'{", ".join(known)}; {remedy}')
+
+
 def find_toolkit(environ: Mapping[str, str] = os.environ) -> Toolkit | None:
-    """The CUDA toolkit below ``CUDA_HOME`` where that is set, else of the nvcc on the path; None where none runs."""
+    """The CUDA toolkit below ``CUDA_HOME`` where that is set, else of the nvcc on the path; None where none runs.
+
+    Its host compiler is ``CUDAHOSTCXX`` where that is set, or what nvcc's own variables name; else the compiler of
+    everything else, and where nvcc refuses that, the one that nvcc finds by itself.
+    """
     nvcc = shutil.which('nvcc', path=str(Path(environ['CUDA_HOME'], 'bin')) if environ.get('CUDA_HOME')
                         else environ.get('PATH'))
     if nvcc is None:
         return None
-    # The nvcc on the path may be a script or a link anywhere, so the compiler itself is asked for its folders.
-    command = f'{shlex.quote(nvcc)} --version && {shlex.quote(nvcc)} --dryrun -c -x cu /dev/null -o /dev/null 2>&1'
-    output = subprocess.run(['sh', '-c', command], capture_output=True, text=True, env=dict(environ)).stdout
-    version = re.search(r'release (\d+\.\d+)', output)
-    folders = {name: tuple(flag[2:] for flag in shlex.split(values)) for name, values in
-               re.findall(r'^#\$ (INCLUDES|LIBRARIES)=(.*)$', output, re.MULTILINE)}
-    if version is None or len(folders) != 2:
+    version = re.search(r'release (\d+\.\d+)', _ask([nvcc, '--version'], environ)[1])
+    if version is None:
         return None
-    listed = subprocess.run([nvcc, '--list-gpu-arch'], capture_output=True, text=True, env=dict(environ)).stdout
-    return Toolkit(Path(nvcc), version.group(1), folders['INCLUDES'], folders['LIBRARIES'],
-                   tuple(re.findall(r'compute_(\d+)', listed)))
+    archs = tuple(re.findall(r'compute_(\d+)', _ask([nvcc, '--list-gpu-arch'], environ)[1]))
+    answers = []
+    for host in _host_options(environ):
+        # The nvcc on the path may be a script or a link anywhere, so the compiler itself is asked for its folders. The
+        # headers are those that kernels include; the runtime's, which nvcc adds, refuse unfit host compilers.
+        works, output = _ask([nvcc, *host, '-v', '-E', '-x', 'cu', '-include', 'cuda_bf16.h', os.devnull,
+                              '-o', os.devnull], environ)
+        folders = re.search(r'^#\$ LIBRARIES=(.*)$', output, re.MULTILINE)
+        if works and folders:
+            libraries = tuple(flag[2:] for flag in shlex.split(folders.group(1)))
+            return Toolkit(Path(nvcc), version.group(1), libraries, archs, host)
+        answers.append((host, output))
+    return Toolkit(Path(nvcc), version.group(1), (), archs, obstacle=_refusal(version.group(1), *answers[0]))
 
 
 def cpu_steps(csrc: Path, objects: Path, compiler: Sequence[str], machine: str) -> list[Step]:
@@ -230,12 +261,13 @@ def cpu_steps(csrc: Path, objects: Path, compiler: Sequence[str], machine: str) 
     return steps
 
 
-def cuda_steps(csrc: Path, objects: Path, nvcc: Path, compiler: Sequence[str], gencode: Sequence[str]) -> list[Step]:
+def cuda_steps(csrc: Path, objects: Path, toolkit: Toolkit, gencode: Sequence[str]) -> list[Step]:
     """Compile every CUDA kernel by nvcc alone."""
     steps = []
     for source in sorted((csrc / 'cuda').glob('*.cu')):
         output = objects / f'{source.stem}.cuda.o'
-        argv = [str(nvcc), '-ccbin', compiler[-1], *NVCC_FLAGS, *gencode, f'-I{csrc}',
+        # Its version is named so that objects of another one, behind the same path, are compiled anew.
+        argv = [str(toolkit.nvcc), *toolkit.host, *NVCC_FLAGS, *gencode, f'-DSSM_NVCC={toolkit.version}', f'-I{csrc}',
                 '--generate-dependencies-with-compile', '--dependency-output', f'{output}.d',
                 '-c', str(source), '-o', str(output)]
         steps.append(Step(output, (source,), tuple(argv)))
@@ -243,14 +275,14 @@ def cuda_steps(csrc: Path, objects: Path, nvcc: Path, compiler: Sequence[str], g
 
 
 def binding_steps(csrc: Path, objects: Path, compiler: Sequence[str], torch: Any,
-                  toolkit: Toolkit | None) -> list[Step]:
-    """Compile every ``*_bindings.cpp``, the only files with torch's headers; with a CUDA toolkit, for CUDA too."""
+                  with_cuda: bool) -> list[Step]:
+    """Compile every ``*_bindings.cpp``, the only files with torch's headers; they need none of CUDA's."""
     from torch.utils.cpp_extension import include_paths
 
     flags = [f'-I{csrc}', *_openmp(), f'-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}']
     flags += [flag for path in include_paths() for flag in ('-isystem', path)]
-    if toolkit:
-        flags += ['-DSSM_WITH_CUDA', *(flag for path in toolkit.includes for flag in ('-isystem', path))]
+    if with_cuda:
+        flags.append('-DSSM_WITH_CUDA')
     return [_cxx(compiler, source, objects / f'{source.stem}.o', flags)
             for source in sorted(csrc.glob('*_bindings.cpp'))]
 
@@ -274,7 +306,7 @@ def build(package: Path, build_dir: Path, csrc: Path = CSRC, environ: Mapping[st
         package: folder that receives ``_C.so`` and ``_build_info.json``.
         build_dir: folder for objects; what is up to date there is not compiled again.
         csrc: the sources.
-        environ: read for CXX, FORCE_CUDA, TORCH_CUDA_ARCH_LIST, CUDA_HOME and MAX_JOBS.
+        environ: read for CXX, FORCE_CUDA, TORCH_CUDA_ARCH_LIST, CUDA_HOME, CUDAHOSTCXX and MAX_JOBS.
 
     Raises:
         BuildError: with the reason and the remedy in one line.
@@ -294,10 +326,10 @@ def build(package: Path, build_dir: Path, csrc: Path = CSRC, environ: Mapping[st
 
     build_dir.mkdir(parents=True, exist_ok=True)
     with _exclusive(build_dir / 'lock'):
-        steps = [*binding_steps(csrc, build_dir, compiler, torch, toolkit),
+        steps = [*binding_steps(csrc, build_dir, compiler, torch, cuda.build),
                  *cpu_steps(csrc, build_dir, compiler, machine)]
         if toolkit:
-            steps += cuda_steps(csrc, build_dir, toolkit.nvcc, compiler, cuda.gencode)
+            steps += cuda_steps(csrc, build_dir, toolkit, cuda.gencode)
         library = build_dir / LIBRARY_NAME
         steps.append(link_step(library, [step.output for step in steps], compiler, toolkit))
         hashed = source_hash(csrc)
@@ -345,6 +377,47 @@ def ninja_file(steps: Sequence[Step]) -> str:
         if step.output.suffix == '.o':
             lines += ['  deps = gcc', f'  depfile = {step.output}.d'.replace('$', '$$')]
     return '\n'.join(lines) + '\n'
+
+
+def _entries(arch_list: str) -> list[str]:
+    return arch_list.replace(';', ' ').replace(',', ' ').split()
+
+
+def _dotted(arch: str) -> str:
+    return f'{arch[:-1]}.{arch[-1]}'
+
+
+def _ask(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[bool, str]:
+    """Whether a command succeeds, and what it says."""
+    try:
+        result = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(environ))
+    except OSError as error:
+        return False, str(error)
+    return result.returncode == 0, result.stdout
+
+
+def _host_options(environ: Mapping[str, str]) -> list[tuple[str, ...]]:
+    """What may be told to nvcc about its host compiler, in the order to try."""
+    if environ.get('CUDAHOSTCXX'):
+        return [('-ccbin', environ['CUDAHOSTCXX'])]
+    # An option on the command line would win over these.
+    of_nvcc = ' '.join(environ.get(name, '') for name in ('NVCC_PREPEND_FLAGS', 'NVCC_APPEND_FLAGS'))
+    if environ.get('NVCC_CCBIN') or re.search(r'(?<!\S)(-ccbin|--compiler-bindir)', of_nvcc):
+        return [()]
+    # nvcc takes no options here, and a launcher such as ccache comes before the compiler.
+    words = [word for word in find_compiler(environ) if not word.startswith('-')]
+    return [('-ccbin', words[-1]), ()]
+
+
+def _refusal(version: str, host: Sequence[str], output: str) -> str:
+    """What stopped nvcc, in one line."""
+    said = '\n'.join(line for line in output.splitlines() if not line.startswith('#$'))
+    error = re.search(r'(.+: No such file or directory)|(?:error|fatal)\s*:(?: #error --)? *(.+)', said, re.IGNORECASE)
+    reason = (error.group(1) or error.group(2) if error else said[-200:]).partition(' The nvcc flag')[0].strip(' \n.!')
+    newest = re.search(r'gcc versions later than (\d+)', reason)
+    remedy = (f'name an older one in CUDAHOSTCXX, for example CUDAHOSTCXX=g++-{newest.group(1)}' if newest else
+              'name a host compiler that it supports in CUDAHOSTCXX, or complete the CUDA toolkit')
+    return f'nvcc {version} does not compile{f" with {host[-1]}" if host else ""}: {reason}; {remedy}'
 
 
 def _cxx(compiler: Sequence[str], source: Path, output: Path, flags: Sequence[str]) -> Step:

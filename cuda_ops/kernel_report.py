@@ -79,14 +79,14 @@ def parse(log: str) -> list[Usage]:
     return usages
 
 
-def compile_reports(nvcc: Path, archs: Sequence[str], compiler: str | None, csrc: Path = _CSRC,
+def compile_reports(nvcc: Path, archs: Sequence[str], host: Sequence[str] = (), csrc: Path = _CSRC,
                     jobs: int = 1) -> list[Usage]:
     """Compile every ``.cu`` file for every architecture.
 
     Args:
         nvcc: the compiler.
         archs: compute capabilities without a dot, such as ``90``.
-        compiler: the host compiler, None for nvcc's choice.
+        host: the options that name the host compiler, none for nvcc's choice.
         csrc: the sources.
         jobs: compilers to run at a time.
 
@@ -94,7 +94,6 @@ def compile_reports(nvcc: Path, archs: Sequence[str], compiler: str | None, csrc
         RuntimeError: with the compiler's messages, if a file does not compile.
     """
     flags = _build_module().NVCC_FLAGS
-    host = ['-ccbin', compiler] if compiler else []
 
     def compile_one(source: Path, arch: str, folder: str) -> list[Usage]:
         argv = [str(nvcc), *host, *flags, f'-gencode=arch=compute_{arch},code=sm_{arch}', f'-I{csrc}', '-Xptxas', '-v',
@@ -146,21 +145,28 @@ def _build_module() -> ModuleType:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; 1 where a kernel spills or does not compile, 2 where there is no nvcc."""
+    """Print the table; 1 where a kernel spills or does not compile, 2 where nvcc cannot be used for what is asked."""
     build = _build_module()
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--archs', help='compute capabilities such as "8.0 9.0"; default: all that the build takes')
     parser.add_argument('--jobs', type=int, default=os.cpu_count() or 1, help='compilers at a time')
     options = parser.parse_args(arguments)
-    toolkit = build.find_toolkit()
-    if toolkit is None:
-        print('error: there is no nvcc; put it on the path or set CUDA_HOME', file=sys.stderr)
+    try:
+        toolkit = build.find_toolkit()
+        if toolkit is None:
+            raise build.BuildError('there is no nvcc that runs; put one on the path or set CUDA_HOME')
+        arch_list = options.archs or build.default_archs(toolkit)
+        gencode = build.gencode_flags(arch_list, '--archs')
+        obstacle = toolkit.obstacle or build.unknown_archs(toolkit, arch_list, '--archs')
+        if obstacle:
+            raise build.BuildError(obstacle)
+    except build.BuildError as error:
+        print(f'error: {error}', file=sys.stderr)
         return 2
-    archs = [entry.removesuffix('+PTX').replace('.', '')
-             for entry in (options.archs or build.default_archs(toolkit)).replace(';', ' ').split()]
+    archs = list(dict.fromkeys(flag.rpartition('_')[2] for flag in gencode))
     print(f'nvcc {toolkit.version}, for {", ".join(f"sm_{arch}" for arch in archs)}', flush=True)
     try:
-        usages = compile_reports(toolkit.nvcc, archs, None, jobs=options.jobs)
+        usages = compile_reports(toolkit.nvcc, archs, toolkit.host, jobs=options.jobs)
     except RuntimeError as error:
         print(f'error: {error}', file=sys.stderr)
         return 1

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,7 +75,7 @@ def test_gencode_refuses_what_is_no_compute_capability(build, arch_list):
 
 
 def toolkit_of(build, version='13.1', archs=('75', '80', '90', '121')):
-    return build.Toolkit(Path('/t/bin/nvcc'), version, (), (), archs)
+    return build.Toolkit(Path('/t/bin/nvcc'), version, (), archs)
 
 
 def plan_of(build, force, **changed):
@@ -87,7 +88,7 @@ def plan_of(build, force, **changed):
     ('0', {}, 'FORCE_CUDA=0'),
     ('auto', {'sources': []}, 'no CUDA sources'),
     ('', {'torch_cuda': None}, 'CPU build'),
-    ('auto', {'toolkit': None}, 'no nvcc; install the CUDA toolkit 13.0 and set CUDA_HOME'),
+    ('auto', {'toolkit': None}, 'on the path; install the CUDA toolkit 13.0 and set CUDA_HOME'),
 ])
 def test_cuda_is_left_out_with_a_reason(build, force, changed, reason):
     plan = plan_of(build, force, **changed)
@@ -106,6 +107,8 @@ def test_cuda_is_built_where_everything_is_there(build, force):
     plan = plan_of(build, force)
     assert plan.build and plan.gencode == build.gencode_flags('9.0') and plan.archs == '9.0'
     assert 'nvcc 13.1, torch for CUDA 13.0, for 9.0 (the GPU at hand)' == plan.reason
+    plan = plan_of(build, force, toolkit=dataclasses.replace(toolkit_of(build), host=('-ccbin', 'g++-11')))
+    assert plan.reason.startswith('nvcc 13.1 with g++-11, torch for')
 
 
 def test_forced_cuda_needs_neither_a_gpu_nor_torchs_cuda(build):
@@ -115,8 +118,28 @@ def test_forced_cuda_needs_neither_a_gpu_nor_torchs_cuda(build):
 
 
 def test_the_variable_names_the_architectures(build):
-    plan = plan_of(build, '', environ_archs='8.6')
-    assert plan.archs == '8.6' and 'TORCH_CUDA_ARCH_LIST' in plan.reason
+    plan = plan_of(build, '', environ_archs='8.0')
+    assert plan.archs == '8.0' and 'TORCH_CUDA_ARCH_LIST' in plan.reason
+
+
+@pytest.mark.parametrize(('changed', 'reason'), [
+    ({'visible_archs': '13.0'}, r"does not compile for 13\.0 \(the GPU at hand\), only for 7\.5, .*'12\.1\+PTX'"),
+    ({'environ_archs': '7.5;9.0a;15.0+PTX'}, r'does not compile for 15\.0 \(TORCH_CUDA_ARCH_LIST\)'),
+    ({'environ_archs': '6.1 7.0'}, r'does not compile for 6\.1, 7\.0 .*; install a toolkit that does'),
+])
+def test_architectures_that_the_compiler_does_not_know_are_explained(build, changed, reason):
+    plan = plan_of(build, '', **changed)
+    assert not plan.build and re.search(reason, plan.reason), plan.reason
+    with pytest.raises(build.BuildError, match=reason):
+        plan_of(build, '1', **changed)
+
+
+def test_a_toolkit_that_does_not_compile_is_not_used(build):
+    toolkit = dataclasses.replace(toolkit_of(build), obstacle='nvcc 13.1 does not compile with c++')
+    plan = plan_of(build, 'auto', toolkit=toolkit)
+    assert not plan.build and plan.reason == toolkit.obstacle
+    with pytest.raises(build.BuildError, match=r'FORCE_CUDA=1, but nvcc 13\.1 does not compile with c\+\+'):
+        plan_of(build, '1', toolkit=toolkit)
 
 
 def test_forced_cuda_fails_without_a_toolkit(build):
@@ -134,33 +157,94 @@ def test_unknown_force_cuda_is_refused(build):
         plan_of(build, 'yes')
 
 
-def test_toolkit_is_read_from_the_compiler(build, tmp_path):
+# Answers as nvcc 11.8 does where no compiler fits but g++-11, and keeps the options that it was called with.
+NVCC = """#!/bin/sh
+case "$1" in
+--version) echo 'Cuda compilation tools, release 11.8, V11.8.89'; exit;;
+--list-gpu-arch) echo compute_75; echo compute_90; exit;;
+esac
+echo "$@" >> "$0.calls"
+echo '#$ LIBRARIES=  "-L/t/stubs" "-L/t/lib"'
+echo '#$ cudafe++ --display_error_number --allow_managed'
+case "$*" in
+*NVCCS_OWN*|'-ccbin /my/g++-11 '*) exit;;
+-ccbin*' -v '*) echo "host_config.h:132:2: error: #error -- unsupported GNU version! gcc versions later than 11 are" \
+    "not supported! The nvcc flag '-allow-unsupported-compiler' can override this. Use at your own risk."; exit 1;;
+*) echo 'gcc: No such file or directory'; echo 'nvcc fatal   : Failed to preprocess host compiler properties.'; exit 1;;
+esac
+"""
+
+
+@pytest.fixture
+def toolkit_with(build, tmp_path):
+    """Finds the stand-in for nvcc, or another, under the given variables."""
     nvcc = tmp_path / 'bin' / 'nvcc'
     nvcc.parent.mkdir()
-    nvcc.write_text('''#!/bin/sh
-case "$1" in
---version) echo 'Cuda compilation tools, release 12.8, V12.8.9';;
---list-gpu-arch) echo compute_75; echo compute_90;;
-*) echo '#$ INCLUDES="-I/t/include"  '; echo '#$ LIBRARIES=  "-L/t/stubs" "-L/t/lib"';;
-esac
-''')
-    nvcc.chmod(0o755)
-    toolkit = build.find_toolkit({'CUDA_HOME': str(tmp_path), 'PATH': os.environ['PATH']})
-    assert toolkit == build.Toolkit(nvcc, '12.8', ('/t/include',), ('/t/stubs', '/t/lib'), ('75', '90'))
+
+    def find(script=NVCC, **environ):
+        nvcc.write_text(script)
+        nvcc.chmod(0o755)
+        return build.find_toolkit({'CUDA_HOME': str(tmp_path), 'PATH': os.environ['PATH'], 'CXX': 'sh'} | environ)
+
+    return find
+
+
+def test_toolkit_is_read_from_the_compiler(build, toolkit_with, tmp_path):
+    toolkit = toolkit_with(CUDAHOSTCXX='/my/g++-11')
+    assert toolkit == build.Toolkit(tmp_path / 'bin' / 'nvcc', '11.8', ('/t/stubs', '/t/lib'), ('75', '90'),
+                                    ('-ccbin', '/my/g++-11'))
+    assert build.default_archs(toolkit) == '7.5;9.0+PTX'
     assert build.find_toolkit({'CUDA_HOME': str(tmp_path / 'nothing'), 'PATH': os.environ['PATH']}) is None
+    assert toolkit_with('#!/bin/sh\nexit 1\n') is None
+
+
+def test_a_host_compiler_too_new_for_nvcc_is_explained_with_the_remedy(toolkit_with):
+    assert toolkit_with().obstacle == (
+        'nvcc 11.8 does not compile with sh: unsupported GNU version! gcc versions later than 11 are not supported; '
+        'name an older one in CUDAHOSTCXX, for example CUDAHOSTCXX=g++-11')
+
+
+def test_what_else_stops_nvcc_is_named(toolkit_with):
+    lacking = NVCC.replace('gcc: No such', 'cuda_fp16.h:4100:10: fatal error: nv/target: No such')
+    obstacle = toolkit_with(lacking, NVCC_PREPEND_FLAGS='-ccbin other').obstacle
+    assert 'does not compile: cuda_fp16.h:4100:10: fatal error: nv/target: No such file or directory; ' in obstacle
+    assert 'complete the CUDA toolkit' in obstacle
+    assert 'does not compile: gcc: No such file or directory; ' in toolkit_with(NVCC_CCBIN='g++-99').obstacle
+
+
+@pytest.mark.parametrize(('environ', 'tried'), [
+    ({'CUDAHOSTCXX': '/my/g++', 'NVCC_PREPEND_FLAGS': '-ccbin a'}, ['-ccbin /my/g++ -v']),
+    ({'NVCC_APPEND_FLAGS': '--compiler-bindir=/other'}, ['-v']),
+    ({'NVCC_CCBIN': '/other'}, ['-v']),
+    ({'NVCC_APPEND_FLAGS': '-allow-unsupported-compiler'}, ['-ccbin sh -v', '-v']),
+    ({'CXX': 'env sh -m64'}, ['-ccbin sh -v', '-v']),
+])
+def test_who_names_nvccs_host_compiler(toolkit_with, tmp_path, environ, tried):
+    assert toolkit_with(**environ).obstacle
+    calls = (tmp_path / 'bin' / 'nvcc.calls').read_text().splitlines()
+    assert [call.partition(' -E ')[0] for call in calls] == tried
+
+
+def test_nvccs_own_host_compiler_serves_where_cxx_is_too_new(toolkit_with):
+    """As in Debian's package: its nvcc finds an older g++, and its headers are in the compiler's own folders."""
+    toolkit = toolkit_with(NVCC.replace('*NVCCS_OWN*', '-v*'))
+    assert toolkit.host == () and not toolkit.obstacle and toolkit.libraries == ('/t/stubs', '/t/lib')
 
 
 def test_cuda_kernels_are_compiled_by_nvcc_alone(build, csrc):
     (csrc / 'cuda').mkdir()
     (csrc / 'cuda' / 'scan.cu').write_text('')
-    (step,) = build.cuda_steps(csrc, csrc, '/t/bin/nvcc', ['ccache', 'g++'], build.gencode_flags('8.0'))
+    toolkit = dataclasses.replace(toolkit_of(build), host=('-ccbin', 'g++'))
+    (step,) = build.cuda_steps(csrc, csrc, toolkit, build.gencode_flags('8.0'))
     assert step.argv[:3] == ('/t/bin/nvcc', '-ccbin', 'g++')
     assert '-gencode=arch=compute_80,code=sm_80' in step.argv and '--use_fast_math' not in step.argv
     assert not any('torch' in flag for flag in step.argv)
+    (other,) = build.cuda_steps(csrc, csrc, dataclasses.replace(toolkit, version='13.2'), build.gencode_flags('8.0'))
+    assert other.argv != step.argv, 'objects of another nvcc behind the same path would be kept'
 
 
 def test_cuda_library_carries_the_runtime(build):
-    toolkit = build.Toolkit('/t/bin/nvcc', '13.0', ('/t/include',), ('/t/lib',))
+    toolkit = build.Toolkit('/t/bin/nvcc', '13.0', ('/t/lib',), ('90',))
     argv = build.link_step('lib.so', [], ['c++'], toolkit).argv
     assert {'-lcudart_static', '-L/t/lib'} <= set(argv)
     # Nothing of torch's CUDA libraries: a CPU build of torch has none.

@@ -1,10 +1,12 @@
 """Builds with CUDA where there is nvcc and no GPU: against the installed torch, also a CPU build of it."""
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ def test_a_library_with_cuda_kernels_serves_the_cpu(root: Path, tmp_path: Path) 
     script = f'''
 import importlib.util, os, sys
 from pathlib import Path
+from types import ModuleType
 os.environ.update(FORCE_CUDA='1', TORCH_CUDA_ARCH_LIST='9.0')
 spec = importlib.util.spec_from_file_location('cuda_ops_build', {str(package / "_build.py")!r})
 build = importlib.util.module_from_spec(spec)
@@ -58,6 +61,26 @@ def test_kernels_keep_to_their_registers(root: Path) -> None:
                    'wavefront_forward<bfloat16, 16>', 'wavefront_backward<float32, 4>'):
         assert f'| {kernel} |' in result.stdout
     assert ', 0 spill' in result.stdout
+
+
+@NO_NVCC
+def test_the_compiler_at_hand_works_and_knows_its_architectures(build: ModuleType) -> None:
+    toolkit = build.find_toolkit()
+    assert toolkit is not None and toolkit.obstacle == ''
+    known = set(build.default_archs(toolkit).removesuffix('+PTX').split(';'))
+    assert {'8.0', '9.0'} <= known <= set(build.ARCHS)
+    assert ('12.0' in known) == (tuple(map(int, toolkit.version.split('.'))) >= (12, 8))
+
+
+@NO_NVCC
+@pytest.mark.parametrize(('archs', 'message'), [
+    ('8.0 99.0', r'nvcc .* does not compile for 99\.0 \(--archs\), only for .*8\.0, .*; install a newer toolkit'),
+    ('8.0 sm_90', "--archs has the entry 'sm_90'"),
+])
+def test_the_report_refuses_what_the_compiler_does_not_know(root: Path, archs: str, message: str) -> None:
+    result = subprocess.run([sys.executable, str(root / 'cuda_ops' / 'kernel_report.py'), '--archs', archs],
+                            capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and re.match(f'error: {message}', result.stderr), result.stderr
 
 
 def test_spills_are_read_from_the_compilers_report(root: Path) -> None:
