@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ssm_backbones.whole_files import whole_file
+
 _INK, _PAPER, _MUTED = (32, 36, 44), (255, 255, 255), (120, 126, 138)
 
 
@@ -178,7 +180,8 @@ def save_contact_sheet(
         x, y = gap + index % columns * step_x, top + bar + index // columns * step_y
         for side, picture in enumerate(pair):
             sheet.paste(Image.fromarray(picture), (x + side * (width + 4), y))
-    _save_whole(path, lambda target: sheet.save(target, format='PNG'))
+    with whole_file(path) as partial:
+        sheet.save(partial, format='PNG')
 
 
 @dataclass
@@ -281,11 +284,5 @@ def save_curves(
         axes.spines[['top', 'right']].set_visible(False)
         if axes.lines:
             axes.legend(frameon=False, fontsize=9)
-    _save_whole(path, lambda target: figure.savefig(target, format='png'))
-
-
-def _save_whole(path: str | Path, save) -> None:
-    path = Path(path)
-    partial = path.with_name(f'.{path.name}.partial')
-    save(partial)
-    partial.replace(path)
+    with whole_file(path) as partial:
+        figure.savefig(partial, format='png')

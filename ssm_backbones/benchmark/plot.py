@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
+
+from ssm_backbones.whole_files import whole_file
 
 _COLOURS = ('#3c82f0', '#e63c3c', '#3cbe50', '#aa50dc', '#f5be28', '#8a8f9a')
 _STYLES = ('-', '--')
@@ -58,10 +59,5 @@ def draw_models(records: Sequence[Mapping[str, Any]], heading: str) -> Any:
 
 def plot_models(records: Sequence[Mapping[str, Any]], heading: str, path: str | os.PathLike[str]) -> None:
     """Write :func:`draw_models` as a PNG, in one step: a file that is there is a whole one."""
-    path = Path(path)
-    partial = path.with_name(f'.{path.name}.partial')
-    try:
+    with whole_file(path) as partial:
         draw_models(records, heading).savefig(partial, format='png')
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

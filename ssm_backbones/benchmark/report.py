@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ssm_backbones.whole_files import write_whole
+
 
 @dataclass
 class Report:
@@ -77,10 +79,7 @@ def machine_line(machine: Mapping[str, Any]) -> str:
 
 def write_json(report: Any, path: str | Path) -> None:
     """Write a report (anything with ``as_dict``), in one step: a file that is there is a whole one."""
-    path = Path(path)
-    partial_file = path.with_name(f'.{path.name}.partial')
-    partial_file.write_text(json.dumps(report.as_dict(), indent=2) + '\n')
-    partial_file.replace(path)
+    write_whole(path, json.dumps(report.as_dict(), indent=2) + '\n')
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int]) -> str:

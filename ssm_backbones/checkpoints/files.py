@@ -11,16 +11,16 @@ import pickle
 import re
 import urllib.error
 import urllib.parse
-import uuid
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ssm_backbones.preflight import CommandError
+from ssm_backbones.whole_files import whole_file
 
 # Trainers of the Swin and timm lines store their settings beside the weights. Neither class has code to run: the
 # first is read as the dictionary that it is.
@@ -81,7 +81,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]
     destination = Path(path).expanduser().resolve()
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        with _aside(destination) as temporary:
+        with whole_file(destination) as temporary:
             torch.save(dict(checkpoint), temporary)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f'{path} cannot be written: {error}') from error
@@ -168,19 +168,8 @@ def _download(url: str) -> Path:
             # The processes of a distributed run arrive together; the first one downloads.
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.exists():
-                with _aside(path) as temporary:
+                with whole_file(path) as temporary:
                     torch.hub.download_url_to_file(url, str(temporary), progress=os.isatty(2))
     except (OSError, urllib.error.URLError, RuntimeError) as error:
         raise CheckpointError(f'{url} cannot be downloaded: {error}') from error
     return path
-
-
-@contextlib.contextmanager
-def _aside(path: Path) -> Iterator[Path]:
-    """A name in the folder of ``path`` to write to: it becomes ``path`` if all goes well, and is removed if not."""
-    temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}.part')
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ssm_backbones.demo.catalogue import DEMOS
+from ssm_backbones.whole_files import write_whole
 
 REPORT = 'report.html'
 RESULTS = 'results.json'
@@ -99,9 +100,7 @@ def write_report(folder: str | Path) -> Path:
         f'<nav>{links if len(runs) > 1 else ""}</nav>\n' + '\n'.join(sections) + '\n</body>\n</html>\n'
     )
     path = folder / REPORT
-    partial = folder / f'.{REPORT}.partial'
-    partial.write_text(page, encoding='utf-8')
-    partial.replace(path)
+    write_whole(path, page)
     return path
 
 

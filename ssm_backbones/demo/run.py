@@ -23,6 +23,7 @@ from ssm_backbones.preflight import CommandError
 from ssm_backbones.runner import TestOptions, load_config, test
 from ssm_backbones.visual import read_history, save_curves
 from ssm_backbones.visualize import draw_erf_before_and_after
+from ssm_backbones.whole_files import write_whole
 
 
 def run_demo(family: str = 'vmamba', task: str = 'det', fresh: bool = False) -> dict[str, float]:
@@ -132,9 +133,7 @@ def _evaluate_and_show(demo: Demo, cfg: Config, out: Path, heading: str, times: 
     times.lap('pictures')
     shutil.copyfile(checkpoint, out / 'model.pth')
     results = {'figures': figures, 'seconds': times.seconds, 'versions': describe_run()}
-    partial = out / f'.{RESULTS}.partial'
-    partial.write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
-    partial.replace(out / RESULTS)
+    write_whole(out / RESULTS, json.dumps(results, indent=2) + '\n')
 
 
 class Times:

@@ -30,8 +30,10 @@ from torch.onnx import OnnxExporterError
 from ssm_backbones.export import pooling, scans
 from ssm_backbones.export.interrupts import ending_on_signals
 from ssm_backbones.export.models import build_extractor, build_model, preprocessor_config
+from ssm_backbones.export.store import writing
 from ssm_backbones.preflight import CommandError
 from ssm_backbones.runner import load_config
+from ssm_backbones.whole_files import whole_file
 
 TOLERANCE = 1e-4
 PARTS = {'backbone': None, 'classifier': 'mmpretrain', 'segmentor': 'mmseg'}
@@ -140,7 +142,7 @@ def export_onnx(options: OnnxOptions) -> OnnxResult:
     path = Path(options.out or f'{Path(options.config).stem}_{part}.onnx')
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise CommandError(f'--out {path}: {"it is a folder" if path.is_dir() else "its folder does not exist"}.')
-    with ending_on_signals(), _aside(path) as partial:
+    with ending_on_signals(), writing(path), whole_file(path) as partial:
         module, channels = _module(cfg, options.checkpoint, part)
         images = torch.randn(options.batch_size, channels, height, width, generator=torch.Generator().manual_seed(0))
         opset, nodes = _write(module, images, partial, options, _notes(cfg, part))
@@ -312,30 +314,12 @@ def _write(module: nn.Module, images: Tensor, path: Path, options: OnnxOptions,
     """:func:`write_onnx`, and what PyTorch cannot export told in a line."""
     try:
         return write_onnx(module, images, path, options.dynamic, notes)
-    except OSError as error:
-        raise CommandError(f'--out {options.out or path} cannot be written: {error}') from error
     except _REFUSALS as error:
         said = next((line.strip() for line in str(error).splitlines() if line.strip()), '')
         ways = [*(['without --dynamic'] if options.dynamic else []), 'the backbone alone (--part backbone)']
         raise CommandError(
             f'PyTorch cannot export this model to ONNX ({type(error).__name__}: {said}); try {", or ".join(ways)}.'
         ) from error
-
-
-@contextlib.contextmanager
-def _aside(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` that takes its name in the end, or is gone if anything fails."""
-    partial = path.with_name(f'.{path.name}.part')
-    try:
-        # At once, before the minutes that the rest can take.
-        partial.touch()
-    except OSError as error:
-        raise CommandError(f'--out {path} cannot be written: {error}') from error
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @torch.inference_mode()

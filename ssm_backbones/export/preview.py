@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ssm_backbones.datasets.feature_export import FeatureDataset
 from ssm_backbones.export.pictures import UnreadablePicture
-from ssm_backbones.export.store import PREVIEWS, aside, file_name
-from ssm_backbones.preflight import CommandError
+from ssm_backbones.export.store import PREVIEWS, file_name, writing
+from ssm_backbones.whole_files import whole_file
 
 # torch.quantile takes no more than 2^24 values; so many pixels tell a component's range.
 _SAMPLES = 1_000_000
@@ -80,7 +80,7 @@ def draw_preview(dataset: FeatureDataset, index: int, path: str | os.PathLike[st
         sheet.paste(panel, (x, _GAP + _BAR - 4))
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with aside(target) as partial:
+    with whole_file(target) as partial:
         sheet.save(partial, format='PNG')
 
 
@@ -108,10 +108,9 @@ def draw_missing_previews(folder: str | os.PathLike[str], ids: Collection[str], 
         path = Path(folder, PREVIEWS, f'{file_name(record["id"])}.png')
         if record['id'] in ids and not path.exists():
             try:
-                draw_preview(dataset, index, path)
+                with writing(folder):
+                    draw_preview(dataset, index, path)
             except UnreadablePicture as error:
                 print(f'no preview of {record["path"]}: {error}', file=sys.stderr)
-            except OSError as error:
-                raise CommandError(f'--out {folder} cannot be written: {error}') from error
     if not quiet:
         print(f'previews: {Path(folder, PREVIEWS)}', file=sys.stderr)

@@ -19,8 +19,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,12 +31,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ssm_backbones.preflight import CommandError
+from ssm_backbones.whole_files import PARTIAL_NAME, whole_file, write_whole
 
 FORMAT = 'ssm_backbones.features/1'
 DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 EXPORT, INDEX, UNREADABLE = 'export.json', 'index.jsonl', 'unreadable.jsonl'
 FEATURES, PREVIEWS = 'features', 'previews'
-_PARTIAL = re.compile(r'\.[0-9a-f]{32}\.part')
 
 Record = dict[str, Any]
 
@@ -64,7 +62,7 @@ class FeatureStore:
         Raises:
             CommandError: If the folder holds another export or cannot be written.
         """
-        try:
+        with writing(self.folder):
             (self.folder / FEATURES).mkdir(parents=True, exist_ok=True)
             path = self.folder / EXPORT
             if path.exists():
@@ -73,15 +71,13 @@ class FeatureStore:
                 write_whole(path, json.dumps(self._settings, indent=1) + '\n')
             for left in self._left():
                 left.unlink()
-        except OSError as error:
-            raise CommandError(f'--out {self.folder} cannot be written: {error}') from error
 
     def _left(self) -> list[Path]:
-        """What :func:`aside` made in the folders of an export; other files there, and other folders, are not ours."""
+        """What a killed run left in the folders of an export; other files there, and other folders, are not ours."""
         found = list(self.folder.glob('.*.part'))
         for name in (FEATURES, PREVIEWS):
             found += (self.folder / name).rglob('.*.part')
-        return [path for path in found if _PARTIAL.fullmatch(path.name)]
+        return [path for path in found if PARTIAL_NAME.fullmatch(path.name)]
 
     def _check_settings(self, held: Mapping[str, Any]) -> None:
         for key, value in self._settings.items():
@@ -122,7 +118,7 @@ class FeatureStore:
         self._waiting.clear()
         with writing(self.folder):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with aside(path) as partial:
+            with whole_file(path) as partial:
                 save_file(tensors, str(partial), metadata={'format': FORMAT, 'pictures': json.dumps(records)})
 
     def write_index(self, order: Sequence[str]) -> int:
@@ -207,11 +203,9 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     Raises:
         CommandError: If one is at work there, or the folder cannot be written.
     """
-    try:
+    with writing(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
         lock = open(Path(folder, '.lock'), 'w')
-    except OSError as error:
-        raise CommandError(f'--out {folder} cannot be written: {error}') from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -221,26 +215,9 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextmanager
-def writing(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn a failure to write into a :class:`CommandError` that names the folder."""
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn a failure to write into a :class:`CommandError` that names the folder or file."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise CommandError(f'--out {folder} cannot be written: {error}') from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file aside and rename it."""
-    with aside(path) as partial:
-        partial.write_text(text, encoding='utf-8')
-
-
-@contextmanager
-def aside(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` to write to, renamed to it where that succeeds and removed where it does not."""
-    partial = path.with_name(f'.{uuid.uuid4().hex}.part')
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        raise CommandError(f'--out {path} cannot be written: {error}') from error

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ssm_backbones.visualize.receptive_field import ReceptiveField
 from ssm_backbones.visualize.response import ScanResponse
+from ssm_backbones.whole_files import whole_file
 
 SHARES = (0.5, 0.95)
 _COLOURS = ('#8a8f9a', '#e63c3c', '#3c82f0', '#3cbe50', '#f5be28', '#aa50dc')
@@ -216,10 +216,5 @@ def _mark(axes: Any, centre: tuple[float, float]) -> None:
 
 
 def _save(figure: Any, path: str | os.PathLike[str]) -> None:
-    target = Path(path)
-    partial = target.with_name(f'.{target.name}.{os.getpid()}.part')
-    try:
+    with whole_file(path) as partial:
         figure.savefig(partial, format='png')
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
