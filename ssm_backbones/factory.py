@@ -15,12 +15,12 @@ from ssm_backbones.backbones import V2M, Mamba2D, VMamba
 from ssm_backbones.backbones.base import SSMBackbone
 from ssm_backbones.backbones.v2m import PATCH_SIZE, PlainV2M
 from ssm_backbones.checkpoints import CheckpointError, load_official, read_checkpoint
+from ssm_backbones.checkpoints.misfits import fit_backbone
+from ssm_backbones.checkpoints.recognise import shorten
 from ssm_backbones.layers.simple_pyramid import STRIDES
 
 _FAMILIES: dict[str, Any] = {'vmamba': VMamba, 'v2m': V2M, 'mamba2d': Mamba2D}
 _CLASS_TOKEN = 'patch_embed.cls_token'
-_PYRAMID = 'pyramid.'
-_SHOWN = 5
 
 
 class FeatureInfo(Sequence[Mapping[str, Any]]):
@@ -152,38 +152,23 @@ def load_backbone(backbone: SSMBackbone, checkpoint: str | os.PathLike[str]) -> 
     if held is None:
         load_official(backbone, checkpoint, in_channels=backbone.in_channels)
         return
-    state = backbone.state_dict()
     if isinstance(backbone, PlainV2M):
         backbone.patch_embed.resize_saved(held, 'patch_embed.')
-    wrong = [
-        f'{name} is {tuple(tensor.shape)}, expected {tuple(state[name].shape)}'
-        for name, tensor in held.items()
-        if name in state and tensor.shape != state[name].shape
-    ]
-    # A pyramid that is there in part is a damaged one.
-    has_pyramid = any(name.startswith(_PYRAMID) for name in held)
-    missing = [name for name in state if name not in held]
-    initial = [name for name in missing if _is_output_norm(name) or (name.startswith(_PYRAMID) and not has_pyramid)]
-    wrong += [f'{name} is missing' for name in missing if name not in initial]
-    wrong += [f'{name} is not expected' for name in held if name not in state and not _is_unbuilt(backbone, name)]
+    fitting, lacking, wrong = fit_backbone(backbone, held)
     if wrong:
-        more = f'; and {len(wrong) - _SHOWN} more' if len(wrong) > _SHOWN else ''
-        raise CheckpointError(
-            f'{checkpoint} does not fit the {type(backbone).__name__} that was built: {"; ".join(wrong[:_SHOWN])}'
-            f'{more}. {_remedy(wrong)}'
-        )
+        raise CheckpointError(f'{checkpoint} does not fit the {type(backbone).__name__} that was built: '
+                              f'{shorten(wrong)}. {_remedy(wrong)}')
+    state = backbone.state_dict()
     with torch.no_grad():
-        for name, tensor in state.items():
-            if name in held:
-                tensor.copy_(held[name])
-    if initial:
-        parts = dict.fromkeys(name.partition('.')[0] for name in initial)
-        print_log(f'{checkpoint} lacks {", ".join(parts)}: kept as initialised.', logger='current')
+        for name, tensor in fitting.items():
+            state[name].copy_(tensor)
+    if lacking:
+        print_log(f'{checkpoint} lacks {", ".join(lacking)}: kept as initialised.', logger='current')
 
 
 def _remedy(wrong: Sequence[str]) -> str:
     # Class tokens take part in the scans, so that a backbone with other ones computes something else.
-    if len(wrong) == 1 and wrong[0].startswith(f'{_CLASS_TOKEN} is '):
+    if len(wrong) == 1 and wrong[0].startswith(f'{_CLASS_TOKEN} '):
         return "Give the cls_token that the checkpoint was trained with: 'mean' has no such weight, the others have."
     return 'Build the arch that the checkpoint is of.'
 
@@ -200,22 +185,3 @@ def _own_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor] | None:
         if any(name.startswith('stages.') and '.mixer.' in name for name in inside):
             return inside
     return None
-
-
-def _is_output_norm(name: str) -> bool:
-    top = name.partition('.')[0]
-    return top.startswith('norm') and top[4:].isdigit()
-
-
-def _is_unbuilt(backbone: SSMBackbone, name: str) -> bool:
-    """Whether a tensor belongs to what this backbone leaves out of its architecture."""
-    if _is_output_norm(name):
-        return int(name.partition('.')[0][4:]) < len(backbone.num_features)
-    if name.startswith(_PYRAMID):
-        return isinstance(backbone, PlainV2M) and backbone.pyramid is None
-    parts = name.split('.')
-    if parts[0] != 'stages':
-        return False
-    last = backbone.num_built_stages - 1
-    stage = int(parts[1])
-    return last < stage < len(backbone.num_features) or (stage == last and parts[2] == 'downsample')

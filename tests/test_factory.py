@@ -138,8 +138,22 @@ def test_a_pyramid_in_part_is_refused(tmp_path) -> None:
     name = next(name for name in state if name.startswith('pyramid.'))
     state['pyramid.other'] = state.pop(name)
     torch.save(state, tmp_path / 'part.pth')
-    with pytest.raises(CheckpointError, match=rf'{name} is missing; pyramid.other is not expected'):
+    with pytest.raises(CheckpointError, match=rf'{name} \(.*\) is missing; pyramid.other is not expected'):
         create_backbone('v2m-test', tmp_path / 'part.pth', pyramid='single')
+
+
+def test_an_output_norm_in_part_is_refused_and_one_of_no_stage(tmp_path) -> None:
+    state = create_backbone('vmamba-test').state_dict()
+    del state['norm1.bias']
+    state['norm4.weight'] = state['norm3.weight']
+    torch.save(state, tmp_path / 'part.pth')
+    with pytest.raises(CheckpointError, match=r'built: norm1.bias \(32\) is missing; norm4.weight is not expected\.'):
+        create_backbone('vmamba-test', tmp_path / 'part.pth')
+    # Without that stage's map its norm is not asked for.
+    del state['norm4.weight']
+    torch.save(state, tmp_path / 'part.pth')
+    loaded = create_backbone('vmamba-test', tmp_path / 'part.pth', out_indices=0)
+    assert torch.equal(loaded.norm0.bias, state['norm0.bias'])
 
 
 def test_the_position_embedding_is_resized_on_load(tmp_path, log) -> None:

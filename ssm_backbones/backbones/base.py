@@ -2,6 +2,7 @@
 
 import difflib
 import operator
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -116,6 +117,20 @@ class SSMBackbone(BaseModule):
     def output(self, stage: int, x: Tensor) -> Tensor:
         """What the backbone returns of a stage, from the map (B, H, W, C) behind its blocks."""
         return feature_map(getattr(self, f'norm{stage}')(x))
+
+    def leaves_out(self, name: str) -> bool:
+        """Whether a tensor is of a part of the architecture that this backbone was built without.
+
+        Those are the stages behind the last of ``out_indices``, the downsampling between, and output norms.
+        """
+        part = re.match(r'(norm|stages\.)(\d+)\.(\w+)', name)
+        if part is None:
+            return False
+        stage, last = int(part[2]), self.num_built_stages - 1
+        if part[1] == 'norm':
+            norm = getattr(self, f'norm{stage}', None)
+            return stage < len(self.num_features) and not (norm and norm.state_dict())
+        return last < stage < len(self.num_features) or (stage == last and part[3] == 'downsample')
 
     def check_images(self, x: Tensor) -> None:
         """Raise a ValueError or TypeError that says what is wrong with a batch of images."""

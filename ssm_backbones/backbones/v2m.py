@@ -142,6 +142,10 @@ class PlainV2M(V2M):
             return outputs
         return self.pyramid(outputs * (len(STRIDES) // len(outputs)), x.shape[2], x.shape[3])
 
+    def leaves_out(self, name: str) -> bool:
+        """As of every backbone, and of the pyramid."""
+        return (self.pyramid is None and name.startswith('pyramid.')) or super().leaves_out(name)
+
     def output(self, stage: int, x: Tensor) -> Tensor:
         """The block's map without class tokens, for the pyramid as it is; or its class output."""
         if self.out_type == 'cls_token':

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,16 +13,13 @@ from torch import Tensor, nn
 from ssm_backbones.backbones.base import SSMBackbone
 from ssm_backbones.checkpoints.convert import convert_checkpoint
 from ssm_backbones.checkpoints.files import CheckpointError
-from ssm_backbones.checkpoints.initializer import is_unbuilt
+from ssm_backbones.checkpoints.misfits import OUTPUTS, load_and_compare
 from ssm_backbones.checkpoints.recognise import FAMILIES, differences, shapes_of, shorten
 from ssm_backbones.checkpoints.weights import holds_official
 from ssm_backbones.layers.token_grid import TokenGrid
 
 # The normalisation of pictures, which the config gives, and averages that mmdet 2's hook kept among the weights.
 _BESIDE = ('data_preprocessor.', 'ema_')
-# Where a backbone ends depends on what it is for: a classifier has one output norm, a pyramid norms of its own.
-_OUTPUTS = re.compile(r'(norm\d+|pyramid)\.')
-_SHAPES = re.compile(r'.*?size mismatch for (\S+): .*?Size\(\[(.*?)\]\).*?Size\(\[(.*?)\]\)\.?')
 
 
 class FittingCheckpoint(Hook):
@@ -79,7 +75,7 @@ class FittingCheckpoint(Hook):
             if not name.removeprefix('module.').startswith(self.unused)
         }
         if self.whole:
-            wrong = [line for line in _differences(model, weights) if not line.startswith(self.unused)]
+            wrong = [line for line in load_and_compare(model, weights) if not line.startswith(self.unused)]
             if not wrong and not self.convert:
                 # What loading would resize; the optimiser's averages of it have the old shape.
                 shapes = shapes_of(model.state_dict())
@@ -104,23 +100,10 @@ def _backbone_differences(model: nn.Module, weights: dict[str, Tensor]) -> list[
     prefix = 'backbone.'
     inside = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     if isinstance(backbone, SSMBackbone):
-        inside = {name: value for name, value in inside.items() if not is_unbuilt(backbone, name)}
-    return [f'{prefix}{line}' for line in _differences(backbone, inside) if not _is_output(line)]
+        inside = {name: value for name, value in inside.items() if not backbone.leaves_out(name)}
+    return [f'{prefix}{line}' for line in load_and_compare(backbone, inside) if not _is_output(line)]
 
 
 def _is_output(line: str) -> bool:
     # A line that ends in a bracket is of one that is there and does not fit.
-    return _OUTPUTS.match(line) is not None and not line.endswith(')')
-
-
-def _differences(module: nn.Module, weights: dict[str, Tensor]) -> list[str]:
-    """One line for each tensor that is of another shape, or else for each that is missing or not expected.
-
-    They are loaded to find out: modules may mend older names and shapes meanwhile.
-    """
-    try:
-        missing, unexpected = module.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
-        return [_SHAPES.sub(r'\1 is (\2), expected (\3)', line.strip()) for line in str(error).splitlines()[1:]]
-    lines = [f'{name} is missing' for name in missing if not name.endswith('num_batches_tracked')]
-    return lines + [f'{name} is not expected' for name in unexpected]
+    return OUTPUTS.match(line) is not None and not line.endswith(')')

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 
 import torch
 from mmengine.logging import print_log
@@ -14,12 +13,11 @@ from torch import Tensor, nn
 from ssm_backbones.backbones.base import SSMBackbone
 from ssm_backbones.checkpoints.convert import adapted_backbone
 from ssm_backbones.checkpoints.files import CheckpointError, read_checkpoint
-from ssm_backbones.checkpoints.naming import Shapes
+from ssm_backbones.checkpoints.misfits import fit_backbone
 from ssm_backbones.checkpoints.recognise import (
     FAMILIES,
     Recognised,
     describe,
-    differences,
     recognise_official,
     shapes_of,
     shorten,
@@ -73,20 +71,19 @@ def load_official(model: nn.Module, checkpoint: str | os.PathLike[str], *, weigh
     leave_out_the_rest(found, report)
     tensors = adapted_backbone(found, in_channels, report)
 
-    unbuilt = {name for name in tensors if is_unbuilt(model, name)}
+    fitting, lacking, wrong = fit_backbone(model, tensors)
+    unbuilt = tensors.keys() - fitting.keys()
     for name in sorted({name.rpartition('.blocks.')[0] or name.rpartition('.')[0] for name in unbuilt}):
         report.left_out[name] = f'the model is built for out_indices={model.out_indices}'
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in unbuilt}
-    state = model.state_dict()
-    lacking = {name.partition('.')[0] for name in state.keys() - tensors.keys() if name.startswith('norm')}
-    for name in sorted(lacking):
+    for name in lacking:
         report.initial[name] = 'the checkpoint has no output norm for this stage'
-    expected = {name: shape for name, shape in shapes_of(state).items() if name.partition('.')[0] not in lacking}
-    _check_fit(model, found, tensors, expected, source)
+    if wrong:
+        raise CheckpointError(_explain_misfit(model, found, tensors[found.stem], wrong, source))
 
-    report.tensors = {'backbone': len(tensors)}
+    report.tensors = {'backbone': len(fitting)}
+    state = model.state_dict()
     with torch.no_grad():
-        for name, tensor in tensors.items():
+        for name, tensor in fitting.items():
             state[name].copy_(tensor)
     return report
 
@@ -113,31 +110,13 @@ class OfficialPretrainedInit:
             update_init_info(module, init_info=f'OfficialPretrained: load from {self.checkpoint}')
 
 
-def is_unbuilt(model: SSMBackbone, name: str) -> bool:
-    """Whether a tensor belongs to what this model leaves out of its architecture because of its ``out_indices``."""
-    norm = re.match(r'norm(\d+)\.', name)
-    if norm:
-        return int(norm[1]) not in model.out_indices
-    part = re.match(r'stages\.(\d+)\.(\w+)', name)
-    if part is None:
-        return False
-    stage, last = int(part[1]), model.num_built_stages - 1
-    return last < stage < len(model.num_features) or (stage == last and part[2] == 'downsample')
-
-
-def _check_fit(model: SSMBackbone, found: Recognised, tensors: dict[str, Tensor], expected: Shapes,
-               source: str) -> None:
-    lines = differences(tensors, expected)
-    if not lines:
-        return
+def _explain_misfit(model: SSMBackbone, found: Recognised, stem: Tensor, lines: list[str], source: str) -> str:
     held = describe(found.family, found.settings)
-    stem = tensors[found.stem]
     if [line.split()[0] for line in lines] == [found.stem] and stem.shape[1] != model.in_channels:
-        raise CheckpointError(f'{source} ({held}) is for images of {stem.shape[1]} channels, the model for '
-                              f'{model.in_channels}; in_channels={model.in_channels} beside the checkpoint adapts the '
-                              'stem.')
-    raise CheckpointError(f'{source} is a checkpoint of {held} and does not fit the model, {_describe_model(model)}. '
-                          f'{len(lines)} tensors of the checkpoint differ: {shorten(lines)}.')
+        return (f'{source} ({held}) is for images of {stem.shape[1]} channels, the model for {model.in_channels}; '
+                f'in_channels={model.in_channels} beside the checkpoint adapts the stem.')
+    return (f'{source} is a checkpoint of {held} and does not fit the model, {_describe_model(model)}. '
+            f'{len(lines)} tensors of the checkpoint differ: {shorten(lines)}.')
 
 
 def _describe_model(model: SSMBackbone) -> str:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from ssm_backbones.backbones.base import SSMBackbone
 from ssm_backbones.checkpoints import CheckpointError, read_checkpoint
+from ssm_backbones.checkpoints.misfits import load_and_compare
+from ssm_backbones.checkpoints.recognise import shorten
 from ssm_backbones.factory import load_backbone
 from ssm_backbones.preflight import CommandError, check_checkpoint
 
-_SHOWN = 5
 _PREPROCESSORS = {'mmpretrain': 'ClsDataPreprocessor', 'mmdet': 'DetDataPreprocessor', 'mmseg': 'SegDataPreProcessor'}
 
 
@@ -147,18 +148,7 @@ def _weights(checkpoint: str) -> dict[str, Tensor]:
 
 def _load_strictly(module: nn.Module, weights: Mapping[str, Tensor], prefix: str, source: str) -> None:
     inside = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-    expected = module.state_dict()
-    wrong = [f'{prefix}{name} is missing' for name in expected if name not in inside]
-    wrong += [f'{prefix}{name} is not expected' for name in inside if name not in expected]
-    wrong += [
-        f'{prefix}{name} is {tuple(inside[name].shape)}, expected {tuple(tensor.shape)}'
-        for name, tensor in expected.items()
-        if name in inside and inside[name].shape != tensor.shape
-    ]
+    wrong = [f'{prefix}{line}' for line in load_and_compare(module, inside)]
     if wrong:
-        more = f'; and {len(wrong) - _SHOWN} more' if len(wrong) > _SHOWN else ''
-        raise CheckpointError(
-            f'{source} does not fit the model of the config: {"; ".join(wrong[:_SHOWN])}{more}. '
-            'Name the checkpoint that was trained with this config.'
-        )
-    module.load_state_dict(inside)
+        raise CheckpointError(f'{source} does not fit the model of the config: {shorten(wrong)}. '
+                              'Name the checkpoint that was trained with this config.')
