@@ -184,8 +184,9 @@ def plan_cuda(force: str, *, sources: Sequence[Path], torch_cuda: str | None, to
     elif torch_cuda is None and force != '1':
         obstacle = 'the installed torch is a CPU build; FORCE_CUDA=1 compiles them all the same'
     elif torch_cuda and toolkit.version.partition('.')[0] != torch_cuda.partition('.')[0]:
-        obstacle = (f'nvcc is version {toolkit.version}, but torch was built for CUDA {torch_cuda}; install the '
-                    f'toolkit {torch_cuda} and set CUDA_HOME, or a torch built for CUDA {toolkit.version}')
+        ours, torchs = (version.partition('.')[0] for version in (toolkit.version, torch_cuda))
+        obstacle = (f'nvcc is version {toolkit.version}, while torch was built for CUDA {torch_cuda}; set CUDA_HOME to '
+                    f'a toolkit of CUDA {torchs}, best {torch_cuda}, or install a torch built for CUDA {ours}')
     else:
         archs = environ_archs or visible_archs or default_archs(toolkit)
         why = ('TORCH_CUDA_ARCH_LIST' if environ_archs else 'the GPU at hand' if visible_archs else

@@ -97,7 +97,9 @@ def test_cuda_is_left_out_with_a_reason(build, force, changed, reason):
 
 def test_a_toolkit_of_another_major_version_is_not_used(build):
     plan = plan_of(build, '', toolkit=toolkit_of(build, '12.8'))
-    assert not plan.build and 'nvcc is version 12.8, but torch was built for CUDA 13.0' in plan.reason
+    assert not plan.build and plan.reason == (
+        'nvcc is version 12.8, while torch was built for CUDA 13.0; set CUDA_HOME to a toolkit of CUDA 13, best 13.0, '
+        'or install a torch built for CUDA 12')
     with pytest.raises(build.BuildError, match='FORCE_CUDA=1, but nvcc is version 12.8'):
         plan_of(build, '1', toolkit=toolkit_of(build, '12.8'))
 
