@@ -60,6 +60,7 @@ struct RouteScanPlan {
   int64_t segment, segments;  // positions of a segment, and segments of a line
   int64_t warps, tiles;       // of a block of the last pass, and such blocks for each group's channels
   bool partial;               // whether y or grad_x is needed for sums over some of the routes
+  bool one_state;             // whether the kernels for maps with one state serve
 };
 
 void route_scan_forward_cpu(const RouteScanParams& p, ParallelFor parallel_for);

@@ -128,6 +128,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route_scan_ba
               x.device());
   const Tensor grad_y = last_contiguous(grad_output), saved = saved_states_.contiguous();
   const OptionalTensor grad_last_state = per_line ? std::nullopt : contiguous(grad_last);
+  Tensor grad_delta = at::empty_like(delta);
+  // The kernel writes where the gradient has unit stride along channels, as delta usually has.
+  Tensor grad_delta_rows =
+      has_unit_stride(grad_delta) ? grad_delta : at::empty_like(delta, at::MemoryFormat::Contiguous);
+  p.grad_y = grid_tensor(grad_y), p.grad_delta = grid_tensor(grad_delta_rows);
   std::optional<CudaScratch> scratch;
   RouteScanWork work{};
   if (cuda) {
@@ -138,10 +143,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route_scan_ba
   }
 
   Tensor grad_x = cuda ? scratch->result : at::empty(x.sizes(), state);
-  Tensor grad_delta = at::empty_like(delta);
-  // The kernel writes where the gradient has unit stride along channels, as delta usually has.
-  Tensor grad_delta_rows =
-      has_unit_stride(grad_delta) ? grad_delta : at::empty_like(delta, at::MemoryFormat::Contiguous);
   Tensor grad_A = at::empty({work.parts, p.batch, p.routes, p.channels, p.states}, state);
   auto sums_if = [&](const OptionalTensor& input, at::IntArrayRef sizes) {
     return input ? at::empty(sizes, state) : Tensor();
@@ -153,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route_scan_ba
 
   auto pointer = [](const Tensor& tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; };
   p.saved = saved.data_ptr(), p.grad_last = address(grad_last_state);
-  p.grad_y = grid_tensor(grad_y), p.grad_x = cuda ? scratch->partial() : grad_x.data_ptr(), p.grad_delta = grid_tensor(grad_delta_rows);
+  p.grad_x = cuda ? scratch->partial() : grad_x.data_ptr();
   p.grad_A = grad_A.data_ptr(), p.grad_D = pointer(grad_D), p.grad_delta_bias = pointer(grad_bias);
   p.grad_B = pointer(grad_B), p.grad_C = pointer(grad_C);
   if (!cuda) {

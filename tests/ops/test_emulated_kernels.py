@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.skipif(compiler() is None, reason='the emulation is co
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Several segments along each route, lines that end within them, several tiles of channels, blocks of several warps.
-LONG = (Cross(1, 17, 23, 40, 1), Cross(2, 9, 31, 5, 16), Cross(1, 20, 13, 300, 2), Cross(1, 10, 14, 33, 11),
+LONG = (Cross(1, 17, 23, 40, 1), Cross(1, 17, 23, 41, 1), Cross(1, 27, 31, 6, 1), Sequence(2, 36, 700, 1, B=2, C=2), Cross(2, 9, 31, 5, 16), Cross(1, 20, 13, 300, 2), Cross(1, 10, 14, 33, 11),
         Lines(2, 3, 200, 35, 4, 'row', reverse=True), Sequence(1, 70, 260, 8, B=2, C=1, z=True),
         Sequence(1, 12, 300, 3, B=3, C=3))
 WIDE = (Wavefront(1, 19, 30, 40, 16), Wavefront(2, 33, 17, 20, 10, reverse=True), Wavefront(1, 9, 50, 17, 8),
@@ -54,7 +54,7 @@ def test_wavefront_scan_equals_the_loop(emulation: Emulation, nan_in_fresh_memor
         assert emulation.launches or case.batch == 0
 
 
-@pytest.mark.parametrize('case', (Cross(2, 17, 23, 40, 1), Lines(1, 7, 90, 65, 4, 'column'),
+@pytest.mark.parametrize('case', (Cross(2, 17, 23, 40, 1), Cross(1, 17, 23, 41, 1), Lines(1, 7, 90, 65, 4, 'column'),
                                   Wavefront(1, 19, 11, 40, 16)), ids=str)
 def test_results_do_not_depend_on_the_order_of_threads(emulation: Emulation, case: Case | Wavefront) -> None:
     wavefront = isinstance(case, Wavefront)
@@ -79,13 +79,31 @@ def test_kernels_fit_into_the_shared_memory_of_older_gpus(emulation: Emulation) 
                                torch.float32)
 
 
-def test_a_long_route_of_one_image_is_divided(emulation: Emulation) -> None:
-    case = Cross(1, 64, 64, 32, 1)
+@pytest.mark.parametrize('states,segments,tiles', ((1, 8, 2), (2, 64, 1)))
+def test_a_long_route_of_one_image_is_divided(emulation: Emulation, states: int, segments: int, tiles: int) -> None:
+    case = Cross(1, 64, 64, 32, states)
     with emulation.serve(), torch.no_grad():
         case.function(**rounded(case.inputs(), PARAMETERS, torch.float32), **case.options())
-        # For each axis a summary and a scan of 64 segments, and one combination for all routes.
+        # For each axis a summary and a scan of all segments, and one combination for all routes.
         assert emulation.launches == 5
-        assert emulation.blocks == 4 * 64 + 4
+        assert emulation.blocks == 4 * segments * tiles + 4 * states
+
+
+def test_a_map_with_one_state_is_one_launch_where_it_fits(emulation: Emulation) -> None:
+    case = Cross(2, 56, 56, 32, 1)
+    with emulation.serve(), torch.no_grad():
+        case.function(**rounded(case.inputs(), PARAMETERS, torch.bfloat16), **case.options())
+        assert emulation.launches == 1 and emulation.blocks == 2 * 2
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=dtype_name)
+@pytest.mark.parametrize('case', (Cross(2, 33, 41, 18, 1), Sequence(1, 8, 1600, 1, B=2), Sequence(1, 4, 1024, 1, C=0)),
+                         ids=case_id)
+def test_maps_with_one_state_that_do_not_fit_fall_into_segments(emulation: Emulation, case: Case,
+                                                                dtype: torch.dtype) -> None:
+    with emulation.serve(seed=5, shared_limit=48 * 1024):
+        check(case, dtype)
+        assert emulation.launches > 5
 
 
 def test_a_map_is_one_launch(emulation: Emulation) -> None:
@@ -100,6 +118,7 @@ def test_more_blocks_than_a_grid_takes_are_divided_among_launches(tmp_path: Path
     few = Emulation(tmp_path, ['-DSSM_MAX_BLOCKS=3'])
     with few.serve():
         check(Cross(2, 9, 15, 40, 1), torch.float32)
+        check(Cross(2, 9, 15, 41, 1), torch.float32)
         assert few.launches > few.blocks / 4
         case = Wavefront(3, 9, 5, 40, 2)
         check_against_loop(cuda_ops.wavefront_scan, loop, case.inputs(), case.options(), WAVEFRONT_PARAMETERS,
@@ -107,10 +126,11 @@ def test_more_blocks_than_a_grid_takes_are_divided_among_launches(tmp_path: Path
 
 
 @pytest.mark.parametrize('launch', range(5))
-def test_a_failed_launch_raises(emulation: Emulation, launch: int) -> None:
-    case = Cross(1, 20, 20, 16, 1)
+@pytest.mark.parametrize('channels', (15, 16))
+def test_a_failed_launch_raises(emulation: Emulation, channels: int, launch: int) -> None:
+    case = Cross(1, 30, 30, channels, 1)
     inputs = rounded(case.inputs(), PARAMETERS, torch.float32)
-    with emulation.serve(fail_launch=launch), torch.no_grad():
+    with emulation.serve(fail_launch=launch, shared_limit=48 * 1024), torch.no_grad():
         with pytest.raises(RuntimeError, match='cuda_ops::route_scan: CUDA error 719: the launch was made to fail'):
             case.function(**inputs)
         case.function(**inputs)

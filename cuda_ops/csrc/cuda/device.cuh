@@ -58,7 +58,31 @@ __device__ __forceinline__ float fast_exp2(float x) {
 #endif
 }
 
-__device__ __forceinline__ float fast_divide(float a, float b) { return __fdividef(a, b); }
+// 1 / x by one instruction, for x from 1 to 3; relative error 2^-23.
+__device__ __forceinline__ float fast_reciprocal(float x) {
+#if defined(__CUDACC__)
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return 1.f / x;
+#endif
+}
+
+// scale * log(1 + t), for t from 0 to 1.
+__device__ __forceinline__ float log_of_one_plus(float t, float scale) {
+  // log(1 + t) = 2 atanh(t / (2 + t)), by a minimax polynomial.
+  const float s = t * fast_reciprocal(t + 2.f), z = s * s;
+  float q = 2.5848155178e-1f * scale;
+  q = q * z + 2.8405319656e-1f * scale;
+  q = q * z + 4.0001240873e-1f * scale;
+  q = q * z + 6.6666665228e-1f * scale;
+  q = q * z + 2.0f * scale;
+  return q * s;
+}
+
+// log2(1 + 2^w), for t = 2^-|w|: a softplus of which both sides are in units of log(2).
+__device__ __forceinline__ float softplus2(float w, float t) { return log_of_one_plus(t, kLog2E) + fmaxf(w, 0.f); }
 
 struct Softplus {
   float value;  // log(1 + exp(v))
@@ -66,17 +90,8 @@ struct Softplus {
 };
 
 __device__ __forceinline__ Softplus softplus(float v) {
-  const bool positive = v > 0;
-  const float t = fast_exp2((positive ? -v : v) * kLog2E);
-  // log(1 + t) = 2 atanh(t / (2 + t)), by a minimax polynomial for t in [0, 1].
-  const float s = fast_divide(t, t + 2.f), z = s * s;
-  float q = 2.5848155178e-1f;
-  q = q * z + 2.8405319656e-1f;
-  q = q * z + 4.0001240873e-1f;
-  q = q * z + 6.6666665228e-1f;
-  q = q * z + 2.0f;
-  const float reciprocal = fast_divide(1.f, t + 1.f);
-  return {q * s + (positive ? v : 0.f), positive ? reciprocal : t * reciprocal};
+  const float t = fast_exp2(-fabsf(v) * kLog2E), reciprocal = fast_reciprocal(t + 1.f);
+  return {log_of_one_plus(t, 1.f) + fmaxf(v, 0.f), v > 0 ? reciprocal : t * reciprocal};
 }
 
 // Sums each of some values over the lanes of a warp, or of each half of it: lane i gets the sum of values[i], modulo their

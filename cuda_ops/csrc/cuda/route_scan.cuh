@@ -6,6 +6,12 @@
 #include "device.cuh"
 
 namespace cuda_ops {
+
+// The kernels for maps with one state: whether they serve, and how; their passes.
+bool one_state_plan_cuda(const RouteScanParams& p, bool backward, int64_t shared_limit, RouteScanPlan* plan);
+int one_state_forward_cuda(const RouteScanParams& p, const RouteScanPlan& plan, void* stream);
+int one_state_backward_cuda(const RouteScanParams& p, const RouteScanPlan& plan, void* stream);
+
 namespace {
 
 // Positions whose B and C a block keeps in shared memory at a time, and those that a thread loads ahead of use.

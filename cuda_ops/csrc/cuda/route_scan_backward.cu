@@ -247,6 +247,7 @@ int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 }  // namespace
 
 int route_scan_backward_cuda(const RouteScanParams& p, const RouteScanPlan& plan, void* stream) {
+  if (plan.one_state) return one_state_backward_cuda(p, plan, stream);
   return for_each_axis<true>(p, plan, stream, [&](const RouteArguments& a, int64_t blocks) {
     return launch_scans(a, plan, blocks, stream);
   });
@@ -259,7 +260,7 @@ int route_scan_plan_cuda(const RouteScanParams& p, bool backward, RouteScanPlan*
     return cudaErrorInvalidValue;
   int64_t limit = 0;
   const int error = shared_memory_limit(&limit);
-  if (error) return error;
+  if (error || one_state_plan_cuda(p, backward, limit, plan)) return error;
 
   bool columns = false, rows = false;
   for (int k = 0; k < p.routes; ++k) (runs_along_columns(p.route[k]) ? columns : rows) = true;

@@ -122,6 +122,7 @@ int launch_scans(const RouteArguments& a, const RouteScanPlan& plan, int64_t blo
 }  // namespace
 
 int route_scan_forward_cuda(const RouteScanParams& p, const RouteScanPlan& plan, void* stream) {
+  if (plan.one_state) return one_state_forward_cuda(p, plan, stream);
   return for_each_axis<false>(p, plan, stream, [&](const RouteArguments& a, int64_t blocks) {
     return launch_scans(a, plan, blocks, stream);
   });
