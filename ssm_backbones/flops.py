@@ -179,9 +179,6 @@ class _Counter(TorchDispatchMode):
                 name = name.rpartition('.')[0]
         return around
 
-    def _leave(self) -> None:
-        self._running.pop()
-
 
 @contextmanager
 def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:

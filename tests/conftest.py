@@ -1,8 +1,11 @@
 """What all tests share."""
 
+import importlib.util
 import logging
 import os
+import socket
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -32,3 +35,20 @@ def log() -> Iterator[list[str]]:
     logger.addHandler(handler)
     yield lines
     logger.removeHandler(handler)
+
+
+@pytest.fixture(scope='module')
+def tool(request: pytest.FixtureRequest) -> ModuleType:
+    """The command line whose file a test module names TOOL, as a module, so that no test needs a process for it."""
+    spec = importlib.util.spec_from_file_location(f'{request.module.TOOL.stem}_tool', request.module.TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        return free.getsockname()[1]

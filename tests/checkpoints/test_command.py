@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from importlib import util
 from pathlib import Path
 
 import pytest
@@ -15,13 +14,10 @@ TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'convert_checkpoint.py'
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch):
+def command(tool, tmp_path, monkeypatch):
     """The tool's main function, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    spec = util.spec_from_file_location('convert_checkpoint_tool', TOOL)
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return tool.main
 
 
 def load(path):

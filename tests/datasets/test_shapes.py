@@ -185,17 +185,6 @@ def test_the_command_makes_what_the_function_makes(tmp_path: Path) -> None:
     ]
 
 
-@pytest.fixture(scope='module')
-def tool() -> ModuleType:
-    """The tool as a module, so that its errors can be tried without a process for each."""
-    from importlib.util import module_from_spec, spec_from_file_location
-
-    spec = spec_from_file_location('make_shapes_tool', TOOL)
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [

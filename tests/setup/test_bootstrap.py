@@ -5,7 +5,6 @@ import fcntl
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -138,15 +137,12 @@ def test_failed_command_is_one_line_with_the_remedy(bootstrap, output, cause, re
     assert '\n' not in message and message.endswith('(full log: /env/.setup/setup.log)')
 
 
-def test_pip_without_a_network_is_recognised(bootstrap, tmp_path):
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
+def test_pip_without_a_network_is_recognised(bootstrap, tmp_path, free_port):
     environ = {name: value for name, value in os.environ.items() if not name.startswith('PIP_')}
     environ['PIP_CONFIG_FILE'] = os.devnull
     with pytest.raises(bootstrap.StepFailed) as failure:
         bootstrap.run_logged([sys.executable, '-m', 'pip', 'download', '--retries', '1', '--no-cache-dir',
-                              '--index-url', f'https://127.0.0.1:{port}/simple', 'torch'],
+                              '--index-url', f'https://127.0.0.1:{free_port}/simple', 'torch'],
                              str(tmp_path / 'log'), environ)
     assert 'index cannot be reached' in bootstrap.diagnose(failure.value.output, 'log')
 

@@ -1,6 +1,5 @@
 """The benchmark: what it computes from its measurements, what it measures, and its command line."""
 
-import importlib.util
 import json
 import statistics
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from ssm_backbones.benchmark.floors import Rates
 from ssm_backbones.benchmark.registry import COMPARISONS, SCALINGS
 from ssm_backbones.benchmark.timing import measure_in_turns
 
+TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'benchmark.py'
 CPU = torch.device('cpu')
 
 
@@ -287,16 +287,6 @@ def test_a_scaling_that_fails_does_not_stop_the_rest(
 def test_peak_memory_that_cannot_be_measured_is_an_error() -> None:
     with pytest.raises(RuntimeError, match='peak memory of vmamba-tiny at 0x0 could not be measured'):
         scaling_peak('vmamba-tiny', 0, 'cpu')
-
-
-@pytest.fixture
-def tool() -> ModuleType:
-    path = Path(__file__).resolve().parents[2] / 'tools' / 'benchmark.py'
-    spec = importlib.util.spec_from_file_location('benchmark_tool', path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_command_prints_a_table_and_writes_json(

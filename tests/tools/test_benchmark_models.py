@@ -2,7 +2,6 @@
 
 import json
 import math
-from importlib import util
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +14,7 @@ from ssm_backbones.benchmark.models import ModelOptions, Subject, measure_models
 from ssm_backbones.benchmark.plot import draw_models
 from ssm_backbones.preflight import CommandError
 
+TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'benchmark.py'
 CPU = torch.device('cpu')
 HEADS = {'mmpretrain': 'head', 'mmseg': 'decode_head', 'mmdet': 'roi_head'}
 
@@ -23,17 +23,6 @@ HEADS = {'mmpretrain': 'head', 'mmseg': 'decode_head', 'mmdet': 'roi_head'}
 def configs(write_config) -> dict[str, str]:
     """A tiny config of every library."""
     return {host: str(write_config(host)) for host in HEADS}
-
-
-@pytest.fixture(scope='module')
-def tool() -> ModuleType:
-    """The command line."""
-    path = Path(__file__).resolve().parents[2] / 'tools' / 'benchmark.py'
-    spec = util.spec_from_file_location('benchmark_models_tool', path)
-    assert spec and spec.loader
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def options(*paths: str, **changes) -> ModelOptions:

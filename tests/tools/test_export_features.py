@@ -1,6 +1,5 @@
 """Feature export: what is written is what the model computes, once, whatever happens in between."""
 
-import importlib.util
 import json
 import os
 import resource
@@ -29,16 +28,7 @@ from ssm_backbones.preflight import CommandError, check_device
 from ssm_backbones.runner import load_config
 from ssm_backbones.visualize.figures import VisualizeOptions, visualize
 
-ROOT = Path(__file__).resolve().parents[2]
-TOOL = ROOT / 'tools' / 'export_features.py'
-
-
-@pytest.fixture(scope='module')
-def tool():
-    spec = importlib.util.spec_from_file_location('export_features', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'export_features.py'
 
 
 @pytest.fixture(scope='module')
@@ -326,13 +316,13 @@ def test_the_bound_on_pixels_is_the_one_asked_for(tmp_path, monkeypatch) -> None
     assert Image.MAX_IMAGE_PIXELS == 10
 
 
-def test_processes_share_the_pictures(models, tmp_path, shapes, environment, export) -> None:
+def test_processes_share_the_pictures(models, tmp_path, shapes, environment, export, free_port) -> None:
     pictures = shapes / 'ade20k' / 'images' / 'training'
     (tmp_path / 'in').mkdir()
     for path in pictures.iterdir():
         (tmp_path / 'in' / path.name).write_bytes(path.read_bytes())
     (tmp_path / 'in' / 'broken.jpg').write_bytes(b'x')
-    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29655', TOOL,
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', f'--master_port={free_port}', TOOL,
                *models['mmseg'], tmp_path / 'in', '--out', tmp_path / 'out', '--launcher', 'pytorch', '--workers', '0']
     result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode != 0 and 'error: 1 pictures could not be exported' in result.stderr

@@ -1,6 +1,5 @@
 """Export to ONNX: every family, standard operators alone, the same numbers in onnxruntime."""
 
-import importlib.util
 import os
 import signal
 from pathlib import Path
@@ -15,15 +14,7 @@ from ssm_backbones.export import onnx as exporting
 from ssm_backbones.export.models import build_model
 from ssm_backbones.runner import load_config
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope='module')
-def tool():
-    spec = importlib.util.spec_from_file_location('export_onnx', ROOT / 'tools' / 'export_onnx.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'export_onnx.py'
 
 
 def check_standard(path) -> None:

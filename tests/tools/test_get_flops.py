@@ -1,7 +1,6 @@
 """tools/get_flops.py, as users call it."""
 
 import re
-from importlib import util
 from pathlib import Path
 
 import pytest
@@ -9,17 +8,15 @@ import pytest
 from ssm_backbones.flops import CONVENTION
 
 ROOT = Path(__file__).resolve().parents[2]
+TOOL = ROOT / 'tools' / 'get_flops.py'
 CONFIG = str(ROOT / 'configs/vmamba/vmamba-tiny_8xb128_in1k.py')
 TINY = ['--cfg-options', 'model.backbone.arch=test', 'model.head.in_channels=128']
 
 
 @pytest.fixture(scope='module')
-def main():
+def main(tool):
     """The tool's main function."""
-    spec = util.spec_from_file_location('get_flops_tool', ROOT / 'tools/get_flops.py')
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return tool.main
 
 
 def test_prints_parameters_flops_and_the_convention(main, capsys):

@@ -12,10 +12,10 @@ TOOLS = Path(__file__).resolve().parents[2] / 'tools'
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='one process is started for each GPU, of which there may be one')
-def test_dist_train_and_test_share_the_work(write_config, environment, tmp_path) -> None:
+def test_dist_train_and_test_share_the_work(write_config, environment, tmp_path, free_port) -> None:
     changes = 'train_cfg = dict(max_epochs=1)\nval_cfg = val_dataloader = val_evaluator = None'
     config, work_dir = str(write_config('mmpretrain', changes)), tmp_path / 'work'
-    environment = {**environment, 'PORT': '29611'}
+    environment = {**environment, 'PORT': str(free_port)}
     subprocess.run(
         [TOOLS / 'dist_train.sh', config, '2', '--work-dir', work_dir], env=environment, check=True, timeout=300
     )

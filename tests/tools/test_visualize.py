@@ -1,6 +1,5 @@
 """The figures' command line: what it draws is what the library computes, and bad input ends in one line."""
 
-import importlib.util
 from functools import partial
 from pathlib import Path
 
@@ -15,21 +14,13 @@ from ssm_backbones.preflight import CommandError
 from ssm_backbones.runner import load_config
 from ssm_backbones.visualize import activation_maps, draw_erf_before_and_after, drawing, figures, receptive_field
 
-ROOT = Path(__file__).resolve().parents[2]
+TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'visualize.py'
 FAMILIES = {
     'mmdet': "model = dict(backbone=dict(type='VMamba', arch='test'))",
     'mmseg': "model = dict(backbone=dict(type='Mamba2D', arch='test'))",
     'mmpretrain': "model = dict(backbone=dict(type='V2M', arch='test', out_indices=(3, ), _delete_=True), "
                   'head=dict(in_channels=16))',
 }
-
-
-@pytest.fixture(scope='module')
-def tool():
-    spec = importlib.util.spec_from_file_location('visualize', ROOT / 'tools' / 'visualize.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope='module')
