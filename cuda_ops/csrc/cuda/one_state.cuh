@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kRun = 8, kPairs = 8, kRuns = kWarp / kPairs, kChunk = kRuns * kRun, kTile = 2 * kPairs;
 // The most warps of a block: registers allow no more.
-constexpr int kOneStateForwardWarps = 14, kOneStateBackwardWarps = 12;
+constexpr int kOneStateForwardWarps = 14, kOneStateBackwardWarps = 8;
 static_assert(kChunk == kWarp, "each lane finds one pixel of its warp's chunk");
 
 struct OneStateArguments {
@@ -139,37 +139,29 @@ struct PairParameters {
     }
   }
 
-  // The step sizes of a run, and their slopes.
+  // The step sizes of a run, and where they are wanted their slopes times log2(e).
   template <class T>
   __device__ __forceinline__ void steps(const OneStateArguments& a, const Two<T> (&raw)[kRun], float (&steps)[kRun][2],
-                                        float (&slopes)[kRun][2]) const {
+                                        float (*slopes)[2] = nullptr) const {
 #pragma unroll
     for (int u = 0; u < kRun; ++u) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const float w = to_float(raw[u].of[c]) * kLog2E + bias[c];
-        steps[u][c] = w, slopes[u][c] = kLog2E;
-        if (!a.p.delta_softplus) continue;
-        const float t = fast_exp2(-fabsf(w)), scaled = kLog2E * fast_reciprocal(t + 1.f);
-        steps[u][c] = softplus2(w, t), slopes[u][c] = w > 0 ? scaled : t * scaled;
+        steps[u][c] = to_float(raw[u].of[c]) * kLog2E + bias[c];
+        if (slopes) slopes[u][c] = kLog2E;
       }
-    }
-  }
-
-  // The step sizes of a run alone.
-  template <class T>
-  __device__ __forceinline__ void steps(const OneStateArguments& a, const Two<T> (&raw)[kRun],
-                                        float (&steps)[kRun][2]) const {
-#pragma unroll
-    for (int u = 0; u < kRun; ++u) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) steps[u][c] = to_float(raw[u].of[c]) * kLog2E + bias[c];
     }
     if (!a.p.delta_softplus) return;
 #pragma unroll
     for (int u = 0; u < kRun; ++u) {
 #pragma unroll
-      for (int c = 0; c < 2; ++c) steps[u][c] = softplus2(steps[u][c], fast_exp2(-fabsf(steps[u][c])));
+      for (int c = 0; c < 2; ++c) {
+        const float w = steps[u][c], t = fast_exp2(-fabsf(w));
+        steps[u][c] = softplus2(w, t);
+        if (!slopes) continue;
+        const float scaled = kLog2E * fast_reciprocal(t + 1.f);
+        slopes[u][c] = w > 0 ? scaled : t * scaled;
+      }
     }
   }
 };

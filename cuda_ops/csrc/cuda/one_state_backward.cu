@@ -78,7 +78,8 @@ __global__ void __launch_bounds__(kOneStateBackwardWarps* kWarp, 1) one_state_ba
         saved[0] = states[0], saved[1] = states[1];
       }
 
-      float steps[kRun][2], slopes[kRun][2], decay[kRun][2], state[kRun][2], B[kRun], C[kRun];
+      float steps[kRun][2], slopes[kRun][2], decay[kRun][2], inflow[kRun][2], state[kRun][2];
+      float B[kRun], C[kRun];
       parameters.steps(a, raw, steps, slopes);
       read_run(notes.places(), site.run, places);
       if (rank >= site.chunks || chunk.first + kChunk > site.begin + site.count || !site.active) {
@@ -112,7 +113,8 @@ __global__ void __launch_bounds__(kOneStateBackwardWarps* kWarp, 1) one_state_ba
         for (int c = 0; c < 2; ++c) {
           total[c] += steps[u][c];
           decay[u][c] = fast_exp2(steps[u][c] * parameters.rate[c]);
-          own.end[c] = decay[u][c] * own.end[c] + to_float(x[u].of[c]) * B[u] * steps[u][c];
+          inflow[u][c] = to_float(x[u].of[c]) * B[u] * steps[u][c];
+          own.end[c] = decay[u][c] * own.end[c] + inflow[u][c];
         }
       }
 #pragma unroll
@@ -130,7 +132,7 @@ __global__ void __launch_bounds__(kOneStateBackwardWarps* kWarp, 1) one_state_ba
 #pragma unroll
         for (int u = 0; u < kRun; ++u) {
           state[u][c] = running;  // before the position
-          running = decay[u][c] * running + to_float(x[u].of[c]) * B[u] * steps[u][c];
+          running = decay[u][c] * running + inflow[u][c];
         }
       }
       const Stretch behind = runs_before<true>(site, back, &all);
@@ -157,15 +159,15 @@ __global__ void __launch_bounds__(kOneStateBackwardWarps* kWarp, 1) one_state_ba
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           const float dy = to_float(grad_y[u].of[c]), input = to_float(x[u].of[c]), step = steps[u][c];
-          const float grad = carry[c] + C[u] * dy, weighted = B[u] * grad, moved = input * step;
+          const float grad = carry[c] + C[u] * dy, weighted = B[u] * grad;
           carry[c] = grad * decay[u][c];
           const float through_decay = carry[c] * state[u][c];
           const float raw_grad = (through_decay * (parameters.rate[c] * kLn2) + weighted * input) * slopes[u][c];
           grad_rate[c] += through_decay * step, grad_bias[c] += raw_grad;
           grad_x.of[c] += weighted * step;
           grad_raw.of[c] = from_float<T>(raw_grad);
-          through_B[u] += grad * moved;
-          through_C[u] += dy * (decay[u][c] * state[u][c] + B[u] * moved);
+          through_B[u] += grad * (input * step);
+          through_C[u] += dy * (decay[u][c] * state[u][c] + inflow[u][c]);
         }
         *sum = grad_x;
         Two<T>* target = reinterpret_cast<Two<T>*>(grad_delta + int64_t(pixels[u]) * bytes);
