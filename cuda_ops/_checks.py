@@ -47,6 +47,12 @@ def states(A: Tensor, name: str = 'A') -> None:
         raise ValueError(f'{name} must hold at least one state for each channel, got shape {tuple(A.shape)}')
 
 
+def rank(delta_weight: Tensor) -> None:
+    """Raise ValueError unless step sizes (K, E, R) are made of at least one factor."""
+    if delta_weight.shape[-1] < 1:
+        raise ValueError(f'delta_weight must take at least one factor, got shape {tuple(delta_weight.shape)}')
+
+
 def same_dtype_and_device(**tensors: Tensor | None) -> None:
     """Raise TypeError or ValueError unless all tensors share a supported floating dtype and a device."""
     given = [(name, value) for name, value in tensors.items() if value is not None]

@@ -19,6 +19,20 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def step_sizes(factors: Tensor, weight: Tensor) -> Tensor:
+    """Step sizes of their low-rank factors, ``delta[..., k, :] = weight[k] @ factors[..., k, :]``, in their dtype.
+
+    Args:
+        factors: (B, H, W, K, R).
+        weight: (K, E, R), in any floating dtype.
+
+    Returns:
+        (B, H, W, K, E), routes lying apart in memory, as one product for each of them leaves them.
+    """
+    products = torch.bmm(factors.flatten(0, 2).transpose(0, 1), weight.to(factors.dtype).transpose(1, 2))
+    return products.unflatten(1, factors.shape[:3]).permute(1, 2, 3, 0, 4)
+
+
 def linear_recurrence(decay: Tensor, inflow: Tensor) -> Tensor:
     """``h_l = decay_l * h_{l-1} + inflow_l`` along dim 1, from ``h_0 = 0``, in log2(length) steps.
 

@@ -27,13 +27,37 @@ from cuda_ops.reference import COLUMN, COLUMN_REVERSED, ROW, ROW_REVERSED, state
 
 _LIBRARY = torch.library.Library('cuda_ops', 'FRAGMENT')
 _LIBRARY.define('route_scan(Tensor x, Tensor delta, Tensor A, Tensor? B, Tensor? C, Tensor? D, Tensor? delta_bias, '
-                'int[] routes, bool per_line, bool delta_softplus, int chunk) -> (Tensor, Tensor, Tensor)')
+                'int[] routes, bool per_line, bool delta_softplus, int chunk, Tensor? delta_weight=None) '
+                '-> (Tensor, Tensor, Tensor)')
+# With delta_weight, delta holds the factors of step sizes, and the backward operator returns the gradient of the step
+# sizes themselves: those of factors and weight are matrix products of it.
 _LIBRARY.define('route_scan_backward(Tensor grad_output, Tensor? grad_last, Tensor x, Tensor delta, Tensor A, '
                 'Tensor? B, Tensor? C, Tensor? D, Tensor? delta_bias, Tensor states, int[] routes, bool per_line, '
-                'bool delta_softplus, int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)')
+                'bool delta_softplus, int chunk, Tensor? delta_weight=None) '
+                '-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)')
 
 CROSS_ROUTES = [ROW, COLUMN, ROW_REVERSED, COLUMN_REVERSED]
 _AXES = {'row': ROW, 'column': COLUMN}
+# As many factors of a step size as the kernels hold; beyond, products on tensor cores cost less.
+_MOST_FACTORS = 16
+
+
+def _on_gpu(x: Tensor) -> bool:
+    """Whether CUDA kernels serve a map."""
+    return x.device.type == 'cuda' and 'cuda' in _library.STATUS.devices
+
+
+def takes_low_rank(x: Tensor, states: int, rank: int) -> bool:
+    """Whether a scan makes step sizes of their low-rank factors itself, and gains by it.
+
+    Where it does not, a matrix product before the scan is the better way; the results are the same but for rounding.
+
+    Args:
+        x: (B, H, W, E) map.
+        states: N.
+        rank: R, the number of factors of each step size.
+    """
+    return _on_gpu(x) and states == 1 and x.shape[3] % 2 == 0 and rank % 2 == 0 and 2 <= rank <= _MOST_FACTORS
 
 
 def _chunk_length(states: int, device_type: str) -> int:
@@ -65,7 +89,7 @@ def _empty_outputs(x: Tensor, A: Tensor, routes: Sequence[int], per_line: bool,
 
 
 def _empty_gradients(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Tensor | None, D: Tensor | None,
-                     delta_bias: Tensor | None) -> tuple[Tensor, ...]:
+                     delta_bias: Tensor | None, delta_weight: Tensor | None) -> tuple[Tensor, ...]:
     """Allocate the gradients in the operator's order; an input that was not given has an empty one."""
     dtype = state_dtype(x.dtype)
 
@@ -75,32 +99,41 @@ def _empty_gradients(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: T
         return torch.empty_like(value, dtype=value_dtype, memory_format=torch.contiguous_format)
 
     # Delta is by far the largest: its gradient keeps the strides it came with, so that its producer need not copy.
-    return (like(x, x.dtype), torch.empty_like(delta), like(A, dtype), like(B, x.dtype), like(C, x.dtype),
+    if delta_weight is None:
+        grad_delta = torch.empty_like(delta)
+    else:
+        grad_delta = x.new_empty((delta.shape[3], *x.shape)).permute(1, 2, 3, 0, 4)
+    return (like(x, x.dtype), grad_delta, like(A, dtype), like(B, x.dtype), like(C, x.dtype),
             like(D, dtype), like(delta_bias, dtype))
 
 
 @torch.library.register_fake('cuda_ops::route_scan')
-def _(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus, chunk):
+def _(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus, chunk, delta_weight=None):
     return _empty_outputs(x, A, routes, per_line, chunk)
 
 
 @torch.library.register_fake('cuda_ops::route_scan_backward')
-def _(grad_output, grad_last, x, delta, A, B, C, D, delta_bias, states, routes, per_line, delta_softplus, chunk):
-    return _empty_gradients(x, delta, A, B, C, D, delta_bias)
+def _(grad_output, grad_last, x, delta, A, B, C, D, delta_bias, states, routes, per_line, delta_softplus, chunk,
+      delta_weight=None):
+    return _empty_gradients(x, delta, A, B, C, D, delta_bias, delta_weight)
 
 
-def _reference_forward(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus, chunk):
+def _reference_forward(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus, chunk, delta_weight=None):
     _checks.decay_rates(A)
+    if delta_weight is not None:
+        delta = reference.step_sizes(delta, delta_weight)
     outputs = _empty_outputs(x, A, routes, per_line, 0)
     y, last = reference.route_scan(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus)
     return y, last, outputs[2] if not chunk else _empty_outputs(x, A, routes, per_line, chunk)[2].zero_()
 
 
 def _reference_backward(grad_output, grad_last, x, delta, A, B, C, D, delta_bias, states, routes, per_line,
-                        delta_softplus, chunk):
+                        delta_softplus, chunk, delta_weight=None):
+    outputs = _empty_gradients(x, delta, A, B, C, D, delta_bias, delta_weight)
+    if delta_weight is not None:
+        delta = reference.step_sizes(delta, delta_weight)
     grads = reference.route_scan_backward(grad_output, grad_last, x, delta, A, B, C, D, delta_bias, routes, per_line,
                                           delta_softplus)
-    outputs = _empty_gradients(x, delta, A, B, C, D, delta_bias)
     for name, output in zip(('x', 'delta', 'A', 'B', 'C', 'D', 'delta_bias'), outputs, strict=True):
         if name in grads:
             output.copy_(grads[name])
@@ -108,25 +141,36 @@ def _reference_backward(grad_output, grad_last, x, delta, A, B, C, D, delta_bias
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus, chunk = inputs
-    ctx.save_for_backward(x, delta, A, B, C, D, delta_bias, output[2])
+    x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus, chunk, delta_weight = inputs
+    ctx.save_for_backward(x, delta, A, B, C, D, delta_bias, output[2], delta_weight)
     ctx.options = (routes, per_line, delta_softplus, chunk)
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_output, grad_last, _grad_states):
-    tensors = ctx.saved_tensors
-    x, states = tensors[0], tensors[-1]
+    *tensors, states, delta_weight = ctx.saved_tensors
+    x, delta = tensors[:2]
     if grad_output is None:
         grad_output = torch.zeros_like(x)
     if ctx.options[-1] == 0:
         raise RuntimeError('route_scan ran with chunk=0, which saves no states for a backward pass; '
                            'pass a chunk length')
-    grads = torch.ops.cuda_ops.route_scan_backward(grad_output, grad_last, *tensors[:-1], states, *ctx.options)
-    given = [grad.to(tensor.dtype) if tensor is not None else None
-             for grad, tensor in zip(grads, tensors[:-1], strict=True)]
-    return *given, None, None, None, None
+    grads = list(torch.ops.cuda_ops.route_scan_backward(grad_output, grad_last, *tensors, states, *ctx.options,
+                                                        delta_weight))
+    grad_weight = None
+    if delta_weight is not None:
+        grads[1], grad_weight = _gradients_of_factors(grads[1], delta, delta_weight)
+    given = [grad.to(tensor.dtype) if tensor is not None else None for grad, tensor in zip(grads, tensors, strict=True)]
+    return *given, None, None, None, None, grad_weight
+
+
+def _gradients_of_factors(grad_delta: Tensor, factors: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`cuda_ops.reference.step_sizes` in (B, H, W, K, R) factors and (K, E, R) weight."""
+    routes = grad_delta.flatten(0, 2).transpose(0, 1)
+    grad_factors = torch.bmm(routes, weight.to(routes.dtype)).unflatten(1, factors.shape[:3]).permute(1, 2, 3, 0, 4)
+    grad_weight = torch.bmm(routes.transpose(1, 2), factors.flatten(0, 2).transpose(0, 1))
+    return grad_factors, grad_weight.to(weight.dtype)
 
 
 def _no_double_backward(ctx, *grads):
@@ -143,26 +187,37 @@ _library.serve(_LIBRARY, {'route_scan': _reference_forward, 'route_scan_backward
 @register_flop_formula(torch.ops.cuda_ops.route_scan)
 def route_scan_flops(x_shape: Sequence[int], delta_shape: Sequence[int], A_shape: Sequence[int], *args: object,
                      **kwargs: object) -> int:
-    """The field's count of a selective scan, 9 * L * E * N for each route and image (multiply-adds counted once)."""
+    """The field's count of a selective scan, 9 * L * E * N for each route and image (multiply-adds counted once).
+
+    With step sizes of R factors there are L * E * R more, those of the product that makes them.
+    """
     batch, height, width, channels = x_shape
-    return 9 * batch * height * width * channels * A_shape[2] * A_shape[0]
+    routes, _, states = A_shape
+    # By position: the weight is the operator's twelfth argument.
+    weight_shape = args[8] if len(args) > 8 else None
+    rank = delta_shape[4] if weight_shape is not None else 0
+    return batch * height * width * routes * channels * (9 * states + rank)
 
 
 def _scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Tensor | None, D: Tensor | None,
-          delta_bias: Tensor | None, routes: list[int], per_line: bool, delta_softplus: bool) -> tuple[Tensor, Tensor]:
+          delta_bias: Tensor | None, routes: list[int], per_line: bool, delta_softplus: bool,
+          delta_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Call the operator on checked inputs: parameters in the state dtype, states saved if a backward pass may come."""
     dtype = state_dtype(x.dtype)
     A = A.to(dtype)
-    D, delta_bias = (None if value is None else value.to(dtype) for value in (D, delta_bias))
+    D, delta_bias, delta_weight = (None if value is None else value.to(dtype)
+                                   for value in (D, delta_bias, delta_weight))
     tensors = (x, delta, A, B, C, D, delta_bias)
-    differentiable = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in tensors)
+    differentiable = torch.is_grad_enabled() and any(value is not None and value.requires_grad
+                                                     for value in (*tensors, delta_weight))
     chunk = _chunk_length(A.shape[2], x.device.type) if differentiable else 0
-    output, last, _ = torch.ops.cuda_ops.route_scan(*tensors, routes, per_line, delta_softplus, chunk)
+    output, last, _ = torch.ops.cuda_ops.route_scan(*tensors, routes, per_line, delta_softplus, chunk, delta_weight)
     return output, last
 
 
 def cross_selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
-                         delta_bias: Tensor | None = None, delta_softplus: bool = True) -> Tensor:
+                         delta_bias: Tensor | None = None, delta_softplus: bool = True,
+                         delta_weight: Tensor | None = None) -> Tensor:
     """SS2D's core: four selective scans over the grid, summed in image order.
 
     The routes are, in this order along every dimension of size 4: row-major, column-major, row-major reversed,
@@ -170,13 +225,17 @@ def cross_selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tens
 
     Args:
         x: (B, H, W, E) map; float32, bfloat16 or float16 (float64 on CPU). H and W are at least 1.
-        delta: (B, H, W, 4, E) step sizes before bias and softplus, in x's dtype.
+        delta: (B, H, W, 4, E) step sizes before bias and softplus, in x's dtype; with ``delta_weight`` their factors,
+            (B, H, W, 4, R) with R of at least 1.
         A: (4, E, N) decay rates, finite and not positive (checked on CPU; a GPU would have to wait for the answer).
         B: (B, H, W, 4, N) input projections, in x's dtype.
         C: (B, H, W, 4, N) output projections, in x's dtype.
         D: (4, E) skip weights, or None for no skip.
         delta_bias: (4, E), or None.
         delta_softplus: whether delta + delta_bias passes a softplus.
+        delta_weight: (4, E, R), or None. With it the step sizes are ``delta_weight[k] @ delta[..., k, :]``. Where the
+            scan takes their factors itself (see :func:`cuda_ops.route_scan.takes_low_rank`) they are never stored;
+            elsewhere they are made in x's dtype before the scan, and made again in the backward pass.
 
     Returns:
         (B, H, W, E) in x's dtype. Differentiable once, in every floating input. Under autocast, x, delta, B and C are
@@ -187,12 +246,19 @@ def cross_selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tens
         TypeError: dtypes are mixed or not supported.
     """
     _checks.tensors(x=x, delta=delta, A=A, B=B, C=C)
-    _checks.tensors_or_none(D=D, delta_bias=delta_bias)
+    _checks.tensors_or_none(D=D, delta_bias=delta_bias, delta_weight=delta_weight)
     _checks.ndim('x', x, 4, '(batch, height, width, channels)')
     batch, height, width, channels = x.shape
     _checks.ndim('A', A, 3, '(4, channels, states)')
     states = A.shape[2]
-    _checks.shape('delta', delta, (batch, height, width, 4, channels), '(batch, height, width, 4, channels)')
+    if delta_weight is None:
+        _checks.shape('delta', delta, (batch, height, width, 4, channels), '(batch, height, width, 4, channels)')
+    else:
+        _checks.ndim('delta_weight', delta_weight, 3, '(4, channels, rank)')
+        rank = delta_weight.shape[2]
+        _checks.shape('delta_weight', delta_weight, (4, channels, rank), '(4, channels, rank)')
+        _checks.rank(delta_weight)
+        _checks.shape('delta', delta, (batch, height, width, 4, rank), '(batch, height, width, 4, rank)')
     _checks.shape('A', A, (4, channels, states), '(4, channels, states)')
     for name, projection in (('B', B), ('C', C)):
         _checks.shape(name, projection, (batch, height, width, 4, states), '(batch, height, width, 4, states)')
@@ -202,8 +268,9 @@ def cross_selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tens
     _checks.states(A)
     x, delta, B, C = _checks.autocast(x, delta, B, C)
     _checks.same_dtype_and_device(x=x, delta=delta, B=B, C=C)
-    _checks.same_device(x, A=A, D=D, delta_bias=delta_bias)
-    return _scan(x, delta, A, B.unsqueeze(4), C.unsqueeze(4), D, delta_bias, CROSS_ROUTES, False, delta_softplus)[0]
+    _checks.same_device(x, A=A, D=D, delta_bias=delta_bias, delta_weight=delta_weight)
+    return _scan(x, delta, A, B.unsqueeze(4), C.unsqueeze(4), D, delta_bias, CROSS_ROUTES, False, delta_softplus,
+                 delta_weight)[0]
 
 
 def line_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Tensor | None, D: Tensor | None = None,

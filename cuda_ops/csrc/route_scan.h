@@ -19,11 +19,13 @@ struct RouteScanParams {
   bool per_line, delta_softplus;
 
   GridTensor x;            // (B, H, W, E) data
-  GridTensor delta;        // (B, H, W, K, E) data
+  GridTensor delta;        // (B, H, W, K, E) data, or its factors: (B, H, W, K, rank)
   GridTensor B, C;         // (B, H, W, K, G, N) data; null means ones
   const void* A;           // (K, E, N) state
   const void* D;           // (K, E) state, or null
   const void* delta_bias;  // (K, E) state, or null
+  const void* delta_weight;  // (K, E, rank) state: what makes delta of its factors; on CUDA alone
+  int64_t rank;              // 0 where delta is given as such
   void* last;              // (B, K, E, N) state, null with per_line
   void* saved;             // (B, K, lines, saved, N, E) state
   void* y;                 // (B, H, W, E) state, contiguous; forward only

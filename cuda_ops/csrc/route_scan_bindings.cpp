@@ -13,12 +13,12 @@ namespace {
 // What the forward and the backward pass share: inputs checked, made addressable, and kept alive.
 struct Inputs {
   Tensor x, delta, A;
-  OptionalTensor B, C, D, delta_bias;
+  OptionalTensor B, C, D, delta_bias, delta_weight;
   RouteScanParams params{};
 
   Inputs(const Tensor& x_, const Tensor& delta_, const Tensor& A_, const OptionalTensor& B_, const OptionalTensor& C_,
          const OptionalTensor& D_, const OptionalTensor& delta_bias_, at::IntArrayRef routes, bool per_line,
-         bool delta_softplus, int64_t chunk) {
+         bool delta_softplus, int64_t chunk, const OptionalTensor& delta_weight_) {
     TORCH_CHECK_VALUE(x_.dim() == 4, "x must be (batch, height, width, channels), got ", x_.sizes());
     TORCH_CHECK_VALUE(A_.dim() == 3, "A must be (routes, channels, states), got ", A_.sizes());
     const int64_t count = int64_t(routes.size());
@@ -44,7 +44,12 @@ struct Inputs {
     const auto type = x_.scalar_type(), state = state_type(x_);
     const std::vector<int64_t> projected{p.batch, p.height, p.width, count, p.groups, p.states};
     const auto device = x_.device();
-    check_shape("delta", delta_, {p.batch, p.height, p.width, count, p.channels}, type, device);
+    TORCH_CHECK_VALUE(!delta_weight_ || (delta_weight_->dim() == 3 && delta_weight_->size(2) >= 1),
+                      "delta_weight must be (routes, channels, rank), the rank at least 1, got ",
+                      delta_weight_ ? delta_weight_->sizes() : at::IntArrayRef{});
+    p.rank = delta_weight_ ? delta_weight_->size(2) : 0;
+    check_shape("delta", delta_, {p.batch, p.height, p.width, count, delta_weight_ ? p.rank : p.channels}, type, device);
+    check_shape("delta_weight", delta_weight_, {count, p.channels, p.rank}, state, device);
     check_shape("A", A_, {count, p.channels, p.states}, state, device);
     check_shape("B", B_, projected, type, device);
     check_shape("C", C_, projected, type, device);
@@ -53,9 +58,23 @@ struct Inputs {
 
     x = last_contiguous(x_), delta = last_contiguous(delta_), A = A_.contiguous();
     B = last_contiguous(B_), C = last_contiguous(C_), D = contiguous(D_), delta_bias = contiguous(delta_bias_);
+    delta_weight = contiguous(delta_weight_);
     check_decay_rates("A", A);
     p.x = grid_tensor(x), p.delta = grid_tensor(delta), p.B = grid_tensor(B), p.C = grid_tensor(C);
     p.A = A.const_data_ptr(), p.D = address(D), p.delta_bias = address(delta_bias);
+    p.delta_weight = address(delta_weight);
+  }
+
+  // Step sizes of their factors, for kernels that take them as such.
+  void multiply() {
+    if (!delta_weight) return;
+    const c10::impl::ExcludeDispatchKeyGuard plain(c10::autocast_dispatch_keyset);
+    const RouteScanParams& p = params;
+    delta = at::bmm(delta.flatten(0, 2).transpose(0, 1), delta_weight->to(delta.scalar_type()).transpose(1, 2))
+                .view({p.routes, p.batch, p.height, p.width, p.channels})
+                .permute({1, 2, 3, 0, 4});
+    delta_weight.reset();
+    params.delta = grid_tensor(delta), params.delta_weight = nullptr, params.rank = 0;
   }
 };
 
@@ -70,6 +89,10 @@ struct CudaScratch {
     result = at::empty(x.sizes(), x.options());
     if (!x.numel()) return;
     cuda.check(cuda->route_scan_plan(p, backward, &plan), "cuda_ops::route_scan");
+    if (p.rank && !plan.one_state) {
+      inputs.multiply();
+      cuda.check(cuda->route_scan_plan(p, backward, &plan), "cuda_ops::route_scan");
+    }
     const auto state = x.options().dtype(at::kFloat);
     const int64_t lines = route_shape(p.route[0], p.per_line, p.height, p.width).lines;
     if (plan.partial) sums = x.scalar_type() == at::kFloat ? result : at::empty(x.sizes(), state);
@@ -87,9 +110,9 @@ std::tuple<Tensor, Tensor, Tensor> route_scan(const Tensor& x, const Tensor& del
                                               const OptionalTensor& B, const OptionalTensor& C,
                                               const OptionalTensor& D, const OptionalTensor& delta_bias,
                                               at::IntArrayRef routes, bool per_line, bool delta_softplus,
-                                              int64_t chunk) {
+                                              int64_t chunk, const OptionalTensor& delta_weight) {
   const Cuda cuda(x);
-  Inputs inputs(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus, chunk);
+  Inputs inputs(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus, chunk, delta_weight);
   RouteScanParams& p = inputs.params;
   const auto state = x.options().dtype(state_type(x));
   const RouteShape shape = route_shape(p.route[0], per_line, p.height, p.width);
@@ -103,6 +126,7 @@ std::tuple<Tensor, Tensor, Tensor> route_scan(const Tensor& x, const Tensor& del
     if (x.numel()) cuda.check(cuda->route_scan_forward(p, scratch.plan, cuda.stream()), "cuda_ops::route_scan");
     return {scratch.result, last, saved};
   }
+  inputs.multiply();
   Tensor y = at::empty(x.sizes(), state);
   p.y = y.data_ptr();
   route_scan_forward_cpu(p, parallel_for);
@@ -112,10 +136,11 @@ std::tuple<Tensor, Tensor, Tensor> route_scan(const Tensor& x, const Tensor& del
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route_scan_backward(
     const Tensor& grad_output, const OptionalTensor& grad_last, const Tensor& x, const Tensor& delta, const Tensor& A,
     const OptionalTensor& B, const OptionalTensor& C, const OptionalTensor& D, const OptionalTensor& delta_bias,
-    const Tensor& saved_states_, at::IntArrayRef routes, bool per_line, bool delta_softplus, int64_t chunk) {
+    const Tensor& saved_states_, at::IntArrayRef routes, bool per_line, bool delta_softplus, int64_t chunk,
+    const OptionalTensor& delta_weight) {
   TORCH_CHECK_VALUE(chunk >= 1, "the backward pass needs the states saved with a chunk of at least 1, got ", chunk);
   const Cuda cuda(x);
-  Inputs inputs(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus, chunk);
+  Inputs inputs(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus, chunk, delta_weight);
   RouteScanParams& p = inputs.params;
   const auto type = x.scalar_type();
   const auto state = x.options().dtype(state_type(x));
@@ -128,10 +153,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route_scan_ba
               x.device());
   const Tensor grad_y = last_contiguous(grad_output), saved = saved_states_.contiguous();
   const OptionalTensor grad_last_state = per_line ? std::nullopt : contiguous(grad_last);
-  Tensor grad_delta = at::empty_like(delta);
+  // The gradient of factors is left to the caller.
+  Tensor grad_delta = delta_weight ? at::empty({p.routes, p.batch, p.height, p.width, p.channels}, delta.options())
+                                         .permute({1, 2, 3, 0, 4})
+                                   : at::empty_like(delta);
   // The kernel writes where the gradient has unit stride along channels, as delta usually has.
   Tensor grad_delta_rows =
-      has_unit_stride(grad_delta) ? grad_delta : at::empty_like(delta, at::MemoryFormat::Contiguous);
+      has_unit_stride(grad_delta) ? grad_delta : at::empty_like(grad_delta, at::MemoryFormat::Contiguous);
   p.grad_y = grid_tensor(grad_y), p.grad_delta = grid_tensor(grad_delta_rows);
   std::optional<CudaScratch> scratch;
   RouteScanWork work{};
@@ -139,6 +167,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route_scan_ba
     scratch.emplace(cuda, inputs, true);
     work = {scratch->plan.tiles, shape.lines * scratch->plan.segments};
   } else {
+    inputs.multiply();
     work = route_scan_work(p);
   }
 

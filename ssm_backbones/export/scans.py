@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cuda_ops.reference import COLUMN, COLUMN_REVERSED, ROW_REVERSED
+from cuda_ops.reference import COLUMN, COLUMN_REVERSED, ROW_REVERSED, step_sizes
 
 _LIBRARY = torch.library.Library('ssm_export', 'DEF')
 _LIBRARY.define('line(Tensor decay, Tensor inflow) -> Tensor')
@@ -63,6 +63,7 @@ def _(left: Tensor, top: Tensor, inflow: Tensor) -> Tensor:
 def route_scan(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Tensor | None, D: Tensor | None,
     delta_bias: Tensor | None, routes: list[int], per_line: bool, delta_softplus: bool, chunk: int,
+    delta_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``cuda_ops::route_scan`` for inference; arguments and results as there, but empty states.
 
@@ -72,6 +73,8 @@ def route_scan(
     if any(value is not None and value.shape[4] != 1 for value in (B, C)):
         raise NotImplementedError('only scans with one group of channels are exported')
     batch, height, width, channels = x.shape
+    if delta_weight is not None:
+        delta = step_sizes(delta, delta_weight)
     d = delta.float() if delta_bias is None else delta.float() + delta_bias
     d = F.softplus(d) if delta_softplus else d
     u = x.float()

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cuda_ops
+from cuda_ops import route_scan
 from ssm_backbones.layers.common import ChannelLastConv2d, Pointwise, decay_rates, init_scan_parameters, pointwise
 
 ROUTES = 4
@@ -58,11 +59,13 @@ class SS2D(nn.Module):
 
         steps, B, C = (self.x_proj(x).unflatten(-1, (ROUTES, self.dt_rank + 2 * self.d_state))
                        .split((self.dt_rank, self.d_state, self.d_state), dim=-1))
-        # One batched product over the routes, left in the order in which it comes: (4, B*H*W, E).
-        delta = torch.bmm(steps.flatten(0, 2).transpose(0, 1), self.dt_weight.transpose(1, 2))
-        delta = delta.view(ROUTES, *x.shape).permute(1, 2, 3, 0, 4)
-        y = cuda_ops.cross_selective_scan(x, delta, self.decay_rates(), B, C, self.D, self.dt_bias,
-                                          delta_softplus=True)
+        dt_weight: Tensor | None = self.dt_weight
+        if not route_scan.takes_low_rank(x, self.d_state, self.dt_rank):
+            # One batched product over the routes, left in the order in which it comes: (4, B*H*W, E).
+            steps = torch.bmm(steps.flatten(0, 2).transpose(0, 1), self.dt_weight.transpose(1, 2))
+            steps, dt_weight = steps.view(ROUTES, *x.shape).permute(1, 2, 3, 0, 4), None
+        y = cuda_ops.cross_selective_scan(x, steps, self.decay_rates(), B, C, self.D, self.dt_bias,
+                                          delta_softplus=True, delta_weight=dt_weight)
 
         y = self.norm(y)
         if z is not None:

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cuda_ops
-from cuda_ops.reference import COLUMN, COLUMN_REVERSED, ROW_REVERSED
+from cuda_ops.reference import COLUMN, COLUMN_REVERSED, ROW_REVERSED, step_sizes
 from ssm_backbones.backbones.base import SSMBackbone
 from ssm_backbones.backbones.v2m import PlainV2M
 from ssm_backbones.layers.mamba2d_mixer import ScanMixer
@@ -202,8 +202,10 @@ class _RouteScan:
     """
 
     def __init__(self, x: Tensor, delta: Tensor, A: Tensor, B: Any, C: Any, D: Any, delta_bias: Any,
-                 routes: list[int], per_line: bool, softplus: bool, chunk: int) -> None:
+                 routes: list[int], per_line: bool, softplus: bool, chunk: int, delta_weight: Any = None) -> None:
         self.given, self.channels = x, x.shape[3]
+        if delta_weight is not None:
+            delta = step_sizes(delta, delta_weight)
         # The operator knows groups of channels with a B and C of their own; here there is one.
         B, C = (None if value is None else value.squeeze(4) for value in (B, C))
         self.held: tuple[Any, ...] = (delta, A, B, C, D, delta_bias)

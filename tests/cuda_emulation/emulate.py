@@ -77,14 +77,17 @@ class Emulation:
         # By its name, since the package has the public function under it.
         wavefront = importlib.import_module('cuda_ops.wavefront_scan')
         chunk_length, chunk_lines = route_scan._chunk_length, wavefront._chunk_lines
+        on_gpu = route_scan._on_gpu
         self._kernels.emulation_set(seed, shared_limit, multiprocessors, residents, fail_launch)
         self._library.cuda_ops_emulate(self._kernels.emulated_kernels())
         route_scan._chunk_length = lambda states, device_type: chunk_length(states, 'cuda')
+        route_scan._on_gpu = lambda x: True
         wavefront._chunk_lines = lambda height, width, states, device_type: chunk_lines(height, width, states, 'cuda')
         try:
             yield
         finally:
             route_scan._chunk_length, wavefront._chunk_lines = chunk_length, chunk_lines
+            route_scan._on_gpu = on_gpu
             self._library.cuda_ops_emulate(None)
 
     @property

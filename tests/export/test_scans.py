@@ -42,6 +42,8 @@ def test_cross_selective_scan(size, states) -> None:
     A, D, bias = -torch.rand(4, 5, states), torch.randn(4, 5), torch.randn(4, 5)
     agree(lambda: cuda_ops.cross_selective_scan(x, delta, A, B, C, D, bias))
     agree(lambda: cuda_ops.cross_selective_scan(x, delta.abs(), A, B, C, delta_softplus=False))
+    weight = torch.randn(4, 5, 3)
+    agree(lambda: cuda_ops.cross_selective_scan(x, delta[..., :3], A, B, C, D, bias, delta_weight=weight))
 
 
 @pytest.mark.parametrize('reverse', [False, True])

@@ -79,8 +79,10 @@ def line_scan(x, delta, A, B, C, D=None, delta_bias=None, delta_softplus=True, *
     return scan_along(lines_of(*x.shape[1:3], axis, reverse), x, delta, A, B, C, D, delta_bias, delta_softplus)
 
 
-def cross_selective_scan(x, delta, A, B, C, D=None, delta_bias=None, delta_softplus=True):
-    """``cuda_ops.cross_selective_scan``: delta (B, H, W, 4, E), and 4 of everything else."""
+def cross_selective_scan(x, delta, A, B, C, D=None, delta_bias=None, delta_softplus=True, delta_weight=None):
+    """``cuda_ops.cross_selective_scan``: delta (B, H, W, 4, E), or (B, H, W, 4, R) with delta_weight (4, E, R)."""
+    if delta_weight is not None:
+        delta = torch.einsum('bhwkr,ker->bhwke', delta, delta_weight)
     height, width = x.shape[1:3]
     y = torch.zeros_like(x)
     for k, (axis, reverse) in enumerate((('row', False), ('column', False), ('row', True), ('column', True))):

@@ -11,7 +11,7 @@ import cuda_ops
 from tests.ops import oracle
 from tests.ops.helpers import check_against_loop
 
-PARAMETERS = {'A', 'D', 'delta_bias'}
+PARAMETERS = {'A', 'D', 'delta_bias', 'delta_weight'}
 
 
 def decay_rates(*shape: int) -> Tensor:
@@ -103,6 +103,24 @@ class Cross:
 
     def options(self) -> dict[str, Any]:
         return {'delta_softplus': self.softplus}
+
+
+@dataclass(frozen=True)
+class Factors(Cross):
+    """A case of ``cross_selective_scan`` whose step sizes come as factors."""
+
+    rank: int = 6
+
+    def __str__(self) -> str:
+        return f'{super().__str__()}-R{self.rank}'
+
+    def inputs(self) -> dict[str, Tensor | None]:
+        delta = steps(self.batch, self.height, self.width, 4, self.rank, softplus=self.softplus)
+        weight = normal(4, self.channels, self.rank) / self.rank ** 0.5
+        if not self.softplus:
+            # Means of the factors, more or less: not negative either.
+            weight = (1 + torch.rand(weight.shape, dtype=torch.float64)) / self.rank
+        return super().inputs() | {'delta': delta, 'delta_weight': weight}
 
 
 @dataclass(frozen=True)
@@ -200,7 +218,17 @@ LINES = (
     Lines(1, 1000, 1, 1, 1, 'row'),
     Lines(0, 3, 5, 16, 2, 'row'),
 )
-CASES: tuple[Case, ...] = (*SEQUENCES, *CROSSES, *LINES)
+FACTORS = (
+    Factors(1, 1, 1, 2, 1, rank=2),
+    Factors(1, 9, 7, 16, 1, rank=1),
+    Factors(2, 13, 9, 34, 1, rank=6, bias=False),
+    Factors(1, 25, 20, 20, 1, rank=16, softplus=False),
+    Factors(1, 7, 6, 18, 1, rank=17, D=False),
+    Factors(1, 5, 6, 15, 1, rank=4),
+    Factors(1, 4, 5, 8, 3, rank=2),
+    Factors(0, 4, 5, 8, 1, rank=2),
+)
+CASES: tuple[Case, ...] = (*SEQUENCES, *CROSSES, *LINES, *FACTORS)
 
 
 def check(case: Case, dtype: torch.dtype) -> None:

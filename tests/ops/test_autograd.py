@@ -9,12 +9,13 @@ from torch import Tensor
 
 import cuda_ops
 from tests.ops.helpers import differentiate
-from tests.ops.route_cases import Case, Cross, Lines, Sequence, case_id, decay_rates, normal
+from tests.ops.route_cases import Case, Cross, Factors, Lines, Sequence, case_id, decay_rates, normal
 
 SMALL = (
     Sequence(1, 4, 5, 2, B=2, C=4, z=True),
     Sequence(2, 2, 3, 2, B=0, C=0, softplus=False),
     Cross(1, 2, 3, 3, 2),
+    Factors(1, 2, 3, 3, 2, rank=2),
     Lines(2, 2, 3, 2, 2, 'row', C=False),
     Lines(1, 3, 2, 2, 1, 'column', reverse=True, B=False, D=False, bias=False, softplus=False),
 )
@@ -33,7 +34,8 @@ def test_gradients_are_the_numerical_ones(case: Case) -> None:
     assert torch.autograd.gradcheck(call, tuple(given.values()))
 
 
-@pytest.mark.parametrize('case', (Sequence(1, 3, 40, 2, z=True), Sequence(1, 2, 3, 2, B=0), Cross(1, 5, 9, 3, 2)),
+@pytest.mark.parametrize('case', (Sequence(1, 3, 40, 2, z=True), Sequence(1, 2, 3, 2, B=0), Cross(1, 5, 9, 3, 2),
+                                  Factors(1, 5, 9, 3, 2, bias=False, D=False)),
                          ids=case_id)
 def test_every_subset_of_inputs_can_be_differentiated(case: Case) -> None:
     inputs = {name: value.float() for name, value in case.inputs().items() if value is not None}
@@ -55,19 +57,21 @@ def test_every_subset_of_inputs_can_be_differentiated(case: Case) -> None:
 def operator_arguments(routes: list[int], chunk: int, *, height: int = 3, width: int = 5, channels: int = 4,
                        states: int = 2, groups: int = 1, B: bool = True, C: bool = True, D: bool = True,
                        per_line: bool = False, strided: bool = False, dtype: torch.dtype = torch.float32,
-                       requires_grad: bool = False) -> tuple[Any, ...]:
+                       rank: int = 0, requires_grad: bool = False) -> tuple[Any, ...]:
     """Arguments of the operator ``route_scan`` itself."""
     count = len(routes)
     grid, parameter = (2, height, width), torch.float64 if dtype == torch.float64 else torch.float32
-    delta = normal(count, *grid, channels).permute(1, 2, 3, 0, 4)
+    delta = normal(count, *grid, rank or channels).permute(1, 2, 3, 0, 4)
     values = (normal(*grid, channels).to(dtype), delta.to(dtype) if strided else delta.contiguous().to(dtype),
               decay_rates(count, channels, states).to(parameter),
               normal(*grid, count, groups, states).to(dtype) if B else None,
               normal(*grid, count, groups, states).to(dtype) if C else None,
               normal(count, channels).to(parameter) if D else None,
               normal(count, channels).to(parameter) if D else None)
-    values = tuple(value if value is None else value.requires_grad_(requires_grad) for value in values)
-    return *values, routes, per_line, True, chunk
+    weight = (normal(count, channels, rank).to(parameter),) if rank else ()
+    values, weight = (tuple(value if value is None else value.requires_grad_(requires_grad) for value in group)
+                      for group in (values, weight))
+    return *values, routes, per_line, True, chunk, *weight
 
 
 CONFIGURATIONS = {
@@ -77,6 +81,8 @@ CONFIGURATIONS = {
     'columns': dict(routes=[1], chunk=2, per_line=True, C=False, D=False, requires_grad=True),
     'sums': dict(routes=[3], chunk=64, B=False, C=False, requires_grad=True, dtype=torch.float64),
     'groups': dict(routes=[0], chunk=3, height=1, groups=2, requires_grad=True, dtype=torch.bfloat16),
+    'factors': dict(routes=[0, 1, 2, 3], chunk=4, strided=True, requires_grad=True, rank=3),
+    'factors-inference': dict(routes=[1], chunk=0, rank=2, dtype=torch.bfloat16),
     'narrow': dict(routes=[0, 3], chunk=5, width=1, channels=1, states=1, requires_grad=True),
 }
 
@@ -88,12 +94,11 @@ def test_operator_passes_opcheck(name: str) -> None:
 
 
 @pytest.mark.parametrize('with_last', (False, True), ids=('output', 'output-and-state'))
-@pytest.mark.parametrize('name', [name for name in CONFIGURATIONS if name != 'inference'])
+@pytest.mark.parametrize('name', [name for name in CONFIGURATIONS if 'inference' not in name])
 def test_backward_operator_passes_opcheck(name: str, with_last: bool) -> None:
-    *tensors, routes, per_line, softplus, chunk = operator_arguments(**CONFIGURATIONS[name] | {'requires_grad': False})
-    y, last, states = torch.ops.cuda_ops.route_scan(*tensors, routes, per_line, softplus, chunk)
-    arguments = (torch.randn_like(y), torch.randn_like(last) if with_last else None, *tensors, states, routes, per_line,
-                 softplus, chunk)
+    given = operator_arguments(**CONFIGURATIONS[name] | {'requires_grad': False})
+    y, last, states = torch.ops.cuda_ops.route_scan(*given)
+    arguments = (torch.randn_like(y), torch.randn_like(last) if with_last else None, *given[:7], states, *given[7:])
     torch.library.opcheck(torch.ops.cuda_ops.route_scan_backward.default, arguments)
 
 

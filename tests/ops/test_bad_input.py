@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 import cuda_ops
-from tests.ops.route_cases import Cross, Lines, Sequence
+from tests.ops.route_cases import Cross, Factors, Lines, Sequence
 
 BASES = {'selective': Sequence(2, 6, 9, 3, B=2, z=True), 'cross': Cross(2, 3, 5, 6, 3),
-         'line': Lines(2, 3, 5, 6, 3, 'row')}
-MAPS = {'selective': 'u', 'cross': 'x', 'line': 'x'}
+         'factors': Factors(2, 3, 5, 6, 3, rank=4), 'line': Lines(2, 3, 5, 6, 3, 'row')}
+MAPS = {'selective': 'u', 'cross': 'x', 'factors': 'x', 'line': 'x'}
 
 
 def arguments(function: str) -> dict[str, Any]:
@@ -61,6 +61,12 @@ SHAPES = [
     ('cross', 'C', lambda v: v.mT, r'C must have shape \(2, 3, 5, 4, 3\).*got \(2, 3, 5, 3, 4\)'),
     ('cross', 'D', lambda v: v[0], r'D must have shape \(4, 6\).*got \(6,\)'),
     ('cross', 'delta_bias', lambda v: v.mT, r'delta_bias must have shape \(4, 6\).*got \(6, 4\)'),
+    ('factors', 'delta', lambda v: v[..., :3], r'delta must have shape \(2, 3, 5, 4, 4\).*got \(2, 3, 5, 4, 3\)'),
+    ('factors', 'delta', lambda v: v[:, :, :, 0], r'delta must have shape \(2, 3, 5, 4, 4\).*got \(2, 3, 5, 4\)'),
+    ('factors', 'delta_weight', lambda v: None, r'delta must have shape \(2, 3, 5, 4, 6\).*got \(2, 3, 5, 4, 4\)'),
+    ('factors', 'delta_weight', lambda v: v[0], r'delta_weight must have 3 dimensions .*got shape \(6, 4\)'),
+    ('factors', 'delta_weight', lambda v: v.mT, r'delta_weight must have shape \(4, 6, 6\).*got \(4, 4, 6\)'),
+    ('factors', 'delta_weight', lambda v: v[..., :0], r'delta_weight must take at least one factor.*\(4, 6, 0\)'),
     ('line', 'x', lambda v: v[None], r'x must have 4 dimensions .*got shape \(1, 2, 3, 5, 6\)'),
     ('line', 'delta', lambda v: v[:, :2], r'delta must have shape \(2, 3, 5, 6\).*got \(2, 2, 5, 6\)'),
     ('line', 'A', lambda v: v[None], r'A must have 2 dimensions .*got shape \(1, 6, 3\)'),
@@ -188,6 +194,11 @@ OPERATOR = [
     (dict(C=lambda v: v[..., :1]), 'C must have shape'),
     (dict(D=lambda v: v[0]), 'D must have shape'),
     (dict(delta_bias=lambda v: v.half()), 'delta_bias must be'),
+    (dict(delta_weight=torch.randn(1, 6, 2)), 'delta must have shape'),
+    (dict(delta_weight=torch.randn(1, 6, 0)), 'delta_weight must be'),
+    (dict(delta_weight=torch.randn(6, 6)), 'delta_weight must be'),
+    (dict(delta_weight=torch.randn(2, 6, 6)), 'delta_weight must have shape'),
+    (dict(delta_weight=torch.randn(1, 6, 6).half()), 'delta_weight must be'),
 ]
 
 

@@ -8,13 +8,16 @@ from zlib import crc32
 
 import pytest
 import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import cuda_ops
-from cuda_ops import _library
+from cuda_ops import _library, route_scan
+from ssm_backbones.layers.ss2d import SS2D
 from tests.cuda_emulation.emulate import SANITIZE_VARIABLE, Emulation, compiler
 from tests.ops.helpers import ROOT, check_against_loop, differentiate, dtype_name, rounded
 from tests.ops.route_cases import CASES as ROUTE_CASES
-from tests.ops.route_cases import PARAMETERS, Case, Cross, Lines, Sequence, case_id, check
+from tests.ops.route_cases import PARAMETERS, Case, Cross, Factors, Lines, Sequence, case_id, check
 from tests.ops.wavefront_cases import CASES as WAVEFRONT_CASES
 from tests.ops.wavefront_cases import PARAMETERS as WAVEFRONT_PARAMETERS
 from tests.ops.wavefront_cases import Wavefront, loop
@@ -24,7 +27,8 @@ pytestmark = [pytest.mark.skipif(compiler() is None, reason='the emulation is co
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Several segments along each route, lines that end within them, several tiles of channels, blocks of several warps.
-LONG = (Cross(1, 17, 23, 40, 1), Cross(1, 17, 23, 41, 1), Cross(1, 27, 31, 6, 1), Sequence(2, 36, 700, 1, B=2, C=2), Cross(2, 9, 31, 5, 16), Cross(1, 20, 13, 300, 2), Cross(1, 10, 14, 33, 11),
+LONG = (Cross(1, 17, 23, 40, 1), Cross(1, 17, 23, 41, 1), Cross(1, 27, 31, 6, 1), Factors(1, 17, 23, 40, 1, rank=10),
+        Sequence(2, 36, 700, 1, B=2, C=2), Cross(2, 9, 31, 5, 16), Cross(1, 20, 13, 300, 2), Cross(1, 10, 14, 33, 11),
         Lines(2, 3, 200, 35, 4, 'row', reverse=True), Sequence(1, 70, 260, 8, B=2, C=1, z=True),
         Sequence(1, 12, 300, 3, B=3, C=3))
 WIDE = (Wavefront(1, 19, 30, 40, 16), Wavefront(2, 33, 17, 20, 10, reverse=True), Wavefront(1, 9, 50, 17, 8),
@@ -97,13 +101,70 @@ def test_a_map_with_one_state_is_one_launch_where_it_fits(emulation: Emulation) 
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=dtype_name)
-@pytest.mark.parametrize('case', (Cross(2, 33, 41, 18, 1), Sequence(1, 8, 1600, 1, B=2), Sequence(1, 4, 1024, 1, C=0)),
+@pytest.mark.parametrize('case', (Cross(2, 33, 41, 18, 1), Factors(1, 33, 41, 18, 1, rank=6),
+                                  Factors(1, 33, 41, 4, 1, rank=16), Sequence(1, 8, 1600, 1, B=2),
+                                  Sequence(1, 4, 1024, 1, C=0)),
                          ids=case_id)
 def test_maps_with_one_state_that_do_not_fit_fall_into_segments(emulation: Emulation, case: Case,
                                                                 dtype: torch.dtype) -> None:
     with emulation.serve(seed=5, shared_limit=48 * 1024):
         check(case, dtype)
         assert emulation.launches > 5
+
+
+@pytest.mark.parametrize(('case', 'taken'), (
+    (Factors(1, 5, 7, 18, 1, rank=2), True), (Factors(1, 5, 7, 18, 1, rank=16), True),
+    (Factors(1, 5, 7, 18, 1, rank=5), False), (Factors(1, 5, 7, 18, 1, rank=18), False),
+    (Factors(1, 5, 7, 17, 1, rank=6), False), (Factors(1, 5, 7, 18, 2, rank=6), False)), ids=str)
+def test_step_sizes_of_factors_are_not_stored(emulation: Emulation, case: Factors, taken: bool) -> None:
+    inputs = rounded(case.inputs(), PARAMETERS, torch.bfloat16)
+    assert not route_scan.takes_low_rank(inputs['x'], case.states, case.rank)
+    with emulation.serve(), profile(activities=[ProfilerActivity.CPU]) as record:
+        assert route_scan.takes_low_rank(inputs['x'], case.states, case.rank) == taken
+        results, _ = differentiate(case.function, inputs, case.options())
+    # Two products make the gradients of factors and weight.
+    products = sum(event.count for event in record.key_averages() if event.key == 'aten::bmm')
+    assert products == (2 if taken else 4)
+    assert results['grad delta'].shape == inputs['delta'].shape
+
+
+def test_factors_in_any_layout_give_the_same(emulation: Emulation) -> None:
+    """Those that the kernels cannot read as pairs are multiplied first."""
+    case = Factors(1, 9, 8, 18, 1, rank=6)
+    inputs = rounded(case.inputs(), PARAMETERS, torch.float32)
+    with emulation.serve():
+        expected, weights = differentiate(case.function, inputs, case.options())
+        delta = inputs['delta']
+        # As SS2D has them: a part of each route's projections.
+        within = torch.cat([delta, torch.randn(1, 9, 8, 4, 2)], -1)[..., :6]
+        apart = delta.permute(3, 0, 1, 2, 4).contiguous().permute(1, 2, 3, 0, 4)
+        odd = torch.cat([torch.randn(1, 9, 8, 4, 1), delta], -1)[..., 1:]
+        for arranged in (within, apart, odd, delta.mT.contiguous().mT):
+            got, _ = differentiate(case.function, inputs | {'delta': arranged}, case.options(), weights)
+            for name, value in expected.items():
+                torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5,
+                                           msg=lambda text, name=name: f'{name}: {text}')
+
+
+@pytest.mark.parametrize('gate', (False, True))
+def test_ss2d_is_the_same_with_step_sizes_made_in_the_scan(emulation: Emulation, monkeypatch: pytest.MonkeyPatch,
+                                                           gate: bool) -> None:
+    layer = SS2D(12, inner_channels=24, d_state=1, dt_rank=6, gate=gate)
+    x = torch.randn(2, 7, 5, 12, requires_grad=True)
+
+    def run() -> tuple[list[Tensor], int]:
+        with emulation.serve(), profile(activities=[ProfilerActivity.CPU]) as record:
+            y = layer(x)
+        products = sum(event.count for event in record.key_averages() if event.key == 'aten::bmm')
+        with emulation.serve():
+            return [y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])], products
+
+    results, products = run()
+    monkeypatch.setattr(route_scan, 'takes_low_rank', lambda x, states, rank: False)
+    expected, one_more = run()
+    assert (products, one_more) == (0, 1)
+    for got, value in zip(results, expected, strict=True):
+        torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-4)
 
 
 def test_a_map_is_one_launch(emulation: Emulation) -> None:

@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cuda_ops
 from tests.ops.helpers import DTYPES, TOLERANCES, dtype_name
-from tests.ops.route_cases import Case, Cross, Lines, Sequence, case_id
+from tests.ops.route_cases import Case, Cross, Factors, Lines, Sequence, case_id
 
 CASES = (Sequence(2, 6, 9, 2, B=2, z=True), Sequence(1, 3, 9, 2, B=0, C=0), Cross(2, 3, 5, 8, 1),
-         Lines(2, 3, 5, 8, 2, 'row', B=False))
+         Factors(2, 3, 5, 8, 1), Lines(2, 3, 5, 8, 2, 'row', B=False))
 
 
 def outputs_of(case: Case, inputs: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
@@ -133,6 +133,13 @@ def test_floating_point_operations_are_counted(case: Case, routes: int) -> None:
     with FlopCounterMode(display=False) as counter:
         y = outputs_of(case, inputs)[0]
     assert counter.get_total_flops() == 9 * y.numel() * case.states * routes
+
+
+def test_the_product_that_makes_step_sizes_is_counted_with_the_scan() -> None:
+    case = Factors(2, 5, 7, 6, 3, rank=4)
+    with FlopCounterMode(display=False) as counter:
+        y = case.function(**case.inputs())
+    assert counter.get_total_flops() == 4 * y.numel() * (9 * 3 + 4)
 
 
 @pytest.mark.parametrize('case', CASES, ids=case_id)

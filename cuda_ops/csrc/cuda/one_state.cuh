@@ -10,6 +10,8 @@ namespace cuda_ops {
 namespace {
 
 constexpr int kRun = 8, kPairs = 8, kRuns = kWarp / kPairs, kChunk = kRuns * kRun, kTile = 2 * kPairs;
+// The most factors of a step size: a lane has those of its pixel in place of the step sizes of its run.
+constexpr int kMostFactors = 2 * kRun;
 // The most warps of a block: registers allow no more.
 constexpr int kOneStateForwardWarps = 14, kOneStateBackwardWarps = 8;
 static_assert(kChunk == kWarp, "each lane finds one pixel of its warp's chunk");
@@ -20,6 +22,7 @@ struct OneStateArguments {
   int32_t length;
   int32_t segment, segments;  // positions of a segment, a multiple of a chunk's unless there is one segment
   int32_t tiles;              // of each group's channels
+  int32_t rank;               // factors of each step size, 0 where step sizes are given as such
   bool adds, rounds;          // whether the other axis' sums are there, and whether these sums are the last
   int64_t first_block;
 };
@@ -126,6 +129,88 @@ __device__ __forceinline__ void load_run(const Site& site, const GridTensor& ten
     values[u] = *reinterpret_cast<const Two<T>*>(reinterpret_cast<const char*>(base) + int64_t(pixels[u]) * bytes);
 }
 
+// The step sizes' factors at the lane's pixel, two at a time.
+template <class T>
+__device__ __forceinline__ void load_factors(const OneStateArguments& a, const Site& site, int64_t k, int32_t pixel,
+                                             Two<T> (&values)[kRun]) {
+  const T* base = static_cast<const T*>(a.p.delta.data) + site.batch * a.p.delta.batch + k * a.p.delta.route;
+  const Two<T>* factors = reinterpret_cast<const Two<T>*>(base + pixel * a.p.delta.column);
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) {
+    if (2 * i >= a.rank) break;
+    values[i] = factors[i];
+  }
+}
+
+// The step sizes of the pair at the pixels of a run; if they are factored, those of the lane's pixel.
+template <class T>
+__device__ __forceinline__ void load_steps(const OneStateArguments& a, const Site& site, int64_t k, bool factored,
+                                           int32_t pixel, const int32_t (&pixels)[kRun], Two<T> (&values)[kRun]) {
+  if (factored) {
+    load_factors(a, site, k, pixel, values);
+  } else {
+    load_run(site, a.p.delta, k, pixels, values);
+  }
+}
+
+// How a warp makes step sizes of factors, of which there is an even number: by weights in shared memory, and by way of room
+// there for a chunk's factors.
+struct Factors {
+  static constexpr int kAtATime = 4, kFloats = kAtATime * kChunk;
+  static_assert(kFloats <= Notes::kFloats, "notes that are not in use are room enough");
+  const float* weights;  // [rank][16], times log2(e); those of all routes are at the start of shared memory
+  float* room;           // [kAtATime][32]
+
+  static __host__ __device__ __forceinline__ int64_t weight_floats(int64_t routes, int64_t rank) {
+    return routes * rank * kTile;
+  }
+
+  // Fetches the weights of a block's channels for each of its routes, [route][rank][16]. All threads take part, and wait
+  // for each other before they read.
+  static __device__ __forceinline__ void fetch_weights(const OneStateArguments& a, const Site& site, float* target) {
+    const int32_t of_group = int32_t(a.p.channels / a.p.groups);
+    for (int32_t i = threadIdx.x; i < a.count * a.rank * kTile; i += blockDim.x) {
+      const int32_t row = i / kTile, r = row / a.rank, within = site.tile * kTile + i % kTile;
+      const int64_t channel = int64_t(site.group) * of_group + (within < of_group ? within : of_group - 1);
+      const float* weights = static_cast<const float*>(a.p.delta_weight);
+      target[i] = weights[(a.index[r] * a.p.channels + channel) * a.rank + row % a.rank] * kLog2E;
+    }
+  }
+
+  // Adds the products to the steps of a run. The room must be free, and is again.
+  template <class T>
+  __device__ __forceinline__ void add(const OneStateArguments& a, const Site& site, const Two<T> (&factors)[kRun],
+                                      float (&steps)[kRun][2]) const {
+#pragma unroll
+    for (int first = 0; first < kMostFactors; first += kAtATime) {
+      if (first >= a.rank) break;
+#pragma unroll
+      for (int i = 0; i < kAtATime; i += 2) {
+        if (first + i >= a.rank) break;
+#pragma unroll
+        for (int j = 0; j < 2; ++j) room[(i + j) * kChunk + site.lane] = to_float(factors[(first + i) / 2].of[j]);
+      }
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < kAtATime; i += 2) {
+        if (first + i >= a.rank) break;
+#pragma unroll
+        for (int j = i; j < i + 2; ++j) {
+          float values[kRun];
+          read_run(room + j * kChunk, site.run, values);
+          const Two<float> weight = *reinterpret_cast<const Two<float>*>(weights + (first + j) * kTile + 2 * site.pair);
+#pragma unroll
+          for (int u = 0; u < kRun; ++u) {
+#pragma unroll
+            for (int c = 0; c < 2; ++c) steps[u][c] += values[u] * weight.of[c];
+          }
+        }
+      }
+      __syncwarp();
+    }
+  }
+};
+
 // One route's parameters of a pair of channels. Step sizes are in units of log(2): the decay is then 2^(A * step).
 struct PairParameters {
   float rate[2], bias[2];
@@ -139,18 +224,20 @@ struct PairParameters {
     }
   }
 
-  // The step sizes of a run, and where they are wanted their slopes times log2(e).
+  // The step sizes of a run from what was loaded of them, and where they are wanted their slopes times log2(e).
   template <class T>
-  __device__ __forceinline__ void steps(const OneStateArguments& a, const Two<T> (&raw)[kRun], float (&steps)[kRun][2],
+  __device__ __forceinline__ void steps(const OneStateArguments& a, const Site& site, bool factored,
+                                        const Two<T> (&raw)[kRun], const Factors& factors, float (&steps)[kRun][2],
                                         float (*slopes)[2] = nullptr) const {
 #pragma unroll
     for (int u = 0; u < kRun; ++u) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        steps[u][c] = to_float(raw[u].of[c]) * kLog2E + bias[c];
+        steps[u][c] = factored ? bias[c] : to_float(raw[u].of[c]) * kLog2E + bias[c];
         if (slopes) slopes[u][c] = kLog2E;
       }
     }
+    if (factored) factors.add(a, site, raw, steps);
     if (!a.p.delta_softplus) return;
 #pragma unroll
     for (int u = 0; u < kRun; ++u) {
@@ -263,9 +350,10 @@ inline int64_t pixel_stride(const RouteScanParams& p, const GridTensor& tensor) 
 // The rows of a block's sums: of its positions, and one for each run of a turn, where it has positions that are not there.
 __host__ __device__ __forceinline__ int64_t sum_rows(int64_t positions, int64_t warps) { return positions + warps * kRuns; }
 
-// A block's shared memory, in floats: its sums, what its warps hand over and note, and a value for each channel.
-__host__ __device__ __forceinline__ int64_t one_state_floats(int64_t positions, int64_t warps) {
-  return sum_rows(positions, warps) * kTile + Handover::floats(warps) + warps * 2 * Notes::kFloats + kTile;
+// A block's shared memory, in floats: its sums, what its warps hand over and note, a value for each channel, and weights.
+inline int64_t one_state_floats(const RouteScanParams& p, int64_t positions, int64_t warps) {
+  return sum_rows(positions, warps) * kTile + Handover::floats(warps) + warps * 2 * Notes::kFloats + kTile +
+         Factors::weight_floats(p.routes, p.rank);
 }
 
 }  // namespace

@@ -25,15 +25,18 @@ __device__ __forceinline__ Two<float> sum_over_block(const Site& site, float fir
 
 // Goes through a block's segment from the end of each route. A warp scans its chunk forward from the state saved before
 // it, keeps all states, and hands on what its chunk does to the gradient of the state, as the forward pass does states.
-template <class T>
+template <class T, bool Factored>
 __global__ void __launch_bounds__(kOneStateBackwardWarps* kWarp, 1) one_state_backward(OneStateArguments a) {
   SSM_DYNAMIC_SHARED(shared);
   const Site site(a);
-  float* sums = shared;  // [sum_rows][16]: of the gradient of x
+  float* sums = shared + (Factored ? a.count * a.rank * kTile : 0);  // [sum_rows][16], behind weights: of the gradient of x
   const Handover handover{sums + sum_rows(a.segment, site.warps) * kTile};
   const Notes notes{handover.at + Handover::floats(site.warps) + site.warp * Notes::kFloats};
   float* skip = notes.at + (site.warps - site.warp) * Notes::kFloats + 2 * site.pair;  // [16]: registers are scarce
   float* room = skip - 2 * site.pair + kTile;                                         // [3][warps][16]
+  // Room for factors is at the same place, used before a turn's barrier: sums over a block are made behind the last turn.
+  float* factors = room + site.warp * Notes::kFloats;
+  if (Factored) Factors::fetch_weights(a, site, shared);
   const int64_t part = int64_t(site.segment) * a.p.batch + site.batch;
   if (threadIdx.x < kPairs) {
     skip[0] = skip[1] = 0.f;
@@ -67,7 +70,7 @@ __global__ void __launch_bounds__(kOneStateBackwardWarps* kWarp, 1) one_state_ba
       Two<T> x[kRun], raw[kRun], grad_y[kRun];
       int32_t pixels[kRun], places[kRun];
       read_run(notes.pixels(), site.run, pixels);
-      load_run(site, a.p.delta, k, pixels, raw);
+      load_steps(a, site, k, Factored, pixel, pixels, raw);
       load_run(site, a.p.x, 0, pixels, x);
       load_run(site, a.p.grad_y, 0, pixels, grad_y);
       float saved[2] = {0.f, 0.f};
@@ -80,7 +83,7 @@ __global__ void __launch_bounds__(kOneStateBackwardWarps* kWarp, 1) one_state_ba
 
       float steps[kRun][2], slopes[kRun][2], decay[kRun][2], inflow[kRun][2], state[kRun][2];
       float B[kRun], C[kRun];
-      parameters.steps(a, raw, steps, slopes);
+      parameters.steps(a, site, Factored, raw, {shared + r * a.rank * kTile, factors}, steps, slopes);
       read_run(notes.places(), site.run, places);
       if (rank >= site.chunks || chunk.first + kChunk > site.begin + site.count || !site.active) {
         // Nothing comes from where there is nothing.
@@ -210,9 +213,9 @@ __global__ void __launch_bounds__(kOneStateBackwardWarps* kWarp, 1) one_state_ba
 }
 
 // A block's shared memory, in floats, of the backward pass: room for sums is there in place of the second notes.
-int64_t backward_floats(int64_t positions, int64_t warps) {
+int64_t backward_floats(const RouteScanParams& p, int64_t positions, int64_t warps) {
   static_assert(Notes::kFloats >= 3 * kTile, "the second notes' place is large enough for three sums");
-  return one_state_floats(positions, warps);
+  return one_state_floats(p, positions, warps);
 }
 
 // Segments of maps that are too large for a block, and the warps of a block that leaves room for another one.
@@ -222,6 +225,7 @@ constexpr int64_t kSegment = 512, kFewWarps = 8;
 
 bool one_state_plan_cuda(const RouteScanParams& p, bool backward, int64_t shared_limit, RouteScanPlan* plan) {
   if (p.states != 1 || p.per_line || (p.chunk && p.chunk != kChunk) || p.channels / p.groups % 2) return false;
+  if (p.rank % 2 || p.rank > kMostFactors) return false;
   const int64_t size = p.dtype == DataType::kFloat32 ? 4 : 2;
   const auto walks_evenly = [&](const GridTensor& tensor) {
     return p.width == 1 || p.height == 1 || tensor.row == p.width * tensor.column;
@@ -240,7 +244,7 @@ bool one_state_plan_cuda(const RouteScanParams& p, bool backward, int64_t shared
     const int64_t chunks = ceil_div(segment, kChunk);
     plan->segment = segment, plan->segments = ceil_div(length, segment);
     plan->warps = ceil_div(chunks, ceil_div(chunks, most_warps));
-    const int64_t floats = backward ? backward_floats(segment, plan->warps) : one_state_floats(segment, plan->warps);
+    const int64_t floats = backward ? backward_floats(p, segment, plan->warps) : one_state_floats(p, segment, plan->warps);
     return floats * int64_t(sizeof(float)) <= limit;
   };
   if (!fits(length, kFewWarps, shared_limit / 2) && !fits(length, most, shared_limit) &&
@@ -254,10 +258,11 @@ bool one_state_plan_cuda(const RouteScanParams& p, bool backward, int64_t shared
 }
 
 int one_state_backward_cuda(const RouteScanParams& p, const RouteScanPlan& plan, void* stream) {
-  const int64_t shared = backward_floats(plan.segment, plan.warps) * int64_t(sizeof(float));
+  const int64_t shared = backward_floats(p, plan.segment, plan.warps) * int64_t(sizeof(float));
   return for_one_state<true>(p, plan, stream, [&](const OneStateArguments& a, int64_t blocks) {
-#define SSM_SCAN(T) launch_blocks(one_state_backward<T>, a, blocks, int(plan.warps* kWarp), shared, stream)
-    SSM_DISPATCH_TYPE(p.dtype, SSM_SCAN)
+#define SSM_SCAN(T, FACTORED) \
+  launch_blocks(one_state_backward<T, FACTORED>, a, blocks, int(plan.warps* kWarp), shared, stream)
+    SSM_DISPATCH_ONE_STATE(p.dtype, p.rank, SSM_SCAN)
 #undef SSM_SCAN
   });
 }

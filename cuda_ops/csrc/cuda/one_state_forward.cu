@@ -5,9 +5,9 @@ namespace cuda_ops {
 namespace {
 
 // A warp's chunk on its way: read ahead of use.
-template <class T>
+template <class T, bool Factored>
 struct Ahead {
-  Two<T> x[kRun], delta[kRun];
+  Two<T> x[kRun], delta[kRun];  // the latter as factors where they are given
   float B, C;  // of this lane's pixel
 
   __device__ __forceinline__ void load(const OneStateArguments& a, const Site& site, int64_t k, int32_t turn,
@@ -21,20 +21,21 @@ struct Ahead {
     int32_t pixels[kRun];
     read_run(notes.pixels(), site.run, pixels);
     load_run(site, a.p.x, 0, pixels, x);
-    load_run(site, a.p.delta, k, pixels, delta);
+    load_steps(a, site, k, Factored, pixel, pixels, delta);
   }
 };
 
 // Scans a block's segment along each of the routes in turn. Sums over routes lie in shared memory, and go to global
 // memory once.
-template <class T>
+template <class T, bool Factored>
 __global__ void __launch_bounds__(kOneStateForwardWarps* kWarp, 1) one_state_forward(OneStateArguments a) {
   SSM_DYNAMIC_SHARED(shared);
   const Site site(a);
-  float* sums = shared;  // [sum_rows][16]
+  float* sums = shared + (Factored ? a.count * a.rank * kTile : 0);  // [sum_rows][16], behind weights
   const Handover handover{sums + sum_rows(a.segment, site.warps) * kTile};
   float* notes_of_warp = handover.at + Handover::floats(site.warps) + site.warp * 2 * Notes::kFloats;
   float* skip = notes_of_warp + (site.warps - site.warp) * 2 * Notes::kFloats + 2 * site.pair;  // [16]: registers are scarce
+  if (Factored) Factors::fetch_weights(a, site, shared);
   if (threadIdx.x < kPairs) {
     skip[0] = skip[1] = 0.f;
     for (int r = 0; a.p.D && r < a.count; ++r) {
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(kOneStateForwardWarps* kWarp, 1) one_state_for
       handover.state(site, turn)[0] = starts ? 0.f : ends[0];
       handover.state(site, turn)[1] = starts ? 0.f : ends[1];
     }
-    Ahead<T> ahead;
+    Ahead<T, Factored> ahead;
     ahead.load(a, site, k, site.warp, {notes_of_warp + (turn & 1) * Notes::kFloats});
     for (int32_t first = 0; first < site.chunks; first += site.warps, ++turn) {
       const Notes notes{notes_of_warp + (turn & 1) * Notes::kFloats};
@@ -63,7 +64,9 @@ __global__ void __launch_bounds__(kOneStateForwardWarps* kWarp, 1) one_state_for
       __syncwarp();
       float B[kRun], steps[kRun][2], decay[kRun][2], inflow[kRun][2], total[2] = {0.f, 0.f};
       read_run(notes.inputs(), site.run, B);
-      parameters.steps(a, ahead.delta, steps);
+      // The next chunk's notes are still to come.
+      const Factors factors{shared + r * a.rank * kTile, notes_of_warp + ((turn + 1) & 1) * Notes::kFloats};
+      parameters.steps(a, site, Factored, ahead.delta, factors, steps);
       Stretch own{{1.f, 1.f}, {0.f, 0.f}}, all;
 #pragma unroll
       for (int u = 0; u < kRun; ++u) {
@@ -142,10 +145,11 @@ __global__ void __launch_bounds__(kOneStateForwardWarps* kWarp, 1) one_state_for
 }  // namespace
 
 int one_state_forward_cuda(const RouteScanParams& p, const RouteScanPlan& plan, void* stream) {
-  const int64_t shared = one_state_floats(plan.segment, plan.warps) * int64_t(sizeof(float));
+  const int64_t shared = one_state_floats(p, plan.segment, plan.warps) * int64_t(sizeof(float));
   return for_one_state<false>(p, plan, stream, [&](const OneStateArguments& a, int64_t blocks) {
-#define SSM_SCAN(T) launch_blocks(one_state_forward<T>, a, blocks, int(plan.warps* kWarp), shared, stream)
-    SSM_DISPATCH_TYPE(p.dtype, SSM_SCAN)
+#define SSM_SCAN(T, FACTORED) \
+  launch_blocks(one_state_forward<T, FACTORED>, a, blocks, int(plan.warps* kWarp), shared, stream)
+    SSM_DISPATCH_ONE_STATE(p.dtype, p.rank, SSM_SCAN)
 #undef SSM_SCAN
   });
 }

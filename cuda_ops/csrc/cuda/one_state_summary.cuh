@@ -10,13 +10,19 @@ constexpr int kSummaryWarps = 8;
 
 // What each segment adds to the state behind it, or to the gradient of the state before it, and its sum of step sizes. A
 // warp goes through its share of the chunks.
-template <class T, bool Backward>
+template <class T, bool Backward, bool Factored>
 __global__ void __launch_bounds__(kSummaryWarps* kWarp, 2) one_state_summary(OneStateArguments a) {
   SSM_DYNAMIC_SHARED(shared);
   const Site site(a);
-  Four<float>* stretches = reinterpret_cast<Four<float>*>(shared);  // [warps][pairs]
-  float* totals = shared + site.warps * 2 * kTile;                  // [warps][16]
+  float* rest = shared + (Factored ? a.count * a.rank * kTile : 0);  // behind weights
+  Four<float>* stretches = reinterpret_cast<Four<float>*>(rest);   // [warps][pairs]
+  float* totals = rest + site.warps * 2 * kTile;                    // [warps][16]
   const Notes notes{totals + site.warps * kTile + site.warp * Notes::kFloats};
+  float* room = totals + site.warps * (kTile + Notes::kFloats) + site.warp * Factors::kFloats;  // if step sizes are factored
+  if (Factored) {
+    Factors::fetch_weights(a, site, shared);
+    __syncthreads();
+  }
   const int32_t share = (site.chunks + site.warps - 1) / site.warps;
   const int32_t end = (site.warp + 1) * share < site.chunks ? (site.warp + 1) * share : site.chunks;
   for (int r = 0; r < a.count; ++r) {
@@ -35,11 +41,11 @@ __global__ void __launch_bounds__(kSummaryWarps* kWarp, 2) one_state_summary(One
       float factors[kRun], steps[kRun][2], sum[2] = {0.f, 0.f};
       Two<T> values[kRun], raw[kRun];
       read_run(notes.pixels(), site.run, pixels);
-      load_run(site, a.p.delta, k, pixels, raw);
+      load_steps(a, site, k, Factored, pixel, pixels, raw);
       load_run(site, Backward ? a.p.grad_y : a.p.x, 0, pixels, values);
       read_run(notes.places(), site.run, places);
       read_run(notes.inputs(), site.run, factors);
-      parameters.steps(a, raw, steps);
+      parameters.steps(a, site, Factored, raw, {shared + r * a.rank * kTile, room}, steps);
       Stretch own{{1.f, 1.f}, {0.f, 0.f}}, all;
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
@@ -89,19 +95,24 @@ __global__ void __launch_bounds__(kSummaryWarps* kWarp, 2) one_state_summary(One
   }
 }
 
-#define SSM_DISPATCH_TYPE(DTYPE, CALL)                       \
-  switch (DTYPE) {                                           \
-    case DataType::kFloat32: return CALL(float);             \
-    case DataType::kBFloat16: return CALL(__nv_bfloat16);    \
-    case DataType::kFloat16: return CALL(__half);            \
-    default: return int(cudaErrorInvalidValue);              \
+// Calls CALL(type, whether step sizes are factored).
+#define SSM_DISPATCH_STEPS(T, FACTORED, CALL) FACTORED ? CALL(T, true) : CALL(T, false)
+#define SSM_DISPATCH_ONE_STATE(DTYPE, FACTORED, CALL)                                   \
+  switch (DTYPE) {                                                                      \
+    case DataType::kFloat32: return SSM_DISPATCH_STEPS(float, FACTORED, CALL);          \
+    case DataType::kBFloat16: return SSM_DISPATCH_STEPS(__nv_bfloat16, FACTORED, CALL); \
+    case DataType::kFloat16: return SSM_DISPATCH_STEPS(__half, FACTORED, CALL);         \
+    default: return int(cudaErrorInvalidValue);                                         \
   }
 
 template <bool Backward>
 int launch_one_state_summary(const OneStateArguments& a, int64_t blocks, void* stream) {
-  const int64_t shared = kSummaryWarps * (3 * kTile + Notes::kFloats) * int64_t(sizeof(float));
-#define SSM_SUMMARIZE(T) launch_blocks(one_state_summary<T, Backward>, a, blocks, kSummaryWarps * kWarp, shared, stream)
-  SSM_DISPATCH_TYPE(a.p.dtype, SSM_SUMMARIZE)
+  const int64_t floats = kSummaryWarps * (3 * kTile + Notes::kFloats) +
+                         (a.rank ? kSummaryWarps * Factors::kFloats + Factors::weight_floats(a.count, a.rank) : 0);
+  const int64_t shared = floats * int64_t(sizeof(float));
+#define SSM_SUMMARIZE(T, FACTORED) \
+  launch_blocks(one_state_summary<T, Backward, FACTORED>, a, blocks, kSummaryWarps * kWarp, shared, stream)
+  SSM_DISPATCH_ONE_STATE(a.p.dtype, a.rank, SSM_SUMMARIZE)
 #undef SSM_SUMMARIZE
 }
 
@@ -111,7 +122,7 @@ int for_one_state(const RouteScanParams& p, const RouteScanPlan& plan, void* str
   OneStateArguments a{};
   a.p = p;
   a.length = int32_t(p.height * p.width), a.segment = int32_t(plan.segment), a.segments = int32_t(plan.segments);
-  a.tiles = int32_t(plan.tiles);
+  a.tiles = int32_t(plan.tiles), a.rank = int32_t(p.rank);
   for (GridTensor* tensor : {&a.p.x, &a.p.delta, &a.p.B, &a.p.C, &a.p.grad_y, &a.p.grad_delta})
     tensor->column = pixel_stride(p, *tensor);
   const int64_t blocks = p.batch * p.groups * plan.tiles * plan.segments;
