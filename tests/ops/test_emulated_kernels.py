@@ -24,7 +24,8 @@ pytestmark = [pytest.mark.skipif(compiler() is None, reason='the emulation is co
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Several segments along each route, lines that end within them, several tiles of channels, blocks of several warps.
-LONG = (Cross(1, 17, 23, 40, 1), Cross(1, 17, 23, 41, 1), Cross(1, 27, 31, 6, 1), Sequence(2, 36, 700, 1, B=2, C=2), Cross(2, 9, 31, 5, 16), Cross(1, 20, 13, 300, 2), Cross(1, 10, 14, 33, 11),
+LONG = (Cross(1, 17, 23, 40, 1), Cross(1, 17, 23, 41, 1), Cross(1, 27, 31, 6, 1), Cross(2, 9, 31, 5, 16),
+        Cross(1, 20, 13, 300, 2), Cross(1, 10, 14, 33, 11), Sequence(2, 36, 700, 1, B=2, C=2),
         Lines(2, 3, 200, 35, 4, 'row', reverse=True), Sequence(1, 70, 260, 8, B=2, C=1, z=True),
         Sequence(1, 12, 300, 3, B=3, C=3))
 WIDE = (Wavefront(1, 19, 30, 40, 16), Wavefront(2, 33, 17, 20, 10, reverse=True), Wavefront(1, 9, 50, 17, 8),
