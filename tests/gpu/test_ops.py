@@ -18,9 +18,10 @@ from tests.ops.wavefront_cases import PARAMETERS as WAVEFRONT_PARAMETERS
 from tests.ops.wavefront_cases import Wavefront, loop
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LARGE = (Cross(2, 56, 56, 96, 1), Cross(1, 40, 61, 192, 16), Sequence(2, 64, 4000, 16, z=True),
-         Lines(2, 56, 56, 128, 16, 'column', reverse=True))
-SOME = (Cross(2, 17, 23, 96, 1), Lines(2, 9, 40, 65, 16, 'row', reverse=True))
+LARGE = (Cross(2, 56, 56, 96, 1), Cross(1, 90, 71, 48, 1), Cross(1, 40, 61, 35, 1), Cross(1, 40, 61, 192, 16),
+         Sequence(2, 64, 4000, 16, z=True), Lines(2, 56, 56, 128, 16, 'column', reverse=True))
+SOME = (Cross(2, 17, 23, 96, 1), Cross(1, 90, 71, 16, 1), Cross(1, 17, 23, 35, 1),
+        Lines(2, 9, 40, 65, 16, 'row', reverse=True))
 
 
 def on_gpu(function: Any) -> Any:
@@ -161,6 +162,22 @@ def test_more_than_two_to_the_31_elements() -> None:
     with torch.no_grad():
         last = cuda_ops.line_scan(x, x, A, None, None, axis='row')[-1:]
         alone = cuda_ops.line_scan(x[-1:], x[-1:], A, None, None, axis='row')
+    assert torch.equal(last, alone)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.mem_get_info()[1] < 40e9, reason='needs 40 GB')
+def test_more_than_two_to_the_31_step_sizes() -> None:
+    """The last of many images equals the same image alone."""
+    batch, height, width, channels = 700, 56, 56, 256
+    grid = (batch, height, width, 4)
+    x = torch.randn(batch, height, width, channels, device='cuda', dtype=torch.bfloat16)
+    delta = torch.randn(*grid, channels, device='cuda', dtype=torch.bfloat16)
+    assert delta.numel() > 2 ** 31
+    B, C = torch.randn(2, *grid, 1, device='cuda', dtype=torch.bfloat16)
+    A = -torch.rand(4, channels, 1, device='cuda')
+    with torch.no_grad():
+        last = cuda_ops.cross_selective_scan(x, delta, A, B, C)[-1:]
+        alone = cuda_ops.cross_selective_scan(x[-1:], delta[-1:], A, B[-1:], C[-1:])
     assert torch.equal(last, alone)
 
 
