@@ -97,8 +97,8 @@ __global__ void __launch_bounds__(kOneStateBackwardWarps* kWarp, 1) one_state_ba
           Two<float> sum;
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
-            const float dy = to_float(grad_y[u].of[c]);
-            sum.of[c] = skip[c] * dy, grad_skip[c] += dy * to_float(x[u].of[c]);
+            const float dy = value_of(grad_y[u], c);
+            sum.of[c] = skip[c] * dy, grad_skip[c] += dy * value_of(x[u], c);
           }
           *reinterpret_cast<Two<float>*>(sums + places[u] * kTile + 2 * site.pair) = sum;
         }
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kOneStateBackwardWarps* kWarp, 1) one_state_ba
         for (int c = 0; c < 2; ++c) {
           total[c] += steps[u][c];
           decay[u][c] = fast_exp2(steps[u][c] * parameters.rate[c]);
-          inflow[u][c] = to_float(x[u].of[c]) * B[u] * steps[u][c];
+          inflow[u][c] = value_of(x[u], c) * B[u] * steps[u][c];
           own.end[c] = decay[u][c] * own.end[c] + inflow[u][c];
         }
       }
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kOneStateBackwardWarps* kWarp, 1) one_state_ba
         back.end[c] = 0.f;
 #pragma unroll
         for (int u = kRun - 1; u >= 0; --u)
-          back.end[c] = decay[u][c] * (back.end[c] + C[u] * to_float(grad_y[u].of[c]));
+          back.end[c] = decay[u][c] * (back.end[c] + C[u] * value_of(grad_y[u], c));
       }
       const Stretch before = runs_before<false>(site, own, &all);
 #pragma unroll
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kOneStateBackwardWarps* kWarp, 1) one_state_ba
         through_B[u] = through_C[u] = 0.f;
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          const float dy = to_float(grad_y[u].of[c]), input = to_float(x[u].of[c]), step = steps[u][c];
+          const float dy = value_of(grad_y[u], c), input = value_of(x[u], c), step = steps[u][c];
           const float grad = carry[c] + C[u] * dy, weighted = B[u] * grad;
           carry[c] = grad * decay[u][c];
           const float through_decay = carry[c] * state[u][c];

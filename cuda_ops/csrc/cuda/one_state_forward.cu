@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kOneStateForwardWarps* kWarp, 1) one_state_for
         for (int c = 0; c < 2; ++c) {
           total[c] += steps[u][c];
           decay[u][c] = fast_exp2(steps[u][c] * parameters.rate[c]);
-          inflow[u][c] = to_float(ahead.x[u].of[c]) * B[u] * steps[u][c];
+          inflow[u][c] = value_of(ahead.x[u], c) * B[u] * steps[u][c];
           own.end[c] = decay[u][c] * own.end[c] + inflow[u][c];
         }
       }
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kOneStateForwardWarps* kWarp, 1) one_state_for
 #pragma unroll
         for (int u = 0; u < kRun; ++u)
           *reinterpret_cast<Two<float>*>(sums + places[u] * kTile + 2 * site.pair) = {
-              skip[0] * to_float(ahead.x[u].of[0]), skip[1] * to_float(ahead.x[u].of[1])};
+              skip[0] * value_of(ahead.x[u], 0), skip[1] * value_of(ahead.x[u], 1)};
       }
 #pragma unroll
       for (int c = 0; c < 2; ++c) own.decay[c] = fast_exp2(total[c] * parameters.rate[c]);
