@@ -52,8 +52,8 @@ def test_route_scans_equal_the_loop(nan_in_fresh_memory: None, case: Case, dtype
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=dtype_name)
-@pytest.mark.parametrize('case', (*WAVEFRONT_CASES, Wavefront(2, 28, 28, 64, 16), Wavefront(1, 50, 20, 48, 16, True)),
-                         ids=str)
+@pytest.mark.parametrize('case', (*WAVEFRONT_CASES, Wavefront(2, 28, 28, 64, 16), Wavefront(1, 50, 20, 48, 16, True),
+                                  Wavefront(1, 130, 9, 20, 11)), ids=str)
 def test_wavefront_scan_equals_the_loop(nan_in_fresh_memory: None, case: Wavefront, dtype: torch.dtype) -> None:
     check_against_loop(on_gpu(cuda_ops.wavefront_scan), loop, case.inputs(), case.options(), WAVEFRONT_PARAMETERS,
                        dtype)
@@ -67,6 +67,28 @@ def test_twice_the_same_bits(case: Case | Wavefront) -> None:
         again, _ = differentiate(function_of(case), inputs, case.options(), weights)
         for name, value in first.items():
             assert torch.equal(value, again[name]), name
+
+
+@pytest.mark.parametrize('case', (Wavefront(1, 3000, 60, 64, 16), Wavefront(1, 40, 2000, 40, 11, reverse=True)),
+                         ids=str)
+def test_many_strips_of_one_image_wait_for_each_other(case: Wavefront) -> None:
+    """More strips than blocks run at the same time: the same bits, also where other work leaves room for few blocks."""
+    inputs = gpu_inputs(case, torch.bfloat16)
+    first, weights = differentiate(cuda_ops.wavefront_scan, inputs, case.options())
+    assert all(value.isfinite().all() for value in first.values())
+    factor, stream = torch.randn(8192, 8192, device='cuda'), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    for busy in (False, True, True):
+        if busy:
+            with torch.cuda.stream(stream):
+                for _ in range(10):
+                    factor @ factor
+        again, _ = differentiate(cuda_ops.wavefront_scan, inputs, case.options(), weights)
+        with torch.no_grad():
+            assert torch.equal(cuda_ops.wavefront_scan(**inputs, **case.options()), first['output0'])
+        for name, value in first.items():
+            assert torch.equal(value, again[name]), name
+    torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize('case', (*SOME, Wavefront(2, 30, 21, 40, 16)), ids=str)

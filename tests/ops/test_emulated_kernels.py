@@ -107,12 +107,31 @@ def test_maps_with_one_state_that_do_not_fit_fall_into_segments(emulation: Emula
         assert emulation.launches > 5
 
 
-def test_a_map_is_one_launch(emulation: Emulation) -> None:
+def test_a_map_is_one_launch_of_as_many_blocks_as_are_of_use(emulation: Emulation) -> None:
     case = Wavefront(2, 40, 30, 40, 8)
-    with emulation.serve():
-        x = rounded(case.inputs(), WAVEFRONT_PARAMETERS, torch.float32)
-        cuda_ops.wavefront_scan(**x)
-        assert emulation.launches == 1 and emulation.blocks == 2 * 3
+    inputs = rounded(case.inputs(), WAVEFRONT_PARAMETERS, torch.float32)
+    # Five strips of two images' three tiles of channels.
+    for multiprocessors, blocks in ((132, 5 * 2 * 3), (4, 4)):
+        with emulation.serve(multiprocessors=multiprocessors):
+            cuda_ops.wavefront_scan(**inputs)
+            assert emulation.launches == 1 and emulation.blocks == blocks
+
+
+@pytest.mark.parametrize('case', (Wavefront(1, 75, 21, 20, 2), Wavefront(2, 17, 40, 17, 10, reverse=True)), ids=str)
+def test_strips_give_the_same_bits_whichever_blocks_take_them(emulation: Emulation, nan_in_fresh_memory: None,
+                                                              case: Wavefront) -> None:
+    """One block for all strips, blocks that follow each other, that share the strips, and one for each, all at once."""
+    inputs = rounded(case.inputs(), WAVEFRONT_PARAMETERS, torch.bfloat16)
+    weights, first = None, {}
+    for seed, (multiprocessors, residents) in enumerate(((1, 1), (132, 1), (2, 2), (132, 2), (3, 3), (132, 100))):
+        with emulation.serve(seed=seed, multiprocessors=multiprocessors, residents=residents):
+            results, weights = differentiate(cuda_ops.wavefront_scan, inputs, case.options(), weights)
+            with torch.no_grad():  # saves no states, and hands them over elsewhere
+                results['without gradients'] = cuda_ops.wavefront_scan(**inputs, **case.options())
+        first = first or results
+        assert torch.equal(results['without gradients'], first['output0'])
+        for name, value in results.items():
+            assert torch.equal(value, first[name]), f'{name} with {multiprocessors} blocks, {residents} at a time'
 
 
 def test_more_blocks_than_a_grid_takes_are_divided_among_launches(tmp_path: Path) -> None:
@@ -121,9 +140,6 @@ def test_more_blocks_than_a_grid_takes_are_divided_among_launches(tmp_path: Path
         check(Cross(2, 9, 15, 40, 1), torch.float32)
         check(Cross(2, 9, 15, 41, 1), torch.float32)
         assert few.launches > few.blocks / 4
-        case = Wavefront(3, 9, 5, 40, 2)
-        check_against_loop(cuda_ops.wavefront_scan, loop, case.inputs(), case.options(), WAVEFRONT_PARAMETERS,
-                           torch.float32)
 
 
 @pytest.mark.parametrize('launch', range(5))

@@ -137,23 +137,6 @@ __device__ __forceinline__ T* at(const GridTensor& tensor, int64_t batch, int64_
   return static_cast<T*>(tensor.data) + batch * tensor.batch + row * tensor.row + column * tensor.column;
 }
 
-// Copies a float to shared memory without waiting for it, where the GPU can.
-__device__ __forceinline__ void async_copy(float* shared, const float* global) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(unsigned(__cvta_generic_to_shared(shared))), "l"(global)
-               : "memory");
-#else
-  *shared = *global;
-#endif
-}
-
-// Waits for the thread's copies; others see them after a barrier.
-__device__ __forceinline__ void async_wait() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-}
-
 // Shared memory that a block may have on the current device, in bytes.
 inline int shared_memory_limit(int64_t* bytes) {
   int device = 0, limit = 0;
@@ -183,6 +166,26 @@ int launch_blocks(void (*kernel)(Arguments), Arguments arguments, int64_t blocks
     if (error != cudaSuccess) return int(error);
   }
   return cudaSuccess;
+}
+
+// Says to other blocks how far this one has come. What the thread wrote before, and what others of its block wrote before
+// a barrier between them and the thread, is seen by whoever has acquired the value, and behind a barrier by its block.
+__device__ __forceinline__ void store_release(int64_t* global, int64_t value) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.release.gpu.global.s64 [%0], %1;" ::"l"(global), "l"(value) : "memory");
+#else
+  *global = value;
+#endif
+}
+
+__device__ __forceinline__ int64_t load_acquire(const int64_t* global) {
+#if defined(__CUDA_ARCH__)
+  int64_t value;
+  asm volatile("ld.acquire.gpu.global.s64 %0, [%1];" : "=l"(value) : "l"(global) : "memory");
+  return value;
+#else
+  return *global;
+#endif
 }
 
 }  // namespace cuda_ops

@@ -264,7 +264,7 @@ inline void start_block(Block& block, size_t number, std::mt19937& random) {
   block.runs = true, block.turn = count, block.stalled_at = -1;
   block.index = dim3(unsigned(number % m.grid.x), unsigned(number / m.grid.x % m.grid.y),
                      unsigned(number / m.grid.x / m.grid.y));
-  block.pace = random() % 2 ? 1 : 8;
+  block.pace = 1u << random() % 3 * 3;  // 1, 8 or 64
   while (block.stacks.size() < count) block.stacks.push_back(static_cast<char*>(std::aligned_alloc(64, kStackBytes)));
   block.fibers.assign(count, Fiber());
   block.order.resize(count);
