@@ -48,7 +48,8 @@ def function_of(case: Case | Wavefront) -> Any:
 @pytest.mark.parametrize('dtype', DTYPES, ids=dtype_name)
 @pytest.mark.parametrize('case', (*ROUTE_CASES, *LARGE), ids=case_id)
 def test_route_scans_equal_the_loop(nan_in_fresh_memory: None, case: Case, dtype: torch.dtype) -> None:
-    check_against_loop(on_gpu(case.function), case.loop, case.inputs(), case.options(), case.parameters(), dtype)
+    check_against_loop(on_gpu(case.function), case.loop, case.inputs(), case.options(), case.parameters(), dtype,
+                       cuda=True)
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=dtype_name)
@@ -56,7 +57,7 @@ def test_route_scans_equal_the_loop(nan_in_fresh_memory: None, case: Case, dtype
                                   Wavefront(1, 130, 9, 20, 11)), ids=str)
 def test_wavefront_scan_equals_the_loop(nan_in_fresh_memory: None, case: Wavefront, dtype: torch.dtype) -> None:
     check_against_loop(on_gpu(cuda_ops.wavefront_scan), loop, case.inputs(), case.options(), WAVEFRONT_PARAMETERS,
-                       dtype)
+                       dtype, cuda=True)
 
 
 @pytest.mark.parametrize('case', (*SOME, Wavefront(2, 30, 21, 40, 16)), ids=str)

@@ -42,7 +42,7 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
 def test_route_scans_equal_the_loop(emulation: Emulation, nan_in_fresh_memory: None, case: Case,
                                     dtype: torch.dtype) -> None:
     with emulation.serve(seed=crc32(f'{case_id(case)} {dtype}'.encode())):
-        check(case, dtype)
+        check(case, dtype, cuda=True)
         assert emulation.launches or case.batch == 0
 
 
@@ -51,7 +51,8 @@ def test_route_scans_equal_the_loop(emulation: Emulation, nan_in_fresh_memory: N
 def test_wavefront_scan_equals_the_loop(emulation: Emulation, nan_in_fresh_memory: None, case: Wavefront,
                                         dtype: torch.dtype) -> None:
     with emulation.serve(seed=crc32(f'{case} {dtype}'.encode())):
-        check_against_loop(cuda_ops.wavefront_scan, loop, case.inputs(), case.options(), WAVEFRONT_PARAMETERS, dtype)
+        check_against_loop(cuda_ops.wavefront_scan, loop, case.inputs(), case.options(), WAVEFRONT_PARAMETERS, dtype,
+                           cuda=True)
         assert emulation.launches or case.batch == 0
 
 
@@ -74,10 +75,10 @@ def test_kernels_fit_into_the_shared_memory_of_older_gpus(emulation: Emulation) 
     for limit in (64 * 1024, 99 * 1024):
         with emulation.serve(shared_limit=limit):
             for case in (Cross(1, 9, 15, 130, 16), Cross(1, 9, 15, 130, 11), Lines(1, 3, 90, 70, 8, 'row')):
-                check(case, torch.float32)
+                check(case, torch.float32, cuda=True)
             case = Wavefront(1, 17, 20, 18, 16)
             check_against_loop(cuda_ops.wavefront_scan, loop, case.inputs(), case.options(), WAVEFRONT_PARAMETERS,
-                               torch.float32)
+                               torch.float32, cuda=True)
 
 
 @pytest.mark.parametrize('states,segments,tiles', ((1, 8, 2), (2, 64, 1)))
@@ -103,7 +104,7 @@ def test_a_map_with_one_state_is_one_launch_where_it_fits(emulation: Emulation) 
 def test_maps_with_one_state_that_do_not_fit_fall_into_segments(emulation: Emulation, case: Case,
                                                                 dtype: torch.dtype) -> None:
     with emulation.serve(seed=5, shared_limit=48 * 1024):
-        check(case, dtype)
+        check(case, dtype, cuda=True)
         assert emulation.launches > 5
 
 
@@ -137,8 +138,8 @@ def test_strips_give_the_same_bits_whichever_blocks_take_them(emulation: Emulati
 def test_more_blocks_than_a_grid_takes_are_divided_among_launches(tmp_path: Path) -> None:
     few = Emulation(tmp_path, ['-DSSM_MAX_BLOCKS=3'])
     with few.serve():
-        check(Cross(2, 9, 15, 40, 1), torch.float32)
-        check(Cross(2, 9, 15, 41, 1), torch.float32)
+        check(Cross(2, 9, 15, 40, 1), torch.float32, cuda=True)
+        check(Cross(2, 9, 15, 41, 1), torch.float32, cuda=True)
         assert few.launches > few.blocks / 4
 
 

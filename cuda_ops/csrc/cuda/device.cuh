@@ -54,7 +54,7 @@ __device__ __forceinline__ float fast_exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 #else
-  return exp2f(x);
+  return approximate_exp2(x);
 #endif
 }
 
@@ -65,7 +65,7 @@ __device__ __forceinline__ float fast_reciprocal(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 #else
-  return 1.f / x;
+  return approximate_reciprocal(x);
 #endif
 }
 
@@ -146,17 +146,22 @@ inline int shared_memory_limit(int64_t* bytes) {
   return int(error);
 }
 
+// Lets a kernel have more shared memory than any kernel may without asking.
+inline int allow_shared(const void* kernel, int64_t shared) {
+  if (shared <= 48 * 1024) return cudaSuccess;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  if (error != cudaSuccess) cudaGetLastError();  // no later launch is to report it
+  return int(error);
+}
+
 // Launches as many blocks as there are, in parts where they are too many for one grid: kernels add `first` to their
 // block's number. `Arguments` has a member `first_block`.
 template <class Arguments>
 int launch_blocks(void (*kernel)(Arguments), Arguments arguments, int64_t blocks, int threads, int64_t shared,
                   void* stream) {
   if (blocks == 0) return cudaSuccess;
-  if (shared > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-    if (error != cudaSuccess) return int(error);
-  }
+  const int refused = allow_shared(reinterpret_cast<const void*>(kernel), shared);
+  if (refused) return refused;
   for (int64_t first = 0; first < blocks; first += SSM_MAX_BLOCKS) {
     const int64_t rest = blocks - first;
     arguments.first_block = first;

@@ -268,17 +268,12 @@ inline WavefrontArguments arguments_of(const WavefrontScanParams& p, const Wavef
   return a;
 }
 
-inline cudaError_t allow_shared(void (*kernel)(WavefrontArguments), int64_t shared) {
-  if (shared <= 48 * 1024) return cudaSuccess;
-  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              int(shared));
-}
-
 // Blocks of the kernel that the device runs at the same time if it has nothing else to do; more would not help.
 inline int resident_blocks(void (*kernel)(WavefrontArguments), int threads, int64_t shared, int64_t* blocks) {
   int device = 0, multiprocessors = 0, each = 0;
-  cudaError_t error = allow_shared(kernel, shared);
-  if (error == cudaSuccess) error = cudaGetDevice(&device);
+  const int refused = allow_shared(reinterpret_cast<const void*>(kernel), shared);
+  if (refused) return refused;
+  cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess)
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, reinterpret_cast<const void*>(kernel), threads,
@@ -290,8 +285,8 @@ inline int resident_blocks(void (*kernel)(WavefrontArguments), int threads, int6
 
 inline int launch(void (*kernel)(WavefrontArguments), const WavefrontArguments& a, int64_t blocks, int threads,
                   int64_t shared, void* stream) {
-  const cudaError_t error = allow_shared(kernel, shared);
-  if (error != cudaSuccess) return int(error);
+  const int refused = allow_shared(reinterpret_cast<const void*>(kernel), shared);
+  if (refused) return refused;
   SSM_LAUNCH(kernel, unsigned(blocks), unsigned(threads), size_t(shared), static_cast<cudaStream_t>(stream), a);
   return int(cudaGetLastError());
 }
