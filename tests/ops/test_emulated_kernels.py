@@ -108,6 +108,25 @@ def test_maps_with_one_state_that_do_not_fit_fall_into_segments(emulation: Emula
         assert emulation.launches > 5
 
 
+@pytest.mark.parametrize('size,limit', (((7, 7), 227), ((29, 43), 48)), ids=('whole', 'segments'))
+@pytest.mark.parametrize('name,value', (('delta', -6.0), ('x', torch.inf), ('B', torch.nan), ('delta', torch.inf)))
+def test_what_grows_at_the_last_pixel_goes_no_further_than_on_the_cpu(emulation: Emulation, size: tuple[int, int],
+                                                                      limit: int, name: str, value: float) -> None:
+    """Chunks have positions that are not on the map, and hold the last one's values there."""
+    inputs = rounded(Cross(1, *size, 8, 1, softplus=False).inputs(), PARAMETERS, torch.float32)
+    tensor = inputs[name]
+    assert tensor is not None and inputs['A'] is not None
+    inputs['A'].fill_(-1)
+    tensor[0, -1, -1, ..., :3] = value
+    expected, weights = differentiate(cuda_ops.cross_selective_scan, inputs, {'delta_softplus': False})
+    with emulation.serve(shared_limit=limit * 1024):
+        results, _ = differentiate(cuda_ops.cross_selective_scan, inputs, {'delta_softplus': False}, weights)
+    for part, result in results.items():
+        finite = expected[part].isfinite()
+        assert torch.equal(result.isfinite(), finite), part
+        torch.testing.assert_close(result[finite], expected[part][finite], rtol=1e-4, atol=1e-4)
+
+
 def test_a_map_is_one_launch_of_as_many_blocks_as_are_of_use(emulation: Emulation) -> None:
     case = Wavefront(2, 40, 30, 40, 8)
     inputs = rounded(case.inputs(), WAVEFRONT_PARAMETERS, torch.float32)

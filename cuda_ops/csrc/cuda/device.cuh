@@ -146,12 +146,16 @@ inline int shared_memory_limit(int64_t* bytes) {
   return int(error);
 }
 
-// Lets a kernel have more shared memory than any kernel may without asking.
+// Lets a kernel have as much shared memory as there is, if it wants more than any kernel may have without asking: the limit
+// is the kernel's own and not a launch's, so that launches by several threads, and in graphs, would get into each other's way.
 inline int allow_shared(const void* kernel, int64_t shared) {
   if (shared <= 48 * 1024) return cudaSuccess;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-  if (error != cudaSuccess) cudaGetLastError();  // no later launch is to report it
-  return int(error);
+  int64_t limit = 0;
+  const int error = shared_memory_limit(&limit);
+  if (error || shared > limit) return error ? error : int(cudaErrorInvalidConfiguration);
+  const cudaError_t refused = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(limit));
+  if (refused != cudaSuccess) cudaGetLastError();  // no later launch is to report it
+  return int(refused);
 }
 
 // Launches as many blocks as there are, in parts where they are too many for one grid: kernels add `first` to their

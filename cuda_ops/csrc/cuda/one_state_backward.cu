@@ -135,6 +135,12 @@ __global__ void __launch_bounds__(kOneStateBackwardWarps* kWarp, 1) one_state_ba
           running = decay[u][c] * running + inflow[u][c];
         }
       }
+      if (rank >= site.chunks || chunk.first + kChunk > site.begin + site.count) {
+        // A state that is not finite stays with the positions that have it.
+#pragma unroll
+        for (int u = 0; u < kRun; ++u)
+          if (places[u] >= a.segment) state[u][0] = state[u][1] = 0.f;
+      }
       const Stretch behind = runs_before<true>(site, back, &all);
       if (site.run == 0) *handover.stretch(site, turn, site.warp) = {all.decay[0], all.end[0], all.decay[1], all.end[1]};
       __syncthreads();
@@ -243,7 +249,8 @@ bool one_state_plan_cuda(const RouteScanParams& p, bool backward, int64_t shared
     const int64_t floats = backward ? backward_floats(segment, plan->warps) : one_state_floats(segment, plan->warps);
     return floats * int64_t(sizeof(float)) <= limit;
   };
-  if (!fits(length, kFewWarps, shared_limit / 2) && !fits(length, most, shared_limit) &&
+  // The driver keeps 1 KiB for each block.
+  if (!fits(length, kFewWarps, shared_limit / 2 - 512) && !fits(length, most, shared_limit) &&
       !fits(kSegment, kFewWarps, shared_limit))
     return false;
   plan->one_state = true;

@@ -14,7 +14,6 @@ struct Ahead {
                                        const Notes& notes) {
     const Chunk chunk(site, turn, runs_backwards(a.p.route[k]));
     const int32_t pixel = note_pixel(a, site, k, chunk, notes);
-    // An input of 0 leaves a state of 0 as it is: that of a route that starts before its first position.
     B = chunk.given ? projection<T>(a, site, a.p.B, k, pixel) * kLn2 : 0.f;
     C = projection<T>(a, site, a.p.C, k, pixel);
     __syncwarp();
@@ -64,6 +63,14 @@ __global__ void __launch_bounds__(kOneStateForwardWarps* kWarp, 1) one_state_for
       float B[kRun], steps[kRun][2], decay[kRun][2], inflow[kRun][2], total[2] = {0.f, 0.f};
       read_run(notes.inputs(), site.run, B);
       parameters.steps(a, ahead.delta, steps);
+      const Chunk chunk(site, first + site.warp, down);
+      const int32_t missing = down ? chunk.first + kChunk - (site.begin + site.count) : 0;
+      if (missing > 0) {
+        // The route starts behind these, and their decays may be infinite.
+#pragma unroll
+        for (int u = 0; u < kRun; ++u)
+          if (site.run * kRun + u < missing) steps[u][0] = steps[u][1] = 0.f;
+      }
       Stretch own{{1.f, 1.f}, {0.f, 0.f}}, all;
 #pragma unroll
       for (int u = 0; u < kRun; ++u) {
@@ -94,7 +101,6 @@ __global__ void __launch_bounds__(kOneStateForwardWarps* kWarp, 1) one_state_for
       __syncthreads();
       float state[2];
       handover.start_of_warp(site, turn, state);
-      const Chunk chunk(site, first + site.warp, down);
       if (a.p.chunk && site.run == 0 && site.active && first + site.warp < site.chunks) {
         const int32_t boundary = down ? chunk.first + kChunk : chunk.first;
         if (boundary > 0 && boundary < a.length) {
