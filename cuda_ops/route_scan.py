@@ -38,8 +38,8 @@ _LIBRARY.define('route_scan_backward(Tensor grad_output, Tensor? grad_last, Tens
 
 CROSS_ROUTES = [ROW, COLUMN, ROW_REVERSED, COLUMN_REVERSED]
 _AXES = {'row': ROW, 'column': COLUMN}
-# As many factors of a step size as the kernels hold; beyond, products on tensor cores cost less.
-_MOST_FACTORS = 16
+# Factors of a step size up to which it is counted to cost less to make it in the scan; the kernels take up to 16.
+_MOST_FACTORS = 12
 
 
 def _on_gpu(x: Tensor) -> bool:

@@ -40,17 +40,21 @@ struct WavefrontScanParams {
   GridTensor grad_C;          // (tiles, B, H, W, N) state
   void* grad_D;               // (B, E) state, or null
 
-  // CUDA only, sized by the plan; there, grad_A and grad_D above have a leading dimension of `rows` parts.
-  void* edge;     // (B, W, N, E) float: the states of a strip's last row, or the gradients of those above its first one
-  void* fronts;   // (B, tiles, fronts, rows, N, 16) float: the states behind each of a strip's spans
-  void* partial;  // (1 or 3, B, H, W, E) float: sums over groups of states of y, or of the gradients of x and deltas
+  // CUDA only, sized by the plan; there, grad_A and grad_D above have a leading dimension of `strips` parts.
+  void* edge;      // (B, W, N, E) float: the states of a strip's last row, or the gradients of those above its first one
+  void* fronts;    // (blocks, fronts, rows, N, 16) float: the states behind each span of the strip that a block is at
+  void* partial;   // (1 or 3, B, H, W, E) float: sums over groups of states of y, or of the gradients of x and deltas
+  void* counters;  // (1 + (strips - 1) * B * tiles) int64, zero before each pass: the next task, and tasks' progress
 };
 
-// How CUDA kernels divide the work: a block has a tile of channels and goes through the map in strips of rows. The rows
-// of a strip are one column apart from each other, so that a step advances all of them by a pixel.
+// How CUDA kernels divide the work: a task is a strip of an image's rows and a tile of channels; blocks take one task
+// after the other. The rows of a strip are one column apart from each other, so that a step advances all of them by a
+// pixel.
 constexpr int64_t kWavefrontTile = 16;
 struct WavefrontScanPlan {
   int64_t rows, tiles;   // of a strip, and of the channels
+  int64_t strips;        // of an image
+  int64_t blocks;        // no more than run at the same time, nor than there are tasks
   int64_t span, fronts;  // steps between states kept for the backward pass, and how many are kept
   bool grouped;          // whether states go in groups, whose sums `partial` holds
 };

@@ -93,17 +93,19 @@ struct Inputs {
 // What the CUDA kernels need beside inputs and outputs: from PyTorch's allocator, so that graphs can be captured.
 struct CudaScratch {
   WavefrontScanPlan plan{};
-  Tensor edge, fronts, partial;
+  Tensor edge, fronts, partial, counters;
 
   CudaScratch(const Cuda& cuda, WavefrontScanParams& p, const Tensor& x, bool backward) {
-    plan.rows = plan.tiles = 1;
+    plan.strips = plan.tiles = 1;
     if (!x.numel()) return;
     cuda.check(cuda->wavefront_scan_plan(p, backward, &plan), "cuda_ops::wavefront_scan");
     const auto state = x.options().dtype(at::kFloat);
     edge = at::empty({p.batch, p.width, p.states, p.channels}, state);
-    if (backward) fronts = at::empty({p.batch, plan.tiles, plan.fronts, plan.rows, p.states, kWavefrontTile}, state);
+    if (backward) fronts = at::empty({plan.blocks, plan.fronts, plan.rows, p.states, kWavefrontTile}, state);
     if (plan.grouped) partial = at::empty({backward ? 3 : 1, p.batch, p.height, p.width, p.channels}, state);
-    p.edge = edge.data_ptr();
+    // The last strip's progress is nobody's concern.
+    counters = at::zeros({1 + (plan.strips - 1) * p.batch * plan.tiles}, x.options().dtype(at::kLong));
+    p.edge = edge.data_ptr(), p.counters = counters.data_ptr();
     p.fronts = backward ? fronts.data_ptr() : nullptr, p.partial = plan.grouped ? partial.data_ptr() : nullptr;
   }
 };
@@ -161,8 +163,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   std::optional<CudaScratch> scratch;
   if (cuda) scratch.emplace(cuda, p, x, true);
   const int64_t tiles = cuda ? scratch->plan.tiles : wavefront_scan_tiles(p, kBackwardTasks);
-  // Each of a strip's rows has sums of its own on CUDA.
-  const int64_t parts = p.batch * (cuda ? scratch->plan.rows : 1);
+  // Each strip has sums of its own on CUDA.
+  const int64_t parts = p.batch * (cuda ? scratch->plan.strips : 1);
   const std::vector<int64_t> projections{tiles, p.batch, x.size(1), x.size(2), p.states};
   Tensor grad_B_top = at::empty(projections, state), grad_B_left = at::empty(projections, state);
   Tensor grad_C = at::empty(projections, state);

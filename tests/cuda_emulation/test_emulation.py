@@ -20,8 +20,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(program: Path, kernel: str, seed: int) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(program), kernel, str(seed)], capture_output=True, text=True,
+def run(program: Path, kernel: str, seed: int, residents: int = 2) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(program), kernel, str(seed), str(residents)], capture_output=True, text=True,
                           env=os.environ | {'ASAN_OPTIONS': 'detect_leaks=0'})
 
 
@@ -51,6 +51,29 @@ def test_accesses_out_of_bounds_are_reported(program: Path, kernel: str) -> None
 def test_threads_that_wait_for_ever_are_reported(program: Path, kernel: str, message: str) -> None:
     result = run(program, kernel, 0)
     assert result.returncode == 1 and message in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize('seed', SEEDS)
+@pytest.mark.parametrize(('kernel', 'residents'), [('waits_by_number', 2), ('waits_by_ticket', 2),
+                                                   ('waits_by_ticket', 1)])
+def test_blocks_that_wait_for_each_other_are_right(program: Path, kernel: str, residents: int, seed: int) -> None:
+    result = run(program, kernel, seed, residents)
+    assert (result.returncode, result.stdout) == (0, '0 wrong\n'), result.stdout + result.stderr
+
+
+@pytest.mark.parametrize('kernel', ('does_not_wait', 'waits_for_too_few', 'tells_too_early'))
+def test_blocks_that_do_not_wait_for_each_other_give_wrong_results(program: Path, kernel: str) -> None:
+    """Most orders show it; some happen to be right."""
+    results = [run(program, kernel, seed) for seed in range(6)]
+    assert all(result.returncode == 0 for result in results), results
+    assert sum(int(result.stdout.split()[0]) > 0 for result in results) >= 3, results
+
+
+def test_blocks_that_wait_for_ever_are_reported(program: Path) -> None:
+    """With one resident block and an odd seed, the reader comes first."""
+    result = run(program, 'waits_by_number', 1, residents=1)
+    assert result.returncode == 1
+    assert 'deadlock in block 1 of 2: all of the 1 blocks that are resident poll' in result.stdout
 
 
 def test_half_precision_is_torchs(tmp_path: Path) -> None:

@@ -18,9 +18,10 @@ from tests.ops.wavefront_cases import PARAMETERS as WAVEFRONT_PARAMETERS
 from tests.ops.wavefront_cases import Wavefront, loop
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LARGE = (Cross(2, 56, 56, 96, 1), Cross(1, 40, 61, 192, 16), Sequence(2, 64, 4000, 16, z=True),
-         Lines(2, 56, 56, 128, 16, 'column', reverse=True))
-SOME = (Cross(2, 17, 23, 96, 1), Lines(2, 9, 40, 65, 16, 'row', reverse=True))
+LARGE = (Cross(2, 56, 56, 96, 1), Cross(1, 90, 71, 48, 1), Cross(1, 40, 61, 35, 1), Cross(1, 40, 61, 192, 16),
+         Sequence(2, 64, 4000, 16, z=True), Lines(2, 56, 56, 128, 16, 'column', reverse=True))
+SOME = (Cross(2, 17, 23, 96, 1), Cross(1, 90, 71, 16, 1), Cross(1, 17, 23, 35, 1),
+        Lines(2, 9, 40, 65, 16, 'row', reverse=True))
 
 
 def on_gpu(function: Any) -> Any:
@@ -47,15 +48,16 @@ def function_of(case: Case | Wavefront) -> Any:
 @pytest.mark.parametrize('dtype', DTYPES, ids=dtype_name)
 @pytest.mark.parametrize('case', (*ROUTE_CASES, *LARGE), ids=case_id)
 def test_route_scans_equal_the_loop(nan_in_fresh_memory: None, case: Case, dtype: torch.dtype) -> None:
-    check_against_loop(on_gpu(case.function), case.loop, case.inputs(), case.options(), case.parameters(), dtype)
+    check_against_loop(on_gpu(case.function), case.loop, case.inputs(), case.options(), case.parameters(), dtype,
+                       cuda=True)
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=dtype_name)
-@pytest.mark.parametrize('case', (*WAVEFRONT_CASES, Wavefront(2, 28, 28, 64, 16), Wavefront(1, 50, 20, 48, 16, True)),
-                         ids=str)
+@pytest.mark.parametrize('case', (*WAVEFRONT_CASES, Wavefront(2, 28, 28, 64, 16), Wavefront(1, 50, 20, 48, 16, True),
+                                  Wavefront(1, 130, 9, 20, 11)), ids=str)
 def test_wavefront_scan_equals_the_loop(nan_in_fresh_memory: None, case: Wavefront, dtype: torch.dtype) -> None:
     check_against_loop(on_gpu(cuda_ops.wavefront_scan), loop, case.inputs(), case.options(), WAVEFRONT_PARAMETERS,
-                       dtype)
+                       dtype, cuda=True)
 
 
 @pytest.mark.parametrize('case', (*SOME, Wavefront(2, 30, 21, 40, 16)), ids=str)
@@ -66,6 +68,28 @@ def test_twice_the_same_bits(case: Case | Wavefront) -> None:
         again, _ = differentiate(function_of(case), inputs, case.options(), weights)
         for name, value in first.items():
             assert torch.equal(value, again[name]), name
+
+
+@pytest.mark.parametrize('case', (Wavefront(1, 3000, 60, 64, 16), Wavefront(1, 40, 2000, 40, 11, reverse=True)),
+                         ids=str)
+def test_many_strips_of_one_image_wait_for_each_other(case: Wavefront) -> None:
+    """More strips than blocks run at the same time: the same bits, also where other work leaves room for few blocks."""
+    inputs = gpu_inputs(case, torch.bfloat16)
+    first, weights = differentiate(cuda_ops.wavefront_scan, inputs, case.options())
+    assert all(value.isfinite().all() for value in first.values())
+    factor, stream = torch.randn(8192, 8192, device='cuda'), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    for busy in (False, True, True):
+        if busy:
+            with torch.cuda.stream(stream):
+                for _ in range(10):
+                    factor @ factor
+        again, _ = differentiate(cuda_ops.wavefront_scan, inputs, case.options(), weights)
+        with torch.no_grad():
+            assert torch.equal(cuda_ops.wavefront_scan(**inputs, **case.options()), first['output0'])
+        for name, value in first.items():
+            assert torch.equal(value, again[name]), name
+    torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize('case', (*SOME, Wavefront(2, 30, 21, 40, 16)), ids=str)
@@ -161,6 +185,22 @@ def test_more_than_two_to_the_31_elements() -> None:
     with torch.no_grad():
         last = cuda_ops.line_scan(x, x, A, None, None, axis='row')[-1:]
         alone = cuda_ops.line_scan(x[-1:], x[-1:], A, None, None, axis='row')
+    assert torch.equal(last, alone)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.mem_get_info()[1] < 40e9, reason='needs 40 GB')
+def test_more_than_two_to_the_31_step_sizes() -> None:
+    """The last of many images equals the same image alone."""
+    batch, height, width, channels = 700, 56, 56, 256
+    grid = (batch, height, width, 4)
+    x = torch.randn(batch, height, width, channels, device='cuda', dtype=torch.bfloat16)
+    delta = torch.randn(*grid, channels, device='cuda', dtype=torch.bfloat16)
+    assert delta.numel() > 2 ** 31
+    B, C = torch.randn(2, *grid, 1, device='cuda', dtype=torch.bfloat16)
+    A = -torch.rand(4, channels, 1, device='cuda')
+    with torch.no_grad():
+        last = cuda_ops.cross_selective_scan(x, delta, A, B, C)[-1:]
+        alone = cuda_ops.cross_selective_scan(x[-1:], delta[-1:], A, B[-1:], C[-1:])
     assert torch.equal(last, alone)
 
 

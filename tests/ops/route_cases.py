@@ -231,9 +231,9 @@ FACTORS = (
 CASES: tuple[Case, ...] = (*SEQUENCES, *CROSSES, *LINES, *FACTORS)
 
 
-def check(case: Case, dtype: torch.dtype) -> None:
+def check(case: Case, dtype: torch.dtype, cuda: bool = False) -> None:
     """Hold one case against the float64 loop."""
-    check_against_loop(case.function, case.loop, case.inputs(), case.options(), case.parameters(), dtype)
+    check_against_loop(case.function, case.loop, case.inputs(), case.options(), case.parameters(), dtype, cuda)
 
 
 def case_id(case: Case) -> str:

@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.skipif(compiler() is None, reason='the emulation is co
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Several segments along each route, lines that end within them, several tiles of channels, blocks of several warps.
 LONG = (Cross(1, 17, 23, 40, 1), Cross(1, 17, 23, 41, 1), Cross(1, 27, 31, 6, 1), Factors(1, 17, 23, 40, 1, rank=10),
-        Sequence(2, 36, 700, 1, B=2, C=2), Cross(2, 9, 31, 5, 16), Cross(1, 20, 13, 300, 2), Cross(1, 10, 14, 33, 11),
+        Cross(2, 9, 31, 5, 16), Cross(1, 20, 13, 300, 2), Cross(1, 10, 14, 33, 11), Sequence(2, 36, 700, 1, B=2, C=2),
         Lines(2, 3, 200, 35, 4, 'row', reverse=True), Sequence(1, 70, 260, 8, B=2, C=1, z=True),
         Sequence(1, 12, 300, 3, B=3, C=3))
 WIDE = (Wavefront(1, 19, 30, 40, 16), Wavefront(2, 33, 17, 20, 10, reverse=True), Wavefront(1, 9, 50, 17, 8),
@@ -45,7 +45,7 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
 def test_route_scans_equal_the_loop(emulation: Emulation, nan_in_fresh_memory: None, case: Case,
                                     dtype: torch.dtype) -> None:
     with emulation.serve(seed=crc32(f'{case_id(case)} {dtype}'.encode())):
-        check(case, dtype)
+        check(case, dtype, cuda=True)
         assert emulation.launches or case.batch == 0
 
 
@@ -54,7 +54,8 @@ def test_route_scans_equal_the_loop(emulation: Emulation, nan_in_fresh_memory: N
 def test_wavefront_scan_equals_the_loop(emulation: Emulation, nan_in_fresh_memory: None, case: Wavefront,
                                         dtype: torch.dtype) -> None:
     with emulation.serve(seed=crc32(f'{case} {dtype}'.encode())):
-        check_against_loop(cuda_ops.wavefront_scan, loop, case.inputs(), case.options(), WAVEFRONT_PARAMETERS, dtype)
+        check_against_loop(cuda_ops.wavefront_scan, loop, case.inputs(), case.options(), WAVEFRONT_PARAMETERS, dtype,
+                           cuda=True)
         assert emulation.launches or case.batch == 0
 
 
@@ -77,10 +78,10 @@ def test_kernels_fit_into_the_shared_memory_of_older_gpus(emulation: Emulation) 
     for limit in (64 * 1024, 99 * 1024):
         with emulation.serve(shared_limit=limit):
             for case in (Cross(1, 9, 15, 130, 16), Cross(1, 9, 15, 130, 11), Lines(1, 3, 90, 70, 8, 'row')):
-                check(case, torch.float32)
+                check(case, torch.float32, cuda=True)
             case = Wavefront(1, 17, 20, 18, 16)
             check_against_loop(cuda_ops.wavefront_scan, loop, case.inputs(), case.options(), WAVEFRONT_PARAMETERS,
-                               torch.float32)
+                               torch.float32, cuda=True)
 
 
 @pytest.mark.parametrize('states,segments,tiles', ((1, 8, 2), (2, 64, 1)))
@@ -108,15 +109,17 @@ def test_a_map_with_one_state_is_one_launch_where_it_fits(emulation: Emulation) 
 def test_maps_with_one_state_that_do_not_fit_fall_into_segments(emulation: Emulation, case: Case,
                                                                 dtype: torch.dtype) -> None:
     with emulation.serve(seed=5, shared_limit=48 * 1024):
-        check(case, dtype)
+        check(case, dtype, cuda=True)
         assert emulation.launches > 5
 
 
-@pytest.mark.parametrize(('case', 'taken'), (
-    (Factors(1, 5, 7, 18, 1, rank=2), True), (Factors(1, 5, 7, 18, 1, rank=16), True),
-    (Factors(1, 5, 7, 18, 1, rank=5), False), (Factors(1, 5, 7, 18, 1, rank=18), False),
-    (Factors(1, 5, 7, 17, 1, rank=6), False), (Factors(1, 5, 7, 18, 2, rank=6), False)), ids=str)
-def test_step_sizes_of_factors_are_not_stored(emulation: Emulation, case: Factors, taken: bool) -> None:
+@pytest.mark.parametrize(('case', 'within', 'taken'), (
+    (Factors(1, 5, 7, 18, 1, rank=2), True, True), (Factors(1, 5, 7, 18, 1, rank=12), True, True),
+    # Possible, and by count no gain.
+    (Factors(1, 5, 7, 18, 1, rank=16), True, False),
+    (Factors(1, 5, 7, 18, 1, rank=5), False, False), (Factors(1, 5, 7, 18, 1, rank=18), False, False),
+    (Factors(1, 5, 7, 17, 1, rank=6), False, False), (Factors(1, 5, 7, 18, 2, rank=6), False, False)), ids=str)
+def test_step_sizes_of_factors_are_not_stored(emulation: Emulation, case: Factors, within: bool, taken: bool) -> None:
     inputs = rounded(case.inputs(), PARAMETERS, torch.bfloat16)
     assert not route_scan.takes_low_rank(inputs['x'], case.states, case.rank)
     with emulation.serve(), profile(activities=[ProfilerActivity.CPU]) as record:
@@ -124,7 +127,7 @@ def test_step_sizes_of_factors_are_not_stored(emulation: Emulation, case: Factor
         results, _ = differentiate(case.function, inputs, case.options())
     # Two products make the gradients of factors and weight.
     products = sum(event.count for event in record.key_averages() if event.key == 'aten::bmm')
-    assert products == (2 if taken else 4)
+    assert products == (2 if within else 4)
     assert results['grad delta'].shape == inputs['delta'].shape
 
 
@@ -167,23 +170,58 @@ def test_ss2d_is_the_same_with_step_sizes_made_in_the_scan(emulation: Emulation,
         torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-4)
 
 
-def test_a_map_is_one_launch(emulation: Emulation) -> None:
+@pytest.mark.parametrize('size,limit', (((7, 7), 227), ((29, 43), 48)), ids=('whole', 'segments'))
+@pytest.mark.parametrize('name,value', (('delta', -6.0), ('x', torch.inf), ('B', torch.nan), ('delta', torch.inf)))
+def test_what_grows_at_the_last_pixel_goes_no_further_than_on_the_cpu(emulation: Emulation, size: tuple[int, int],
+                                                                      limit: int, name: str, value: float) -> None:
+    """Chunks have positions that are not on the map, and hold the last one's values there."""
+    inputs = rounded(Cross(1, *size, 8, 1, softplus=False).inputs(), PARAMETERS, torch.float32)
+    tensor = inputs[name]
+    assert tensor is not None and inputs['A'] is not None
+    inputs['A'].fill_(-1)
+    tensor[0, -1, -1, ..., :3] = value
+    expected, weights = differentiate(cuda_ops.cross_selective_scan, inputs, {'delta_softplus': False})
+    with emulation.serve(shared_limit=limit * 1024):
+        results, _ = differentiate(cuda_ops.cross_selective_scan, inputs, {'delta_softplus': False}, weights)
+    for part, result in results.items():
+        finite = expected[part].isfinite()
+        assert torch.equal(result.isfinite(), finite), part
+        torch.testing.assert_close(result[finite], expected[part][finite], rtol=1e-4, atol=1e-4)
+
+
+def test_a_map_is_one_launch_of_as_many_blocks_as_are_of_use(emulation: Emulation) -> None:
     case = Wavefront(2, 40, 30, 40, 8)
-    with emulation.serve():
-        x = rounded(case.inputs(), WAVEFRONT_PARAMETERS, torch.float32)
-        cuda_ops.wavefront_scan(**x)
-        assert emulation.launches == 1 and emulation.blocks == 2 * 3
+    inputs = rounded(case.inputs(), WAVEFRONT_PARAMETERS, torch.float32)
+    # Five strips of two images' three tiles of channels.
+    for multiprocessors, blocks in ((132, 5 * 2 * 3), (4, 4)):
+        with emulation.serve(multiprocessors=multiprocessors):
+            cuda_ops.wavefront_scan(**inputs)
+            assert emulation.launches == 1 and emulation.blocks == blocks
+
+
+@pytest.mark.parametrize('case', (Wavefront(1, 75, 21, 20, 2), Wavefront(2, 17, 40, 17, 10, reverse=True)), ids=str)
+def test_strips_give_the_same_bits_whichever_blocks_take_them(emulation: Emulation, nan_in_fresh_memory: None,
+                                                              case: Wavefront) -> None:
+    """One block for all strips, blocks that follow each other, that share the strips, and one for each, all at once."""
+    inputs = rounded(case.inputs(), WAVEFRONT_PARAMETERS, torch.bfloat16)
+    weights, first = None, {}
+    for seed, (multiprocessors, residents) in enumerate(((1, 1), (132, 1), (2, 2), (132, 2), (3, 3), (132, 100))):
+        with emulation.serve(seed=seed, multiprocessors=multiprocessors, residents=residents):
+            results, weights = differentiate(cuda_ops.wavefront_scan, inputs, case.options(), weights)
+            with torch.no_grad():  # saves no states, and hands them over elsewhere
+                results['without gradients'] = cuda_ops.wavefront_scan(**inputs, **case.options())
+        first = first or results
+        assert torch.equal(results['without gradients'], first['output0'])
+        for name, value in results.items():
+            assert torch.equal(value, first[name]), f'{name} with {multiprocessors} blocks, {residents} at a time'
 
 
 def test_more_blocks_than_a_grid_takes_are_divided_among_launches(tmp_path: Path) -> None:
     few = Emulation(tmp_path, ['-DSSM_MAX_BLOCKS=3'])
     with few.serve():
-        check(Cross(2, 9, 15, 40, 1), torch.float32)
-        check(Cross(2, 9, 15, 41, 1), torch.float32)
+        check(Cross(2, 9, 15, 40, 1), torch.float32, cuda=True)
+        check(Cross(2, 9, 15, 41, 1), torch.float32, cuda=True)
         assert few.launches > few.blocks / 4
-        case = Wavefront(3, 9, 5, 40, 2)
-        check_against_loop(cuda_ops.wavefront_scan, loop, case.inputs(), case.options(), WAVEFRONT_PARAMETERS,
-                           torch.float32)
 
 
 @pytest.mark.parametrize('launch', range(5))

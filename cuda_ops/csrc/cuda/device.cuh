@@ -54,7 +54,7 @@ __device__ __forceinline__ float fast_exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 #else
-  return exp2f(x);
+  return approximate_exp2(x);
 #endif
 }
 
@@ -65,7 +65,7 @@ __device__ __forceinline__ float fast_reciprocal(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 #else
-  return 1.f / x;
+  return approximate_reciprocal(x);
 #endif
 }
 
@@ -137,23 +137,6 @@ __device__ __forceinline__ T* at(const GridTensor& tensor, int64_t batch, int64_
   return static_cast<T*>(tensor.data) + batch * tensor.batch + row * tensor.row + column * tensor.column;
 }
 
-// Copies a float to shared memory without waiting for it, where the GPU can.
-__device__ __forceinline__ void async_copy(float* shared, const float* global) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(unsigned(__cvta_generic_to_shared(shared))), "l"(global)
-               : "memory");
-#else
-  *shared = *global;
-#endif
-}
-
-// Waits for the thread's copies; others see them after a barrier.
-__device__ __forceinline__ void async_wait() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-}
-
 // Shared memory that a block may have on the current device, in bytes.
 inline int shared_memory_limit(int64_t* bytes) {
   int device = 0, limit = 0;
@@ -163,17 +146,26 @@ inline int shared_memory_limit(int64_t* bytes) {
   return int(error);
 }
 
+// Lets a kernel have as much shared memory as there is, if it wants more than any kernel may have without asking: the limit
+// is the kernel's own and not a launch's, so that launches by several threads, and in graphs, would get into each other's way.
+inline int allow_shared(const void* kernel, int64_t shared) {
+  if (shared <= 48 * 1024) return cudaSuccess;
+  int64_t limit = 0;
+  const int error = shared_memory_limit(&limit);
+  if (error || shared > limit) return error ? error : int(cudaErrorInvalidConfiguration);
+  const cudaError_t refused = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(limit));
+  if (refused != cudaSuccess) cudaGetLastError();  // no later launch is to report it
+  return int(refused);
+}
+
 // Launches as many blocks as there are, in parts where they are too many for one grid: kernels add `first` to their
 // block's number. `Arguments` has a member `first_block`.
 template <class Arguments>
 int launch_blocks(void (*kernel)(Arguments), Arguments arguments, int64_t blocks, int threads, int64_t shared,
                   void* stream) {
   if (blocks == 0) return cudaSuccess;
-  if (shared > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-    if (error != cudaSuccess) return int(error);
-  }
+  const int refused = allow_shared(reinterpret_cast<const void*>(kernel), shared);
+  if (refused) return refused;
   for (int64_t first = 0; first < blocks; first += SSM_MAX_BLOCKS) {
     const int64_t rest = blocks - first;
     arguments.first_block = first;
@@ -183,6 +175,26 @@ int launch_blocks(void (*kernel)(Arguments), Arguments arguments, int64_t blocks
     if (error != cudaSuccess) return int(error);
   }
   return cudaSuccess;
+}
+
+// Says to other blocks how far this one has come. What the thread wrote before, and what others of its block wrote before
+// a barrier between them and the thread, is seen by whoever has acquired the value, and behind a barrier by its block.
+__device__ __forceinline__ void store_release(int64_t* global, int64_t value) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.release.gpu.global.s64 [%0], %1;" ::"l"(global), "l"(value) : "memory");
+#else
+  *global = value;
+#endif
+}
+
+__device__ __forceinline__ int64_t load_acquire(const int64_t* global) {
+#if defined(__CUDA_ARCH__)
+  int64_t value;
+  asm volatile("ld.acquire.gpu.global.s64 %0, [%1];" : "=l"(value) : "l"(global) : "memory");
+  return value;
+#else
+  return *global;
+#endif
 }
 
 }  // namespace cuda_ops

@@ -4,6 +4,8 @@
 // are found by a lane each, and shared.
 #pragma once
 
+#include <cstring>
+
 #include "route_scan.cuh"
 
 namespace cuda_ops {
@@ -35,6 +37,20 @@ template <class T>
 struct alignas(16) Four {
   T of[4];
 };
+
+template <class T>
+__device__ __forceinline__ float value_of(const Two<T>& pair, int c) {
+  return to_float(pair.of[c]);
+}
+// By one instruction, where the compiler would first take the pair apart.
+__device__ __forceinline__ float value_of(const Two<__nv_bfloat16>& pair, int c) {
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof(bits));
+  bits = c ? bits & 0xffff0000u : bits << 16;
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
 
 // A block's part of a map, and a thread's of that.
 struct Site {
@@ -188,7 +204,7 @@ struct Factors {
       for (int i = 0; i < kAtATime; i += 2) {
         if (first + i >= a.rank) break;
 #pragma unroll
-        for (int j = 0; j < 2; ++j) room[(i + j) * kChunk + site.lane] = to_float(factors[(first + i) / 2].of[j]);
+        for (int j = 0; j < 2; ++j) room[(i + j) * kChunk + site.lane] = value_of(factors[(first + i) / 2], j);
       }
       __syncwarp();
 #pragma unroll
@@ -233,7 +249,7 @@ struct PairParameters {
     for (int u = 0; u < kRun; ++u) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        steps[u][c] = factored ? bias[c] : to_float(raw[u].of[c]) * kLog2E + bias[c];
+        steps[u][c] = factored ? bias[c] : value_of(raw[u], c) * kLog2E + bias[c];
         if (slopes) slopes[u][c] = kLog2E;
       }
     }

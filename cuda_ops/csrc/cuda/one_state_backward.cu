@@ -100,8 +100,8 @@ __global__ void __launch_bounds__(kOneStateBackwardWarps* kWarp, 1) one_state_ba
           Two<float> sum;
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
-            const float dy = to_float(grad_y[u].of[c]);
-            sum.of[c] = skip[c] * dy, grad_skip[c] += dy * to_float(x[u].of[c]);
+            const float dy = value_of(grad_y[u], c);
+            sum.of[c] = skip[c] * dy, grad_skip[c] += dy * value_of(x[u], c);
           }
           *reinterpret_cast<Two<float>*>(sums + places[u] * kTile + 2 * site.pair) = sum;
         }
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kOneStateBackwardWarps* kWarp, 1) one_state_ba
         for (int c = 0; c < 2; ++c) {
           total[c] += steps[u][c];
           decay[u][c] = fast_exp2(steps[u][c] * parameters.rate[c]);
-          inflow[u][c] = to_float(x[u].of[c]) * B[u] * steps[u][c];
+          inflow[u][c] = value_of(x[u], c) * B[u] * steps[u][c];
           own.end[c] = decay[u][c] * own.end[c] + inflow[u][c];
         }
       }
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kOneStateBackwardWarps* kWarp, 1) one_state_ba
         back.end[c] = 0.f;
 #pragma unroll
         for (int u = kRun - 1; u >= 0; --u)
-          back.end[c] = decay[u][c] * (back.end[c] + C[u] * to_float(grad_y[u].of[c]));
+          back.end[c] = decay[u][c] * (back.end[c] + C[u] * value_of(grad_y[u], c));
       }
       const Stretch before = runs_before<false>(site, own, &all);
 #pragma unroll
@@ -137,6 +137,12 @@ __global__ void __launch_bounds__(kOneStateBackwardWarps* kWarp, 1) one_state_ba
           state[u][c] = running;  // before the position
           running = decay[u][c] * running + inflow[u][c];
         }
+      }
+      if (rank >= site.chunks || chunk.first + kChunk > site.begin + site.count) {
+        // A state that is not finite stays with the positions that have it.
+#pragma unroll
+        for (int u = 0; u < kRun; ++u)
+          if (places[u] >= a.segment) state[u][0] = state[u][1] = 0.f;
       }
       const Stretch behind = runs_before<true>(site, back, &all);
       if (site.run == 0) *handover.stretch(site, turn, site.warp) = {all.decay[0], all.end[0], all.decay[1], all.end[1]};
@@ -161,7 +167,7 @@ __global__ void __launch_bounds__(kOneStateBackwardWarps* kWarp, 1) one_state_ba
         through_B[u] = through_C[u] = 0.f;
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          const float dy = to_float(grad_y[u].of[c]), input = to_float(x[u].of[c]), step = steps[u][c];
+          const float dy = value_of(grad_y[u], c), input = value_of(x[u], c), step = steps[u][c];
           const float grad = carry[c] + C[u] * dy, weighted = B[u] * grad;
           carry[c] = grad * decay[u][c];
           const float through_decay = carry[c] * state[u][c];
@@ -247,7 +253,8 @@ bool one_state_plan_cuda(const RouteScanParams& p, bool backward, int64_t shared
     const int64_t floats = backward ? backward_floats(p, segment, plan->warps) : one_state_floats(p, segment, plan->warps);
     return floats * int64_t(sizeof(float)) <= limit;
   };
-  if (!fits(length, kFewWarps, shared_limit / 2) && !fits(length, most, shared_limit) &&
+  // The driver keeps 1 KiB for each block.
+  if (!fits(length, kFewWarps, shared_limit / 2 - 512) && !fits(length, most, shared_limit) &&
       !fits(kSegment, kFewWarps, shared_limit))
     return false;
   plan->one_state = true;

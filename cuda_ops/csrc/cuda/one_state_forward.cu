@@ -14,7 +14,6 @@ struct Ahead {
                                        const Notes& notes) {
     const Chunk chunk(site, turn, runs_backwards(a.p.route[k]));
     const int32_t pixel = note_pixel(a, site, k, chunk, notes);
-    // An input of 0 leaves a state of 0 as it is: that of a route that starts before its first position.
     B = chunk.given ? projection<T>(a, site, a.p.B, k, pixel) * kLn2 : 0.f;
     C = projection<T>(a, site, a.p.C, k, pixel);
     __syncwarp();
@@ -63,10 +62,19 @@ __global__ void __launch_bounds__(kOneStateForwardWarps* kWarp, 1) one_state_for
       notes.inputs()[site.lane] = ahead.B, notes.outputs()[site.lane] = ahead.C;
       __syncwarp();
       float B[kRun], steps[kRun][2], decay[kRun][2], inflow[kRun][2], total[2] = {0.f, 0.f};
-      read_run(notes.inputs(), site.run, B);
+      if (!Factored) read_run(notes.inputs(), site.run, B);
       // The next chunk's notes are still to come.
       const Factors factors{shared + r * a.rank * kTile, notes_of_warp + ((turn + 1) & 1) * Notes::kFloats};
       parameters.steps(a, site, Factored, ahead.delta, factors, steps);
+      if (Factored) read_run(notes.inputs(), site.run, B);  // no sooner: registers are scarce
+      const Chunk chunk(site, first + site.warp, down);
+      const int32_t missing = down ? chunk.first + kChunk - (site.begin + site.count) : 0;
+      if (missing > 0) {
+        // The route starts behind these, and their decays may be infinite.
+#pragma unroll
+        for (int u = 0; u < kRun; ++u)
+          if (site.run * kRun + u < missing) steps[u][0] = steps[u][1] = 0.f;
+      }
       Stretch own{{1.f, 1.f}, {0.f, 0.f}}, all;
 #pragma unroll
       for (int u = 0; u < kRun; ++u) {
@@ -74,7 +82,7 @@ __global__ void __launch_bounds__(kOneStateForwardWarps* kWarp, 1) one_state_for
         for (int c = 0; c < 2; ++c) {
           total[c] += steps[u][c];
           decay[u][c] = fast_exp2(steps[u][c] * parameters.rate[c]);
-          inflow[u][c] = to_float(ahead.x[u].of[c]) * B[u] * steps[u][c];
+          inflow[u][c] = value_of(ahead.x[u], c) * B[u] * steps[u][c];
           own.end[c] = decay[u][c] * own.end[c] + inflow[u][c];
         }
       }
@@ -84,7 +92,7 @@ __global__ void __launch_bounds__(kOneStateForwardWarps* kWarp, 1) one_state_for
 #pragma unroll
         for (int u = 0; u < kRun; ++u)
           *reinterpret_cast<Two<float>*>(sums + places[u] * kTile + 2 * site.pair) = {
-              skip[0] * to_float(ahead.x[u].of[0]), skip[1] * to_float(ahead.x[u].of[1])};
+              skip[0] * value_of(ahead.x[u], 0), skip[1] * value_of(ahead.x[u], 1)};
       }
 #pragma unroll
       for (int c = 0; c < 2; ++c) own.decay[c] = fast_exp2(total[c] * parameters.rate[c]);
@@ -97,7 +105,6 @@ __global__ void __launch_bounds__(kOneStateForwardWarps* kWarp, 1) one_state_for
       __syncthreads();
       float state[2];
       handover.start_of_warp(site, turn, state);
-      const Chunk chunk(site, first + site.warp, down);
       if (a.p.chunk && site.run == 0 && site.active && first + site.warp < site.chunks) {
         const int32_t boundary = down ? chunk.first + kChunk : chunk.first;
         if (boundary > 0 && boundary < a.length) {

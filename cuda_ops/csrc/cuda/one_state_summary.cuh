@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kSummaryWarps* kWarp, 2) one_state_summary(One
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           const float step = places[u] < a.segment ? steps[u][c] : 0.f, decay = fast_exp2(step * parameters.rate[c]);
-          const float value = to_float(values[u].of[c]) * factors[u];
+          const float value = value_of(values[u], c) * factors[u];
           sum[c] += step;
           own.end[c] = Backward ? decay * (own.end[c] + value) : decay * own.end[c] + value * step;
         }

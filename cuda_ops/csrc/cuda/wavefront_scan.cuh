@@ -1,6 +1,7 @@
-// What the passes of the wavefront scan share. A block has an image and 16 channels, and goes through the map in strips
-// of rows. A thread has a row of the strip and a channel, with the row's current states in registers. At step t row r is
-// at column t - r: its neighbour above was there a step before, and has left its states in shared memory.
+// What the passes of the wavefront scan share. A task is a strip of an image's rows and 16 channels. A thread has a row of
+// the strip and a channel, with the row's current states in registers. At step t row r is at column t - r: its neighbour
+// above was there a step before, and has left its states in shared memory. What the first row needs of the strip above it
+// (in the backward pass: the last row of the strip below), another block leaves in global memory, some columns ahead.
 #pragma once
 
 #include "../wavefront_scan.h"
@@ -9,32 +10,91 @@
 namespace cuda_ops {
 namespace {
 
-constexpr int kTile = int(kWavefrontTile), kMaxRows = 16;
+constexpr int kTile = int(kWavefrontTile), kMaxRows = 16, kMinSlots = 8, kGroup = 8;
 
 struct WavefrontArguments {
   WavefrontScanParams p;
-  int32_t rows, tiles, span, fronts;
+  int32_t rows, tiles, strips, span, fronts;
   bool grouped;
-  int64_t first_block;
+  int64_t maps;  // images times tiles; there are `strips` tasks for each
 };
 
-// A thread's place: a row of each strip, and a channel.
+// The number of all states. Kernels know theirs, but for the one that takes any number in groups.
+template <int NS>
+__device__ __forceinline__ int64_t all_states(const WavefrontArguments& a) {
+  return NS == kGroup ? a.p.states : NS;
+}
+
+// Takes the block's next task, if there is one left; every thread takes part. Tasks are in the order of their strips, first
+// those that others wait for. A task waits for the one of the strip before alone, which some running block has taken
+// already; so the first of the unfinished tasks never waits, and all get done, however many blocks the device runs at the
+// same time and in whatever order it starts them. With many maps, strips follow those that they wait for at a distance.
+// The number passes through the start of the shared memory, which is the task's own from its first barrier on.
+__device__ __forceinline__ bool take_task(const WavefrontArguments& a, float* shared, int64_t* task) {
+  int64_t* place = reinterpret_cast<int64_t*>(shared);
+  __syncthreads();  // nobody needs what the task before left in shared memory
+  if (threadIdx.x == 0) *place = int64_t(atomicAdd(static_cast<unsigned long long*>(a.p.counters), 1ull));
+  __syncthreads();
+  *task = *place;
+  return *task < a.strips * a.maps;
+}
+
+// A thread's place in a task: a row of the strip, and a channel.
 struct Seat {
   int64_t batch, tile, channel;
   int32_t row, lane;  // lane: the channel within the tile
   bool active;        // whether there are such a channel and such a row of a strip
 
-  __device__ __forceinline__ explicit Seat(const WavefrontArguments& a) {
-    const int64_t block = a.first_block + blockIdx.x;
-    tile = block % a.tiles, batch = block / a.tiles;
+  __device__ __forceinline__ Seat(const WavefrontArguments& a, int64_t task) {
+    const int64_t map = task % a.maps;
+    tile = map % a.tiles, batch = map / a.tiles;
     lane = threadIdx.x % kTile, row = threadIdx.x / kTile;
     channel = tile * kTile + lane;
     active = channel < a.p.channels && row < a.rows;
   }
 };
 
+// Columns after which a strip says how far it has come. Each strip trails the one before by so many and by its rows; saying
+// so takes a fence, and hearing of it a barrier, which are to be few beside the steps.
+constexpr int32_t kHandedOver = 8;
+
+// What a task hears of the strip before it and tells the one behind it: how many columns of the row between them are in
+// global memory, in the order in which the pass goes through them, after those of all groups of states before.
+struct Relay {
+  int64_t* own;   // the progress of this task; what it hears lies as many places before as there are maps
+  int32_t turn;   // of the strip among those of its map
+  int32_t known;  // columns of this group, as thread 0 last heard
+
+  __device__ __forceinline__ Relay(const WavefrontArguments& a, int64_t task)
+      : own(static_cast<int64_t*>(a.p.counters) + 1 + task), turn(int32_t(task / a.maps)), known(0) {}
+
+  // To be called by all threads before any reads a column, for one column after the other from 0 on.
+  __device__ __forceinline__ void await(const WavefrontArguments& a, int64_t group, int32_t column) {
+    const int32_t width = int32_t(a.p.width);
+    if (turn == 0 || column % kHandedOver || column >= width) return;
+    if (threadIdx.x == 0) {
+      if (column == 0) known = 0;
+      const int32_t needed = width - column < kHandedOver ? width : column + kHandedOver;
+      while (known < needed) {
+        const int64_t told = load_acquire(own - a.maps) - group * width;
+        known = told < width ? int32_t(told) : width;
+        if (known < needed) __nanosleep(100);
+      }
+    }
+    __syncthreads();
+  }
+
+  // To be called behind a barrier that follows the writing of the last of so many columns.
+  __device__ __forceinline__ void tell(const WavefrontArguments& a, int64_t group, int32_t columns) const {
+    if (turn + 1 == a.strips || threadIdx.x || columns <= 0 || columns > a.p.width) return;
+    if (columns % kHandedOver == 0 || columns == a.p.width) store_release(own, group * a.p.width + columns);
+  }
+};
+
 // The rows of a block's shared arrays: as many as it has groups of 16 threads.
-__host__ __device__ __forceinline__ int32_t row_slots(int32_t rows) { return (rows + 1) / 2 * 2; }
+__host__ __device__ __forceinline__ int32_t row_slots(int32_t rows) {
+  return rows < kMinSlots ? kMinSlots : (rows + 1) / 2 * 2;
+}
 
 // The decay rates of the block's channels, times log2(e), for up to NS states from n0 on, in shared memory: registers are
 // scarce. [above, before][NS][16], 0 beyond the last state.
@@ -50,9 +110,9 @@ struct Rates {
     for (int32_t i = threadIdx.x; i < kFloats; i += blockDim.x) {
       const int32_t n = i / kTile % NS;
       const int64_t channel = seat.tile * kTile + i % kTile;
-      const bool given = channel < a.p.channels && n0 + n < a.p.states;
+      const bool given = channel < a.p.channels && n0 + n < all_states<NS>(a);
       const void* A = i < NS * kTile ? a.p.above.A : a.p.before.A;
-      target[i] = given ? static_cast<const float*>(A)[channel * a.p.states + n0 + n] * kLog2E : 0.f;
+      target[i] = given ? static_cast<const float*>(A)[channel * all_states<NS>(a) + n0 + n] * kLog2E : 0.f;
     }
     __syncthreads();
   }
@@ -66,22 +126,23 @@ __device__ __forceinline__ int64_t row_state(const WavefrontArguments& a, const 
   return ((row * a.p.width + column) * a.p.states + n) * a.p.channels + seat.channel;
 }
 
-// A step's projections and what comes from outside of the strip: [slots][3 * NS], then [first row, last row][NS][16].
+// A step's projections and what comes from outside of the strip: [slots][3 * NS], then [above, below][NS][16].
 template <int NS>
 __host__ __device__ __forceinline__ int32_t projections_floats(int32_t rows) {
   return row_slots(rows) * 3 * NS + 2 * NS * kTile;
 }
 template <int NS>
-__device__ __forceinline__ int32_t outer_place(const WavefrontArguments& a, const Seat& seat, int32_t n) {
-  return row_slots(a.rows) * 3 * NS + ((seat.row == 0 ? 0 : NS) + n) * kTile + seat.lane;
+__device__ __forceinline__ int32_t outer_place(const WavefrontArguments& a, const Seat& seat, bool below, int32_t n) {
+  return row_slots(a.rows) * 3 * NS + ((below ? NS : 0) + n) * kTile + seat.lane;
 }
 
-// Where the states of the last row of the strip above a strip lie: saved ones for the backward pass, or the edge.
-__device__ __forceinline__ float* strip_edge(const WavefrontArguments& a, const Seat& seat, int32_t strip,
-                                             int64_t* row) {
-  const int64_t count = saved_states(a.p.height, a.p.chunk);
-  *row = a.p.chunk ? seat.batch * count + strip : seat.batch;
-  return static_cast<float*>(a.p.chunk ? a.p.saved : a.p.edge);
+// The states of a strip's last row, for column 0 and state 0: saved ones for the backward pass, or the edge. All strips of
+// an image share the edge, as they do in the backward pass: a strip has read a column, in an earlier step, when it
+// overwrites it with its own, and nobody else reads it; the strip behind waits for that.
+__device__ __forceinline__ float* strip_edge(const WavefrontArguments& a, const Seat& seat, int32_t strip) {
+  if (!a.p.chunk) return static_cast<float*>(a.p.edge) + row_state(a, seat, seat.batch, 0, 0);
+  const int64_t row = seat.batch * saved_states(a.p.height, a.p.chunk) + strip;
+  return static_cast<float*>(a.p.saved) + row_state(a, seat, row, 0, 0);
 }
 
 // What a thread reads for a step: its pixel's values, and its share of the row's projections.
@@ -110,7 +171,7 @@ struct Step {
     for (int i = 0; i < kShare; ++i) {
       const int index = seat.lane + i * kTile, which = index / NS, n = index % NS;
       share[i] = 0.f;
-      if (!on_map || which > 2 || n0 + n >= a.p.states) continue;
+      if (!on_map || which > 2 || n0 + n >= all_states<NS>(a)) continue;
       if ((which == 0 && !has_above) || (which == 1 && !has_before)) continue;
       const GridTensor& tensor = which == 0 ? a.p.above.B : which == 1 ? a.p.before.B : a.p.C;
       share[i] = to_float(at<const T>(tensor, seat.batch, row, column)[n0 + n]);
@@ -131,29 +192,35 @@ struct Step {
   __device__ __forceinline__ float exponent_shift() const { return has_above && has_before ? -1.f : 0.f; }
 };
 
-// Copies what comes from outside of the strip for a step to shared memory: states above the first row, in a backward
-// sweep also the gradients from below the last one. It is there after async_wait and the next barrier.
+// What comes from outside of the strip for a step: states above the first row, or gradients from below the last one. The
+// threads of a channel read them for all rows, each its share.
 template <int NS>
-__device__ __forceinline__ void fetch_outer(const WavefrontArguments& a, const Seat& seat, int64_t n0, int32_t strip,
-                                            int32_t time, bool sweep, float* projections) {
-  const int64_t row = int64_t(strip) * a.rows + seat.row, column = time - seat.row;
-  const bool valid = seat.active && row < a.p.height && column >= 0 && column < a.p.width;
-  const bool from_above = valid && seat.row == 0 && strip > 0;
-  const bool last = seat.row == a.rows - 1 && seat.row > 0;
-  const bool from_below = sweep && valid && last && row + 1 < a.p.height;
-  if (seat.row > 0 && !last) return;
-  int64_t edge_row = seat.batch;
-  const float* edge = from_above ? strip_edge(a, seat, strip - 1, &edge_row) : static_cast<const float*>(a.p.edge);
+struct Outer {
+  static constexpr int kShare = (NS + kMinSlots - 1) / kMinSlots;
+  float share[kShare];
+
+  // `row` is where the thread's channel has column 0 and state 0, or null where there is no such row. Another block may
+  // have written the column in this launch, so it is read past the L1 cache, which does not hear of that.
+  __device__ __forceinline__ void load(const WavefrontArguments& a, const Seat& seat, int64_t n0, const float* row,
+                                       int32_t column) {
+    const bool given = row && seat.channel < a.p.channels && column >= 0 && column < a.p.width;
+    const float* source = given ? row + (column * all_states<NS>(a) + n0) * a.p.channels : row;
 #pragma unroll
-  for (int n = 0; n < NS; ++n) {
-    float* target = projections + outer_place<NS>(a, seat, n);
-    if ((from_above || from_below) && n0 + n < a.p.states) {
-      async_copy(target, edge + row_state(a, seat, edge_row, column, n0 + n));
-    } else {
-      *target = 0.f;
+    for (int i = 0; i < kShare; ++i) {
+      const int32_t n = seat.row + i * row_slots(a.rows);
+      share[i] = given && n < NS && n0 + n < all_states<NS>(a) ? __ldcg(source + n * a.p.channels) : 0.f;
     }
   }
-}
+
+  __device__ __forceinline__ void hand_out(const WavefrontArguments& a, const Seat& seat, bool below,
+                                           float* projections) const {
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) {
+      const int32_t n = seat.row + i * row_slots(a.rows);
+      if (n < NS) projections[outer_place<NS>(a, seat, below, n)] = share[i];
+    }
+  }
+};
 
 // Where a row's state n of the thread's channel lies in [slots][NS][16].
 template <int NS>
@@ -169,19 +236,19 @@ __device__ __forceinline__ void advance(const WavefrontArguments& a, const Step<
   const float weight = step.weight(), shift = step.exponent_shift();
   const float inflow_above = step.above * step.u * weight, inflow_before = step.before * step.u * weight;
   const float* row = projections + seat.row * 3 * NS;
-  constexpr int kGroup = NS < 4 ? NS : 4;
+  const float* states_above = seat.row > 0 ? above_row + place_of<NS>(seat, seat.row - 1, 0)
+                                           : projections + outer_place<NS>(a, seat, false, 0);
+  constexpr int kRow = NS < 4 ? NS : 4;
 #pragma unroll
-  for (int first = 0; first < NS; first += kGroup) {
-    float B_above[kGroup], B_before[kGroup];
-    read_row<kGroup>(row + first, B_above);
-    read_row<kGroup>(row + NS + first, B_before);
+  for (int first = 0; first < NS; first += kRow) {
+    float B_above[kRow], B_before[kRow];
+    read_row<kRow>(row + first, B_above);
+    read_row<kRow>(row + NS + first, B_before);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
+    for (int i = 0; i < kRow; ++i) {
       const int n = first + i;
-      const float above =
-          seat.row > 0 ? above_row[place_of<NS>(seat, seat.row - 1, n)] : projections[outer_place<NS>(a, seat, n)];
       float h = B_above[i] * inflow_above + B_before[i] * inflow_before;
-      if (step.has_above) h += fast_exp2(step.above * rates.above(n) + shift) * above;
+      if (step.has_above) h += fast_exp2(step.above * rates.above(n) + shift) * states_above[n * kTile];
       if (step.has_before) h += fast_exp2(step.before * rates.before(n) + shift) * state[n];
       state[n] = step.valid ? h : 0.f;
     }
@@ -191,13 +258,37 @@ __device__ __forceinline__ void advance(const WavefrontArguments& a, const Step<
 inline bool fast_states(int64_t states) {
   return states == 1 || states == 2 || states == 4 || states == 8 || states == 16;
 }
-inline int64_t states_at_a_time(int64_t states) { return fast_states(states) ? states : 8; }
+inline int64_t states_at_a_time(int64_t states) { return fast_states(states) ? states : kGroup; }
 
 inline WavefrontArguments arguments_of(const WavefrontScanParams& p, const WavefrontScanPlan& plan) {
   WavefrontArguments a{};
-  a.p = p, a.rows = int32_t(plan.rows), a.tiles = int32_t(plan.tiles);
+  a.p = p, a.rows = int32_t(plan.rows), a.tiles = int32_t(plan.tiles), a.strips = int32_t(plan.strips);
   a.span = int32_t(plan.span), a.fronts = int32_t(plan.fronts), a.grouped = plan.grouped;
+  a.maps = p.batch * plan.tiles;
   return a;
+}
+
+// Blocks of the kernel that the device runs at the same time if it has nothing else to do; more would not help.
+inline int resident_blocks(void (*kernel)(WavefrontArguments), int threads, int64_t shared, int64_t* blocks) {
+  int device = 0, multiprocessors = 0, each = 0;
+  const int refused = allow_shared(reinterpret_cast<const void*>(kernel), shared);
+  if (refused) return refused;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess)
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, reinterpret_cast<const void*>(kernel), threads,
+                                                          size_t(shared));
+  *blocks = int64_t(multiprocessors) * (each > 0 ? each : 1);
+  if (error != cudaSuccess) cudaGetLastError();  // no later launch is to report it
+  return int(error);
+}
+
+inline int launch(void (*kernel)(WavefrontArguments), const WavefrontArguments& a, int64_t blocks, int threads,
+                  int64_t shared, void* stream) {
+  const int refused = allow_shared(reinterpret_cast<const void*>(kernel), shared);
+  if (refused) return refused;
+  SSM_LAUNCH(kernel, unsigned(blocks), unsigned(threads), size_t(shared), static_cast<cudaStream_t>(stream), a);
+  return int(cudaGetLastError());
 }
 
 #define SSM_DISPATCH_STATES(NS_VALUE, T, CALL) \
@@ -206,7 +297,7 @@ inline WavefrontArguments arguments_of(const WavefrontScanParams& p, const Wavef
     case 2: return CALL(T, 2);                 \
     case 4: return CALL(T, 4);                 \
     case 16: return CALL(T, 16);               \
-    default: return CALL(T, 8);                \
+    default: return CALL(T, kGroup);           \
   }
 #define SSM_DISPATCH(DTYPE, NS_VALUE, CALL)                                      \
   switch (DTYPE) {                                                               \
@@ -217,4 +308,9 @@ inline WavefrontArguments arguments_of(const WavefrontScanParams& p, const Wavef
   }
 
 }  // namespace
+
+// Blocks of either pass that the device runs at the same time; the plan's other members are given.
+int wavefront_forward_residents(const WavefrontScanParams& p, const WavefrontScanPlan& plan, int64_t* blocks);
+int wavefront_backward_residents(const WavefrontScanParams& p, const WavefrontScanPlan& plan, int64_t* blocks);
+
 }  // namespace cuda_ops

@@ -5,10 +5,15 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "cuda/device.cuh"
+
 struct Arguments {
   const float* source;
   float* target;
   int count;
+  float* between;     // [kTurns][count], NaN
+  int64_t* progress;  // how many turns are there to read
+  unsigned long long* tickets;
 };
 
 // Each thread reads what its neighbour wrote.
@@ -64,24 +69,78 @@ __global__ void lane_missing(Arguments a) {
   a.target[threadIdx.x] = value;
 }
 
+// One block writes some turns of values, and another one reads what it has heard of.
+constexpr int kTurns = 8;
+enum Fault { kNone, kDoesNotWait, kWaitsForTooFew, kTellsTooEarly };
+
+__device__ void hand_over(const Arguments& a, bool reads, Fault fault) {
+  float sum = 0.f;
+  for (int turn = 0; turn < kTurns; ++turn) {
+    float* values = a.between + turn * a.count;
+    if (reads) {
+      const int64_t needed = fault == kDoesNotWait ? 0 : fault == kWaitsForTooFew && turn > 0 ? turn : turn + 1;
+      if (threadIdx.x == 0)
+        while (cuda_ops::load_acquire(a.progress) < needed) __nanosleep(1);
+      __syncthreads();
+      sum += __ldcg(values + a.count - 1 - threadIdx.x);
+    } else {
+      values[threadIdx.x] = a.source[threadIdx.x];
+      if (fault != kTellsTooEarly) __syncthreads();
+      if (threadIdx.x == 0) cuda_ops::store_release(a.progress, turn + 1);
+    }
+    __syncthreads();
+  }
+  if (reads) a.target[threadIdx.x] = sum / kTurns;
+}
+
+__global__ void does_not_wait(Arguments a) { hand_over(a, blockIdx.x == 1, kDoesNotWait); }
+__global__ void waits_for_too_few(Arguments a) { hand_over(a, blockIdx.x == 1, kWaitsForTooFew); }
+__global__ void tells_too_early(Arguments a) { hand_over(a, blockIdx.x == 1, kTellsTooEarly); }
+
+// Right where both blocks are resident. Else the second one must not run first, which a ticket sees to.
+__global__ void waits_by_number(Arguments a) { hand_over(a, blockIdx.x == 1, kNone); }
+__global__ void waits_by_ticket(Arguments a) {
+  SSM_DYNAMIC_SHARED(shared);
+  if (threadIdx.x == 0) shared[0] = float(atomicAdd(a.tickets, 1ull));
+  __syncthreads();
+  hand_over(a, shared[0] == 1.f, kNone);
+}
+
 int main(int argc, char** argv) {
   const struct {
     const char* name;
     void (*kernel)(Arguments);
-  } kernels[] = {{"reverse", reverse},           {"without_barrier", without_barrier},
-                 {"without_second_barrier", without_second_barrier},
-                 {"beyond_shared", beyond_shared}, {"beyond_target", beyond_target},
-                 {"uninitialised", uninitialised}, {"divergent", divergent},
-                 {"lane_missing", lane_missing}};
+    unsigned blocks;
+  } kernels[] = {{"reverse", reverse, 1},
+                 {"without_barrier", without_barrier, 1},
+                 {"without_second_barrier", without_second_barrier, 1},
+                 {"beyond_shared", beyond_shared, 1},
+                 {"beyond_target", beyond_target, 1},
+                 {"uninitialised", uninitialised, 1},
+                 {"divergent", divergent, 1},
+                 {"lane_missing", lane_missing, 1},
+                 {"does_not_wait", does_not_wait, 2},
+                 {"waits_for_too_few", waits_for_too_few, 2},
+                 {"tells_too_early", tells_too_early, 2},
+                 {"waits_by_number", waits_by_number, 2},
+                 {"waits_by_ticket", waits_by_ticket, 2}};
   const int count = 64;
-  float* source = static_cast<float*>(std::malloc(count * sizeof(float)));
-  float* target = static_cast<float*>(std::malloc(count * sizeof(float)));
-  for (int i = 0; i < count; ++i) source[i] = float(i), target[i] = NAN;
-  if (argc != 3) return 2;
+  const auto allocate = [](int floats) {
+    float* memory = static_cast<float*>(std::malloc(floats * sizeof(float)));
+    for (int i = 0; i < floats; ++i) memory[i] = NAN;
+    return memory;
+  };
+  float *source = allocate(count), *target = allocate(count), *between = allocate(kTurns * count);
+  for (int i = 0; i < count; ++i) source[i] = float(i);
+  int64_t progress = 0;
+  unsigned long long tickets = 0;
+  if (argc != 4) return 2;
   emulation::machine.seed = unsigned(std::atoi(argv[2]));
+  emulation::machine.residents = std::atoi(argv[3]);
   for (const auto& entry : kernels)
     if (!std::strcmp(entry.name, argv[1]))
-      SSM_LAUNCH(entry.kernel, 1u, unsigned(count), count * sizeof(float), nullptr, Arguments{source, target, count});
+      SSM_LAUNCH(entry.kernel, entry.blocks, unsigned(count), count * sizeof(float), nullptr,
+                 Arguments{source, target, count, between, &progress, &tickets});
   if (cudaGetLastError() != cudaSuccess) {
     std::printf("error: %s\n", cudaGetErrorString(cudaErrorLaunchFailure));
     return 1;
@@ -91,5 +150,6 @@ int main(int argc, char** argv) {
   std::printf("%d wrong\n", wrong);
   std::free(source);
   std::free(target);
+  std::free(between);
   return 0;
 }
