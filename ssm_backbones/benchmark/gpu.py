@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import cuda_ops
+from cuda_ops.reference import step_sizes
 from ssm_backbones.benchmark import scans
 from ssm_backbones.benchmark.backbones import backbone_call, use_fused_attention
 from ssm_backbones.benchmark.baselines import (
@@ -166,7 +167,47 @@ def _floor(op: str, shape: Shape, states: int, train: bool, device: torch.device
     return floor((forward, backward) if train else (forward,), measure_rates(device))
 
 
+def factors_comparisons(shape: Shape, rank: int) -> list[Comparison]:
+    """A cross scan that makes step sizes of their low-rank factors, against a product that makes them before it.
+
+    Args:
+        shape: of the map, (B, H, W, E).
+        rank: R, the factors of each step size.
+    """
+    return [
+        Comparison(
+            f'gpu/cross-scan-factors/{"x".join(map(str, shape))}/rank-{rank}/{_passes(train)}',
+            f'{_passes(train)} at {shape}, N=1, step sizes of rank {rank}, bfloat16',
+            {'in the scan': partial(_of_factors, _scan_of_factors, shape, rank, train),
+             'before': partial(_of_factors, _scan_after_product, shape, rank, train)},
+            (Pair('in the scan', 'before', 1.0, memory_target=1.0),),
+            devices=('cuda',),
+        )
+        for train in (False, True)
+    ]
+
+
+def _scan_of_factors(x: Tensor, factors: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor,
+                     weight: Tensor) -> Tensor:
+    return cuda_ops.cross_selective_scan(x, factors, A, B, C, D, bias, delta_weight=weight)
+
+
+def _scan_after_product(x: Tensor, factors: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor,
+                        weight: Tensor) -> Tensor:
+    return cuda_ops.cross_selective_scan(x, step_sizes(factors, weight), A, B, C, D, bias)
+
+
+def _of_factors(scan: Callable[..., Tensor], shape: Shape, rank: int, train: bool, device: torch.device) -> Call:
+    x, _, *others = _inputs('cross-scan', shape, 1, device)
+    # As SS2D has them: beside the projections of their route.
+    factors = torch.randn(*shape[:3], 4, rank + 2, device=device, dtype=torch.bfloat16)[..., :rank]
+    weight = torch.randn(4, shape[3], rank, device=device) / rank**0.5
+    return scans.scan_call(scan, (x, factors, *others, weight), train)
+
+
 COMPARISONS: list[Comparison] = [
     *(each for name in ('vmamba-tiny', 'mamba2d-tiny') for each in backbone_comparisons(name)),
     *(each for image in IMAGES for stage in STRIDES for job in JOBS for each in scan_comparisons(job, image, stage)),
+    *factors_comparisons((128, 56, 56, 96), 6),
+    *factors_comparisons((128, 28, 28, 192), 12),
 ]

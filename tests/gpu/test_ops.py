@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 import cuda_ops
+from cuda_ops.route_scan import takes_low_rank
 from tests.ops.helpers import ROOT, check_against_loop, differentiate, dtype_name, rounded
 from tests.ops.route_cases import CASES as ROUTE_CASES
-from tests.ops.route_cases import PARAMETERS, Case, Cross, Lines, Sequence, case_id
+from tests.ops.route_cases import PARAMETERS, Case, Cross, Factors, Lines, Sequence, case_id
 from tests.ops.wavefront_cases import CASES as WAVEFRONT_CASES
 from tests.ops.wavefront_cases import PARAMETERS as WAVEFRONT_PARAMETERS
 from tests.ops.wavefront_cases import Wavefront, loop
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGE = (Cross(2, 56, 56, 96, 1), Cross(1, 90, 71, 48, 1), Cross(1, 40, 61, 35, 1), Cross(1, 40, 61, 192, 16),
+         Factors(2, 56, 56, 96, 1, rank=6), Factors(1, 90, 71, 48, 1, rank=12),
          Sequence(2, 64, 4000, 16, z=True), Lines(2, 56, 56, 128, 16, 'column', reverse=True))
 SOME = (Cross(2, 17, 23, 96, 1), Cross(1, 90, 71, 16, 1), Cross(1, 17, 23, 35, 1),
         Lines(2, 9, 40, 65, 16, 'row', reverse=True))
@@ -147,6 +149,18 @@ def test_a_device_that_is_not_the_current_one() -> None:
     assert y.device == torch.device('cuda:1')
     expected = case.function(**{name: None if value is None else value.to('cuda:0') for name, value in inputs.items()})
     assert torch.equal(y.cpu(), expected.cpu())
+
+
+def test_step_sizes_of_factors_are_not_stored() -> None:
+    inputs = gpu_inputs(Factors(8, 56, 56, 96, 1, rank=6), torch.bfloat16)
+    x = inputs['x']
+    assert x is not None and takes_low_rank(x, 1, 6)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with torch.no_grad():
+        cuda_ops.cross_selective_scan(**inputs)
+    # The output is as large as x, the step sizes would be four times that.
+    assert torch.cuda.max_memory_allocated() - before < 3 * x.nbytes
 
 
 def test_mixed_devices_are_refused() -> None:

@@ -176,6 +176,14 @@ def test_gpu_comparisons_run_what_they_say(job: gpu.ScanJob, monkeypatch: pytest
     assert floors == pytest.approx([seconds[0], sum(seconds)])
 
 
+def test_a_scan_of_factors_and_the_product_before_it_do_the_same() -> None:
+    forward, both = gpu.factors_comparisons((2, 3, 4, 8), 4)
+    for each in (forward, both):
+        ours, theirs = (entry(CPU)() for entry in each.entries.values())
+        for value, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(value, other, rtol=0.05, atol=0.05)
+
+
 def test_selection_by_name_and_pattern() -> None:
     assert [each.name for each in select(['vmamba-tiny/sizes'])] == ['vmamba-tiny/sizes']
     assert len(select(['cross-scan/*/n1', 'cross-scan/*/n16'])) == 4
