@@ -38,8 +38,8 @@ _LIBRARY.define('route_scan_backward(Tensor grad_output, Tensor? grad_last, Tens
 
 CROSS_ROUTES = [ROW, COLUMN, ROW_REVERSED, COLUMN_REVERSED]
 _AXES = {'row': ROW, 'column': COLUMN}
-# Factors of a step size up to which it is counted to cost less to make it in the scan; the kernels take up to 16.
-_MOST_FACTORS = 12
+# Factors of a step size up to which the scan is counted to gain by making it (docs/kernels.md); kernels take up to 16.
+_MOST_FACTORS = 8
 
 
 def _on_gpu(x: Tensor) -> bool:

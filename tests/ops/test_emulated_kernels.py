@@ -59,7 +59,8 @@ def test_wavefront_scan_equals_the_loop(emulation: Emulation, nan_in_fresh_memor
         assert emulation.launches or case.batch == 0
 
 
-@pytest.mark.parametrize('case', (Cross(2, 17, 23, 40, 1), Cross(1, 17, 23, 41, 1), Lines(1, 7, 90, 65, 4, 'column'),
+@pytest.mark.parametrize('case', (Cross(2, 17, 23, 40, 1), Cross(1, 17, 23, 41, 1), Factors(1, 17, 23, 40, 1),
+                                  Lines(1, 7, 90, 65, 4, 'column'),
                                   Wavefront(1, 19, 11, 40, 16)), ids=str)
 def test_results_do_not_depend_on_the_order_of_threads(emulation: Emulation, case: Case | Wavefront) -> None:
     wavefront = isinstance(case, Wavefront)
@@ -114,9 +115,9 @@ def test_maps_with_one_state_that_do_not_fit_fall_into_segments(emulation: Emula
 
 
 @pytest.mark.parametrize(('case', 'within', 'taken'), (
-    (Factors(1, 5, 7, 18, 1, rank=2), True, True), (Factors(1, 5, 7, 18, 1, rank=12), True, True),
+    (Factors(1, 5, 7, 18, 1, rank=2), True, True), (Factors(1, 5, 7, 18, 1, rank=8), True, True),
     # Possible, and by count no gain.
-    (Factors(1, 5, 7, 18, 1, rank=16), True, False),
+    (Factors(1, 5, 7, 18, 1, rank=12), True, False), (Factors(1, 5, 7, 18, 1, rank=16), True, False),
     (Factors(1, 5, 7, 18, 1, rank=5), False, False), (Factors(1, 5, 7, 18, 1, rank=18), False, False),
     (Factors(1, 5, 7, 17, 1, rank=6), False, False), (Factors(1, 5, 7, 18, 2, rank=6), False, False)), ids=str)
 def test_step_sizes_of_factors_are_not_stored(emulation: Emulation, case: Factors, within: bool, taken: bool) -> None:
