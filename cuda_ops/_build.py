@@ -312,6 +312,7 @@ def build(package: Path, build_dir: Path, csrc: Path = CSRC, environ: Mapping[st
     Raises:
         BuildError: with the reason and the remedy in one line.
     """
+    build_dir, csrc = build_dir.resolve(), csrc.resolve()  # ninja runs in the one
     torch = _import_torch()
     compiler = find_compiler(environ)
     version = compiler_version(compiler)

@@ -54,6 +54,21 @@ def _load() -> Status:
 STATUS = _load()
 
 
+def define(library: torch.library.Library, schema: str) -> None:
+    """Define an operator, whose kernels the compiled library may have registered already.
+
+    Raises:
+        ImportError: If its kernels take other arguments.
+    """
+    try:
+        library.define(schema)
+    except RuntimeError as error:
+        if not STATUS.compiled:
+            raise
+        raise ImportError(f'{LIBRARY_PATH} was compiled from other sources than these: its cuda_ops::'
+                          f'{schema.partition("(")[0]} takes other arguments. {_REMEDY}.') from error
+
+
 def serve(library: torch.library.Library, references: Mapping[str, Callable]) -> None:
     """Let the PyTorch reference serve every device for which no kernel is compiled.
 

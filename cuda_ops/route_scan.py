@@ -26,14 +26,14 @@ from cuda_ops import _checks, _library, reference
 from cuda_ops.reference import COLUMN, COLUMN_REVERSED, ROW, ROW_REVERSED, state_dtype
 
 _LIBRARY = torch.library.Library('cuda_ops', 'FRAGMENT')
-_LIBRARY.define('route_scan(Tensor x, Tensor delta, Tensor A, Tensor? B, Tensor? C, Tensor? D, Tensor? delta_bias, '
-                'int[] routes, bool per_line, bool delta_softplus, int chunk, Tensor? delta_weight=None) '
-                '-> (Tensor, Tensor, Tensor)')
+_library.define(_LIBRARY, 'route_scan(Tensor x, Tensor delta, Tensor A, Tensor? B, Tensor? C, Tensor? D, '
+                'Tensor? delta_bias, int[] routes, bool per_line, bool delta_softplus, int chunk, '
+                'Tensor? delta_weight=None) -> (Tensor, Tensor, Tensor)')
 # With delta_weight, delta holds the factors of step sizes, and the backward operator returns the gradient of the step
 # sizes themselves: those of factors and weight are matrix products of it.
-_LIBRARY.define('route_scan_backward(Tensor grad_output, Tensor? grad_last, Tensor x, Tensor delta, Tensor A, '
-                'Tensor? B, Tensor? C, Tensor? D, Tensor? delta_bias, Tensor states, int[] routes, bool per_line, '
-                'bool delta_softplus, int chunk, Tensor? delta_weight=None) '
+_library.define(_LIBRARY, 'route_scan_backward(Tensor grad_output, Tensor? grad_last, Tensor x, Tensor delta, '
+                'Tensor A, Tensor? B, Tensor? C, Tensor? D, Tensor? delta_bias, Tensor states, int[] routes, '
+                'bool per_line, bool delta_softplus, int chunk, Tensor? delta_weight=None) '
                 '-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)')
 
 CROSS_ROUTES = [ROW, COLUMN, ROW_REVERSED, COLUMN_REVERSED]

@@ -28,9 +28,9 @@ from cuda_ops.reference import state_dtype
 _LIBRARY = torch.library.Library('cuda_ops', 'FRAGMENT')
 _INPUTS = ('Tensor x, Tensor delta_top, Tensor delta_left, Tensor A_top, Tensor A_left, Tensor B_top, Tensor B_left, '
            'Tensor C, Tensor? D')
-_LIBRARY.define(f'wavefront_scan({_INPUTS}, bool reverse, int chunk) -> (Tensor, Tensor)')
-_LIBRARY.define(f'wavefront_scan_backward(Tensor grad_output, {_INPUTS}, Tensor states, bool reverse, int chunk) -> '
-                '(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)')
+_library.define(_LIBRARY, f'wavefront_scan({_INPUTS}, bool reverse, int chunk) -> (Tensor, Tensor)')
+_library.define(_LIBRARY, f'wavefront_scan_backward(Tensor grad_output, {_INPUTS}, Tensor states, bool reverse, '
+                'int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)')
 _NAMES = ('x', 'delta_top', 'delta_left', 'A_top', 'A_left', 'B_top', 'B_left', 'C', 'D')
 
 # Recomputed states of 16 channels that about fill a core's own cache, and the fewest lines between two saved ones. A

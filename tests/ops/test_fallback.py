@@ -119,6 +119,15 @@ def test_reference_serves_after_one_warning(damage: Callable[[Path], None], pack
     assert re.search(r'^cpu +PyTorch reference: ', used['report'], re.MULTILINE), used['report']
 
 
+def test_a_library_with_other_arguments_is_refused(package: Path) -> None:
+    source = package / 'route_scan.py'
+    source.write_text(source.read_text().replace('int chunk, ', 'int chunk, int more, '))
+    result = run_python('import cuda_ops', path=package.parent)
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode and last.startswith('ImportError') and 'compiled from other sources' in last, result.stderr
+    assert 'cuda_ops::route_scan takes other arguments' in last and REMEDY in last, last
+
+
 def test_an_intact_copy_says_nothing(package: Path) -> None:
     used = use(package.parent)
     assert used['messages'] == [] and used['refusal'] is None
