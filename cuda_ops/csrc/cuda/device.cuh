@@ -197,4 +197,30 @@ __device__ __forceinline__ int64_t load_acquire(const int64_t* global) {
 #endif
 }
 
+// Numbers of states with kernels of their own; any other goes in groups.
+constexpr int kGroup = 8;
+inline bool fast_states(int64_t states) {
+  return states == 1 || states == 2 || states == 4 || states == 8 || states == 16;
+}
+
+// States that a thread has at a time.
+inline int64_t states_at_a_time(int64_t states) { return fast_states(states) ? states : kGroup; }
+
+// Returns CALL(element type, number of states at a time).
+#define SSM_DISPATCH_STATES(NS_VALUE, T, CALL) \
+  switch (NS_VALUE) {                          \
+    case 1: return CALL(T, 1);                 \
+    case 2: return CALL(T, 2);                 \
+    case 4: return CALL(T, 4);                 \
+    case 16: return CALL(T, 16);               \
+    default: return CALL(T, kGroup);           \
+  }
+#define SSM_DISPATCH(DTYPE, NS_VALUE, CALL)                                      \
+  switch (DTYPE) {                                                               \
+    case DataType::kFloat32: SSM_DISPATCH_STATES(NS_VALUE, float, CALL)          \
+    case DataType::kBFloat16: SSM_DISPATCH_STATES(NS_VALUE, __nv_bfloat16, CALL) \
+    case DataType::kFloat16: SSM_DISPATCH_STATES(NS_VALUE, __half, CALL)         \
+    default: return int(cudaErrorInvalidValue);                                  \
+  }
+
 }  // namespace cuda_ops

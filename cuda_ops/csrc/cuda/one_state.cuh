@@ -269,6 +269,19 @@ struct PairParameters {
   }
 };
 
+// The sums of a pair's D over the routes of a block, left in shared memory, because registers are scarce; behind a barrier.
+__device__ __forceinline__ void sum_skips(const OneStateArguments& a, const Site& site, float* skip) {
+  if (threadIdx.x < kPairs) {
+    skip[0] = skip[1] = 0.f;
+    for (int r = 0; a.p.D && r < a.count; ++r) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c)
+        skip[c] += static_cast<const float*>(a.p.D)[a.index[r] * a.p.channels + site.channel + c];
+    }
+  }
+  __syncthreads();
+}
+
 // (B, K, segments, E): the row that belongs to a route and a block.
 __device__ __forceinline__ int64_t segment_row(const OneStateArguments& a, const Site& site, int64_t k) {
   return ((site.batch * a.p.routes + k) * a.segments + site.segment) * a.p.channels + site.channel;

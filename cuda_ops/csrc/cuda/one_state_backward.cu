@@ -32,21 +32,13 @@ __global__ void __launch_bounds__(kOneStateBackwardWarps* kWarp, 1) one_state_ba
   float* sums = shared + (Factored ? a.count * a.rank * kTile : 0);  // [sum_rows][16], behind weights: of the gradient of x
   const Handover handover{sums + sum_rows(a.segment, site.warps) * kTile};
   const Notes notes{handover.at + Handover::floats(site.warps) + site.warp * Notes::kFloats};
-  float* skip = notes.at + (site.warps - site.warp) * Notes::kFloats + 2 * site.pair;  // [16]: registers are scarce
+  float* skip = notes.at + (site.warps - site.warp) * Notes::kFloats + 2 * site.pair;  // [16]
   float* room = skip - 2 * site.pair + kTile;                                         // [3][warps][16]
   // Room for factors is at the same place, used before a turn's barrier: sums over a block are made behind the last turn.
   float* factors = room + site.warp * Notes::kFloats;
   if (Factored) Factors::fetch_weights(a, site, shared);
   const int64_t part = int64_t(site.segment) * a.p.batch + site.batch;
-  if (threadIdx.x < kPairs) {
-    skip[0] = skip[1] = 0.f;
-    for (int r = 0; a.p.D && r < a.count; ++r) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c)
-        skip[c] += static_cast<const float*>(a.p.D)[a.index[r] * a.p.channels + site.channel + c];
-    }
-  }
-  __syncthreads();
+  sum_skips(a, site, skip);
   int32_t turn = 0;  // over all routes
   for (int r = 0; r < a.count; ++r) {
     const int64_t k = a.index[r];

@@ -33,17 +33,9 @@ __global__ void __launch_bounds__(kOneStateForwardWarps* kWarp, 1) one_state_for
   float* sums = shared + (Factored ? a.count * a.rank * kTile : 0);  // [sum_rows][16], behind weights
   const Handover handover{sums + sum_rows(a.segment, site.warps) * kTile};
   float* notes_of_warp = handover.at + Handover::floats(site.warps) + site.warp * 2 * Notes::kFloats;
-  float* skip = notes_of_warp + (site.warps - site.warp) * 2 * Notes::kFloats + 2 * site.pair;  // [16]: registers are scarce
+  float* skip = notes_of_warp + (site.warps - site.warp) * 2 * Notes::kFloats + 2 * site.pair;  // [16]
   if (Factored) Factors::fetch_weights(a, site, shared);
-  if (threadIdx.x < kPairs) {
-    skip[0] = skip[1] = 0.f;
-    for (int r = 0; a.p.D && r < a.count; ++r) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c)
-        skip[c] += static_cast<const float*>(a.p.D)[a.index[r] * a.p.channels + site.channel + c];
-    }
-  }
-  __syncthreads();
+  sum_skips(a, site, skip);
   int32_t turn = 0;  // over all routes
   for (int r = 0; r < a.count; ++r) {
     const int64_t k = a.index[r];

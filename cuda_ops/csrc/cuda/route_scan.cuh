@@ -371,32 +371,8 @@ inline RouteArguments arguments_of(const RouteScanParams& p, const RouteScanPlan
   return a;
 }
 
-inline bool fast_states(int64_t states) {
-  return states == 1 || states == 2 || states == 4 || states == 8 || states == 16;
-}
-
 // Whether an output is a sum of several routes, or of several groups of states.
 inline bool sums_in_shared_memory(const RouteScanParams& p) { return p.routes > 1 || !fast_states(p.states); }
-
-// States that a thread has at a time.
-inline int64_t states_at_a_time(int64_t states) { return fast_states(states) ? states : 8; }
-
-// Calls function(arguments...) with the element type and the number of states at a time as template arguments.
-#define SSM_DISPATCH_STATES(NS_VALUE, T, CALL)     \
-  switch (NS_VALUE) {                              \
-    case 1: return CALL(T, 1);                     \
-    case 2: return CALL(T, 2);                     \
-    case 4: return CALL(T, 4);                     \
-    case 16: return CALL(T, 16);                   \
-    default: return CALL(T, 8);                    \
-  }
-#define SSM_DISPATCH(DTYPE, NS_VALUE, CALL)                                  \
-  switch (DTYPE) {                                                           \
-    case DataType::kFloat32: SSM_DISPATCH_STATES(NS_VALUE, float, CALL)      \
-    case DataType::kBFloat16: SSM_DISPATCH_STATES(NS_VALUE, __nv_bfloat16, CALL) \
-    case DataType::kFloat16: SSM_DISPATCH_STATES(NS_VALUE, __half, CALL)     \
-    default: return int(cudaErrorInvalidValue);                              \
-  }
 
 template <bool Backward>
 int launch_summaries(const RouteArguments& a, int64_t blocks, int threads, void* stream) {

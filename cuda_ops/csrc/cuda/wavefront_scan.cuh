@@ -10,7 +10,7 @@
 namespace cuda_ops {
 namespace {
 
-constexpr int kTile = int(kWavefrontTile), kMaxRows = 16, kMinSlots = 8, kGroup = 8;
+constexpr int kTile = int(kWavefrontTile), kMaxRows = 16, kMinSlots = 8;
 
 struct WavefrontArguments {
   WavefrontScanParams p;
@@ -255,11 +255,6 @@ __device__ __forceinline__ void advance(const WavefrontArguments& a, const Step<
   }
 }
 
-inline bool fast_states(int64_t states) {
-  return states == 1 || states == 2 || states == 4 || states == 8 || states == 16;
-}
-inline int64_t states_at_a_time(int64_t states) { return fast_states(states) ? states : kGroup; }
-
 inline WavefrontArguments arguments_of(const WavefrontScanParams& p, const WavefrontScanPlan& plan) {
   WavefrontArguments a{};
   a.p = p, a.rows = int32_t(plan.rows), a.tiles = int32_t(plan.tiles), a.strips = int32_t(plan.strips);
@@ -290,22 +285,6 @@ inline int launch(void (*kernel)(WavefrontArguments), const WavefrontArguments& 
   SSM_LAUNCH(kernel, unsigned(blocks), unsigned(threads), size_t(shared), static_cast<cudaStream_t>(stream), a);
   return int(cudaGetLastError());
 }
-
-#define SSM_DISPATCH_STATES(NS_VALUE, T, CALL) \
-  switch (NS_VALUE) {                          \
-    case 1: return CALL(T, 1);                 \
-    case 2: return CALL(T, 2);                 \
-    case 4: return CALL(T, 4);                 \
-    case 16: return CALL(T, 16);               \
-    default: return CALL(T, kGroup);           \
-  }
-#define SSM_DISPATCH(DTYPE, NS_VALUE, CALL)                                      \
-  switch (DTYPE) {                                                               \
-    case DataType::kFloat32: SSM_DISPATCH_STATES(NS_VALUE, float, CALL)          \
-    case DataType::kBFloat16: SSM_DISPATCH_STATES(NS_VALUE, __nv_bfloat16, CALL) \
-    case DataType::kFloat16: SSM_DISPATCH_STATES(NS_VALUE, __half, CALL)         \
-    default: return int(cudaErrorInvalidValue);                                  \
-  }
 
 }  // namespace
 
