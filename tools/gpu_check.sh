@@ -25,12 +25,13 @@ step() {  # step SECONDS NAME COMMAND...: run a command for so long at most, its
 cat "$out/versions.txt"
 
 export FORCE_CUDA=1
-step 200 build "$python" setup.py build_ext --inplace
+step 150 build "$python" setup.py build_ext --inplace
 unset FORCE_CUDA
-step 20 report "$python" -m cuda_ops
-step 180 tests "$python" -m pytest -q tests/gpu
+step 15 report "$python" -m cuda_ops
+step 200 tests "$python" -m pytest -q tests/gpu -k 'not sanitizer'
+step 55 sanitizer "$python" -m pytest -q tests/gpu -k sanitizer
 # Stops by itself in time to print its tables; the most telling sizes come first.
-step 130 benchmark "$python" tools/benchmark.py --device cuda --only 'gpu/*' --repeats 5 --seconds 105 \
+step 110 benchmark "$python" tools/benchmark.py --device cuda --only 'gpu/*' --repeats 5 --seconds 90 \
   --json "$out/benchmark.json"
 echo "== tables and logs are in $out"
 exit $failed
