@@ -213,7 +213,7 @@ def unknown_archs(toolkit: Toolkit, archs: str, origin: str) -> str:
     too_new = known and int(unknown[-1]) > int(max(toolkit.archs, key=int))
     remedy = ('install a newer toolkit, or set TORCH_CUDA_ARCH_LIST with '
               f"'{known[-1]}+PTX', which the driver translates for newer GPUs" if too_new else
-              'install a toolkit that does, or set TORCH_CUDA_ARCH_LIST to what it knows')
+              'install a toolkit that does, or leave them out of TORCH_CUDA_ARCH_LIST (of ARCHS for make kernels)')
     return (f'nvcc {toolkit.version} does not compile for {", ".join(map(_dotted, unknown))} ({origin}), only for '
             f'{", ".join(known)}; {remedy}')
 
