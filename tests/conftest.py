@@ -4,7 +4,8 @@ import importlib.util
 import logging
 import os
 import socket
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pytest
@@ -17,10 +18,28 @@ if 'PYTEST_XDIST_WORKER_COUNT' in os.environ:
     torch.set_num_threads(_threads)
 
 
+def _forget_runs() -> None:
+    # mmengine keeps loggers, visualizers, message hubs and the default scope for the whole process; a command has one
+    # run. A process that never imported mmengine, for the ops need none, has nothing to forget.
+    manager = sys.modules.get('mmengine.utils.manager')
+    kinds = [manager.ManagerMixin] if manager else []
+    while kinds:
+        kind = kinds.pop()
+        kinds.extend(kind.__subclasses__())
+        kind._instance_dict.clear()
+
+
 @pytest.fixture(autouse=True)
-def _seed() -> None:
-    """Every test starts from the same random state, whichever ran before it."""
+def _start_afresh() -> None:
+    """Every test starts from the same random state and without a run's leftovers, whichever ran before it."""
     torch.manual_seed(0)
+    _forget_runs()
+
+
+@pytest.fixture(scope='session')
+def forget_runs() -> Callable[[], None]:
+    """Makes the next run in a test like the first one of a process."""
+    return _forget_runs
 
 
 @pytest.fixture

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from mmdet.datasets import CocoDataset
-from mmengine.utils import ManagerMixin
 
 from ssm_backbones.datasets.classes import WNIDS
 from ssm_backbones.datasets.options import ShapesOptions
@@ -79,14 +77,3 @@ def beside_data(standins: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder is the one in which the configs find ``data/``."""
     monkeypatch.chdir(standins)
     return standins
-
-
-@pytest.fixture
-def fresh_mmengine() -> Iterator[None]:
-    """mmengine keeps loggers and visualizers by name for the whole process; a command has one run."""
-    yield
-    kinds = [ManagerMixin]
-    while kinds:
-        kind = kinds.pop()
-        kinds.extend(kind.__subclasses__())
-        kind._instance_dict.clear()

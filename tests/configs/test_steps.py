@@ -119,7 +119,7 @@ def shrink_pictures(value: Any) -> None:
 
 
 @pytest.mark.parametrize('name', CONFIGS)
-def test_trains_and_tests(name, beside_data, fresh_mmengine, tmp_path) -> None:
+def test_trains_and_tests(name, beside_data, tmp_path) -> None:
     cfg = config(name)
     shrink(cfg)
     path = tmp_path / f"{name.replace('/', '_')}.py"
@@ -139,7 +139,7 @@ def test_trains_and_tests(name, beside_data, fresh_mmengine, tmp_path) -> None:
 
 
 @pytest.mark.parametrize('tta', [False, True], ids=['single-scale', 'multi-scale'])
-def test_segmentation_tests_at_one_scale_and_at_many(tta, beside_data, fresh_mmengine, tmp_path) -> None:
+def test_segmentation_tests_at_one_scale_and_at_many(tta, beside_data, tmp_path) -> None:
     cfg = config('mamba2d/mamba2d-nano_upernet_8xb2-160k_ade20k-512x512')
     shrink(cfg)
     path = tmp_path / 'multi_scale.py'

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from mmengine.runner import Runner
-from mmengine.utils import ManagerMixin
 
 from ssm_backbones import runner
 from ssm_backbones.datasets.options import ShapesOptions
@@ -142,38 +141,23 @@ def environment() -> dict[str, str]:
 ReadLosses = Callable[[Path], dict[int, float]]
 
 
-def _forget_runs() -> None:
-    # mmengine keeps loggers, visualizers and message hubs by name for the whole process; a command has one run.
-    kinds = [ManagerMixin]
-    while kinds:
-        kind = kinds.pop()
-        kinds.extend(kind.__subclasses__())
-        kind._instance_dict.clear()
-
-
-@pytest.fixture
-def forget_runs() -> Callable[[], None]:
-    """Makes the next run in this process like the first one."""
-    return _forget_runs
-
-
 @pytest.fixture(scope='session')
-def train() -> Callable[..., Runner]:
+def train(forget_runs: Callable[[], None]) -> Callable[..., Runner]:
     """``runner.train`` as a new process would run it, with the options' fields as arguments."""
 
     def run(*args: Any, **kwargs: Any) -> Runner:
-        _forget_runs()
+        forget_runs()
         return runner.train(runner.TrainOptions(*map(str, args), **kwargs))
 
     return run
 
 
 @pytest.fixture(scope='session')
-def test() -> Callable[..., dict[str, float]]:
+def test(forget_runs: Callable[[], None]) -> Callable[..., dict[str, float]]:
     """``runner.test`` as a new process would run it, with the options' fields as arguments."""
 
     def run(*args: Any, **kwargs: Any) -> dict[str, float]:
-        _forget_runs()
+        forget_runs()
         return runner.test(runner.TestOptions(*map(str, args), **kwargs))
 
     return run

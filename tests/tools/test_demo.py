@@ -104,8 +104,7 @@ def test_demo_is_interrupted_carried_on_reported_and_renewed(checkout, monkeypat
     ('seg', 'iter_4.pth', ('mIoU', 'mean class accuracy', 'pixel accuracy')),
     ('cls', 'epoch_2.pth', ('accuracy',)),
 ])
-def test_other_tasks(checkout, capfd, forget_runs, task, last, shown) -> None:
-    forget_runs()
+def test_other_tasks(checkout, capfd, task, last, shown) -> None:
     figures = demo.run_demo('vmamba', task)
     out = checkout / 'demo' / f'vmamba-{task}'
     assert (out / 'train' / last).is_file()
