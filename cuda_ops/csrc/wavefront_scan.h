@@ -42,7 +42,7 @@ struct WavefrontScanParams {
 
   // CUDA only, sized by the plan; there, grad_A and grad_D above have a leading dimension of `strips` parts.
   void* edge;      // (B, W, N, E) float: the states of a strip's last row, or the gradients of those above its first one
-  void* fronts;    // (blocks, fronts, rows, N, 16) float: the states behind each span of the strip that a block is at
+  void* fronts;    // (blocks, fronts, group, rows, 16) float: the states behind each span of the strip that a block is at
   void* partial;   // (1 or 3, B, H, W, E) float: sums over groups of states of y, or of the gradients of x and deltas
   void* counters;  // (1 + (strips - 1) * B * tiles) int64, zero before each pass: the next task, and tasks' progress
 };
@@ -56,7 +56,8 @@ struct WavefrontScanPlan {
   int64_t strips;        // of an image
   int64_t blocks;        // no more than run at the same time, nor than there are tasks
   int64_t span, fronts;  // steps between states kept for the backward pass, and how many are kept
-  bool grouped;          // whether states go in groups, whose sums `partial` holds
+  int64_t group;         // states at a time
+  bool grouped;          // whether there are more, or fewer: sums over groups are in `partial`
 };
 
 // Tiles of channels that give at least so many tasks for the whole batch, where there are enough channels; a function

@@ -101,7 +101,7 @@ struct CudaScratch {
     cuda.check(cuda->wavefront_scan_plan(p, backward, &plan), "cuda_ops::wavefront_scan");
     const auto state = x.options().dtype(at::kFloat);
     edge = at::empty({p.batch, p.width, p.states, p.channels}, state);
-    if (backward) fronts = at::empty({plan.blocks, plan.fronts, plan.rows, p.states, kWavefrontTile}, state);
+    if (backward) fronts = at::empty({plan.blocks, plan.fronts, plan.group, plan.rows, kWavefrontTile}, state);
     if (plan.grouped) partial = at::empty({backward ? 3 : 1, p.batch, p.height, p.width, p.channels}, state);
     // The last strip's progress is nobody's concern.
     counters = at::zeros({1 + (plan.strips - 1) * p.batch * plan.tiles}, x.options().dtype(at::kLong));

@@ -4,10 +4,31 @@
 namespace cuda_ops {
 namespace {
 
-// A block's shared memory, in floats: what a span of steps leaves, the gradients that rows hand up, sums, and projections.
+// A block's shared memory, in floats: what a span of steps leaves, the gradients that rows hand up, projections, and rates.
 __host__ __device__ __forceinline__ int64_t shared_floats(int64_t slots, int64_t states, int64_t span) {
-  return slots * states * ((span + 5) * kTile + 2 * 3) + 6 * states * kTile;
+  return (span + 3) * (slots + 1) * states * kTile + 2 * slots * 3 * states + 2 * states * kTile;
 }
+
+// A thread's way back along its row: where what it writes lies.
+template <class T>
+struct Written {
+  T *x, *above, *before;  // gradients of these
+  int64_t projection;     // where among each of the gradients of B and C, whose strides are the same
+
+  __device__ __forceinline__ Written(const WavefrontArguments& a, const Seat& seat, int64_t n0, int32_t strip, int32_t time) {
+    const int64_t row = int64_t(strip) * a.rows + seat.row, column = time - seat.row;
+    x = at<T>(a.p.grad_x, seat.batch, row, column) + seat.channel;
+    above = at<T>(a.p.above.grad_delta, seat.batch, row, column) + seat.channel;
+    before = at<T>(a.p.before.grad_delta, seat.batch, row, column) + seat.channel;
+    const GridTensor& C = a.p.grad_C;
+    projection = seat.batch * C.batch + row * C.row + column * C.column + seat.tile * C.route + n0 + seat.lane;
+  }
+
+  __device__ __forceinline__ void back(const WavefrontArguments& a) {
+    move_bytes(x, -a.bytes.grad_x), move_bytes(above, -a.bytes.grad_above), move_bytes(before, -a.bytes.grad_before);
+    projection -= a.p.grad_C.column;
+  }
+};
 
 // From the last strip to the first: forward through the strip, keeping the states of all its rows every `span` steps;
 // then, span by span from the last one, forward once more with every step's states kept, and back. The way back alone
@@ -15,216 +36,215 @@ __host__ __device__ __forceinline__ int64_t shared_floats(int64_t slots, int64_t
 template <class T, int NS>
 __global__ void __launch_bounds__(kMaxRows* kTile, 1) wavefront_backward(WavefrontArguments a) {
   SSM_DYNAMIC_SHARED(shared);
-  const int32_t slots = row_slots(a.rows), states_size = slots * NS * kTile, projections_size = projections_floats<NS>(a.rows);
-  float* kept = shared;                                       // [span + 1][slots][NS][16]; first, those before the span
-  float* handed_up = kept + (a.span + 1) * states_size;       // [2][slots][NS][16]: of this step and the one behind it
-  float* grad_above = handed_up + 2 * states_size;            // [2][slots][NS][16]: sums without room in registers
-  float* grad_before = grad_above + states_size;
-  float* projections = grad_before + states_size;          // of this step and the next
+  constexpr int kPack = Pack<NS>::kStates;
+  const int32_t slots = row_slots(a.rows), states_size = states_floats<NS>(a.rows), projections_size = projections_floats<NS>(a.rows);
+  float* kept = shared;                                  // a span's states; first, those before the span
+  float* handed_up = kept + (a.span + 1) * states_size;  // of this step and the one behind it; the last slot is below the strip
+  float* projections = handed_up + 2 * states_size;      // of this step and the next
   const int32_t steps = int32_t(a.p.width) + a.rows - 1;
-  const int64_t front_size = int64_t(a.rows) * all_states<NS>(a) * kTile;
+  const int64_t front_size = int64_t(a.rows) * NS * kTile;
   float* fronts = static_cast<float*>(a.p.fronts) + blockIdx.x * a.fronts * front_size;
-  const int64_t map_size = a.p.batch * a.p.height * a.p.width * a.p.channels;
 
   for (int64_t task; take_task(a, shared, &task);) {
-    const Seat seat(a, task);
     const int32_t strip = a.strips - 1 - int32_t(task / a.maps);
-    const int64_t row = int64_t(strip) * a.rows + seat.row;
+    const Seat seat(a, task, strip);
+    const Places<NS> places(seat.lane);
+    const int32_t own = places.own(seat.row + 1), above_own = places.own(seat.row);
+    const int32_t own_up = places.own(seat.row), below_own = places.own(seat.row == a.rows - 1 ? slots : seat.row + 1);
     const float* row_above = strip > 0 ? strip_edge(a, seat, strip - 1) : nullptr;
-    // The one row of gradients that all strips of the image hand up.
-    float* edge = static_cast<float*>(a.p.edge) + row_state(a, seat, seat.batch, 0, 0);
-    const float* row_below = strip + 1 < a.strips ? edge : nullptr;
+    const float* row_below = strip + 1 < a.strips ? static_cast<float*>(a.p.edge) + row_state(a, seat, seat.batch, 0, 0) : nullptr;
+    const bool hands_up = strip > 0 && seat.row == 0;
     const float skip = seat.active && a.p.D ? static_cast<const float*>(a.p.D)[seat.channel] : 0.f;
     float grad_skip = 0.f;
     Relay relay(a, task);
     for (int64_t n0 = 0; n0 < all_states<NS>(a); n0 += NS) {
       const Rates<NS> rates(a, seat, n0, projections + 2 * projections_size);
-      Step<T, NS, true> step, next;
-      Outer<NS> above, below;
-      float state[NS];
+      float state[NS], carry[NS], grad_above[NS], grad_before[NS];
 #pragma unroll
-      for (int n = 0; n < NS; ++n) {
-        grad_above[place_of<NS>(seat, seat.row, n)] = grad_before[place_of<NS>(seat, seat.row, n)] = 0.f;
-        state[n] = 0.f;
-        kept[states_size + place_of<NS>(seat, seat.row, n)] = 0.f;
-      }
-      step.load(a, seat, n0, strip, 0, false);
-      above.load(a, seat, n0, row_above, 0);
+      for (int n = 0; n < NS; ++n) state[n] = carry[n] = grad_above[n] = grad_before[n] = 0.f;
+      put_states(kept + states_size + own, state);
+      for (int32_t i = threadIdx.x; i < 2 * states_size; i += blockDim.x) handed_up[i] = 0.f;
+      Cursor<T, NS> cursor(a, seat, n0, strip);
+      Outer<NS> above(a, seat, n0, row_above, 0), below(a, seat, n0, row_below, int32_t(a.p.width) - 1);
+      Step<NS> step = cursor.load(false);
+      above.load(a);
       step.hand_out(seat, projections);
-      above.hand_out(a, seat, false, projections);
+      above.hand_out(seat, kept + states_size);
       __syncthreads();
-      for (int32_t time = 0; time < steps; ++time) {
-        next.load(a, seat, n0, strip, time + 1, false);
-        above.load(a, seat, n0, row_above, time + 1);
-        if (time % a.span == 0 && seat.row < a.rows) {
-          float* front = fronts + time / a.span * front_size;
-#pragma unroll
-          for (int n = 0; n < NS; ++n)
-            if (n0 + n < all_states<NS>(a)) front[place_of<NS>(seat, 0, n) + seat.row * all_states<NS>(a) * kTile] = state[n];
+      float* front = fronts + threadIdx.x * kPack;
+      int32_t until = 0;  // the next states to be kept; nobody needs what the last span leaves
+      for (int32_t time = 0;; ++time) {
+        if (time == until) {
+          if (seat.row < a.rows) put_states(front, state, a.rows * kTile);
+          front += front_size, until += a.span;
+          if (until >= steps) break;
         }
-        advance<T, NS, true>(a, step, seat, rates, projections + (time & 1) * projections_size,
-                             kept + ((time + 1) & 1) * states_size, state);
-#pragma unroll
-        for (int n = 0; n < NS; ++n) kept[(time & 1) * states_size + place_of<NS>(seat, seat.row, n)] = state[n];
+        cursor.move(a, 1), above.move(a, 1);
+        const Step<NS> next = cursor.load(false);
+        above.load(a);
+        float* here = kept + (time & 1) * states_size;
+        if (seat.busy(a, time)) {
+          advance<NS>(step, seat, rates, projections + (time & 1) * projections_size,
+                      kept + ((time + 1) & 1) * states_size + above_own, state);
+        } else {
+          clear(state);
+        }
+        put_states(here + own, state);
         next.hand_out(seat, projections + ((time + 1) & 1) * projections_size);
-        above.hand_out(a, seat, false, projections + ((time + 1) & 1) * projections_size);
+        above.hand_out(seat, here);
         step = next;
         __syncthreads();
       }
 
-      float carry[NS];
-#pragma unroll
-      for (int n = 0; n < NS; ++n) carry[n] = 0.f;
-      for (int32_t front_of = a.fronts - 1; front_of >= 0; --front_of) {
-        const int32_t begin = front_of * a.span, end = begin + a.span < steps ? begin + a.span : steps;
-        const float* front = fronts + front_of * front_size;
-#pragma unroll
-        for (int n = 0; n < NS; ++n) {
-          const bool given = seat.row < a.rows && n0 + n < all_states<NS>(a);
-          state[n] = given ? front[place_of<NS>(seat, 0, n) + seat.row * all_states<NS>(a) * kTile] : 0.f;
-          kept[place_of<NS>(seat, seat.row, n)] = state[n];
-        }
-        step.load(a, seat, n0, strip, begin, false);
-        above.load(a, seat, n0, row_above, begin);
+      Written<T> written(a, seat, n0, strip, steps - 1);
+      for (int32_t begin = until - a.span; begin >= 0; begin -= a.span) {
+        const int32_t end = begin + a.span < steps ? begin + a.span : steps;
+        front -= front_size;
+        clear(state);
+        if (seat.row < a.rows) get_states(front, state, a.rows * kTile);
+        put_states(kept + own, state);
+        cursor.move(a, begin - seat.row - cursor.column), above.move(a, begin - above.column);
+        step = cursor.load(false);
+        above.load(a);
         step.hand_out(seat, projections + (begin & 1) * projections_size);
-        above.hand_out(a, seat, false, projections + (begin & 1) * projections_size);
+        above.hand_out(seat, kept);
         __syncthreads();
         for (int32_t time = begin; time < end; ++time) {
-          const bool more = time + 1 < end;
-          if (more) {
-            next.load(a, seat, n0, strip, time + 1, false);
-            above.load(a, seat, n0, row_above, time + 1);
-          }
+          cursor.move(a, 1), above.move(a, 1);
+          const Step<NS> next = cursor.load(false);
+          above.load(a);
           float* earlier = kept + (time - begin) * states_size;
-          advance<T, NS, true>(a, step, seat, rates, projections + (time & 1) * projections_size, earlier, state);
-#pragma unroll
-          for (int n = 0; n < NS; ++n) earlier[states_size + place_of<NS>(seat, seat.row, n)] = state[n];
-          if (more) {
-            next.hand_out(seat, projections + ((time + 1) & 1) * projections_size);
-            above.hand_out(a, seat, false, projections + ((time + 1) & 1) * projections_size);
-            step = next;
+          if (seat.busy(a, time)) {
+            advance<NS>(step, seat, rates, projections + (time & 1) * projections_size, earlier + above_own, state);
+          } else {
+            clear(state);
           }
+          put_states(earlier + states_size + own, state);
+          next.hand_out(seat, projections + ((time + 1) & 1) * projections_size);
+          above.hand_out(seat, earlier + states_size);
+          step = next;
           __syncthreads();
         }
 
         // At step t the last row is at column t - rows + 1, which is number steps - 1 - t from the right.
         relay.await(a, n0 / NS, steps - end);
-        step.load(a, seat, n0, strip, end - 1, true);
-        above.load(a, seat, n0, row_above, end - 1);
-        below.load(a, seat, n0, row_below, end - a.rows);
+        cursor.move(a, -1);
+        step = cursor.load(true);
+        below.load(a), below.move(a, -1);
         step.hand_out(seat, projections + ((end - 1) & 1) * projections_size);
-        above.hand_out(a, seat, false, projections + ((end - 1) & 1) * projections_size);
-        below.hand_out(a, seat, true, projections + ((end - 1) & 1) * projections_size);
+        below.hand_out(seat, handed_up + (end & 1) * states_size + slots * NS * kTile);
         __syncthreads();
         for (int32_t time = end - 1; time >= begin; --time) {
           const bool more = time > begin;
+          Step<NS> next;
           if (more) {
             relay.await(a, n0 / NS, steps - time);
-            next.load(a, seat, n0, strip, time - 1, true);
-            above.load(a, seat, n0, row_above, time - 1);
-            below.load(a, seat, n0, row_below, time - a.rows);
+            cursor.move(a, -1);
+            next = cursor.load(true);
+            below.load(a), below.move(a, -1);
           }
-          const float* earlier = kept + (time - begin) * states_size;
-          const float* here = earlier + states_size;
-          const float* row_of = projections + (time & 1) * projections_size + seat.row * 3 * NS;
-          const float* outer_of = projections + (time & 1) * projections_size;
-          const float* from_below = handed_up + ((time + 1) & 1) * states_size;
           float* to_above = handed_up + (time & 1) * states_size;
-          const int64_t column = time - seat.row;
-          const bool last_of_strip = seat.row == a.rows - 1 || row == a.p.height - 1;
-          const float weight = step.weight(), shift = step.exponent_shift(), dy = step.grad;
-          const float inflow_above = step.above * step.u * weight, inflow_before = step.before * step.u * weight;
-          float decay_above = 0.f, decay_before = 0.f, input_above = 0.f, input_before = 0.f;
-          // One neighbour after the other: fewer products are held at a time. The carry is the states' gradient by then.
-          float products[NS];
+          if (seat.busy(a, time)) {
+            const float* earlier = kept + (time - begin) * states_size;
+            const float *state_above = earlier + above_own, *state_before = earlier + own, *here = state_before + states_size;
+            const float* row_of = projections + (time & 1) * projections_size + seat.row * 3 * NS;
+            const float* from_below = handed_up + ((time + 1) & 1) * states_size + below_own;
+            const float weight = step.weight(), shift = step.exponent_shift(), dy = step.grad;
+            const float inflow_above = step.above * step.u * weight, inflow_before = step.before * step.u * weight;
+            float decay_above = 0.f, decay_before = 0.f, input_above = 0.f, input_before = 0.f;
+            float products[NS];
 #pragma unroll
-          for (int n = 0; n < NS; ++n) {
-            products[n] = 0.f;
-            if (!step.valid) {
-              carry[n] = 0.f;
-              continue;
-            }
-            carry[n] += row_of[2 * NS + n] * dy;
-            if (!last_of_strip) {
-              carry[n] += from_below[place_of<NS>(seat, seat.row + 1, n)];
-            } else {
-              carry[n] += outer_of[outer_place<NS>(a, seat, true, n)];
-            }
-            products[n] = dy * here[place_of<NS>(seat, seat.row, n)];
-          }
-          const float sum_C = sum_each<kTile>(products, seat.lane);
+            for (int first = 0; first < NS; first += kPack) {
+              const Pack<NS> handed = pack_at<NS>(from_below, first), states = pack_at<NS>(here, first);
+              float C[kPack];
+              read_row<kPack>(row_of + 2 * NS + places.state_at(first), C);
 #pragma unroll
-          for (int n = 0; n < NS; ++n) {
-            products[n] = 0.f;
-            if (!step.valid) continue;
-            float up = 0.f;
-            if (step.has_above) {
-              const float state_above = seat.row > 0 ? earlier[place_of<NS>(seat, seat.row - 1, n)]
-                                                    : outer_of[outer_place<NS>(a, seat, false, n)];
-              up = carry[n] * fast_exp2(step.above * rates.above(n) + shift);
-              decay_above += up * state_above * rates.above(n);
-              grad_above[place_of<NS>(seat, seat.row, n)] += up * state_above * step.above;
-              input_above += row_of[n] * carry[n];
-              products[n] = carry[n] * inflow_above;
-            }
-            if (seat.row > 0) {
-              to_above[place_of<NS>(seat, seat.row, n)] = up;
-            } else if (strip > 0 && n0 + n < all_states<NS>(a)) {
-              edge[(column * all_states<NS>(a) + n0 + n) * a.p.channels] = up;
-            }
-          }
-          const float sum_above = sum_each<kTile>(products, seat.lane);
-#pragma unroll
-          for (int n = 0; n < NS; ++n) {
-            products[n] = 0.f;
-            float back = 0.f;
-            if (step.valid && step.has_before) {
-              const float state_before = earlier[place_of<NS>(seat, seat.row, n)];
-              back = carry[n] * fast_exp2(step.before * rates.before(n) + shift);
-              decay_before += back * state_before * rates.before(n);
-              grad_before[place_of<NS>(seat, seat.row, n)] += back * state_before * step.before;
-              input_before += row_of[NS + n] * carry[n];
-              products[n] = carry[n] * inflow_before;
-            }
-            carry[n] = back;
-          }
-          const float sum_before = sum_each<kTile>(products, seat.lane);
-          const bool on_map = seat.row < a.rows && row < a.p.height && column >= 0 && column < a.p.width;
-          if (on_map && seat.lane < NS && n0 + seat.lane < all_states<NS>(a)) {
-            const int64_t n = n0 + seat.lane;
-            at<float>(a.p.above.grad_B, seat.batch, row, column)[seat.tile * a.p.above.grad_B.route + n] = sum_above;
-            at<float>(a.p.before.grad_B, seat.batch, row, column)[seat.tile * a.p.before.grad_B.route + n] = sum_before;
-            at<float>(a.p.grad_C, seat.batch, row, column)[seat.tile * a.p.grad_C.route + n] = sum_C;
-          }
-          if (step.valid) {
-            // Rates are A * log2(e), so what went through the exponents is scaled back.
-            const float through_above = input_above * weight, through_before = input_before * weight;
-            float grads[3] = {through_above * step.above + through_before * step.before,
-                              decay_above * kLn2 + through_above * step.u,
-                              decay_before * kLn2 + through_before * step.u};
-            if (n0 == 0) {
-              grads[0] += skip * dy;
-              grad_skip += dy * step.u;
-            }
-            if (NS == kGroup && a.grouped) {
-              const int64_t pixel = (seat.batch * a.p.height + row) * a.p.width + column;
-              float* sums = static_cast<float*>(a.p.partial) + pixel * a.p.channels + seat.channel;
-#pragma unroll
-              for (int i = 0; i < 3; ++i) {
-                if (n0 > 0) grads[i] += sums[i * map_size];
-                sums[i * map_size] = grads[i];
+              for (int i = 0; i < kPack; ++i) {
+                const int n = first + i;
+                carry[n] = step.valid ? carry[n] + handed.of[i] + C[i] * dy : 0.f;
+                products[n] = dy * states.of[i];
               }
             }
-            if (n0 + NS >= all_states<NS>(a)) {
-              at<T>(a.p.grad_x, seat.batch, row, column)[seat.channel] = from_float<T>(grads[0]);
-              at<T>(a.p.above.grad_delta, seat.batch, row, column)[seat.channel] = from_float<T>(grads[1]);
-              at<T>(a.p.before.grad_delta, seat.batch, row, column)[seat.channel] = from_float<T>(grads[2]);
+            // The carry is the states' gradient now.
+            const float sum_C = sum_over_channels(products, seat.lane);
+            float sum_above, sum_before;
+            sum_products(carry, inflow_above, inflow_before, seat.lane, &sum_above, &sum_before);
+#pragma unroll
+            for (int first = 0; first < NS; first += kPack) {
+              const Pack<NS> states = pack_at<NS>(state_above, first), rate = pack_at<NS>(rates.above, first);
+              float B[kPack];
+              read_row<kPack>(row_of + places.state_at(first), B);
+              Pack<NS> up;
+#pragma unroll
+              for (int i = 0; i < kPack; ++i) {
+                const int n = first + i;
+                up.of[i] = carry[n] * fast_exp2(step.above * rate.of[i] + shift);
+                const float through = up.of[i] * states.of[i];
+                decay_above += through * rate.of[i];
+                grad_above[n] += through * step.above;
+                input_above += B[i] * carry[n];
+              }
+              *reinterpret_cast<Pack<NS>*>(to_above + own_up + first * kTile) = up;
+            }
+            if (hands_up && step.valid) {
+              // The one row of gradients that all strips of the image hand up.
+              float* edge = static_cast<float*>(a.p.edge) + row_state(a, seat, seat.batch, time, n0);
+#pragma unroll
+              for (int first = 0; first < NS; first += kPack)
+                put_pack(a, places, n0, first, pack_at<NS>(to_above + own_up, first), edge);
+            }
+#pragma unroll
+            for (int first = 0; first < NS; first += kPack) {
+              const Pack<NS> states = pack_at<NS>(state_before, first), rate = pack_at<NS>(rates.before, first);
+              float B[kPack];
+              read_row<kPack>(row_of + NS + places.state_at(first), B);
+#pragma unroll
+              for (int i = 0; i < kPack; ++i) {
+                const int n = first + i;
+                const float back = carry[n] * fast_exp2(step.before * rate.of[i] + shift), through = back * states.of[i];
+                decay_before += through * rate.of[i];
+                grad_before[n] += through * step.before;
+                input_before += B[i] * carry[n];
+                carry[n] = back;
+              }
+            }
+            if (step.on_map && seat.lane < NS && n0 + seat.lane < all_states<NS>(a)) {
+              static_cast<float*>(a.p.above.grad_B.data)[written.projection] = sum_above;
+              static_cast<float*>(a.p.before.grad_B.data)[written.projection] = sum_before;
+              static_cast<float*>(a.p.grad_C.data)[written.projection] = sum_C;
+            }
+            if (step.valid) {
+              // Rates are A * log2(e), so what went through the exponents is scaled back.
+              const float through_above = input_above * weight, through_before = input_before * weight;
+              float grads[3] = {through_above * step.above + through_before * step.before,
+                                step.has_above ? decay_above * kLn2 + through_above * step.u : 0.f,
+                                step.has_before ? decay_before * kLn2 + through_before * step.u : 0.f};
+              if (n0 == 0) {
+                grads[0] += skip * dy;
+                grad_skip += dy * step.u;
+              }
+              if (NS == kGroup && a.grouped) {
+                const int64_t row = int64_t(strip) * a.rows + seat.row, column = time - seat.row;
+                const int64_t pixel = (seat.batch * a.p.height + row) * a.p.width + column;
+                const int64_t map_size = a.p.batch * a.p.height * a.p.width * a.p.channels;
+                float* sums = static_cast<float*>(a.p.partial) + pixel * a.p.channels + seat.channel;
+#pragma unroll
+                for (int i = 0; i < 3; ++i) {
+                  if (n0 > 0) grads[i] += sums[i * map_size];
+                  sums[i * map_size] = grads[i];
+                }
+              }
+              if (n0 + NS >= all_states<NS>(a)) {
+                *written.x = from_float<T>(grads[0]);
+                *written.above = from_float<T>(grads[1]);
+                *written.before = from_float<T>(grads[2]);
+              }
             }
           }
+          written.back(a);
           if (more) {
             next.hand_out(seat, projections + ((time + 1) & 1) * projections_size);
-            above.hand_out(a, seat, false, projections + ((time + 1) & 1) * projections_size);
-            below.hand_out(a, seat, true, projections + ((time + 1) & 1) * projections_size);
+            below.hand_out(seat, to_above + slots * NS * kTile);
             step = next;
           }
           __syncthreads();
@@ -233,13 +253,17 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 1) wavefront_backward(Wavefro
       }
 
       // The rows' sums, in their order.
+      put_states(kept + own, grad_above);
+      put_states(kept + states_size + own, grad_before);
+      __syncthreads();
       for (int32_t i = threadIdx.x; i < NS * kTile; i += blockDim.x) {
-        const int64_t channel = seat.tile * kTile + i % kTile, n = n0 + i / kTile;
+        const int32_t lane = i % kTile, place = Places<NS>(lane).of_state(i / kTile);
+        const int64_t channel = seat.tile * kTile + lane, n = n0 + i / kTile;
         if (channel >= a.p.channels || n >= all_states<NS>(a)) continue;
         float sum_above = 0.f, sum_before = 0.f;
-        for (int32_t r = 0; r < a.rows; ++r) {
-          sum_above += grad_above[r * NS * kTile + i];
-          sum_before += grad_before[r * NS * kTile + i];
+        for (int32_t r = 1; r <= a.rows; ++r) {
+          sum_above += kept[r * Places<NS>::kSlot + place];
+          sum_before += kept[states_size + r * Places<NS>::kSlot + place];
         }
         const int64_t part = ((strip * a.p.batch + seat.batch) * a.p.channels + channel) * all_states<NS>(a) + n;
         static_cast<float*>(a.p.above.grad_A)[part] = sum_above;
@@ -248,10 +272,10 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 1) wavefront_backward(Wavefro
     }
     if (!a.p.grad_D) continue;
     __syncthreads();
-    grad_above[seat.row * kTile + seat.lane] = grad_skip;
+    kept[seat.row * kTile + seat.lane] = grad_skip;
     __syncthreads();
     if (seat.row > 0 || !seat.active) continue;
-    for (int32_t r = 1; r < a.rows; ++r) grad_skip += grad_above[r * kTile + seat.lane];
+    for (int32_t r = 1; r < a.rows; ++r) grad_skip += kept[r * kTile + seat.lane];
     static_cast<float*>(a.p.grad_D)[(strip * a.p.batch + seat.batch) * a.p.channels + seat.channel] = grad_skip;
   }
 }
@@ -267,18 +291,18 @@ int64_t shared_bytes(int64_t rows, int64_t states, int64_t span) {
 
 int wavefront_backward_residents(const WavefrontScanParams& p, const WavefrontScanPlan& plan, int64_t* blocks) {
   const int threads = row_slots(int32_t(plan.rows)) * kTile;
-  const int64_t states = states_at_a_time(p.states), shared = shared_bytes(plan.rows, states, plan.span);
+  const int64_t shared = shared_bytes(plan.rows, plan.group, plan.span);
 #define SSM_SCAN(T, NS) resident_blocks(wavefront_backward<T, NS>, threads, shared, blocks)
-  SSM_DISPATCH(p.dtype, states, SSM_SCAN)
+  SSM_DISPATCH(p.dtype, plan.group, SSM_SCAN)
 #undef SSM_SCAN
 }
 
 int wavefront_scan_backward_cuda(const WavefrontScanParams& p, const WavefrontScanPlan& plan, void* stream) {
   const WavefrontArguments a = arguments_of(p, plan);
   const int threads = row_slots(a.rows) * kTile;
-  const int64_t states = states_at_a_time(p.states), shared = shared_bytes(plan.rows, states, plan.span);
+  const int64_t shared = shared_bytes(plan.rows, plan.group, plan.span);
 #define SSM_SCAN(T, NS) launch(wavefront_backward<T, NS>, a, plan.blocks, threads, shared, stream)
-  SSM_DISPATCH(p.dtype, states, SSM_SCAN)
+  SSM_DISPATCH(p.dtype, plan.group, SSM_SCAN)
 #undef SSM_SCAN
 }
 
@@ -292,13 +316,12 @@ int wavefront_scan_plan_cuda(const WavefrontScanParams& p, bool backward, Wavefr
   plan->rows = wanted < p.height ? wanted : p.height;
   if (plan->rows > kMaxRows) return cudaErrorInvalidConfiguration;
   plan->strips = ceil_div(p.height, plan->rows), plan->tiles = ceil_div(p.channels, kTile);
-  plan->grouped = !fast_states(p.states);
-  const int64_t states = states_at_a_time(p.states);
+  plan->group = states_at_a_time(p.states), plan->grouped = !fast_states(p.states);
   // Two blocks on a multiprocessor hide each other's waiting. The driver takes 1 KiB for each.
   const int64_t half = (limit + 1024) / 2 - 1024;
   plan->span = kLongestSpan;
-  while (plan->span > 1 && backward && shared_bytes(plan->rows, states, plan->span) > half) plan->span /= 2;
-  if (backward && shared_bytes(plan->rows, states, plan->span) > limit) return cudaErrorInvalidConfiguration;
+  while (plan->span > 1 && backward && shared_bytes(plan->rows, plan->group, plan->span) > half) plan->span /= 2;
+  if (backward && shared_bytes(plan->rows, plan->group, plan->span) > limit) return cudaErrorInvalidConfiguration;
   plan->fronts = ceil_div(p.width + plan->rows - 1, plan->span);
   error = (backward ? wavefront_backward_residents : wavefront_forward_residents)(p, *plan, &plan->blocks);
   const int64_t tasks = plan->strips * p.batch * plan->tiles;
