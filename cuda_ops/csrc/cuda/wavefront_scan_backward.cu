@@ -71,35 +71,34 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 1) wavefront_backward(Wavefro
       step.hand_out(seat, projections);
       above.hand_out(seat, kept + states_size);
       __syncthreads();
+      // A span each, but for the last, whose end nobody needs.
       float* front = fronts + threadIdx.x * kPack;
-      int32_t until = 0;  // the next states to be kept; nobody needs what the last span leaves
-      for (int32_t time = 0;; ++time) {
-        if (time == until) {
-          if (seat.row < a.rows) put_states(front, state, a.rows * kTile);
-          front += front_size, until += a.span;
-          if (until >= steps) break;
+      for (int32_t begin = 0;; begin += a.span, front += front_size) {
+        if (seat.row < a.rows) put_states(front, state, a.rows * kTile);
+        if (begin + a.span >= steps) break;
+#pragma unroll(NS == 16 ? 2 : 1)
+        for (int32_t time = begin; time < begin + a.span; ++time) {
+          cursor.move(a, 1), above.move(a, 1);
+          const Step<NS> next = cursor.load(false);
+          above.load(a);
+          float* here = kept + (time & 1) * states_size;
+          if (seat.busy(a, time)) {
+            advance<NS>(step, seat, rates, projections + (time & 1) * projections_size,
+                        kept + ((time + 1) & 1) * states_size + above_own, state);
+          } else {
+            clear(state);
+          }
+          put_states(here + own, state);
+          next.hand_out(seat, projections + ((time + 1) & 1) * projections_size);
+          above.hand_out(seat, here);
+          step = next;
+          __syncthreads();
         }
-        cursor.move(a, 1), above.move(a, 1);
-        const Step<NS> next = cursor.load(false);
-        above.load(a);
-        float* here = kept + (time & 1) * states_size;
-        if (seat.busy(a, time)) {
-          advance<NS>(step, seat, rates, projections + (time & 1) * projections_size,
-                      kept + ((time + 1) & 1) * states_size + above_own, state);
-        } else {
-          clear(state);
-        }
-        put_states(here + own, state);
-        next.hand_out(seat, projections + ((time + 1) & 1) * projections_size);
-        above.hand_out(seat, here);
-        step = next;
-        __syncthreads();
       }
 
       Written<T> written(a, seat, n0, strip, steps - 1);
-      for (int32_t begin = until - a.span; begin >= 0; begin -= a.span) {
+      for (int32_t begin = (a.fronts - 1) * a.span; begin >= 0; begin -= a.span, front -= front_size) {
         const int32_t end = begin + a.span < steps ? begin + a.span : steps;
-        front -= front_size;
         clear(state);
         if (seat.row < a.rows) get_states(front, state, a.rows * kTile);
         put_states(kept + own, state);
@@ -109,6 +108,7 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 1) wavefront_backward(Wavefro
         step.hand_out(seat, projections + (begin & 1) * projections_size);
         above.hand_out(seat, kept);
         __syncthreads();
+#pragma unroll(NS == 16 ? 2 : 1)
         for (int32_t time = begin; time < end; ++time) {
           cursor.move(a, 1), above.move(a, 1);
           const Step<NS> next = cursor.load(false);
