@@ -1,5 +1,5 @@
 // The wavefront scan's backward pass on CUDA, and how both passes are divided.
-#include "wavefront_scan.cuh"
+#include "wavefront_step.cuh"
 
 namespace cuda_ops {
 namespace {
@@ -15,7 +15,8 @@ struct Written {
   T *x, *above, *before;  // gradients of these
   int64_t projection;     // where among each of the gradients of B and C, whose strides are the same
 
-  __device__ __forceinline__ Written(const WavefrontArguments& a, const Seat& seat, int64_t n0, int32_t strip, int32_t time) {
+  __device__ __forceinline__ Written(const WavefrontArguments& a, const Seat& seat, int64_t n0, int32_t strip,
+                                     int32_t time) {
     const int64_t row = int64_t(strip) * a.rows + seat.row, column = time - seat.row;
     x = at<T>(a.p.grad_x, seat.batch, row, column) + seat.channel;
     above = at<T>(a.p.above.grad_delta, seat.batch, row, column) + seat.channel;
@@ -30,6 +31,88 @@ struct Written {
   }
 };
 
+// Where a thread's states lie that a step back needs: its neighbours' and its own, of its pixel.
+struct StatesAround {
+  const float *above, *before, *here;
+};
+
+// Gradients of a pixel's values, over a group of states; and those of its projections, summed over the channels, of which a
+// lane has the one of its number.
+struct PixelGradients {
+  float x, above, before;
+  float B_above, B_before, C;
+};
+
+// A step back. `carry` is the gradient of a thread's states that comes from behind, and becomes that for the pixel before;
+// the one for the pixel above is left at `to_above`. Gradients of the rates are added up.
+template <int NS>
+__device__ __forceinline__ PixelGradients go_back(const Step<NS>& step, const Seat& seat, const Rates<NS>& rates,
+                                                  const float* projections, const StatesAround& states,
+                                                  const float* from_below, float* to_above, float (&carry)[NS],
+                                                  float (&grad_above)[NS], float (&grad_before)[NS]) {
+  constexpr int kPack = Pack<NS>::kStates;
+  const Places<NS> places(seat.lane);
+  const float* row = projections + seat.row * 3 * NS;
+  const float weight = step.weight(), shift = step.exponent_shift();
+  const float inflow_above = step.above * step.u * weight, inflow_before = step.before * step.u * weight;
+  float decay_above = 0.f, decay_before = 0.f, input_above = 0.f, input_before = 0.f;
+  float products[NS];
+#pragma unroll
+  for (int first = 0; first < NS; first += kPack) {
+    const Pack<NS> handed = pack_at<NS>(from_below, first), here = pack_at<NS>(states.here, first);
+    float C[kPack];
+    read_row<kPack>(row + 2 * NS + places.state_at(first), C);
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) {
+      const int n = first + i;
+      carry[n] = step.valid ? carry[n] + handed.of[i] + C[i] * step.grad : 0.f;
+      products[n] = step.grad * here.of[i];
+    }
+  }
+  // The carry is the states' gradient now.
+  PixelGradients grads;
+  grads.C = sum_over_channels(products, seat.lane);
+  sum_products(carry, inflow_above, inflow_before, seat.lane, &grads.B_above, &grads.B_before);
+#pragma unroll
+  for (int first = 0; first < NS; first += kPack) {
+    const Pack<NS> above = pack_at<NS>(states.above, first), rate = pack_at<NS>(rates.above, first);
+    float B[kPack];
+    read_row<kPack>(row + places.state_at(first), B);
+    Pack<NS> up;
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) {
+      const int n = first + i;
+      up.of[i] = carry[n] * fast_exp2(step.above * rate.of[i] + shift);
+      const float through = up.of[i] * above.of[i];
+      decay_above += through * rate.of[i];
+      grad_above[n] += through * step.above;
+      input_above += B[i] * carry[n];
+    }
+    *reinterpret_cast<Pack<NS>*>(to_above + first * kTile) = up;
+  }
+#pragma unroll
+  for (int first = 0; first < NS; first += kPack) {
+    const Pack<NS> before = pack_at<NS>(states.before, first), rate = pack_at<NS>(rates.before, first);
+    float B[kPack];
+    read_row<kPack>(row + NS + places.state_at(first), B);
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) {
+      const int n = first + i;
+      const float back = carry[n] * fast_exp2(step.before * rate.of[i] + shift), through = back * before.of[i];
+      decay_before += through * rate.of[i];
+      grad_before[n] += through * step.before;
+      input_before += B[i] * carry[n];
+      carry[n] = back;
+    }
+  }
+  // Rates are A * log2(e), so what went through the exponents is scaled back.
+  const float through_above = input_above * weight, through_before = input_before * weight;
+  grads.x = through_above * step.above + through_before * step.before;
+  grads.above = step.has_above ? decay_above * kLn2 + through_above * step.u : 0.f;
+  grads.before = step.has_before ? decay_before * kLn2 + through_before * step.u : 0.f;
+  return grads;
+}
+
 // From the last strip to the first: forward through the strip, keeping the states of all its rows every `span` steps;
 // then, span by span from the last one, forward once more with every step's states kept, and back. The way back alone
 // waits for the strip below.
@@ -37,9 +120,10 @@ template <class T, int NS>
 __global__ void __launch_bounds__(kMaxRows* kTile, 1) wavefront_backward(WavefrontArguments a) {
   SSM_DYNAMIC_SHARED(shared);
   constexpr int kPack = Pack<NS>::kStates;
-  const int32_t slots = row_slots(a.rows), states_size = states_floats<NS>(a.rows), projections_size = projections_floats<NS>(a.rows);
+  const int32_t slots = row_slots(a.rows);
+  const int32_t states_size = states_floats<NS>(a.rows), projections_size = projections_floats<NS>(a.rows);
   float* kept = shared;                                  // a span's states; first, those before the span
-  float* handed_up = kept + (a.span + 1) * states_size;  // of this step and the one behind it; the last slot is below the strip
+  float* handed_up = kept + (a.span + 1) * states_size;  // of this step and the one behind it; last, from below the strip
   float* projections = handed_up + 2 * states_size;      // of this step and the next
   const int32_t steps = int32_t(a.p.width) + a.rows - 1;
   const int64_t front_size = int64_t(a.rows) * NS * kTile;
@@ -52,7 +136,9 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 1) wavefront_backward(Wavefro
     const int32_t own = places.own(seat.row + 1), above_own = places.own(seat.row);
     const int32_t own_up = places.own(seat.row), below_own = places.own(seat.row == a.rows - 1 ? slots : seat.row + 1);
     const float* row_above = strip > 0 ? strip_edge(a, seat, strip - 1) : nullptr;
-    const float* row_below = strip + 1 < a.strips ? static_cast<float*>(a.p.edge) + row_state(a, seat, seat.batch, 0, 0) : nullptr;
+    // The one row of gradients that all strips of the image hand up.
+    float* edge = static_cast<float*>(a.p.edge) + row_state(a, seat, seat.batch, 0, 0);
+    const float* row_below = strip + 1 < a.strips ? edge : nullptr;
     const bool hands_up = strip > 0 && seat.row == 0;
     const float skip = seat.active && a.p.D ? static_cast<const float*>(a.p.D)[seat.channel] : 0.f;
     float grad_skip = 0.f;
@@ -71,29 +157,31 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 1) wavefront_backward(Wavefro
       step.hand_out(seat, projections);
       above.hand_out(seat, kept + states_size);
       __syncthreads();
-      // A span each, but for the last, whose end nobody needs.
+      // A step forward, from the strip's states a step before; what the next one needs is read ahead.
+      auto forward = [&](int32_t time, const float* earlier, float* here) {
+        cursor.move(a, 1), above.move(a, 1);
+        const Step<NS> next = cursor.load(false);
+        above.load(a);
+        if (seat.busy(a, time)) {
+          advance<NS>(step, seat, rates, projections + (time & 1) * projections_size, earlier + above_own, state);
+        } else {
+          clear(state);
+        }
+        put_states(here + own, state);
+        next.hand_out(seat, projections + ((time + 1) & 1) * projections_size);
+        above.hand_out(seat, here);
+        step = next;
+        __syncthreads();
+      };
+
+      // A span at a time, but for the last, whose end nobody needs.
       float* front = fronts + threadIdx.x * kPack;
       for (int32_t begin = 0;; begin += a.span, front += front_size) {
         if (seat.row < a.rows) put_states(front, state, a.rows * kTile);
         if (begin + a.span >= steps) break;
 #pragma unroll(NS == 16 ? 2 : 1)
-        for (int32_t time = begin; time < begin + a.span; ++time) {
-          cursor.move(a, 1), above.move(a, 1);
-          const Step<NS> next = cursor.load(false);
-          above.load(a);
-          float* here = kept + (time & 1) * states_size;
-          if (seat.busy(a, time)) {
-            advance<NS>(step, seat, rates, projections + (time & 1) * projections_size,
-                        kept + ((time + 1) & 1) * states_size + above_own, state);
-          } else {
-            clear(state);
-          }
-          put_states(here + own, state);
-          next.hand_out(seat, projections + ((time + 1) & 1) * projections_size);
-          above.hand_out(seat, here);
-          step = next;
-          __syncthreads();
-        }
+        for (int32_t time = begin; time < begin + a.span; ++time)
+          forward(time, kept + ((time + 1) & 1) * states_size, kept + (time & 1) * states_size);
       }
 
       Written<T> written(a, seat, n0, strip, steps - 1);
@@ -110,20 +198,8 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 1) wavefront_backward(Wavefro
         __syncthreads();
 #pragma unroll(NS == 16 ? 2 : 1)
         for (int32_t time = begin; time < end; ++time) {
-          cursor.move(a, 1), above.move(a, 1);
-          const Step<NS> next = cursor.load(false);
-          above.load(a);
           float* earlier = kept + (time - begin) * states_size;
-          if (seat.busy(a, time)) {
-            advance<NS>(step, seat, rates, projections + (time & 1) * projections_size, earlier + above_own, state);
-          } else {
-            clear(state);
-          }
-          put_states(earlier + states_size + own, state);
-          next.hand_out(seat, projections + ((time + 1) & 1) * projections_size);
-          above.hand_out(seat, earlier + states_size);
-          step = next;
-          __syncthreads();
+          forward(time, earlier, earlier + states_size);
         }
 
         // At step t the last row is at column t - rows + 1, which is number steps - 1 - t from the right.
@@ -146,88 +222,32 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 1) wavefront_backward(Wavefro
           float* to_above = handed_up + (time & 1) * states_size;
           if (seat.busy(a, time)) {
             const float* earlier = kept + (time - begin) * states_size;
-            const float *state_above = earlier + above_own, *state_before = earlier + own, *here = state_before + states_size;
-            const float* row_of = projections + (time & 1) * projections_size + seat.row * 3 * NS;
-            const float* from_below = handed_up + ((time + 1) & 1) * states_size + below_own;
-            const float weight = step.weight(), shift = step.exponent_shift(), dy = step.grad;
-            const float inflow_above = step.above * step.u * weight, inflow_before = step.before * step.u * weight;
-            float decay_above = 0.f, decay_before = 0.f, input_above = 0.f, input_before = 0.f;
-            float products[NS];
-#pragma unroll
-            for (int first = 0; first < NS; first += kPack) {
-              const Pack<NS> handed = pack_at<NS>(from_below, first), states = pack_at<NS>(here, first);
-              float C[kPack];
-              read_row<kPack>(row_of + 2 * NS + places.state_at(first), C);
-#pragma unroll
-              for (int i = 0; i < kPack; ++i) {
-                const int n = first + i;
-                carry[n] = step.valid ? carry[n] + handed.of[i] + C[i] * dy : 0.f;
-                products[n] = dy * states.of[i];
-              }
-            }
-            // The carry is the states' gradient now.
-            const float sum_C = sum_over_channels(products, seat.lane);
-            float sum_above, sum_before;
-            sum_products(carry, inflow_above, inflow_before, seat.lane, &sum_above, &sum_before);
-#pragma unroll
-            for (int first = 0; first < NS; first += kPack) {
-              const Pack<NS> states = pack_at<NS>(state_above, first), rate = pack_at<NS>(rates.above, first);
-              float B[kPack];
-              read_row<kPack>(row_of + places.state_at(first), B);
-              Pack<NS> up;
-#pragma unroll
-              for (int i = 0; i < kPack; ++i) {
-                const int n = first + i;
-                up.of[i] = carry[n] * fast_exp2(step.above * rate.of[i] + shift);
-                const float through = up.of[i] * states.of[i];
-                decay_above += through * rate.of[i];
-                grad_above[n] += through * step.above;
-                input_above += B[i] * carry[n];
-              }
-              *reinterpret_cast<Pack<NS>*>(to_above + own_up + first * kTile) = up;
-            }
+            const PixelGradients pixel = go_back<NS>(
+                step, seat, rates, projections + (time & 1) * projections_size,
+                {earlier + above_own, earlier + own, earlier + states_size + own},
+                handed_up + ((time + 1) & 1) * states_size + below_own, to_above + own_up, carry, grad_above, grad_before);
             if (hands_up && step.valid) {
-              // The one row of gradients that all strips of the image hand up.
-              float* edge = static_cast<float*>(a.p.edge) + row_state(a, seat, seat.batch, time, n0);
+              float* column = edge + (time * all_states<NS>(a) + n0) * a.p.channels;
 #pragma unroll
               for (int first = 0; first < NS; first += kPack)
-                put_pack(a, places, n0, first, pack_at<NS>(to_above + own_up, first), edge);
-            }
-#pragma unroll
-            for (int first = 0; first < NS; first += kPack) {
-              const Pack<NS> states = pack_at<NS>(state_before, first), rate = pack_at<NS>(rates.before, first);
-              float B[kPack];
-              read_row<kPack>(row_of + NS + places.state_at(first), B);
-#pragma unroll
-              for (int i = 0; i < kPack; ++i) {
-                const int n = first + i;
-                const float back = carry[n] * fast_exp2(step.before * rate.of[i] + shift), through = back * states.of[i];
-                decay_before += through * rate.of[i];
-                grad_before[n] += through * step.before;
-                input_before += B[i] * carry[n];
-                carry[n] = back;
-              }
+                put_pack(a, places, n0, first, pack_at<NS>(to_above + own_up, first), column);
             }
             if (step.on_map && seat.lane < NS && n0 + seat.lane < all_states<NS>(a)) {
-              static_cast<float*>(a.p.above.grad_B.data)[written.projection] = sum_above;
-              static_cast<float*>(a.p.before.grad_B.data)[written.projection] = sum_before;
-              static_cast<float*>(a.p.grad_C.data)[written.projection] = sum_C;
+              static_cast<float*>(a.p.above.grad_B.data)[written.projection] = pixel.B_above;
+              static_cast<float*>(a.p.before.grad_B.data)[written.projection] = pixel.B_before;
+              static_cast<float*>(a.p.grad_C.data)[written.projection] = pixel.C;
             }
             if (step.valid) {
-              // Rates are A * log2(e), so what went through the exponents is scaled back.
-              const float through_above = input_above * weight, through_before = input_before * weight;
-              float grads[3] = {through_above * step.above + through_before * step.before,
-                                step.has_above ? decay_above * kLn2 + through_above * step.u : 0.f,
-                                step.has_before ? decay_before * kLn2 + through_before * step.u : 0.f};
+              float grads[3] = {pixel.x, pixel.above, pixel.before};
               if (n0 == 0) {
-                grads[0] += skip * dy;
-                grad_skip += dy * step.u;
+                grads[0] += skip * step.grad;
+                grad_skip += step.grad * step.u;
               }
               if (NS == kGroup && a.grouped) {
                 const int64_t row = int64_t(strip) * a.rows + seat.row, column = time - seat.row;
-                const int64_t pixel = (seat.batch * a.p.height + row) * a.p.width + column;
+                const int64_t index = (seat.batch * a.p.height + row) * a.p.width + column;
                 const int64_t map_size = a.p.batch * a.p.height * a.p.width * a.p.channels;
-                float* sums = static_cast<float*>(a.p.partial) + pixel * a.p.channels + seat.channel;
+                float* sums = static_cast<float*>(a.p.partial) + index * a.p.channels + seat.channel;
 #pragma unroll
                 for (int i = 0; i < 3; ++i) {
                   if (n0 > 0) grads[i] += sums[i * map_size];

@@ -1,5 +1,5 @@
 // The wavefront scan's forward pass on CUDA.
-#include "wavefront_scan.cuh"
+#include "wavefront_step.cuh"
 
 namespace cuda_ops {
 namespace {
@@ -71,7 +71,8 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 2) wavefront_forward(Wavefron
           if (n0 + NS >= all_states<NS>(a)) *y = from_float<T>(output);
           if (hands_on) {
 #pragma unroll
-            for (int first = 0; first < NS; first += kPack) put_pack(a, places, n0, first, pack_at<NS>(here + own, first), edge);
+            for (int first = 0; first < NS; first += kPack)
+              put_pack(a, places, n0, first, pack_at<NS>(here + own, first), edge);
           }
         }
         move_bytes(y, a.bytes.y), edge += all_states<NS>(a) * a.p.channels;
