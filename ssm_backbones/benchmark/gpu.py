@@ -112,7 +112,8 @@ def scan_comparisons(job: ScanJob, image: str, stage: str) -> list[Comparison]:
             pairs.append(Pair('cuda_ops', 'mamba-ssm', 1 / 3 if train else None))
         elif job.op == 'wavefront':
             entries['diagonals'] = partial(_by_diagonals, shape, job.states, train)
-            pairs.append(Pair('cuda_ops', 'diagonals', 1 / 5, memory_target=1 / 8))
+            # No states are stored without a backward pass.
+            pairs.append(Pair('cuda_ops', 'diagonals', 1 / 5, memory_target=1 / 8 if train else None))
         comparisons.append(
             Comparison(f'gpu/{job.op}/{job.model}/{stage}/{image}/{_passes(train)}',
                        f'{_passes(train)} at {shape}, N={job.states}, bfloat16', entries, tuple(pairs),

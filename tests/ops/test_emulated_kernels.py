@@ -190,6 +190,26 @@ def test_what_grows_at_the_last_pixel_goes_no_further_than_on_the_cpu(emulation:
         torch.testing.assert_close(result[finite], expected[part][finite], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize('row,column', ((0, 0), (0, 5), (6, 0), (7, 9), (18, 20)))
+@pytest.mark.parametrize('name,value', (('x', torch.inf), ('delta_top', torch.inf), ('delta_left', torch.nan),
+                                        ('B_top', torch.nan), ('C', torch.inf)))
+def test_what_is_not_finite_goes_no_further_than_on_the_cpu(emulation: Emulation, nan_in_fresh_memory: None, name: str,
+                                                            value: float, row: int, column: int) -> None:
+    """Neither through neighbours that a pixel does not take, nor through states that fill up a group."""
+    for states in (16, 3):
+        inputs = rounded(Wavefront(1, 19, 21, 17, states).inputs(), WAVEFRONT_PARAMETERS, torch.float32)
+        tensor = inputs[name]
+        assert tensor is not None
+        tensor[0, row, column, 2] = value
+        expected, weights = differentiate(cuda_ops.wavefront_scan, inputs, {})
+        with emulation.serve():
+            results, _ = differentiate(cuda_ops.wavefront_scan, inputs, {}, weights)
+        for part, result in results.items():
+            finite = expected[part].isfinite()
+            assert torch.equal(result.isfinite(), finite), part
+            torch.testing.assert_close(result[finite], expected[part][finite], rtol=1e-3, atol=1e-3)
+
+
 def test_a_map_is_one_launch_of_as_many_blocks_as_are_of_use(emulation: Emulation) -> None:
     case = Wavefront(2, 40, 30, 40, 8)
     inputs = rounded(case.inputs(), WAVEFRONT_PARAMETERS, torch.float32)

@@ -403,8 +403,9 @@ class UnitBackward : UnitScan<T, S> {
       // rate is A * log2(e), so the part that went through the exponent is scaled back.
       const V through_above = input_above[v] * Base::template weight<from>();
       const V through_before = input_before[v] * Base::template weight<from>();
-      store(grads.delta_above + v * kLanes, decay_above[v] * S(kLn2) + through_above * u[v], lanes(v));
-      store(grads.delta_before + v * kLanes, decay_before[v] * S(kLn2) + through_before * u[v], lanes(v));
+      // A step size that the pixel does not take has no gradient, however large the pixel is.
+      store(grads.delta_above + v * kLanes, kAbove ? decay_above[v] * S(kLn2) + through_above * u[v] : V{}, lanes(v));
+      store(grads.delta_before + v * kLanes, kBefore ? decay_before[v] * S(kLn2) + through_before * u[v] : V{}, lanes(v));
       store(grads.x + v * kLanes, through_above * d_above[v] + through_before * d_before[v] + D_[v] * dy[v], lanes(v));
     }
   }

@@ -73,7 +73,7 @@ __device__ __forceinline__ Place place(const RouteArguments& a, int32_t line, in
 template <class T>
 struct Walk {
   T* at;
-  int64_t step, jump;
+  int64_t step, jump;  // to the next position, within a line and over its end
 
   __device__ __forceinline__ Walk(const RouteArguments& a, T* base, int64_t row, int64_t column, Place start,
                                   bool down) {
@@ -81,13 +81,10 @@ struct Walk {
     const int64_t inner = columns ? row : column, outer = columns ? column : row;
     at = base + start.outer * outer + start.inner * inner;
     step = down ? -inner : inner;
-    jump = outer - inner_length(a) * inner;
+    jump = outer - (inner_length(a) - 1) * inner;
     if (down) jump = -jump;
   }
-  __device__ __forceinline__ void advance(bool over_end) {
-    at += step;
-    if (over_end) at += jump;
-  }
+  __device__ __forceinline__ void advance(bool over_end) { at += over_end ? jump : step; }
 };
 
 // Knows when a walk leaves a line.

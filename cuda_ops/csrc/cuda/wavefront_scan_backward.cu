@@ -53,8 +53,7 @@ __device__ __forceinline__ PixelGradients go_back(const Step<NS>& step, const Se
   constexpr int kPack = Pack<NS>::kStates;
   const Places<NS> places(seat.lane);
   const float* row = projections + seat.row * 3 * NS;
-  const float weight = step.weight(), shift = step.exponent_shift();
-  const float inflow_above = step.above * step.u * weight, inflow_before = step.before * step.u * weight;
+  const float shift = step.exponent_shift();
   float decay_above = 0.f, decay_before = 0.f, input_above = 0.f, input_before = 0.f;
   float products[NS];
 #pragma unroll
@@ -72,44 +71,50 @@ __device__ __forceinline__ PixelGradients go_back(const Step<NS>& step, const Se
   // The carry is the states' gradient now.
   PixelGradients grads;
   grads.C = sum_over_channels(products, seat.lane);
-  sum_products(carry, inflow_above, inflow_before, seat.lane, &grads.B_above, &grads.B_before);
+  sum_products(carry, step.inflow_above(), step.inflow_before(), seat.lane, &grads.B_above, &grads.B_before);
+  // Nothing, however large, goes through a neighbour that the pixel does not take.
+  if (step.has_above) {
 #pragma unroll
-  for (int first = 0; first < NS; first += kPack) {
-    const Pack<NS> above = pack_at<NS>(states.above, first), rate = pack_at<NS>(rates.above, first);
-    float B[kPack];
-    read_row<kPack>(row + places.state_at(first), B);
-    Pack<NS> up;
+    for (int first = 0; first < NS; first += kPack) {
+      const Pack<NS> above = pack_at<NS>(states.above, first), rate = pack_at<NS>(rates.above, first);
+      float B[kPack];
+      read_row<kPack>(row + places.state_at(first), B);
+      Pack<NS> up;
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) {
-      const int n = first + i;
-      up.of[i] = carry[n] * fast_exp2(step.above * rate.of[i] + shift);
-      const float through = up.of[i] * above.of[i];
-      decay_above += through * rate.of[i];
-      grad_above[n] += through * step.above;
-      input_above += B[i] * carry[n];
+      for (int i = 0; i < kPack; ++i) {
+        const int n = first + i;
+        up.of[i] = carry[n] * fast_exp2(step.above * rate.of[i] + shift);
+        const float through = up.of[i] * above.of[i];
+        decay_above += through * rate.of[i];
+        grad_above[n] += through * step.above;
+        input_above += B[i] * carry[n];
+      }
+      *reinterpret_cast<Pack<NS>*>(to_above + first * kTile) = up;
     }
-    *reinterpret_cast<Pack<NS>*>(to_above + first * kTile) = up;
   }
+  if (step.has_before) {
 #pragma unroll
-  for (int first = 0; first < NS; first += kPack) {
-    const Pack<NS> before = pack_at<NS>(states.before, first), rate = pack_at<NS>(rates.before, first);
-    float B[kPack];
-    read_row<kPack>(row + NS + places.state_at(first), B);
+    for (int first = 0; first < NS; first += kPack) {
+      const Pack<NS> before = pack_at<NS>(states.before, first), rate = pack_at<NS>(rates.before, first);
+      float B[kPack];
+      read_row<kPack>(row + NS + places.state_at(first), B);
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) {
-      const int n = first + i;
-      const float back = carry[n] * fast_exp2(step.before * rate.of[i] + shift), through = back * before.of[i];
-      decay_before += through * rate.of[i];
-      grad_before[n] += through * step.before;
-      input_before += B[i] * carry[n];
-      carry[n] = back;
+      for (int i = 0; i < kPack; ++i) {
+        const int n = first + i;
+        const float back = carry[n] * fast_exp2(step.before * rate.of[i] + shift), through = back * before.of[i];
+        decay_before += through * rate.of[i];
+        grad_before[n] += through * step.before;
+        input_before += B[i] * carry[n];
+        carry[n] = back;
+      }
     }
   }
   // Rates are A * log2(e), so what went through the exponents is scaled back.
-  const float through_above = input_above * weight, through_before = input_before * weight;
+  const float through_above = input_above * step.weight(), through_before = input_before * step.weight();
   grads.x = through_above * step.above + through_before * step.before;
   grads.above = step.has_above ? decay_above * kLn2 + through_above * step.u : 0.f;
   grads.before = step.has_before ? decay_before * kLn2 + through_before * step.u : 0.f;
+  grads.B_above = step.has_above ? grads.B_above : 0.f, grads.B_before = step.has_before ? grads.B_before : 0.f;
   return grads;
 }
 

@@ -19,6 +19,7 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 2) wavefront_forward(Wavefron
     const Places<NS> places(seat.lane);
     const int32_t own = places.own(seat.row + 1), above = places.own(seat.row);
     const float* row_above = strip > 0 ? strip_edge(a, seat, strip - 1) : nullptr;
+    float* edge = strip + 1 < a.strips ? strip_edge(a, seat, strip) : nullptr;
     const bool hands_on = strip + 1 < a.strips && seat.row == a.rows - 1;
     const float skip = seat.active && a.p.D ? static_cast<const float*>(a.p.D)[seat.channel] : 0.f;
     Relay relay(a, task);
@@ -31,7 +32,6 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 2) wavefront_forward(Wavefron
       Cursor<T, NS> cursor(a, seat, n0, strip);
       Outer<NS> outer(a, seat, n0, row_above, 0);
       T* y = at<T>(a.p.y, seat.batch, int64_t(strip) * a.rows + seat.row, cursor.column) + seat.channel;
-      float* edge = strip_edge(a, seat, strip) + (cursor.column * all_states<NS>(a) + n0) * a.p.channels;
       Step<NS> step = cursor.load(false);
       outer.load(a);
       step.hand_out(seat, projections);
@@ -70,12 +70,13 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 2) wavefront_forward(Wavefron
           }
           if (n0 + NS >= all_states<NS>(a)) *y = from_float<T>(output);
           if (hands_on) {
+            float* column = edge + ((time - seat.row) * all_states<NS>(a) + n0) * a.p.channels;
 #pragma unroll
             for (int first = 0; first < NS; first += kPack)
-              put_pack(a, places, n0, first, pack_at<NS>(here + own, first), edge);
+              put_pack(a, places, n0, first, pack_at<NS>(here + own, first), column);
           }
         }
-        move_bytes(y, a.bytes.y), edge += all_states<NS>(a) * a.p.channels;
+        move_bytes(y, a.bytes.y);
         next.hand_out(seat, projections + ((time + 1) & 1) * projections_size);
         outer.hand_out(seat, here);
         step = next;

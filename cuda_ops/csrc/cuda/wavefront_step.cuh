@@ -107,7 +107,7 @@ __device__ __forceinline__ void sum_products(const float (&values)[NS], float le
 }
 
 // The decay rates of the block's channels, times log2(e), for up to NS states from n0 on, in shared memory: registers are
-// scarce. [above, before][a slot], 0 beyond the last state.
+// scarce. [above, before][a slot]. What is beyond the last state decays like any, so that no step size makes it not a number.
 template <int NS>
 struct Rates {
   static constexpr int kFloats = 2 * NS * kTile;
@@ -123,7 +123,7 @@ struct Rates {
       const bool given = channel < a.p.channels && n0 + n < all_states<NS>(a);
       const void* A = i < NS * kTile ? a.p.above.A : a.p.before.A;
       target[i / Places<NS>::kSlot * Places<NS>::kSlot + Places<NS>(lane).of_state(n)] =
-          given ? static_cast<const float*>(A)[channel * all_states<NS>(a) + n0 + n] * kLog2E : 0.f;
+          given ? static_cast<const float*>(A)[channel * all_states<NS>(a) + n0 + n] * kLog2E : -1.f;
     }
     __syncthreads();
   }
@@ -162,6 +162,8 @@ struct Step {
   // With both neighbours each contributes half: a factor on the inflow, one less in the decay's exponent.
   __device__ __forceinline__ float weight() const { return has_above && has_before ? 0.5f : 1.f; }
   __device__ __forceinline__ float exponent_shift() const { return has_above && has_before ? -1.f : 0.f; }
+  __device__ __forceinline__ float inflow_above() const { return has_above ? above * u * weight() : 0.f; }
+  __device__ __forceinline__ float inflow_before() const { return has_before ? before * u * weight() : 0.f; }
 };
 
 // Consecutive columns of a row.
@@ -282,8 +284,7 @@ __device__ __forceinline__ void advance(const Step<NS>& step, const Seat& seat, 
                                         const float* projections, const float* above, float (&state)[NS]) {
   constexpr int kPack = Pack<NS>::kStates;
   const Places<NS> places(seat.lane);
-  const float weight = step.weight(), shift = step.exponent_shift();
-  const float inflow_above = step.above * step.u * weight, inflow_before = step.before * step.u * weight;
+  const float shift = step.exponent_shift(), inflow_above = step.inflow_above(), inflow_before = step.inflow_before();
   const float* row = projections + seat.row * 3 * NS;
 #pragma unroll
   for (int first = 0; first < NS; first += kPack) {
