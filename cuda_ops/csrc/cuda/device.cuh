@@ -58,7 +58,7 @@ __device__ __forceinline__ float fast_exp2(float x) {
 #endif
 }
 
-// 1 / x by one instruction, for x from 1 to 3; relative error 2^-23.
+// 1 / x by one instruction, for x from 1 to 2; relative error 2^-23.
 __device__ __forceinline__ float fast_reciprocal(float x) {
 #if defined(__CUDACC__)
   float result;
@@ -69,16 +69,18 @@ __device__ __forceinline__ float fast_reciprocal(float x) {
 #endif
 }
 
-// scale * log(1 + t), for t from 0 to 1.
+// scale * log(1 + t), for t from 0 to 1: t times the polynomial of degree 7 whose largest relative error is the least, 2^-22.
+// The special function unit would take longer: it computes the exponentials.
 __device__ __forceinline__ float log_of_one_plus(float t, float scale) {
-  // log(1 + t) = 2 atanh(t / (2 + t)), by a minimax polynomial.
-  const float s = t * fast_reciprocal(t + 2.f), z = s * s;
-  float q = 2.5848155178e-1f * scale;
-  q = q * z + 2.8405319656e-1f * scale;
-  q = q * z + 4.0001240873e-1f * scale;
-  q = q * z + 6.6666665228e-1f * scale;
-  q = q * z + 2.0f * scale;
-  return q * s;
+  float q = -8.5391984489e-3f * scale;
+  q = q * t + 4.4089596347e-2f * scale;
+  q = q * t - 1.0768166416e-1f * scale;
+  q = q * t + 1.7745238098e-1f * scale;
+  q = q * t - 2.4495461643e-1f * scale;
+  q = q * t + 3.3275479573e-1f * scale;
+  q = q * t - 4.9997405383e-1f * scale;
+  q = q * t + 9.9999980567e-1f * scale;
+  return q * t;
 }
 
 // log2(1 + 2^w), for t = 2^-|w|: a softplus of which both sides are in units of log(2).
