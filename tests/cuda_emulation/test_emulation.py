@@ -103,3 +103,12 @@ int main(int argc, char**) {
                                 capture_output=True, check=True).stdout
         got = torch.frombuffer(bytearray(output), dtype=torch.float32)
         assert torch.equal(got, values.to(dtype).float()), dtype
+
+
+def test_arithmetic_of_the_kernels(tmp_path: Path) -> None:
+    compile_for_cpu([FOLDER / 'arithmetic.cu'], tmp_path / 'arithmetic', ['-O2'])
+    wrong_quotients, *errors = subprocess.run([tmp_path / 'arithmetic'], capture_output=True, text=True,
+                                              check=True).stdout.split()
+    assert wrong_quotients == '0'
+    # 2^-22 of the polynomial, and what rounding its terms adds.
+    assert all(float(error) < 8 for error in errors), errors

@@ -139,6 +139,21 @@ __device__ __forceinline__ T* at(const GridTensor& tensor, int64_t batch, int64_
   return static_cast<T*>(tensor.data) + batch * tensor.batch + row * tensor.row + column * tensor.column;
 }
 
+// Divides by a number that the host knows, from 1 to 2^31 - 1, in three instructions. Numerators are below 2^31.
+struct Divisor {
+  uint32_t multiplier, shift;
+
+  Divisor() = default;
+  explicit Divisor(int64_t value) : shift(0) {
+    while ((int64_t(1) << shift) < value) ++shift;
+    multiplier = uint32_t((uint64_t((int64_t(1) << shift) - value) << 32) / uint64_t(value) + 1);
+  }
+  __device__ __forceinline__ int32_t quotient(int32_t numerator) const {
+    const uint32_t n = uint32_t(numerator);
+    return int32_t((__umulhi(n, multiplier) + n) >> shift);
+  }
+};
+
 // Shared memory that a block may have on the current device, in bytes.
 inline int shared_memory_limit(int64_t* bytes) {
   int device = 0, limit = 0;

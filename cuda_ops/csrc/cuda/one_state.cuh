@@ -22,6 +22,7 @@ struct OneStateArguments {
   RouteScanParams p;                 // with the pixels' stride as the grid tensors' column strides
   int32_t count, index[kMaxRoutes];  // which routes
   int32_t length;
+  Divisor height;             // of the map, for routes down its columns
   int32_t segment, segments;  // positions of a segment, a multiple of a chunk's unless there is one segment
   int32_t tiles;              // of each group's channels
   int32_t rank;               // factors of each step size, 0 where step sizes are given as such
@@ -78,8 +79,8 @@ struct Site {
 
 __device__ __forceinline__ int32_t pixel_at(const OneStateArguments& a, bool columns, int32_t position) {
   if (!columns) return position;
-  const int32_t height = int32_t(a.p.height), outer = position / height;
-  return (position - outer * height) * int32_t(a.p.width) + outer;
+  const int32_t outer = a.height.quotient(position);
+  return (position - outer * int32_t(a.p.height)) * int32_t(a.p.width) + outer;
 }
 
 // A chunk in the order of a route. Lane j finds its position j; where the map ends within the chunk, some have none.

@@ -122,7 +122,7 @@ int for_one_state(const RouteScanParams& p, const RouteScanPlan& plan, void* str
   OneStateArguments a{};
   a.p = p;
   a.length = int32_t(p.height * p.width), a.segment = int32_t(plan.segment), a.segments = int32_t(plan.segments);
-  a.tiles = int32_t(plan.tiles), a.rank = int32_t(p.rank);
+  a.tiles = int32_t(plan.tiles), a.rank = int32_t(p.rank), a.height = Divisor(p.height);
   for (GridTensor* tensor : {&a.p.x, &a.p.delta, &a.p.B, &a.p.C, &a.p.grad_y, &a.p.grad_delta})
     tensor->column = pixel_stride(p, *tensor);
   const int64_t blocks = p.batch * p.groups * plan.tiles * plan.segments;

@@ -22,6 +22,7 @@ struct RouteArguments {
   RouteScanParams p;
   int32_t count, index[kMaxRoutes];  // which routes
   int32_t length, lines;             // of the axis
+  Divisor inner;                     // the pixels of a row, or of a column
   int32_t chunk;                     // positions between saved states, or any length where none are saved
   int32_t segment, segments;
   int32_t tiles;                     // of each group's channels
@@ -65,8 +66,8 @@ __device__ __forceinline__ int32_t inner_length(const RouteArguments& a) {
 
 __device__ __forceinline__ Place place(const RouteArguments& a, int32_t line, int32_t position) {
   if (a.p.per_line) return {line, position};
-  const int32_t inner = inner_length(a);
-  return {position / inner, position % inner};
+  const int32_t outer = a.inner.quotient(position);
+  return {outer, position - outer * inner_length(a)};
 }
 
 // An address that follows positions, up or down, over the ends of lines.
@@ -158,8 +159,10 @@ __device__ __forceinline__ int64_t state_index(const RouteArguments& a, const Ta
 template <class T, int NS>
 __device__ __forceinline__ void fetch(const RouteArguments& a, const Task& task, const GridTensor& tensor, int64_t k,
                                       int64_t n0, int32_t begin, int32_t count, int32_t row, float* target) {
-  const int64_t group = static_cast<int64_t>(task.group) * tensor.group;
   const bool columns = runs_along_columns(a.p.route[k]);
+  const int64_t inner = columns ? tensor.row : tensor.column, outer = columns ? tensor.column : tensor.row;
+  const T* base = static_cast<const T*>(tensor.data) + task.batch * tensor.batch + k * tensor.route +
+                  task.group * tensor.group;
   for (int32_t i = threadIdx.x; i < count * NS; i += blockDim.x) {
     const int32_t position = i / NS, n = i % NS;
     float value = 0.f;
@@ -167,9 +170,7 @@ __device__ __forceinline__ void fetch(const RouteArguments& a, const Task& task,
       value = 1.f;
       if (tensor.data) {
         const Place pixel = place(a, task.line, begin + position);
-        const T* source = at<T>(tensor, task.batch, columns ? pixel.inner : pixel.outer,
-                                columns ? pixel.outer : pixel.inner);
-        value = to_float(source[k * tensor.route + group + n0 + n]);
+        value = to_float(base[pixel.outer * outer + pixel.inner * inner + n0 + n]);
       }
     }
     target[position * row + n] = value;
@@ -397,7 +398,10 @@ int for_each_axis(const RouteScanParams& p, const RouteScanPlan& plan, void* str
   }
   axes[0].first_axis = true, axes[0].last_axis = axes[1].count == 0;
   axes[1].first_axis = axes[0].count == 0, axes[1].last_axis = true;
-  for (RouteArguments& a : axes) a.tiled = sums_in_shared_memory(p);
+  for (int columns = 0; columns < 2; ++columns) {
+    axes[columns].tiled = sums_in_shared_memory(p);
+    axes[columns].inner = Divisor(columns ? p.height : p.width);
+  }
   const int64_t blocks = p.batch * axes[0].lines * plan.segments * p.groups * plan.tiles;
   if (plan.segments > 1) {
     for (const RouteArguments& a : axes) {

@@ -413,6 +413,8 @@ inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask,
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == 0xffffffffu; }
 
 // Threads of other blocks, and those of this one, have their turns in between.
+inline unsigned __umulhi(unsigned left, unsigned right) { return unsigned(uint64_t(left) * right >> 32); }
+
 inline void __nanosleep(unsigned) { emulation::wait(emulation::State::kAsleep); }
 inline unsigned long long atomicAdd(unsigned long long* sum, unsigned long long value) {
   return std::exchange(*sum, *sum + value);
