@@ -134,6 +134,13 @@ __device__ __forceinline__ void read_row(const float* row, float (&values)[NS]) 
   }
 }
 
+// Some states of a thread, which it reads and writes together.
+template <int NS>
+struct alignas(NS < 4 ? 4 * NS : 16) Pack {
+  static constexpr int kStates = NS < 4 ? NS : 4;
+  float of[kStates];
+};
+
 template <class T>
 __device__ __forceinline__ T* at(const GridTensor& tensor, int64_t batch, int64_t row, int64_t column) {
   return static_cast<T*>(tensor.data) + batch * tensor.batch + row * tensor.row + column * tensor.column;

@@ -12,7 +12,7 @@ struct Layout {
     const int64_t threads = warps * kWarp;
     projections = 0;                                     // [chunk][2 * states]: B, then C
     totals = projections + chunk * 2 * states;           // [warps][chunk][2 * states]: of the gradients of B and of C
-    before = totals + warps * chunk * 2 * states;        // [chunk][states][threads]: states before each position
+    before = totals + warps * chunk * 2 * states;        // [chunk][packs][threads]: states before each position
     steps = before + chunk * states * threads;           // [chunk][threads]
     slopes = steps + chunk * threads;                    // likewise
     sums = slopes + chunk * threads;                     // [segment][threads]: of the gradient of x
@@ -33,13 +33,14 @@ constexpr int kSweepAhead = kSumAhead<NS> < 4 ? 4 : kSumAhead<NS>;
 template <class T, int NS>
 __global__ void __launch_bounds__(256, 1) scan_backward(RouteArguments a) {
   SSM_DYNAMIC_SHARED(shared);
+  constexpr int kPack = Pack<NS>::kStates;
   const bool grouped = NS < a.p.states;
   const int32_t chunk = a.length < a.chunk ? a.length : a.chunk;
   const int32_t threads = blockDim.x, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const Layout layout(chunk, NS, threads / kWarp, a.segment, a.tiled, grouped);
   float* projections = shared + layout.projections;
   float* totals = shared + layout.totals;
-  float* before = shared + layout.before + threadIdx.x;
+  Pack<NS>* before = reinterpret_cast<Pack<NS>*>(shared + layout.before) + threadIdx.x;
   float* steps = shared + layout.steps + threadIdx.x;
   float* slopes = shared + layout.slopes + threadIdx.x;
   float* sums = shared + layout.sums + threadIdx.x;
@@ -114,8 +115,13 @@ __global__ void __launch_bounds__(256, 1) scan_backward(RouteArguments a) {
               float B[NS];
               read_row<NS>(projections + (down ? count - 1 - i : i) * 2 * NS, B);
 #pragma unroll
+              for (int first = 0; first < NS; first += kPack) {
+                Pack<NS>& pack = before[(i * (NS / kPack) + first / kPack) * threads];
+#pragma unroll
+                for (int n = 0; n < kPack; ++n) pack.of[n] = state[first + n];
+              }
+#pragma unroll
               for (int n = 0; n < NS; ++n) {
-                before[(i * NS + n) * threads] = state[n];
                 state[n] = fast_exp2(step.value * parameters.rate[n]) * state[n] + B[n] * (step.value * inputs[u]);
               }
             }
@@ -156,9 +162,12 @@ __global__ void __launch_bounds__(256, 1) scan_backward(RouteArguments a) {
               read_row<NS>(row_of, B);
               read_row<NS>(row_of + NS, C);
               float grad_step = 0.f, through_input = 0.f;
+              Pack<NS> states[NS / kPack];
+#pragma unroll
+              for (int pack = 0; pack < NS / kPack; ++pack) states[pack] = before[(i * (NS / kPack) + pack) * threads];
 #pragma unroll
               for (int n = 0; n < NS; ++n) {
-                const float earlier = before[(i * NS + n) * threads];
+                const float earlier = states[n / kPack].of[n % kPack];
                 const float decay = fast_exp2(d * parameters.rate[n]);
                 const float grad = carry[n] + C[n] * dy;
                 const float through_decay = grad * decay * earlier;
@@ -167,7 +176,8 @@ __global__ void __launch_bounds__(256, 1) scan_backward(RouteArguments a) {
                 grad_rate[n] += through_decay * d;
                 through_input += B[n] * grad;
                 products[u * 2 * NS + n] = grad * inflow;
-                products[u * 2 * NS + NS + n] = dy * (decay * earlier + B[n] * inflow);
+                products[u * 2 * NS + NS + n] = dy * state[n];
+                state[n] = earlier;
               }
               // The rate is A * log2(e), so the part that went through the exponent is scaled back.
               float grad_raw = (grad_step * kLn2 + through_input * inputs[j]) * slopes[i * threads];

@@ -7,13 +7,6 @@
 namespace cuda_ops {
 namespace {
 
-// Some states of a thread, which it reads and writes together.
-template <int NS>
-struct alignas(NS < 4 ? 4 * NS : 16) Pack {
-  static constexpr int kStates = NS < 4 ? NS : 4;
-  float of[kStates];
-};
-
 // Where the states of the thread's channel lie in a slot of 16 channels, [NS / 4][16][4]: 4 at a time, and free of bank
 // conflicts. Which four they are depends on the lane, so that sums over lanes need fewer selections.
 template <int NS>
