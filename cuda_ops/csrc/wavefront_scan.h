@@ -37,12 +37,12 @@ struct WavefrontScanParams {
   // Backward only. In tensors with tiles, `route` is the stride between tiles. The caller adds tiles and images in a
   // fixed order: the result does not depend on the number of threads.
   GridTensor grad_y, grad_x;  // (B, H, W, E) data
-  GridTensor grad_C;          // (tiles, B, H, W, N) state
+  GridTensor grad_C;          // (tiles, B, H, W, N) state, in the strides of both grad_B
   void* grad_D;               // (B, E) state, or null
 
   // CUDA only, sized by the plan; there, grad_A and grad_D above have a leading dimension of `strips` parts.
   void* edge;      // (B, W, N, E) float: the states of a strip's last row, or the gradients of those above its first one
-  void* fronts;    // (blocks, fronts, group, rows, 16) float: the states behind each span of the strip that a block is at
+  void* fronts;    // (blocks, fronts, group, rows, 16) float: the states before each span of the strip that a block is at
   void* partial;   // (1 or 3, B, H, W, E) float: sums over groups of states of y, or of the gradients of x and deltas
   void* counters;  // (1 + (strips - 1) * B * tiles) int64, zero before each pass: the next task, and tasks' progress
 };

@@ -192,15 +192,16 @@ def test_what_grows_at_the_last_pixel_goes_no_further_than_on_the_cpu(emulation:
 
 @pytest.mark.parametrize('row,column', ((0, 0), (0, 5), (6, 0), (7, 9), (18, 20)))
 @pytest.mark.parametrize('name,value', (('x', torch.inf), ('delta_top', torch.inf), ('delta_left', torch.nan),
-                                        ('B_top', torch.nan), ('C', torch.inf)))
+                                        ('delta_left', -200.0), ('B_top', torch.nan), ('C', torch.inf)))
 def test_what_is_not_finite_goes_no_further_than_on_the_cpu(emulation: Emulation, nan_in_fresh_memory: None, name: str,
                                                             value: float, row: int, column: int) -> None:
     """Neither through neighbours that a pixel does not take, nor through states that fill up a group."""
     for states in (16, 3):
         inputs = rounded(Wavefront(1, 19, 21, 17, states).inputs(), WAVEFRONT_PARAMETERS, torch.float32)
         tensor = inputs[name]
-        assert tensor is not None
+        assert tensor is not None and inputs['A_left'] is not None
         tensor[0, row, column, 2] = value
+        inputs['A_left'].mul_(1e-2)  # a step of -200 lets states grow, but not beyond all bounds
         expected, weights = differentiate(cuda_ops.wavefront_scan, inputs, {})
         with emulation.serve():
             results, _ = differentiate(cuda_ops.wavefront_scan, inputs, {}, weights)
@@ -218,6 +219,22 @@ def test_a_map_is_one_launch_of_as_many_blocks_as_are_of_use(emulation: Emulatio
         with emulation.serve(multiprocessors=multiprocessors):
             cuda_ops.wavefront_scan(**inputs)
             assert emulation.launches == 1 and emulation.blocks == blocks
+
+
+@pytest.mark.parametrize('chunk', (1, 5, 9, 16))
+@pytest.mark.parametrize('case', (Wavefront(1, 21, 30, 20, 4), Wavefront(2, 37, 18, 17, 3, reverse=True)), ids=str)
+def test_strips_of_any_number_of_rows(emulation: Emulation, nan_in_fresh_memory: None, case: Wavefront,
+                                      chunk: int) -> None:
+    inputs = list(rounded(case.inputs(), WAVEFRONT_PARAMETERS, torch.float32).values())
+
+    def results() -> list[Tensor]:
+        y, states = torch.ops.cuda_ops.wavefront_scan(*inputs, case.reverse, chunk)
+        return [y, states, *torch.ops.cuda_ops.wavefront_scan_backward(y, *inputs, states, case.reverse, chunk)]
+
+    expected = results()
+    with emulation.serve():
+        for result, value in zip(results(), expected, strict=True):
+            torch.testing.assert_close(result, value, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize('case', (Wavefront(1, 75, 21, 20, 2), Wavefront(2, 17, 40, 17, 10, reverse=True)), ids=str)

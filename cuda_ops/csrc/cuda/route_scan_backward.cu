@@ -158,26 +158,27 @@ __global__ void __launch_bounds__(256, 1) scan_backward(RouteArguments a) {
               if (i >= count) continue;
               const float d = steps[i * threads], inflow = d * inputs[j], dy = grads[j];
               const float* row_of = projections + (down ? count - 1 - i : i) * 2 * NS;
-              float B[NS], C[NS];
-              read_row<NS>(row_of, B);
-              read_row<NS>(row_of + NS, C);
               float grad_step = 0.f, through_input = 0.f;
-              Pack<NS> states[NS / kPack];
 #pragma unroll
-              for (int pack = 0; pack < NS / kPack; ++pack) states[pack] = before[(i * (NS / kPack) + pack) * threads];
+              for (int first = 0; first < NS; first += kPack) {
+                const Pack<NS> earlier = before[(i * (NS / kPack) + first / kPack) * threads];
+                float B[kPack], C[kPack];
+                read_row<kPack>(row_of + first, B);
+                read_row<kPack>(row_of + NS + first, C);
 #pragma unroll
-              for (int n = 0; n < NS; ++n) {
-                const float earlier = states[n / kPack].of[n % kPack];
-                const float decay = fast_exp2(d * parameters.rate[n]);
-                const float grad = carry[n] + C[n] * dy;
-                const float through_decay = grad * decay * earlier;
-                carry[n] = grad * decay;
-                grad_step += through_decay * parameters.rate[n];
-                grad_rate[n] += through_decay * d;
-                through_input += B[n] * grad;
-                products[u * 2 * NS + n] = grad * inflow;
-                products[u * 2 * NS + NS + n] = dy * state[n];
-                state[n] = earlier;
+                for (int e = 0; e < kPack; ++e) {
+                  const int n = first + e;
+                  const float decay = fast_exp2(d * parameters.rate[n]), grad = carry[n] + C[e] * dy;
+                  carry[n] = grad * decay;
+                  const float through_decay = carry[n] * earlier.of[e];
+                  grad_step += through_decay * parameters.rate[n];
+                  grad_rate[n] += through_decay * d;
+                  through_input += B[e] * grad;
+                  products[u * 2 * NS + n] = grad * inflow;
+                  // What is behind a position is known from the one after it; with 16 states registers are too few.
+                  products[u * 2 * NS + NS + n] = dy * (NS < 16 ? state[n] : decay * earlier.of[e] + B[e] * inflow);
+                  state[n] = earlier.of[e];
+                }
               }
               // The rate is A * log2(e), so the part that went through the exponent is scaled back.
               float grad_raw = (grad_step * kLn2 + through_input * inputs[j]) * slopes[i * threads];

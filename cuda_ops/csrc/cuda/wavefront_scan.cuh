@@ -55,21 +55,21 @@ struct Seat {
   int64_t batch, tile, channel;
   int32_t row, lane;  // lane: the channel within the tile
   int32_t first_row;  // of the warp
-  int32_t rows;       // of the strip that are on the map
+  int32_t rows_on_map;
   bool active;        // whether there are such a channel and such a row of a strip
 
   __device__ __forceinline__ Seat(const WavefrontArguments& a, int64_t task, int32_t strip) {
     const int64_t map = task % a.maps, rest = a.p.height - int64_t(strip) * a.rows;
     tile = map % a.tiles, batch = map / a.tiles;
     lane = threadIdx.x % kTile, row = threadIdx.x / kTile, first_row = threadIdx.x / kWarp * (kWarp / kTile);
-    rows = rest < a.rows ? int32_t(rest) : a.rows;
+    rows_on_map = rest < a.rows ? int32_t(rest) : a.rows;
     channel = tile * kTile + lane;
     active = channel < a.p.channels && row < a.rows;
   }
 
   // Whether any of the warp's pixels of a step is on the map, or is the one behind a row's last: the same for all lanes.
   __device__ __forceinline__ bool busy(const WavefrontArguments& a, int32_t time) const {
-    return first_row < rows && uint32_t(time - first_row) <= uint32_t(a.p.width);
+    return first_row < rows_on_map && uint32_t(time - first_row) <= uint32_t(a.p.width);
   }
 };
 

@@ -11,11 +11,11 @@ __host__ __device__ __forceinline__ int64_t shared_floats(int64_t slots, int64_t
 
 // A thread's way back along its row: where what it writes lies.
 template <class T>
-struct Written {
+struct GradientCursor {
   T *x, *above, *before;  // gradients of these
-  int64_t projection;     // where among each of the gradients of B and C, whose strides are the same
+  int64_t projection;     // where among each of the gradients of B and C
 
-  __device__ __forceinline__ Written(const WavefrontArguments& a, const Seat& seat, int64_t n0, int32_t strip,
+  __device__ __forceinline__ GradientCursor(const WavefrontArguments& a, const Seat& seat, int64_t n0, int32_t strip,
                                      int32_t time) {
     const int64_t row = int64_t(strip) * a.rows + seat.row, column = time - seat.row;
     x = at<T>(a.p.grad_x, seat.batch, row, column) + seat.channel;
@@ -132,14 +132,15 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 1) wavefront_backward(Wavefro
   float* projections = handed_up + 2 * states_size;      // of this step and the next
   const int32_t steps = int32_t(a.p.width) + a.rows - 1;
   const int64_t front_size = int64_t(a.rows) * NS * kTile;
-  float* fronts = static_cast<float*>(a.p.fronts) + blockIdx.x * a.fronts * front_size;
+  float* fronts = static_cast<float*>(a.p.fronts) + int64_t(blockIdx.x) * a.fronts * front_size;
 
   for (int64_t task; take_task(a, shared, &task);) {
     const int32_t strip = a.strips - 1 - int32_t(task / a.maps);
     const Seat seat(a, task, strip);
     const Places<NS> places(seat.lane);
     const int32_t own = places.own(seat.row + 1), above_own = places.own(seat.row);
-    const int32_t own_up = places.own(seat.row), below_own = places.own(seat.row == a.rows - 1 ? slots : seat.row + 1);
+    // A row hands up in the slot of its number, what is below the strip in the last one.
+    const int32_t up = places.own(seat.row), from_below = places.own(seat.row == a.rows - 1 ? slots : seat.row + 1);
     const float* row_above = strip > 0 ? strip_edge(a, seat, strip - 1) : nullptr;
     // The one row of gradients that all strips of the image hand up.
     float* edge = static_cast<float*>(a.p.edge) + row_state(a, seat, seat.batch, 0, 0);
@@ -179,7 +180,7 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 1) wavefront_backward(Wavefro
         __syncthreads();
       };
 
-      // A span at a time, but for the last, whose end nobody needs.
+      // A span at a time, but for the last, whose end nobody needs. Of two steps in a row none is copied to the other.
       float* front = fronts + threadIdx.x * kPack;
       for (int32_t begin = 0;; begin += a.span, front += front_size) {
         if (seat.row < a.rows) put_states(front, state, a.rows * kTile);
@@ -189,7 +190,7 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 1) wavefront_backward(Wavefro
           forward(time, kept + ((time + 1) & 1) * states_size, kept + (time & 1) * states_size);
       }
 
-      Written<T> written(a, seat, n0, strip, steps - 1);
+      GradientCursor<T> written(a, seat, n0, strip, steps - 1);
       for (int32_t begin = (a.fronts - 1) * a.span; begin >= 0; begin -= a.span, front -= front_size) {
         const int32_t end = begin + a.span < steps ? begin + a.span : steps;
         clear(state);
@@ -230,12 +231,12 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 1) wavefront_backward(Wavefro
             const PixelGradients pixel = go_back<NS>(
                 step, seat, rates, projections + (time & 1) * projections_size,
                 {earlier + above_own, earlier + own, earlier + states_size + own},
-                handed_up + ((time + 1) & 1) * states_size + below_own, to_above + own_up, carry, grad_above, grad_before);
+                handed_up + ((time + 1) & 1) * states_size + from_below, to_above + up, carry, grad_above, grad_before);
             if (hands_up && step.valid) {
               float* column = edge + (time * all_states<NS>(a) + n0) * a.p.channels;
 #pragma unroll
               for (int first = 0; first < NS; first += kPack)
-                put_pack(a, places, n0, first, pack_at<NS>(to_above + own_up, first), column);
+                put_pack(a, places, n0, first, pack_at<NS>(to_above + up, first), column);
             }
             if (step.on_map && seat.lane < NS && n0 + seat.lane < all_states<NS>(a)) {
               static_cast<float*>(a.p.above.grad_B.data)[written.projection] = pixel.B_above;
@@ -323,6 +324,10 @@ int wavefront_backward_residents(const WavefrontScanParams& p, const WavefrontSc
 }
 
 int wavefront_scan_backward_cuda(const WavefrontScanParams& p, const WavefrontScanPlan& plan, void* stream) {
+  const auto same_strides = [](const GridTensor& one, const GridTensor& other) {
+    return one.batch == other.batch && one.row == other.row && one.column == other.column && one.route == other.route;
+  };
+  if (!same_strides(p.grad_C, p.above.grad_B) || !same_strides(p.grad_C, p.before.grad_B)) return cudaErrorInvalidValue;
   const WavefrontArguments a = arguments_of(p, plan);
   const int threads = row_slots(a.rows) * kTile;
   const int64_t shared = shared_bytes(plan.rows, plan.group, plan.span);

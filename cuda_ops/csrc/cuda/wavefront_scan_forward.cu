@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 2) wavefront_forward(Wavefron
       step.hand_out(seat, projections);
       outer.hand_out(seat, states_of + states_size);
       __syncthreads();
+      // Of two steps in a row none is copied to the other.
 #pragma unroll(NS == 16 ? 2 : 1)
       for (int32_t time = 0; time < steps; ++time) {
         relay.await(a, n0 / NS, time + 1);

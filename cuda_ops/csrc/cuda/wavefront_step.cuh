@@ -8,7 +8,8 @@ namespace cuda_ops {
 namespace {
 
 // Where the states of the thread's channel lie in a slot of 16 channels, [NS / 4][16][4]: 4 at a time, and free of bank
-// conflicts. Which four they are depends on the lane, so that sums over lanes need fewer selections.
+// conflicts. Which four they are depends on the lane: its pack i has the states of pack i ^ k of the lane 4 k away, so that
+// the first exchanges of a sum over lanes need no selection.
 template <int NS>
 struct Places {
   static constexpr int kPack = Pack<NS>::kStates, kSlot = NS * kTile;
@@ -100,7 +101,7 @@ __device__ __forceinline__ void sum_products(const float (&values)[NS], float le
 }
 
 // The decay rates of the block's channels, times log2(e), for up to NS states from n0 on, in shared memory: registers are
-// scarce. [above, before][a slot]. What is beyond the last state decays like any, so that no step size makes it not a number.
+// scarce. [above, before][a slot]. What is beyond the last state decays like that one, and like it remains a number.
 template <int NS>
 struct Rates {
   static constexpr int kFloats = 2 * NS * kTile;
@@ -113,10 +114,10 @@ struct Rates {
     for (int32_t i = threadIdx.x; i < kFloats; i += blockDim.x) {
       const int32_t lane = i % kTile, n = i / kTile % NS;
       const int64_t channel = seat.tile * kTile + lane;
-      const bool given = channel < a.p.channels && n0 + n < all_states<NS>(a);
+      const int64_t last = all_states<NS>(a) - 1, state = n0 + n < last ? n0 + n : last;
       const void* A = i < NS * kTile ? a.p.above.A : a.p.before.A;
       target[i / Places<NS>::kSlot * Places<NS>::kSlot + Places<NS>(lane).of_state(n)] =
-          given ? static_cast<const float*>(A)[channel * all_states<NS>(a) + n0 + n] * kLog2E : -1.f;
+          channel < a.p.channels ? static_cast<const float*>(A)[channel * (last + 1) + state] * kLog2E : -1.f;
     }
     __syncthreads();
   }
@@ -175,13 +176,13 @@ struct Cursor {
   Columns all, pixels, with_above, with_before;  // those on the map; those of a channel; those that take a neighbour
   const T *x, *above, *before, *grad, *share[kShare];
   int64_t bytes[kShare];  // of a column of these
-  Columns shared[kShare];
+  Columns columns_of[kShare];  // that have them
 
   // At the step of number 0.
   __device__ __forceinline__ Cursor(const WavefrontArguments& a, const Seat& seat, int64_t n0, int32_t strip)
       : column(-seat.row) {
     const int64_t row = int64_t(strip) * a.rows + seat.row;
-    const uint32_t width = seat.row < seat.rows ? uint32_t(a.p.width) : 0;
+    const uint32_t width = seat.row < seat.rows_on_map ? uint32_t(a.p.width) : 0;
     const bool first_above = a.p.starts_from_above;  // which neighbour the corner takes
     all = {0, width}, pixels = {0, seat.active ? width : 0};
     with_above = {0, row > 0 || width == 0 ? width : uint32_t(first_above)};
@@ -197,8 +198,8 @@ struct Cursor {
       const GridTensor& tensor = which == 0 ? a.p.above.B : which == 1 ? a.p.before.B : a.p.C;
       share[i] = at<const T>(tensor, seat.batch, row, column) + n0 + n;
       bytes[i] = which == 0 ? a.bytes.B_above : which == 1 ? a.bytes.B_before : a.bytes.C;
-      shared[i] = which == 0 ? with_above : which == 1 ? with_before : all;
-      if (which > 2 || n0 + n >= all_states<NS>(a)) shared[i].count = 0;
+      columns_of[i] = which == 0 ? with_above : which == 1 ? with_before : all;
+      if (which > 2 || n0 + n >= all_states<NS>(a)) columns_of[i].count = 0;
     }
   }
 
@@ -220,7 +221,7 @@ struct Cursor {
     step.before = step.valid && step.has_before ? to_float(*before) : 0.f;
     step.grad = back && step.valid ? to_float(*grad) : 0.f;
 #pragma unroll
-    for (int i = 0; i < kShare; ++i) step.share[i] = shared[i].has(column) ? to_float(*share[i]) : 0.f;
+    for (int i = 0; i < kShare; ++i) step.share[i] = columns_of[i].has(column) ? to_float(*share[i]) : 0.f;
     return step;
   }
 };
@@ -231,7 +232,7 @@ template <int NS>
 struct Outer {
   static constexpr int kShare = (NS + kMinSlots - 1) / kMinSlots;
   int32_t column, apart;  // apart: states between those of a thread
-  uint32_t columns[kShare];
+  uint32_t width_of[kShare];  // of the row for a state of the share, or 0
   const float* source;
   float share[kShare];
 
@@ -243,7 +244,7 @@ struct Outer {
     for (int i = 0; i < kShare; ++i) {
       const int32_t n = seat.row + i * apart;
       const bool given = row && seat.channel < a.p.channels && n < NS && n0 + n < all_states<NS>(a);
-      columns[i] = given ? uint32_t(a.p.width) : 0;
+      width_of[i] = given ? uint32_t(a.p.width) : 0;
     }
     if (row) source += (column * all_states<NS>(a) + n0 + seat.row) * a.p.channels;
   }
@@ -257,7 +258,7 @@ struct Outer {
   __device__ __forceinline__ void load(const WavefrontArguments& a) {
 #pragma unroll
     for (int i = 0; i < kShare; ++i)
-      share[i] = uint32_t(column) < columns[i] ? __ldcg(source + i * apart * a.p.channels) : 0.f;
+      share[i] = uint32_t(column) < width_of[i] ? __ldcg(source + i * apart * a.p.channels) : 0.f;
   }
 
   __device__ __forceinline__ void hand_out(const Seat& seat, float* slot) const {
