@@ -156,8 +156,8 @@ struct Step {
   // With both neighbours each contributes half: a factor on the inflow, one less in the decay's exponent.
   __device__ __forceinline__ float weight() const { return has_above && has_before ? 0.5f : 1.f; }
   __device__ __forceinline__ float exponent_shift() const { return has_above && has_before ? -1.f : 0.f; }
-  __device__ __forceinline__ float inflow_above() const { return has_above ? above * u * weight() : 0.f; }
-  __device__ __forceinline__ float inflow_before() const { return has_before ? before * u * weight() : 0.f; }
+  __device__ __forceinline__ float inflow_above() const { return above * u * weight(); }
+  __device__ __forceinline__ float inflow_before() const { return before * u * weight(); }
 };
 
 // Consecutive columns of a row.
