@@ -13,7 +13,8 @@ column j, one channel and its states n::
 Source: Baty et al., "Mamba2D", arXiv 2412.16146.
 
 The states are never stored whole. The forward pass keeps those of one line in a chunk of lines, along the map's shorter
-side; the backward pass recomputes a chunk of them at a time from there.
+side; the backward pass recomputes a chunk of them at a time from there. On a GPU the lines of a chunk advance together,
+as a front; the forward pass keeps every 8th of these as well, and the backward pass recomputes 8 of them at a time.
 """
 
 from collections.abc import Sequence
@@ -28,9 +29,9 @@ from cuda_ops.reference import state_dtype
 _LIBRARY = torch.library.Library('cuda_ops', 'FRAGMENT')
 _INPUTS = ('Tensor x, Tensor delta_top, Tensor delta_left, Tensor A_top, Tensor A_left, Tensor B_top, Tensor B_left, '
            'Tensor C, Tensor? D')
-_library.define(_LIBRARY, f'wavefront_scan({_INPUTS}, bool reverse, int chunk) -> (Tensor, Tensor)')
-_library.define(_LIBRARY, f'wavefront_scan_backward(Tensor grad_output, {_INPUTS}, Tensor states, bool reverse, '
-                'int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)')
+_library.define(_LIBRARY, f'wavefront_scan({_INPUTS}, bool reverse, int chunk) -> (Tensor, Tensor, Tensor)')
+_library.define(_LIBRARY, f'wavefront_scan_backward(Tensor grad_output, {_INPUTS}, Tensor states, Tensor fronts, '
+                'bool reverse, int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)')
 _NAMES = ('x', 'delta_top', 'delta_left', 'A_top', 'A_left', 'B_top', 'B_left', 'C', 'D')
 
 # Recomputed states of 16 channels that about fill a core's own cache, and the fewest lines between two saved ones. A
@@ -38,6 +39,9 @@ _NAMES = ('x', 'delta_top', 'delta_left', 'A_top', 'A_left', 'B_top', 'B_left', 
 _CACHED_STATES, _MIN_CHUNK = 16384, 16
 # Rows that a GPU's block advances side by side.
 _CUDA_CHUNK = 8
+# As in csrc: steps from one saved front to the next, channels of a block, numbers of states with kernels of their own,
+# and what any other one is rounded up to a multiple of.
+_FRONT_STEPS, _TILE, _FAST_STATES, _GROUP = 8, 16, (1, 2, 4, 8, 16), 8
 
 
 def _chunk_lines(height: int, width: int, states: int, device_type: str) -> int:
@@ -48,12 +52,25 @@ def _chunk_lines(height: int, width: int, states: int, device_type: str) -> int:
     return -(-lines // chunks)
 
 
-def _empty_outputs(x: Tensor, A_top: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """Allocate the output and the saved states (none where ``chunk`` is 0)."""
+def _fronts_shape(x: Tensor, states: int, chunk: int) -> tuple[int, ...]:
+    """(B, strips, fronts, tiles of channels, states, rows, channels of a tile), as the CUDA kernels save states."""
     batch, height, width, channels = x.shape
+    lines, length = max(height, width), min(height, width)
+    rows = min(chunk, lines)
+    padded = states if states in _FAST_STATES else -(-states // _GROUP) * _GROUP
+    return batch, -(-lines // rows), (length + rows - 2) // _FRONT_STEPS, -(-channels // _TILE), padded, rows, _TILE
+
+
+def _empty_outputs(x: Tensor, A_top: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate the output, and the saved states of lines and of fronts (none where ``chunk`` is 0)."""
+    batch, height, width, channels = x.shape
+    states = A_top.shape[1]
     saved = (max(height, width) - 1) // chunk if chunk else 0
-    states = x.new_empty((batch, saved, min(height, width), A_top.shape[1], channels), dtype=state_dtype(x.dtype))
-    return torch.empty_like(x, memory_format=torch.contiguous_format), states
+    fronts = _fronts_shape(x, states, chunk) if chunk and x.device.type == 'cuda' else (0,)
+    dtype = state_dtype(x.dtype)
+    return (torch.empty_like(x, memory_format=torch.contiguous_format),
+            x.new_empty((batch, saved, min(height, width), states, channels), dtype=dtype),
+            x.new_empty(fronts, dtype=dtype))
 
 
 def _empty_gradients(x: Tensor, delta_top: Tensor, delta_left: Tensor, A_top: Tensor, A_left: Tensor, B_top: Tensor,
@@ -75,7 +92,7 @@ def _(x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D, reverse, chu
 
 
 @torch.library.register_fake('cuda_ops::wavefront_scan_backward')
-def _(grad_output, x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D, states, reverse, chunk):
+def _(grad_output, x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D, states, fronts, reverse, chunk):
     return _empty_gradients(x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D)
 
 
@@ -83,11 +100,12 @@ def _reference_forward(x, delta_top, delta_left, A_top, A_left, B_top, B_left, C
     for name, A in (('A_top', A_top), ('A_left', A_left)):
         _checks.decay_rates(A, name)
     y = wavefront_reference.wavefront_scan(x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D, reverse)
-    return y, _empty_outputs(x, A_top, chunk)[1].zero_()
+    _, states, fronts = _empty_outputs(x, A_top, chunk)
+    return y, states.zero_(), fronts.zero_()
 
 
-def _reference_backward(grad_output, x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D, states, reverse,
-                        chunk):
+def _reference_backward(grad_output, x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D, states, fronts,
+                        reverse, chunk):
     inputs = (x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D)
     grads = wavefront_reference.wavefront_scan_backward(grad_output, *inputs, reverse)
     outputs = _empty_gradients(*inputs)
@@ -99,21 +117,21 @@ def _reference_backward(grad_output, x, delta_top, delta_left, A_top, A_left, B_
 
 def _save_for_backward(ctx, inputs, output) -> None:
     *tensors, reverse, chunk = inputs
-    ctx.save_for_backward(*tensors, output[1])
+    ctx.save_for_backward(*tensors, *output[1:])
     ctx.options = (reverse, chunk)
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_output, _grad_states):
-    *tensors, states = ctx.saved_tensors
+def _backward(ctx, grad_output, _grad_states, _grad_fronts):
+    *tensors, states, fronts = ctx.saved_tensors
     reverse, chunk = ctx.options
     if grad_output is None:
         return (None,) * (len(tensors) + 2)
     if chunk == 0:
         raise RuntimeError('wavefront_scan ran with chunk=0, which saves no states for a backward pass; pass a chunk '
                            'length')
-    grads = torch.ops.cuda_ops.wavefront_scan_backward(grad_output, *tensors, states, reverse, chunk)
+    grads = torch.ops.cuda_ops.wavefront_scan_backward(grad_output, *tensors, states, fronts, reverse, chunk)
     given = [None if tensor is None else grad for grad, tensor in zip(grads, tensors, strict=True)]
     return *given, None, None
 

@@ -33,6 +33,15 @@ SSM_HOST_DEVICE RouteShape route_shape(int32_t route, bool per_line, int64_t hei
 // States saved along a line: one behind each chunk of positions but the last.
 SSM_HOST_DEVICE int64_t saved_states(int64_t length, int64_t chunk) { return chunk > 0 ? (length - 1) / chunk : 0; }
 
+// Numbers of states with CUDA kernels of their own; any other goes in groups.
+constexpr int kGroup = 8;
+inline bool fast_states(int64_t states) {
+  return states == 1 || states == 2 || states == 4 || states == 8 || states == 16;
+}
+
+// States that a CUDA kernel's thread has at a time.
+inline int64_t states_at_a_time(int64_t states) { return fast_states(states) ? states : kGroup; }
+
 struct Pixel {
   int64_t row;
   int64_t column;

@@ -41,8 +41,8 @@ struct WavefrontScanParams {
   void* grad_D;               // (B, E) state, or null
 
   // CUDA only, sized by the plan; there, grad_A and grad_D above have a leading dimension of `strips` parts.
+  void* fronts;    // (B, strips, fronts, tiles, group, rows, 16) float, or null: the states before every 8th step
   void* edge;      // (B, W, N, E) float: the states of a strip's last row, or the gradients of those above its first one
-  void* fronts;    // (blocks, fronts, group, rows, 16) float: the states before each span of the strip that a block is at
   void* partial;   // (1 or 3, B, H, W, E) float: sums over groups of states of y, or of the gradients of x and deltas
   void* counters;  // (1 + (strips - 1) * B * tiles) int64, zero before each pass: the next task, and tasks' progress
 };
@@ -52,13 +52,17 @@ struct WavefrontScanParams {
 // pixel.
 constexpr int64_t kWavefrontTile = 16;
 struct WavefrontScanPlan {
-  int64_t rows, tiles;   // of a strip, and of the channels
-  int64_t strips;        // of an image
-  int64_t blocks;        // no more than run at the same time, nor than there are tasks
-  int64_t span, fronts;  // steps between states kept for the backward pass, and how many are kept
-  int64_t group;         // states at a time
-  bool grouped;          // whether there are more, or fewer: sums over groups are in `partial`
+  int64_t rows, tiles;  // of a strip, and of the channels
+  int64_t strips;       // of an image
+  int64_t blocks;       // no more than run at the same time, nor than there are tasks
+  int64_t span;         // steps whose states the backward pass keeps at a time
+  int64_t group;        // states at a time
+  bool grouped;         // whether there are more, or fewer: sums over groups are in `partial`
 };
+
+// Steps between the fronts that the forward pass saves, and how many a strip has: none is needed before the first step.
+constexpr int64_t kFrontSteps = 8;
+SSM_HOST_DEVICE int64_t wavefront_fronts(int64_t width, int64_t rows) { return (width + rows - 2) / kFrontSteps; }
 
 // Tiles of channels that give at least so many tasks for the whole batch, where there are enough channels; a function
 // of the shape alone. In the backward pass each tile costs gradients of B and C of its own.

@@ -88,12 +88,19 @@ struct Inputs {
   std::vector<int64_t> saved_sizes() const {
     return {params.batch, saved_states(params.height, params.chunk), params.width, params.states, params.channels};
   }
+  std::vector<int64_t> fronts_sizes(const Cuda& cuda) const {
+    if (!cuda || !params.chunk) return {0};
+    const WavefrontScanParams& p = params;
+    const int64_t rows = std::min(p.chunk, p.height), group = states_at_a_time(p.states);
+    return {p.batch, ceil_div(p.height, rows), wavefront_fronts(p.width, rows), ceil_div(p.channels, kWavefrontTile),
+            ceil_div(p.states, group) * group, rows, kWavefrontTile};
+  }
 };
 
 // What the CUDA kernels need beside inputs and outputs: from PyTorch's allocator, so that graphs can be captured.
 struct CudaScratch {
   WavefrontScanPlan plan{};
-  Tensor edge, fronts, partial, counters;
+  Tensor edge, partial, counters;
 
   CudaScratch(const Cuda& cuda, WavefrontScanParams& p, const Tensor& x, bool backward) {
     plan.strips = plan.tiles = 1;
@@ -101,32 +108,32 @@ struct CudaScratch {
     cuda.check(cuda->wavefront_scan_plan(p, backward, &plan), "cuda_ops::wavefront_scan");
     const auto state = x.options().dtype(at::kFloat);
     edge = at::empty({p.batch, p.width, p.states, p.channels}, state);
-    if (backward) fronts = at::empty({plan.blocks, plan.fronts, plan.group, plan.rows, kWavefrontTile}, state);
     if (plan.grouped) partial = at::empty({backward ? 3 : 1, p.batch, p.height, p.width, p.channels}, state);
     // The last strip's progress is nobody's concern.
     counters = at::zeros({1 + (plan.strips - 1) * p.batch * plan.tiles}, x.options().dtype(at::kLong));
     p.edge = edge.data_ptr(), p.counters = counters.data_ptr();
-    p.fronts = backward ? fronts.data_ptr() : nullptr, p.partial = plan.grouped ? partial.data_ptr() : nullptr;
+    p.partial = plan.grouped ? partial.data_ptr() : nullptr;
   }
 };
 
-std::tuple<Tensor, Tensor> wavefront_scan(const Tensor& x, const Tensor& delta_top, const Tensor& delta_left,
-                                          const Tensor& A_top, const Tensor& A_left, const Tensor& B_top,
-                                          const Tensor& B_left, const Tensor& C, const OptionalTensor& D, bool reverse,
-                                          int64_t chunk) {
+std::tuple<Tensor, Tensor, Tensor> wavefront_scan(const Tensor& x, const Tensor& delta_top, const Tensor& delta_left,
+                                                  const Tensor& A_top, const Tensor& A_left, const Tensor& B_top,
+                                                  const Tensor& B_left, const Tensor& C, const OptionalTensor& D,
+                                                  bool reverse, int64_t chunk) {
   const Cuda cuda(x);
   Inputs inputs(x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D, reverse, chunk);
   WavefrontScanParams& p = inputs.params;
   Tensor y = at::empty(x.sizes(), x.options());
-  Tensor saved = at::empty(inputs.saved_sizes(), x.options().dtype(state_type(x)));
-  p.y = inputs.oriented(y), p.saved = saved.data_ptr();
+  const auto state = x.options().dtype(state_type(x));
+  Tensor saved = at::empty(inputs.saved_sizes(), state), fronts = at::empty(inputs.fronts_sizes(cuda), state);
+  p.y = inputs.oriented(y), p.saved = saved.data_ptr(), p.fronts = fronts.numel() ? fronts.data_ptr() : nullptr;
   if (cuda) {
     const CudaScratch scratch(cuda, p, x, false);
     if (x.numel()) cuda.check(cuda->wavefront_scan_forward(p, scratch.plan, cuda.stream()), "cuda_ops::wavefront_scan");
   } else {
     wavefront_scan_forward_cpu(p, parallel_for);
   }
-  return {y, saved};
+  return {y, saved, fronts};
 }
 
 // A gradient in the strides of what it belongs to, for the kernel to write where channels have unit stride.
@@ -146,7 +153,7 @@ struct Gradient {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> wavefront_scan_backward(
     const Tensor& grad_output, const Tensor& x, const Tensor& delta_top, const Tensor& delta_left, const Tensor& A_top,
     const Tensor& A_left, const Tensor& B_top, const Tensor& B_left, const Tensor& C, const OptionalTensor& D,
-    const Tensor& saved_states_, bool reverse, int64_t chunk) {
+    const Tensor& saved_states_, const Tensor& fronts_, bool reverse, int64_t chunk) {
   TORCH_CHECK_VALUE(chunk >= 1, "the backward pass needs the states saved with a chunk of at least 1, got ", chunk);
   const Cuda cuda(x);
   Inputs inputs(x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D, reverse, chunk);
@@ -156,7 +163,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const auto state = x.options().dtype(state_type(x));
   check_shape("grad_output", grad_output, x.sizes(), type, x.device());
   check_shape("states", saved_states_, inputs.saved_sizes(), state_type(x), x.device());
-  const Tensor grad_y = last_contiguous(grad_output), saved = saved_states_.contiguous();
+  check_shape("fronts", fronts_, inputs.fronts_sizes(cuda), state_type(x), x.device());
+  const Tensor grad_y = last_contiguous(grad_output), saved = saved_states_.contiguous(), fronts = fronts_.contiguous();
 
   Tensor grad_x = at::empty(x.sizes(), x.options());
   const Gradient grad_delta_top(delta_top), grad_delta_left(delta_left);
@@ -171,7 +179,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   Tensor grad_A_top = at::empty({parts, p.channels, p.states}, state), grad_A_left = at::empty_like(grad_A_top);
   Tensor grad_D = D ? at::empty({parts, p.channels}, state) : Tensor();
 
-  p.saved = saved.data_ptr(), p.grad_y = oriented(grad_y), p.grad_x = oriented(grad_x);
+  p.saved = saved.data_ptr(), p.fronts = fronts.data_ptr();
+  p.grad_y = oriented(grad_y), p.grad_x = oriented(grad_x);
   p.grad_C = oriented.tiled(grad_C), p.grad_D = D ? grad_D.data_ptr() : nullptr;
   inputs.top().grad_delta = oriented(grad_delta_top.rows), inputs.left().grad_delta = oriented(grad_delta_left.rows);
   inputs.top().grad_B = oriented.tiled(grad_B_top), inputs.left().grad_B = oriented.tiled(grad_B_left);

@@ -103,7 +103,7 @@ def route_scan(
 def wavefront_scan(
     x: Tensor, delta_top: Tensor, delta_left: Tensor, A_top: Tensor, A_left: Tensor, B_top: Tensor, B_left: Tensor,
     C: Tensor, D: Tensor | None, reverse: bool, chunk: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """``cuda_ops::wavefront_scan`` for inference; arguments and results as there, but empty states."""
     height, width = x.shape[1], x.shape[2]
     maps = [value.float() for value in (x, delta_top, delta_left, B_top, B_left, C)]
@@ -124,7 +124,8 @@ def wavefront_scan(
     if D is not None:
         y = y + D * u
     y = y.flip(1, 2) if reverse else y
-    return y.to(x.dtype), x.new_empty((0,), dtype=torch.float32)
+    nothing = x.new_empty((0,), dtype=torch.float32)
+    return y.to(x.dtype), nothing, nothing
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:

@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import cuda_ops
 from cuda_ops import _library, route_scan
+from cuda_ops.wavefront_scan import _fronts_shape
 from ssm_backbones.layers.ss2d import SS2D
 from tests.cuda_emulation.emulate import SANITIZE_VARIABLE, Emulation, compiler
 from tests.ops.helpers import ROOT, check_against_loop, differentiate, dtype_name, rounded
@@ -226,15 +227,19 @@ def test_a_map_is_one_launch_of_as_many_blocks_as_are_of_use(emulation: Emulatio
 def test_strips_of_any_number_of_rows(emulation: Emulation, nan_in_fresh_memory: None, case: Wavefront,
                                       chunk: int) -> None:
     inputs = list(rounded(case.inputs(), WAVEFRONT_PARAMETERS, torch.float32).values())
+    shapes: list[torch.Size] = []
 
     def results() -> list[Tensor]:
-        y, states = torch.ops.cuda_ops.wavefront_scan(*inputs, case.reverse, chunk)
-        return [y, states, *torch.ops.cuda_ops.wavefront_scan_backward(y, *inputs, states, case.reverse, chunk)]
+        y, *saved = torch.ops.cuda_ops.wavefront_scan(*inputs, case.reverse, chunk)
+        shapes.append(saved[1].shape)
+        return [y, saved[0], *torch.ops.cuda_ops.wavefront_scan_backward(y, *inputs, *saved, case.reverse, chunk)]
 
     expected = results()
     with emulation.serve():
         for result, value in zip(results(), expected, strict=True):
             torch.testing.assert_close(result, value, rtol=1e-3, atol=1e-3)
+    # What torch.compile is told of the states that a GPU saves.
+    assert shapes == [(0,), _fronts_shape(inputs[0], case.states, chunk)]
 
 
 @pytest.mark.parametrize('case', (Wavefront(1, 75, 21, 20, 2), Wavefront(2, 17, 40, 17, 10, reverse=True)), ids=str)

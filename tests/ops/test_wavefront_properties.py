@@ -174,8 +174,8 @@ def test_operator_passes_opcheck(name: str) -> None:
 def test_backward_operator_passes_opcheck(name: str) -> None:
     case, chunk, dtype, _ = CONFIGURATIONS[name]
     *tensors, reverse, chunk = operator_arguments(case, chunk, dtype)
-    y, states = SCAN(*tensors, reverse, chunk)
-    torch.library.opcheck(SCAN_BACKWARD.default, (torch.randn_like(y), *tensors, states, reverse, chunk))
+    y, *saved = SCAN(*tensors, reverse, chunk)
+    torch.library.opcheck(SCAN_BACKWARD.default, (torch.randn_like(y), *tensors, *saved, reverse, chunk))
 
 
 @pytest.mark.parametrize('size', ((13, 4), (4, 13), (1, 13)))
@@ -201,7 +201,7 @@ def test_double_backward_is_refused() -> None:
 
 
 def test_backward_without_saved_states_is_refused() -> None:
-    y, _ = SCAN(*operator_arguments(Wavefront(1, 2, 3, 3, 2), 0, requires_grad=True))
+    y, *_ = SCAN(*operator_arguments(Wavefront(1, 2, 3, 3, 2), 0, requires_grad=True))
     with pytest.raises(RuntimeError, match='chunk=0'):
         y.sum().backward()
 
@@ -322,7 +322,7 @@ def test_every_element_is_written(case: Wavefront, dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures('nan_in_fresh_memory')
 @pytest.mark.parametrize('size', ((9, 4), (4, 9)))
 def test_every_saved_state_is_written(size: tuple[int, int]) -> None:
-    y, states = SCAN(*operator_arguments(Wavefront(2, *size, 35, 3), 2))
+    y, states, _ = SCAN(*operator_arguments(Wavefront(2, *size, 35, 3), 2))
     assert states.shape[1] == 4 and y.isfinite().all() and states.isfinite().all()
 
 

@@ -221,15 +221,6 @@ __device__ __forceinline__ int64_t load_acquire(const int64_t* global) {
 #endif
 }
 
-// Numbers of states with kernels of their own; any other goes in groups.
-constexpr int kGroup = 8;
-inline bool fast_states(int64_t states) {
-  return states == 1 || states == 2 || states == 4 || states == 8 || states == 16;
-}
-
-// States that a thread has at a time.
-inline int64_t states_at_a_time(int64_t states) { return fast_states(states) ? states : kGroup; }
-
 // Returns CALL(element type, number of states at a time).
 #define SSM_DISPATCH_STATES(NS_VALUE, T, CALL) \
   switch (NS_VALUE) {                          \

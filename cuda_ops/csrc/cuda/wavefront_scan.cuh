@@ -25,7 +25,7 @@ __device__ __forceinline__ void move_bytes(T*& pointer, int64_t bytes) {
 struct WavefrontArguments {
   WavefrontScanParams p;
   ColumnBytes bytes;
-  int32_t rows, tiles, strips, span, fronts;
+  int32_t rows, tiles, strips, span;
   bool grouped;
   int64_t maps;  // images times tiles; there are `strips` tasks for each
 };
@@ -133,7 +133,7 @@ __device__ __forceinline__ float* strip_edge(const WavefrontArguments& a, const 
 inline WavefrontArguments arguments_of(const WavefrontScanParams& p, const WavefrontScanPlan& plan) {
   WavefrontArguments a{};
   a.p = p, a.rows = int32_t(plan.rows), a.tiles = int32_t(plan.tiles), a.strips = int32_t(plan.strips);
-  a.span = int32_t(plan.span), a.fronts = int32_t(plan.fronts), a.grouped = plan.grouped;
+  a.span = int32_t(plan.span), a.grouped = plan.grouped;
   a.maps = p.batch * plan.tiles;
   const int64_t size = p.dtype == DataType::kFloat32 ? 4 : 2;
   a.bytes.x = p.x.column * size, a.bytes.y = p.y.column * size, a.bytes.C = p.C.column * size;

@@ -118,9 +118,8 @@ __device__ __forceinline__ PixelGradients go_back(const Step<NS>& step, const Se
   return grads;
 }
 
-// From the last strip to the first: forward through the strip, keeping the states of all its rows every `span` steps;
-// then, span by span from the last one, forward once more with every step's states kept, and back. The way back alone
-// waits for the strip below.
+// From the last strip to the first, and in each span by span from the last one: forward from the saved front before it,
+// with every step's states kept, and back. The way back alone waits for the strip below.
 template <class T, int NS>
 __global__ void __launch_bounds__(kMaxRows* kTile, 1) wavefront_backward(WavefrontArguments a) {
   SSM_DYNAMIC_SHARED(shared);
@@ -131,9 +130,6 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 1) wavefront_backward(Wavefro
   float* handed_up = kept + (a.span + 1) * states_size;  // of this step and the one behind it; last, from below the strip
   float* projections = handed_up + 2 * states_size;      // of this step and the next
   const int32_t steps = int32_t(a.p.width) + a.rows - 1;
-  const int64_t front_size = int64_t(a.rows) * NS * kTile;
-  float* fronts = static_cast<float*>(a.p.fronts) + int64_t(blockIdx.x) * a.fronts * front_size;
-
   for (int64_t task; take_task(a, shared, &task);) {
     const int32_t strip = a.strips - 1 - int32_t(task / a.maps);
     const Seat seat(a, task, strip);
@@ -154,15 +150,10 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 1) wavefront_backward(Wavefro
       float state[NS], carry[NS], grad_above[NS], grad_before[NS];
 #pragma unroll
       for (int n = 0; n < NS; ++n) state[n] = carry[n] = grad_above[n] = grad_before[n] = 0.f;
-      put_states(kept + states_size + own, state);
       for (int32_t i = threadIdx.x; i < 2 * states_size; i += blockDim.x) handed_up[i] = 0.f;
       Cursor<T, NS> cursor(a, seat, n0, strip);
       Outer<NS> above(a, seat, n0, row_above, 0), below(a, seat, n0, row_below, int32_t(a.p.width) - 1);
-      Step<NS> step = cursor.load(false);
-      above.load(a);
-      step.hand_out(seat, projections);
-      above.hand_out(seat, kept + states_size);
-      __syncthreads();
+      Step<NS> step;
       // A step forward, from the strip's states a step before; what the next one needs is read ahead.
       auto forward = [&](int32_t time, const float* earlier, float* here) {
         cursor.move(a, 1), above.move(a, 1);
@@ -180,28 +171,26 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 1) wavefront_backward(Wavefro
         __syncthreads();
       };
 
-      // A span at a time, but for the last, whose end nobody needs. Of two steps in a row none is copied to the other.
-      float* front = fronts + threadIdx.x * kPack;
-      for (int32_t begin = 0;; begin += a.span, front += front_size) {
-        if (seat.row < a.rows) put_states(front, state, a.rows * kTile);
-        if (begin + a.span >= steps) break;
-#pragma unroll(NS == 16 ? 2 : 1)
-        for (int32_t time = begin; time < begin + a.span; ++time)
-          forward(time, kept + ((time + 1) & 1) * states_size, kept + (time & 1) * states_size);
-      }
-
       GradientCursor<T> written(a, seat, n0, strip, steps - 1);
-      for (int32_t begin = (a.fronts - 1) * a.span; begin >= 0; begin -= a.span, front -= front_size) {
-        const int32_t end = begin + a.span < steps ? begin + a.span : steps;
+      for (int32_t end = steps, begin; end > 0; end = begin) {
+        const int32_t front = (end - 1) / int32_t(kFrontSteps) * int32_t(kFrontSteps);
+        begin = front + (end - 1 - front) / a.span * a.span;
+        // The states before step t are a whole number of times two away from those before the span.
+        float* start = kept + ((begin - front) & 1) * states_size;
         clear(state);
-        if (seat.row < a.rows) get_states(front, state, a.rows * kTile);
-        put_states(kept + own, state);
-        cursor.move(a, begin - seat.row - cursor.column), above.move(a, begin - above.column);
+        if (front > 0 && seat.row < a.rows)
+          get_states(front_of<NS>(a, seat, strip, n0, front / int32_t(kFrontSteps)), state, a.rows * kTile);
+        put_states(start + own, state);
+        cursor.move(a, front - seat.row - cursor.column), above.move(a, front - above.column);
         step = cursor.load(false);
         above.load(a);
-        step.hand_out(seat, projections + (begin & 1) * projections_size);
-        above.hand_out(seat, kept);
+        step.hand_out(seat, projections + (front & 1) * projections_size);
+        above.hand_out(seat, start);
         __syncthreads();
+        // Where shared memory does not hold as many steps as there are from one front to the next.
+        for (int32_t time = front; time < begin; ++time)
+          forward(time, kept + ((begin - time) & 1) * states_size, kept + ((begin - time - 1) & 1) * states_size);
+        // Of two steps in a row none is copied to the other.
 #pragma unroll(NS == 16 ? 2 : 1)
         for (int32_t time = begin; time < end; ++time) {
           float* earlier = kept + (time - begin) * states_size;
@@ -306,8 +295,8 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 1) wavefront_backward(Wavefro
   }
 }
 
-// Rows of a strip where no states are saved, and the most steps between those kept in a strip.
-constexpr int64_t kRows = 8, kLongestSpan = 8;
+// Rows of a strip where no states are saved.
+constexpr int64_t kRows = 8;
 
 int64_t shared_bytes(int64_t rows, int64_t states, int64_t span) {
   return shared_floats(row_slots(int32_t(rows)), states, span) * int64_t(sizeof(float));
@@ -347,12 +336,16 @@ int wavefront_scan_plan_cuda(const WavefrontScanParams& p, bool backward, Wavefr
   if (plan->rows > kMaxRows) return cudaErrorInvalidConfiguration;
   plan->strips = ceil_div(p.height, plan->rows), plan->tiles = ceil_div(p.channels, kTile);
   plan->group = states_at_a_time(p.states), plan->grouped = !fast_states(p.states);
-  // Two blocks on a multiprocessor hide each other's waiting. The driver takes 1 KiB for each.
-  const int64_t half = (limit + 1024) / 2 - 1024;
-  plan->span = kLongestSpan;
-  while (plan->span > 1 && backward && shared_bytes(plan->rows, plan->group, plan->span) > half) plan->span /= 2;
+  // Two blocks on a multiprocessor hide each other's waiting (the driver takes 1 KiB for each), unless they would have to
+  // go forward from a front more than twice.
+  const auto longest_span = [&](int64_t bytes) {
+    int64_t span = kFrontSteps;
+    while (span > 1 && shared_bytes(plan->rows, plan->group, span) > bytes) span /= 2;
+    return span;
+  };
+  plan->span = longest_span((limit + 1024) / 2 - 1024);
+  if (plan->span < kFrontSteps / 2) plan->span = longest_span(limit);
   if (backward && shared_bytes(plan->rows, plan->group, plan->span) > limit) return cudaErrorInvalidConfiguration;
-  plan->fronts = ceil_div(p.width + plan->rows - 1, plan->span);
   error = (backward ? wavefront_backward_residents : wavefront_forward_residents)(p, *plan, &plan->blocks);
   const int64_t tasks = plan->strips * p.batch * plan->tiles;
   if (tasks < plan->blocks) plan->blocks = tasks;

@@ -52,6 +52,9 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 2) wavefront_forward(Wavefron
           clear(state);
         }
         put_states(here + own, state);
+        const int32_t done = time + 1;
+        if (a.p.fronts && done % kFrontSteps == 0 && done < steps && seat.row < a.rows)
+          put_states(front_of<NS>(a, seat, strip, n0, done / int32_t(kFrontSteps)), state, a.rows * kTile);
         if (step.valid) {
           float output = n0 == 0 ? skip * step.u : 0.f;
           const float* C = own_projections + seat.row * 3 * NS + 2 * NS;

@@ -51,6 +51,16 @@ __device__ __forceinline__ void get_states(const float* own, float (&states)[NS]
   for (int n = 0; n < NS; ++n)
     states[n] = reinterpret_cast<const Pack<NS>*>(own + n / kPack * kPack * apart)->of[n % kPack];
 }
+// A saved front of a strip, the states before step `number` * 8, from 1 on: where the thread's own begin. Its packs are
+// rows * 16 floats apart there.
+template <int NS>
+__device__ __forceinline__ float* front_of(const WavefrontArguments& a, const Seat& seat, int32_t strip, int64_t n0,
+                                           int32_t number) {
+  const int64_t groups = (all_states<NS>(a) + NS - 1) / NS;
+  int64_t index = (seat.batch * a.strips + strip) * wavefront_fronts(a.p.width, a.rows) + number - 1;
+  index = (index * a.tiles + seat.tile) * groups + n0 / NS;
+  return static_cast<float*>(a.p.fronts) + index * (NS * a.rows * kTile) + threadIdx.x * Pack<NS>::kStates;
+}
 template <int NS>
 __device__ __forceinline__ void clear(float (&states)[NS]) {
 #pragma unroll
