@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib.util
 from pathlib import Path
 
 from mmengine.config import Config
@@ -60,10 +61,25 @@ def allow_inheritance() -> None:
     MODULE2PACKAGE.setdefault(PACKAGE, PACKAGE)
     find = Config._get_cfg_path
 
+    @functools.cache
+    def find_elsewhere(cfg_path: str) -> tuple[str, str | None]:
+        # mmengine first reads all of a library's metafiles, in tenths of a second, where no metafile lists a base.
+        return _find_base(cfg_path) or find(cfg_path, '')
+
     def find_here_too(cfg_path: str, filename: str) -> tuple[str, str | None]:
         package, separator, name = cfg_path.partition('::')
         if separator and package == PACKAGE:
             return config_file(name), None
-        return find(cfg_path, filename)
+        return find_elsewhere(cfg_path) if separator else find(cfg_path, filename)
 
     Config._get_cfg_path = staticmethod(find_here_too)
+
+
+def _find_base(cfg_path: str) -> tuple[str, str] | None:
+    """The file and scope for such as ``'mmdet::_base_/default_runtime.py'``; None where mmengine has to look."""
+    package, _, name = cfg_path.partition('::')
+    if package not in MODULE2PACKAGE or not name.startswith('_base_/'):
+        return None
+    spec = importlib.util.find_spec(package)
+    files = [Path(folder, '.mim', 'configs', name) for folder in spec.submodule_search_locations or ()] if spec else []
+    return next(((str(file), package) for file in files if file.is_file()), None)

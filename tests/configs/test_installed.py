@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from mmengine.config import Config
+from mmengine.config.utils import _get_external_cfg_base_path, _get_package_and_cfg_path
+from mmengine.utils import get_installed_path
 
 from ssm_backbones import config_file
 from ssm_backbones.config_files import config_folder
@@ -22,6 +24,8 @@ BASE = 'vmamba/mask-rcnn_vmamba-tiny_fpn_1x_coco.py'
 INHERIT = """
 import json
 from mmengine.config import Config
+from mmengine.config.utils import _get_external_cfg_base_path, _get_package_and_cfg_path
+from mmengine.utils import get_installed_path
 
 config = Config.fromfile('by_expression.py')
 import ssm_backbones
@@ -132,3 +136,18 @@ def test_other_packages_configs_are_found_as_before(tmp_path) -> None:
     config = tmp_path / 'mine.py'
     config.write_text("_base_ = 'mmdet::_base_/default_runtime.py'\n")
     assert Config.fromfile(config).default_scope == 'mmdet'
+
+
+@pytest.mark.parametrize('name', [
+    'mmdet::_base_/datasets/coco_instance.py', 'mmseg::_base_/default_runtime.py',
+    'mmpretrain::_base_/models/swin_transformer/tiny_224.py',
+])
+def test_the_shorter_way_to_a_base_leads_where_mmengine_s_does(name) -> None:
+    package, path = _get_package_and_cfg_path(name)
+    expected = _get_external_cfg_base_path(get_installed_path(package), path)
+    assert Config._get_cfg_path(name, '') == (expected, name.partition('::')[0])
+
+
+def test_a_base_that_is_nowhere_is_mmengine_s_to_refuse() -> None:
+    with pytest.raises(FileNotFoundError, match='_base_/nothing.py'):
+        Config._get_cfg_path('mmdet::_base_/nothing.py', '')
