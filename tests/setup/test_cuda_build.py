@@ -1,6 +1,7 @@
 """Builds with CUDA where there is nvcc and no GPU: against the installed torch, also a CPU build of it."""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -11,29 +12,53 @@ from types import ModuleType
 import pytest
 import torch
 
+ROOT = Path(__file__).resolve().parents[2]
 NO_NVCC = pytest.mark.skipif(shutil.which('nvcc') is None, reason='there is no nvcc')
 
 
-@NO_NVCC
-@pytest.mark.skipif(torch.cuda.is_available(), reason='a GPU is here: tests/gpu tests the library itself')
-def test_a_library_with_cuda_kernels_serves_the_cpu(root: Path, tmp_path: Path) -> None:
-    """Compiles everything for one architecture, about a minute on one core."""
-    package = Path(shutil.copytree(root / 'cuda_ops', tmp_path / 'cuda_ops',
+@pytest.fixture(scope='module')
+def report() -> ModuleType:
+    """cuda_ops/kernel_report.py, by its path as ``make kernels`` runs it."""
+    spec = importlib.util.spec_from_file_location('kernel_report', ROOT / 'cuda_ops' / 'kernel_report.py')
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope='module')
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a ``cuda_ops`` with a library of every kernel for one architecture, and what the compilers said.
+
+    The C++ is not optimised here, which takes half of the time and is another library's: the one under all tests.
+    """
+    folder = tmp_path_factory.mktemp('built')
+    package = Path(shutil.copytree(ROOT / 'cuda_ops', folder / 'cuda_ops',
                                    ignore=shutil.ignore_patterns('__pycache__', '_C.so*', '_build_info.json*')))
     script = f'''
 import importlib.util, os, sys
 from pathlib import Path
-from types import ModuleType
 os.environ.update(FORCE_CUDA='1', TORCH_CUDA_ARCH_LIST='9.0')
 spec = importlib.util.spec_from_file_location('cuda_ops_build', {str(package / "_build.py")!r})
 build = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = build
 spec.loader.exec_module(build)
-build.build(Path({str(package)!r}), Path({str(tmp_path / "objects")!r}))
+build.CXX_FLAGS[build.CXX_FLAGS.index('-O3')] = '-O0'
+build.build(Path({str(package)!r}), Path({str(folder / "objects")!r}))
 '''
-    result = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, timeout=600)
+    flags = f"{os.environ.get('NVCC_APPEND_FLAGS', '')} -Xptxas -v"
+    result = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, timeout=600,
+                            env={**os.environ, 'NVCC_APPEND_FLAGS': flags})
     assert result.returncode == 0, result.stdout + result.stderr
-    assert 'CUDA kernels: yes: nvcc' in result.stdout and 'for 9.0 (TORCH_CUDA_ARCH_LIST)' in result.stdout
+    return folder, result.stdout
+
+
+@NO_NVCC
+@pytest.mark.skipif(torch.cuda.is_available(), reason='a GPU is here: tests/gpu tests the library itself')
+def test_a_library_with_cuda_kernels_serves_the_cpu(built: tuple[Path, str]) -> None:
+    folder, log = built
+    assert 'CUDA kernels: yes: nvcc' in log and 'for 9.0 (TORCH_CUDA_ARCH_LIST)' in log
     use = '''
 import torch, cuda_ops
 from cuda_ops import _library, reference
@@ -46,21 +71,46 @@ grid = (x, delta[:, :, :, None], A[None], B[:, :, :, None, None], C[:, :, :, Non
 torch.testing.assert_close(y, reference.route_scan(*grid, [0], True, True)[0])
 print(report())
 '''
-    result = subprocess.run([sys.executable, '-c', use], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    result = subprocess.run([sys.executable, '-c', use], cwd=folder, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert 'no such device here' in result.stdout and '9.0' in result.stdout
 
 
 @NO_NVCC
-def test_kernels_keep_to_their_registers(root: Path) -> None:
-    """Every kernel for one architecture, as ``make kernels`` compiles them for all."""
-    result = subprocess.run([sys.executable, str(root / 'cuda_ops' / 'kernel_report.py'), '--archs', '9.0'],
+def test_kernels_keep_to_their_registers(built: tuple[Path, str], report: ModuleType) -> None:
+    """What the assembler said of every kernel of the library, as ``make kernels`` has it for all architectures."""
+    folder, log = built
+    usages = report.parse(log)
+    assert {usage.arch for usage in usages} == {'sm_90'}
+    assert [usage for usage in usages if usage.spills] == []
+    kernels = {usage.kernel for usage in usages}
+    assert {'scan_forward<bfloat16, 1>', 'scan_backward<float16, 16>', 'summarize<float32, 8, 1>', 'combine',
+            'wavefront_forward<bfloat16, 16>', 'wavefront_backward<float32, 4>'} <= kernels
+
+
+@NO_NVCC
+@pytest.mark.parametrize('count, spills', [(4, False), (400, True)])
+def test_the_report_fails_for_a_kernel_that_spills(root: Path, tmp_path: Path, count: int, spills: bool) -> None:
+    """The command line, with one small kernel in place of the package's own, which takes it seconds."""
+    for name in ('kernel_report.py', '_build.py'):
+        shutil.copy(root / 'cuda_ops' / name, tmp_path)
+    source = tmp_path / 'csrc' / 'cuda' / 'small.cu'
+    source.parent.mkdir(parents=True)
+    index = '' if not spills else ' * x[0]'
+    source.write_text(f"""
+namespace cuda_ops {{
+__global__ void small(float* x) {{
+  float kept[{count}];
+  for (int i = 0; i < {count}; ++i) kept[i] = x[i];
+  for (int i = 0; i < {count}; ++i) x[i] = kept[(int)(i{index}) % {count}];
+}}
+}}  // namespace cuda_ops
+""")
+    result = subprocess.run([sys.executable, str(tmp_path / 'kernel_report.py'), '--archs', '9.0'],
                             capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    for kernel in ('scan_forward<bfloat16, 1>', 'scan_backward<float16, 16>', 'summarize<float32, 8, 1>', 'combine',
-                   'wavefront_forward<bfloat16, 16>', 'wavefront_backward<float32, 4>'):
-        assert f'| {kernel} |' in result.stdout
-    assert ', 0 spill' in result.stdout
+    assert re.search(r'^\| small \| \d+ \|', result.stdout, re.MULTILINE), result.stdout + result.stderr
+    assert (result.returncode, f'1 kernels compiled, {int(spills)} spill' in result.stdout) == (int(spills), True)
+    assert ('error: small on sm_90 has a stack of' in result.stderr) == spills
 
 
 @NO_NVCC
@@ -83,12 +133,7 @@ def test_the_report_refuses_what_the_compiler_does_not_know(root: Path, archs: s
     assert result.returncode == 2 and re.match(f'error: {message}', result.stderr), result.stderr
 
 
-def test_spills_are_read_from_the_compilers_report(root: Path) -> None:
-    spec = importlib.util.spec_from_file_location('kernel_report', root / 'cuda_ops' / 'kernel_report.py')
-    assert spec and spec.loader
-    report = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = report
-    spec.loader.exec_module(report)
+def test_spills_are_read_from_the_compilers_report(report: ModuleType) -> None:
     symbol = '_ZN8cuda_ops5_anon12scan_forwardI13__nv_bfloat16Li16EEEvNS0_14RouteArgumentsE'
     log = f"""ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '{symbol}' for 'sm_90'
