@@ -30,6 +30,7 @@ from torch.onnx import OnnxExporterError
 from ssm_backbones.export import pooling, scans
 from ssm_backbones.export.interrupts import ending_on_signals
 from ssm_backbones.export.models import build_extractor, build_model, preprocessor_config
+from ssm_backbones.export.replacing import Replacing
 from ssm_backbones.export.store import writing
 from ssm_backbones.preflight import CommandError
 from ssm_backbones.runner import load_config
@@ -160,7 +161,7 @@ def export_onnx(options: OnnxOptions) -> OnnxResult:
 
 def write_onnx(module: nn.Module, images: Tensor, path: str | os.PathLike[str], dynamic: bool = False,
                notes: Mapping[str, str] | None = None) -> tuple[int, int]:
-    """Write a module that takes images as ONNX, its scans decomposed into standard operators.
+    """Write a module that takes images as ONNX, its scans as standard operators.
 
     Args:
         module: From images (B, C, H, W) to a tensor or a tuple of tensors; in evaluation mode.
@@ -181,8 +182,8 @@ def write_onnx(module: nn.Module, images: Tensor, path: str | os.PathLike[str], 
         shapes = ({0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC},)
     count = len(_as_tuple(_run(module, images)))
     with torch.no_grad(), _quiet():
-        program = torch.export.export(module, (images,), dynamic_shapes=shapes, strict=False)
-        program = program.run_decompositions({**scans.decompositions(), **pooling.decompositions()})
+        with Replacing({**scans.replacements(), **pooling.replacements()}):
+            program = torch.export.export(module, (images,), dynamic_shapes=shapes, strict=False)
         exported = torch.onnx.export(
             program,
             dynamo=True,

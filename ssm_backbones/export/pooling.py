@@ -7,18 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
-def adaptive_average_pool(x: Tensor, output_size: Sequence[int]) -> Tensor:
+def adaptive_average_pool(x: Tensor, output_size: int | Sequence[int | None]) -> Tensor:
     """What ``torch.nn.functional.adaptive_avg_pool2d`` gives, as two products with the cells' weights.
 
     Args:
         x: (..., H, W), floating-point.
-        output_size: How many cells, down and across. Cell k of K averages the positions from ``floor(k * H / K)``
-            to, excluded, ``ceil((k + 1) * H / K)``.
+        output_size: How many cells, down and across, or both; None keeps the positions. Cell k of K averages the
+            positions from ``floor(k * H / K)`` to, excluded, ``ceil((k + 1) * H / K)``.
     """
-    down, across = output_size
-    return _weights(x, -2, down) @ x @ _weights(x, -1, across).transpose(0, 1)
+    down, across = (output_size, output_size) if isinstance(output_size, int) else output_size
+    if down is not None:
+        x = _weights(x, -2, down) @ x
+    return x if across is None else x @ _weights(x, -1, across).transpose(0, 1)
 
 
 def _weights(x: Tensor, dim: int, cells: int) -> Tensor:
@@ -32,7 +35,6 @@ def _weights(x: Tensor, dim: int, cells: int) -> Tensor:
     return inside.to(x.dtype) / (end - start).to(x.dtype)
 
 
-def decompositions() -> dict[Any, Callable[..., Any]]:
-    """For ``ExportedProgram.run_decompositions``: what to put for the pooling."""
-    aten = torch.ops.aten
-    return dict.fromkeys((aten.adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d.default), adaptive_average_pool)
+def replacements() -> dict[Any, Callable[..., Any]]:
+    """For :class:`ssm_backbones.export.replacing.Replacing`: what to call for the pooling."""
+    return {F.adaptive_avg_pool2d: adaptive_average_pool}

@@ -128,12 +128,9 @@ def wavefront_scan(
     return y.to(x.dtype), nothing, nothing
 
 
-def decompositions() -> dict[Any, Callable[..., Any]]:
-    """For ``ExportedProgram.run_decompositions``: what to put for each scan."""
-    return {
-        torch.ops.cuda_ops.route_scan.default: route_scan,
-        torch.ops.cuda_ops.wavefront_scan.default: wavefront_scan,
-    }
+def replacements() -> dict[Any, Callable[..., Any]]:
+    """For :class:`ssm_backbones.export.replacing.Replacing`: what to call for each scan."""
+    return {torch.ops.cuda_ops.route_scan: route_scan, torch.ops.cuda_ops.wavefront_scan: wavefront_scan}
 
 
 def _along(route: int, per_line: bool) -> Callable[[Tensor], Tensor]:

@@ -5,25 +5,24 @@ import torch
 
 import cuda_ops
 from ssm_backbones.export import scans
+from ssm_backbones.export.replacing import Replacing
 
 SIZES = [(1, 1), (1, 5), (6, 1), (3, 4), (5, 3), (7, 7)]
 
 
-class Rewritten(torch.overrides.TorchFunctionMode):
+class Rewritten(Replacing):
     """Calls the rewritten scans in the place of the registered ones, and counts them."""
 
     def __init__(self):
-        super().__init__()
         self.calls = 0
-        table = scans.decompositions()
-        self.table = {packet: table[packet.default] for packet in
-                      (torch.ops.cuda_ops.route_scan, torch.ops.cuda_ops.wavefront_scan)}
+        super().__init__({scan: self.counted(rewritten) for scan, rewritten in scans.replacements().items()})
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in self.table:
+    def counted(self, rewritten):
+        def call(*args, **kwargs):
             self.calls += 1
-            function = self.table[function]
-        return function(*args, **(kwargs or {}))
+            return rewritten(*args, **kwargs)
+
+        return call
 
 
 def agree(call):
