@@ -15,7 +15,7 @@ struct Neighbour {
   GridTensor B;           // (B, H, W, N) data
   const void* A;          // (E, N) state
   GridTensor grad_delta;  // (B, H, W, E) data; this and what follows, backward only
-  GridTensor grad_B;      // (tiles, B, H, W, N) state
+  GridTensor grad_B;      // (parts, B, H, W, N) state
   void* grad_A;           // (B, E, N) state
 };
 
@@ -34,17 +34,18 @@ struct WavefrontScanParams {
   GridTensor y;   // (B, H, W, E) data; forward only
   void* saved;    // (B, saved, W, N, E) state: the states of the last row of each chunk but the last
 
-  // Backward only. In tensors with tiles, `route` is the stride between tiles. The caller adds tiles and images in a
-  // fixed order: the result does not depend on the number of threads.
+  // Backward only. In tensors with parts, `route` is the stride between these: a part has the sums of a tile of channels,
+  // on CUDA of several tiles. The caller adds parts and images in a fixed order: the result does not depend on the number
+  // of threads.
   GridTensor grad_y, grad_x;  // (B, H, W, E) data
-  GridTensor grad_C;          // (tiles, B, H, W, N) state, in the strides of both grad_B
+  GridTensor grad_C;          // (parts, B, H, W, N) state, in the strides of both grad_B
   void* grad_D;               // (B, E) state, or null
 
   // CUDA only, sized by the plan; there, grad_A and grad_D above have a leading dimension of `strips` parts.
   void* fronts;    // (B, strips, fronts, tiles, group, rows, 16) float, or null: the states before every 8th step
   void* edge;      // (B, W, N, E) float: the states of a strip's last row, or the gradients of those above its first one
   void* partial;   // (1 or 3, B, H, W, E) float: sums over groups of states of y, or of the gradients of x and deltas
-  void* counters;  // (1 + (strips - 1) * B * tiles) int64, zero before each pass: the next task, and tasks' progress
+  void* counters;  // int64, zero before each pass: the next task, and tasks' progress (see wavefront_counters)
 };
 
 // How CUDA kernels divide the work: a task is a strip of an image's rows and a tile of channels; blocks take one task
@@ -59,6 +60,14 @@ struct WavefrontScanPlan {
   int64_t group;        // states at a time
   bool grouped;         // whether there are more, or fewer: sums over groups are in `partial`
 };
+
+// Tiles that add up their gradients of B and C, one after the other. More would need less memory, and wait longer.
+constexpr int64_t kSummedTiles = 4;
+
+// One for the next task; one for each task that another strip's follows; in the backward pass, one for each task.
+SSM_HOST_DEVICE int64_t wavefront_counters(int64_t strips, int64_t maps, bool backward) {
+  return 1 + (strips - 1) * maps + (backward ? strips * maps : 0);
+}
 
 // Steps between the fronts that the forward pass saves, and how many a strip has: none is needed before the first step.
 constexpr int64_t kFrontSteps = 8;

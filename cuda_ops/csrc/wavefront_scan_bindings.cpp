@@ -29,8 +29,8 @@ struct Orientation {
     return grid;
   }
 
-  // The (tiles, B, H, W, N) tensor likewise, with the stride between tiles for its route.
-  GridTensor tiled(const Tensor& tensor) const {
+  // The (parts, B, H, W, N) tensor likewise, with the stride between parts for its route.
+  GridTensor in_parts(const Tensor& tensor) const {
     GridTensor grid = (*this)(tensor.select(0, 0));
     grid.route = tensor.stride(0);
     return grid;
@@ -109,8 +109,7 @@ struct CudaScratch {
     const auto state = x.options().dtype(at::kFloat);
     edge = at::empty({p.batch, p.width, p.states, p.channels}, state);
     if (plan.grouped) partial = at::empty({backward ? 3 : 1, p.batch, p.height, p.width, p.channels}, state);
-    // The last strip's progress is nobody's concern.
-    counters = at::zeros({1 + (plan.strips - 1) * p.batch * plan.tiles}, x.options().dtype(at::kLong));
+    counters = at::zeros({wavefront_counters(plan.strips, p.batch * plan.tiles, backward)}, x.options().dtype(at::kLong));
     p.edge = edge.data_ptr(), p.counters = counters.data_ptr();
     p.partial = plan.grouped ? partial.data_ptr() : nullptr;
   }
@@ -170,20 +169,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const Gradient grad_delta_top(delta_top), grad_delta_left(delta_left);
   std::optional<CudaScratch> scratch;
   if (cuda) scratch.emplace(cuda, p, x, true);
-  const int64_t tiles = cuda ? scratch->plan.tiles : wavefront_scan_tiles(p, kBackwardTasks);
+  const int64_t parts = cuda ? ceil_div(scratch->plan.tiles, kSummedTiles) : wavefront_scan_tiles(p, kBackwardTasks);
   // Each strip has sums of its own on CUDA.
-  const int64_t parts = p.batch * (cuda ? scratch->plan.strips : 1);
-  const std::vector<int64_t> projections{tiles, p.batch, x.size(1), x.size(2), p.states};
+  const int64_t maps = p.batch * (cuda ? scratch->plan.strips : 1);
+  const std::vector<int64_t> projections{parts, p.batch, x.size(1), x.size(2), p.states};
   Tensor grad_B_top = at::empty(projections, state), grad_B_left = at::empty(projections, state);
   Tensor grad_C = at::empty(projections, state);
-  Tensor grad_A_top = at::empty({parts, p.channels, p.states}, state), grad_A_left = at::empty_like(grad_A_top);
-  Tensor grad_D = D ? at::empty({parts, p.channels}, state) : Tensor();
+  Tensor grad_A_top = at::empty({maps, p.channels, p.states}, state), grad_A_left = at::empty_like(grad_A_top);
+  Tensor grad_D = D ? at::empty({maps, p.channels}, state) : Tensor();
 
   p.saved = saved.data_ptr(), p.fronts = fronts.data_ptr();
   p.grad_y = oriented(grad_y), p.grad_x = oriented(grad_x);
-  p.grad_C = oriented.tiled(grad_C), p.grad_D = D ? grad_D.data_ptr() : nullptr;
+  p.grad_C = oriented.in_parts(grad_C), p.grad_D = D ? grad_D.data_ptr() : nullptr;
   inputs.top().grad_delta = oriented(grad_delta_top.rows), inputs.left().grad_delta = oriented(grad_delta_left.rows);
-  inputs.top().grad_B = oriented.tiled(grad_B_top), inputs.left().grad_B = oriented.tiled(grad_B_left);
+  inputs.top().grad_B = oriented.in_parts(grad_B_top), inputs.left().grad_B = oriented.in_parts(grad_B_left);
   inputs.top().grad_A = grad_A_top.data_ptr(), inputs.left().grad_A = grad_A_left.data_ptr();
   if (!cuda) {
     wavefront_scan_backward_cpu(p, parallel_for);
@@ -191,8 +190,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     cuda.check(cuda->wavefront_scan_backward(p, scratch->plan, cuda.stream()), "cuda_ops::wavefront_scan_backward");
   }
 
-  auto per_projection = [&](const Tensor& parts) {
-    return (tiles == 1 ? parts.squeeze(0) : parts.sum(0)).to(type);
+  auto per_projection = [&](const Tensor& in_parts) {
+    return (parts == 1 ? in_parts.squeeze(0) : in_parts.sum(0)).to(type);
   };
   return {grad_x,
           grad_delta_top.finish(),

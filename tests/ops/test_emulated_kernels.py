@@ -32,8 +32,10 @@ LONG = (Cross(1, 17, 23, 40, 1), Cross(1, 17, 23, 41, 1), Cross(1, 27, 31, 6, 1)
         Cross(2, 9, 31, 5, 16), Cross(1, 20, 13, 300, 2), Cross(1, 10, 14, 33, 11), Sequence(2, 36, 700, 1, B=2, C=2),
         Lines(2, 3, 200, 35, 4, 'row', reverse=True), Sequence(1, 70, 260, 8, B=2, C=1, z=True),
         Sequence(1, 12, 300, 3, B=3, C=3))
+# Several strips and tiles of channels, also more of these than add up their sums.
 WIDE = (Wavefront(1, 19, 30, 40, 16), Wavefront(2, 33, 17, 20, 10, reverse=True), Wavefront(1, 9, 50, 17, 8),
-        Wavefront(1, 24, 26, 16, 4, reverse=True))
+        Wavefront(1, 24, 26, 16, 4, reverse=True), Wavefront(2, 17, 11, 100, 2),
+        Wavefront(1, 10, 9, 70, 16, reverse=True))
 
 
 @pytest.fixture(scope='session')
@@ -242,7 +244,8 @@ def test_strips_of_any_number_of_rows(emulation: Emulation, nan_in_fresh_memory:
     assert shapes == [(0,), _fronts_shape(inputs[0], case.states, chunk)]
 
 
-@pytest.mark.parametrize('case', (Wavefront(1, 75, 21, 20, 2), Wavefront(2, 17, 40, 17, 10, reverse=True)), ids=str)
+@pytest.mark.parametrize('case', (Wavefront(1, 75, 21, 20, 2), Wavefront(2, 17, 40, 17, 10, reverse=True),
+                                  Wavefront(1, 18, 9, 70, 3)), ids=str)
 def test_strips_give_the_same_bits_whichever_blocks_take_them(emulation: Emulation, nan_in_fresh_memory: None,
                                                               case: Wavefront) -> None:
     """One block for all strips, blocks that follow each other, that share the strips, and one for each, all at once."""

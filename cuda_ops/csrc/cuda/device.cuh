@@ -119,7 +119,7 @@ __device__ __forceinline__ float sum_each(float (&values)[Count], int lane) {
   }
 }
 
-// A row of NS floats of shared memory, 16 bytes at a time where there are so many.
+// A row of NS floats, 16 bytes at a time where there are so many.
 template <int NS>
 __device__ __forceinline__ void read_row(const float* row, float (&values)[NS]) {
   if constexpr (NS % 4 == 0) {

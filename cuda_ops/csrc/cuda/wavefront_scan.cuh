@@ -27,7 +27,8 @@ struct WavefrontArguments {
   ColumnBytes bytes;
   int32_t rows, tiles, strips, span;
   bool grouped;
-  int64_t maps;  // images times tiles; there are `strips` tasks for each
+  int64_t maps;        // images times tiles; there are `strips` tasks for each
+  int64_t front_size;  // in floats
 };
 
 // The number of all states. Kernels know theirs, but for the one that takes any number in groups.
@@ -40,9 +41,8 @@ __device__ __forceinline__ int64_t all_states(const WavefrontArguments& a) {
 // those that others wait for. A task waits for the one of the strip before alone, which some running block has taken
 // already; so the first of the unfinished tasks never waits, and all get done, however many blocks the device runs at the
 // same time and in whatever order it starts them. With many maps, strips follow those that they wait for at a distance.
-// The number passes through the start of the shared memory, which is the task's own from its first barrier on.
-__device__ __forceinline__ bool take_task(const WavefrontArguments& a, float* shared, int64_t* task) {
-  int64_t* place = reinterpret_cast<int64_t*>(shared);
+// The number passes through a place in shared memory.
+__device__ __forceinline__ bool take_task(const WavefrontArguments& a, int64_t* place, int64_t* task) {
   __syncthreads();  // nobody needs what the task before left in shared memory
   if (threadIdx.x == 0) *place = int64_t(atomicAdd(static_cast<unsigned long long*>(a.p.counters), 1ull));
   __syncthreads();
@@ -108,6 +108,22 @@ struct Relay {
     if (turn + 1 == a.strips || threadIdx.x || columns <= 0 || columns > a.p.width) return;
     if (columns % kHandedOver == 0 || columns == a.p.width) store_release(own, group * a.p.width + columns);
   }
+
+  // Of tiles that add up sums over their channels, each but the first waits for the one before, and each but the last tells
+  // the next one: of how many steps sums are added. All threads call both, before and after they add a span's.
+  __device__ __forceinline__ int64_t* own_sums(const WavefrontArguments& a) const {
+    return own + (a.strips - 1) * a.maps;
+  }
+  __device__ __forceinline__ void await_sums(const WavefrontArguments& a, bool first, int64_t steps) const {
+    if (first) return;
+    if (threadIdx.x == 0)
+      while (load_acquire(own_sums(a) - 1) < steps) __nanosleep(100);
+    __syncthreads();
+  }
+  __device__ __forceinline__ void tell_sums(const WavefrontArguments& a, bool last, int64_t steps) const {
+    __syncthreads();
+    if (!last && threadIdx.x == 0) store_release(own_sums(a), steps);
+  }
 };
 
 // The rows of a block's shared arrays: as many as it has groups of 16 threads.
@@ -135,6 +151,7 @@ inline WavefrontArguments arguments_of(const WavefrontScanParams& p, const Wavef
   a.p = p, a.rows = int32_t(plan.rows), a.tiles = int32_t(plan.tiles), a.strips = int32_t(plan.strips);
   a.span = int32_t(plan.span), a.grouped = plan.grouped;
   a.maps = p.batch * plan.tiles;
+  a.front_size = plan.tiles * ceil_div(p.states, plan.group) * plan.group * plan.rows * kTile;
   const int64_t size = p.dtype == DataType::kFloat32 ? 4 : 2;
   a.bytes.x = p.x.column * size, a.bytes.y = p.y.column * size, a.bytes.C = p.C.column * size;
   a.bytes.above = p.above.delta.column * size, a.bytes.before = p.before.delta.column * size;

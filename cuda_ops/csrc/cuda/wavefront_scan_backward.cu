@@ -4,30 +4,26 @@
 namespace cuda_ops {
 namespace {
 
-// A block's shared memory, in floats: what a span of steps leaves, the gradients that rows hand up, projections, and rates.
+// A block's shared memory, in floats: what a span of steps leaves, the gradients that rows hand up, projections, rates, and
+// the number of the task.
 __host__ __device__ __forceinline__ int64_t shared_floats(int64_t slots, int64_t states, int64_t span) {
-  return (span + 3) * (slots + 1) * states * kTile + 2 * slots * 3 * states + 2 * states * kTile;
+  return (span + 3) * (slots + 1) * states * kTile + 2 * slots * 3 * states + 2 * states * kTile + 2;
 }
 
 // A thread's way back along its row: where what it writes lies.
 template <class T>
 struct GradientCursor {
   T *x, *above, *before;  // gradients of these
-  int64_t projection;     // where among each of the gradients of B and C
 
-  __device__ __forceinline__ GradientCursor(const WavefrontArguments& a, const Seat& seat, int64_t n0, int32_t strip,
-                                     int32_t time) {
+  __device__ __forceinline__ GradientCursor(const WavefrontArguments& a, const Seat& seat, int32_t strip, int32_t time) {
     const int64_t row = int64_t(strip) * a.rows + seat.row, column = time - seat.row;
     x = at<T>(a.p.grad_x, seat.batch, row, column) + seat.channel;
     above = at<T>(a.p.above.grad_delta, seat.batch, row, column) + seat.channel;
     before = at<T>(a.p.before.grad_delta, seat.batch, row, column) + seat.channel;
-    const GridTensor& C = a.p.grad_C;
-    projection = seat.batch * C.batch + row * C.row + column * C.column + seat.tile * C.route + n0 + seat.lane;
   }
 
   __device__ __forceinline__ void back(const WavefrontArguments& a) {
     move_bytes(x, -a.bytes.grad_x), move_bytes(above, -a.bytes.grad_above), move_bytes(before, -a.bytes.grad_before);
-    projection -= a.p.grad_C.column;
   }
 };
 
@@ -64,7 +60,7 @@ __device__ __forceinline__ PixelGradients go_back(const Step<NS>& step, const Se
 #pragma unroll
     for (int i = 0; i < kPack; ++i) {
       const int n = first + i;
-      carry[n] = step.valid ? carry[n] + handed.of[i] + C[i] * step.grad : 0.f;
+      carry[n] += handed.of[i] + C[i] * step.grad;
       products[n] = step.grad * here.of[i];
     }
   }
@@ -118,6 +114,95 @@ __device__ __forceinline__ PixelGradients go_back(const Step<NS>& step, const Se
   return grads;
 }
 
+// The strips are gone through from the last to the first.
+__device__ __forceinline__ int32_t strip_of(const WavefrontArguments& a, int64_t task) {
+  return a.strips - 1 - int32_t(task / a.maps);
+}
+
+// Adds sums over the tile's channels to those of the tiles before: gradients of B and C.
+template <int NS>
+struct ChannelSums {
+  int64_t column;    // where among each of the gradients the thread has its row's column of number 0
+  bool first, last;  // whether the tile is, of those that add up their sums
+  uint32_t width;    // of the row, or 0 if the thread has no state of it
+
+  __device__ __forceinline__ ChannelSums(const WavefrontArguments& a, const Seat& seat, int64_t n0, int32_t strip) {
+    const GridTensor& C = a.p.grad_C;
+    const int64_t row = int64_t(strip) * a.rows + seat.row, n = n0 + seat.lane;
+    column = seat.batch * C.batch + row * C.row + seat.tile / kSummedTiles * C.route + n;
+    first = seat.tile % kSummedTiles == 0, last = seat.tile + 1 == a.tiles || (seat.tile + 1) % kSummedTiles == 0;
+    width = seat.row < seat.rows_on_map && seat.lane < NS && n < all_states<NS>(a) ? uint32_t(a.p.width) : 0;
+  }
+
+  // A step's lie where the row's states of the step did: those of B above, B before and C, one after the other.
+  __device__ __forceinline__ static float* of_step(const Seat& seat, float* states) {
+    return states + (seat.row + 1) * Places<NS>::kSlot + seat.lane;
+  }
+  __device__ __forceinline__ static void put(const Seat& seat, const PixelGradients& pixel, float* states) {
+    float* sums = of_step(seat, states);
+    if (seat.lane < NS) sums[0] = pixel.B_above, sums[NS] = pixel.B_before, sums[2 * NS] = pixel.C;
+  }
+
+  // Those of the steps from `begin` to `end`, whose states begin at `states`. All threads take part.
+  __device__ __forceinline__ void add(const WavefrontArguments& a, const Seat& seat, const Relay& relay, int64_t n0,
+                                      int32_t begin, int32_t end, float* states) const {
+    const int64_t steps = a.p.width + a.rows - 1, added = n0 / NS * steps + steps - begin;  // with these
+    relay.await_sums(a, first, added);
+    int64_t index = column + (begin - seat.row) * a.p.grad_C.column;
+    const float* sums = of_step(seat, states);
+#pragma unroll 2
+    for (int32_t time = begin; time < end; ++time) {
+      if (uint32_t(time - seat.row) < width) {
+        float* const targets[3] = {static_cast<float*>(a.p.above.grad_B.data) + index,
+                                   static_cast<float*>(a.p.before.grad_B.data) + index,
+                                   static_cast<float*>(a.p.grad_C.data) + index};
+        float totals[3];
+        // Another block has written them in this launch.
+#pragma unroll
+        for (int i = 0; i < 3; ++i) totals[i] = first ? 0.f : __ldcg(targets[i]);
+#pragma unroll
+        for (int i = 0; i < 3; ++i) *targets[i] = totals[i] + sums[i * NS];
+      }
+      index += a.p.grad_C.column, sums += states_floats<NS>(a.rows);
+    }
+    relay.tell_sums(a, last, added);
+  }
+};
+
+// The gradients of the rates, of which the rows' are kept: sums over these in their order. The task's place is found again,
+// since there are not the registers to remember it.
+template <int NS>
+__device__ __forceinline__ void write_rate_gradients(const WavefrontArguments& a, int64_t task, int64_t n0,
+                                                     const float* above, const float* before) {
+  const int32_t strip = strip_of(a, task);
+  const Seat seat(a, task, strip);
+  for (int32_t i = threadIdx.x; i < NS * kTile; i += blockDim.x) {
+    const int32_t lane = i % kTile, place = Places<NS>(lane).of_state(i / kTile);
+    const int64_t channel = seat.tile * kTile + lane, n = n0 + i / kTile;
+    if (channel >= a.p.channels || n >= all_states<NS>(a)) continue;
+    float sum_above = 0.f, sum_before = 0.f;
+    for (int32_t r = 1; r <= a.rows; ++r) {
+      sum_above += above[r * Places<NS>::kSlot + place];
+      sum_before += before[r * Places<NS>::kSlot + place];
+    }
+    const int64_t part = ((strip * a.p.batch + seat.batch) * a.p.channels + channel) * all_states<NS>(a) + n;
+    static_cast<float*>(a.p.above.grad_A)[part] = sum_above;
+    static_cast<float*>(a.p.before.grad_A)[part] = sum_before;
+  }
+}
+
+// That of the skip weight, likewise, by threads that have a row of their own.
+__device__ __forceinline__ void write_skip_gradient(const WavefrontArguments& a, int64_t task, float own, float* rows) {
+  const int32_t strip = strip_of(a, task);
+  const Seat seat(a, task, strip);
+  __syncthreads();
+  rows[threadIdx.x] = own;
+  __syncthreads();
+  if (seat.row > 0 || !seat.active) return;
+  for (int32_t r = 1; r < a.rows; ++r) own += rows[r * kTile + seat.lane];
+  static_cast<float*>(a.p.grad_D)[(strip * a.p.batch + seat.batch) * a.p.channels + seat.channel] = own;
+}
+
 // From the last strip to the first, and in each span by span from the last one: forward from the saved front before it,
 // with every step's states kept, and back. The way back alone waits for the strip below.
 template <class T, int NS>
@@ -130,17 +215,17 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 1) wavefront_backward(Wavefro
   float* handed_up = kept + (a.span + 1) * states_size;  // of this step and the one behind it; last, from below the strip
   float* projections = handed_up + 2 * states_size;      // of this step and the next
   const int32_t steps = int32_t(a.p.width) + a.rows - 1;
-  for (int64_t task; take_task(a, shared, &task);) {
-    const int32_t strip = a.strips - 1 - int32_t(task / a.maps);
+  int64_t* number = reinterpret_cast<int64_t*>(projections + 2 * projections_size + Rates<NS>::kFloats);
+  for (int64_t task; take_task(a, number, &task);) {
+    const int32_t strip = strip_of(a, task);
     const Seat seat(a, task, strip);
     const Places<NS> places(seat.lane);
     const int32_t own = places.own(seat.row + 1), above_own = places.own(seat.row);
     // A row hands up in the slot of its number, what is below the strip in the last one.
     const int32_t up = places.own(seat.row), from_below = places.own(seat.row == a.rows - 1 ? slots : seat.row + 1);
-    const float* row_above = strip > 0 ? strip_edge(a, seat, strip - 1) : nullptr;
     // The one row of gradients that all strips of the image hand up.
     float* edge = static_cast<float*>(a.p.edge) + row_state(a, seat, seat.batch, 0, 0);
-    const float* row_below = strip + 1 < a.strips ? edge : nullptr;
+    const float* row_above = strip > 0 ? strip_edge(a, seat, strip - 1) : edge;
     const bool hands_up = strip > 0 && seat.row == 0;
     const float skip = seat.active && a.p.D ? static_cast<const float*>(a.p.D)[seat.channel] : 0.f;
     float grad_skip = 0.f;
@@ -152,18 +237,18 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 1) wavefront_backward(Wavefro
       for (int n = 0; n < NS; ++n) state[n] = carry[n] = grad_above[n] = grad_before[n] = 0.f;
       for (int32_t i = threadIdx.x; i < 2 * states_size; i += blockDim.x) handed_up[i] = 0.f;
       Cursor<T, NS> cursor(a, seat, n0, strip);
-      Outer<NS> above(a, seat, n0, row_above, 0), below(a, seat, n0, row_below, int32_t(a.p.width) - 1);
+      Outer<NS> above(a, seat, n0, row_above, strip > 0, steps);
+      Outer<NS> below(a, seat, n0, edge, strip + 1 < a.strips, int32_t(a.p.width) - 1);
+      const Fronts<NS> fronts(a, seat, n0, strip);
+      const ChannelSums<NS> channel_sums(a, seat, n0, strip);
       Step<NS> step;
       // A step forward, from the strip's states a step before; what the next one needs is read ahead.
       auto forward = [&](int32_t time, const float* earlier, float* here) {
         cursor.move(a, 1), above.move(a, 1);
         const Step<NS> next = cursor.load(false);
-        above.load(a);
-        if (seat.busy(a, time)) {
+        above.load(a, time + 1);
+        if (seat.busy(a, time))
           advance<NS>(step, seat, rates, projections + (time & 1) * projections_size, earlier + above_own, state);
-        } else {
-          clear(state);
-        }
         put_states(here + own, state);
         next.hand_out(seat, projections + ((time + 1) & 1) * projections_size);
         above.hand_out(seat, here);
@@ -171,37 +256,35 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 1) wavefront_backward(Wavefro
         __syncthreads();
       };
 
-      GradientCursor<T> written(a, seat, n0, strip, steps - 1);
+      GradientCursor<T> written(a, seat, strip, steps - 1);
       for (int32_t end = steps, begin; end > 0; end = begin) {
         const int32_t front = (end - 1) / int32_t(kFrontSteps) * int32_t(kFrontSteps);
         begin = front + (end - 1 - front) / a.span * a.span;
-        // The states before step t are a whole number of times two away from those before the span.
+        // Steps before the span use two places by turns, so that the last one leaves its states in the first.
         float* start = kept + ((begin - front) & 1) * states_size;
         clear(state);
-        if (front > 0 && seat.row < a.rows)
-          get_states(front_of<NS>(a, seat, strip, n0, front / int32_t(kFrontSteps)), state, a.rows * kTile);
+        if (front > 0 && seat.row < a.rows) fronts.get(a, front / int32_t(kFrontSteps) - 1, state);
         put_states(start + own, state);
-        cursor.move(a, front - seat.row - cursor.column), above.move(a, front - above.column);
+        cursor.move(a, front - seat.row - cursor.column), above.move(a, front - end);
         step = cursor.load(false);
-        above.load(a);
+        above.load(a, front);
         step.hand_out(seat, projections + (front & 1) * projections_size);
         above.hand_out(seat, start);
         __syncthreads();
         // Where shared memory does not hold as many steps as there are from one front to the next.
         for (int32_t time = front; time < begin; ++time)
           forward(time, kept + ((begin - time) & 1) * states_size, kept + ((begin - time - 1) & 1) * states_size);
-        // Of two steps in a row none is copied to the other.
-#pragma unroll(NS == 16 ? 2 : 1)
         for (int32_t time = begin; time < end; ++time) {
           float* earlier = kept + (time - begin) * states_size;
           forward(time, earlier, earlier + states_size);
         }
 
+        above.move(a, begin - end);
         // At step t the last row is at column t - rows + 1, which is number steps - 1 - t from the right.
         relay.await(a, n0 / NS, steps - end);
         cursor.move(a, -1);
         step = cursor.load(true);
-        below.load(a), below.move(a, -1);
+        below.load(a, end - a.rows), below.move(a, -1);
         step.hand_out(seat, projections + ((end - 1) & 1) * projections_size);
         below.hand_out(seat, handed_up + (end & 1) * states_size + slots * NS * kTile);
         __syncthreads();
@@ -212,26 +295,23 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 1) wavefront_backward(Wavefro
             relay.await(a, n0 / NS, steps - time);
             cursor.move(a, -1);
             next = cursor.load(true);
-            below.load(a), below.move(a, -1);
+            below.load(a, time - a.rows);
           }
           float* to_above = handed_up + (time & 1) * states_size;
           if (seat.busy(a, time)) {
-            const float* earlier = kept + (time - begin) * states_size;
+            float* earlier = kept + (time - begin) * states_size;
             const PixelGradients pixel = go_back<NS>(
                 step, seat, rates, projections + (time & 1) * projections_size,
                 {earlier + above_own, earlier + own, earlier + states_size + own},
                 handed_up + ((time + 1) & 1) * states_size + from_below, to_above + up, carry, grad_above, grad_before);
             if (hands_up && step.valid) {
-              float* column = edge + (time * all_states<NS>(a) + n0) * a.p.channels;
+              // `below` is as many columns before this one as the strip has rows.
+              float* column = const_cast<float*>(below.source) + a.rows * (all_states<NS>(a) * a.p.channels);
 #pragma unroll
               for (int first = 0; first < NS; first += kPack)
                 put_pack(a, places, n0, first, pack_at<NS>(to_above + up, first), column);
             }
-            if (step.on_map && seat.lane < NS && n0 + seat.lane < all_states<NS>(a)) {
-              static_cast<float*>(a.p.above.grad_B.data)[written.projection] = pixel.B_above;
-              static_cast<float*>(a.p.before.grad_B.data)[written.projection] = pixel.B_before;
-              static_cast<float*>(a.p.grad_C.data)[written.projection] = pixel.C;
-            }
+            channel_sums.put(seat, pixel, earlier + states_size);  // nobody needs the row's states there any more
             if (step.valid) {
               float grads[3] = {pixel.x, pixel.above, pixel.before};
               if (n0 == 0) {
@@ -259,39 +339,22 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 1) wavefront_backward(Wavefro
           written.back(a);
           if (more) {
             next.hand_out(seat, projections + ((time + 1) & 1) * projections_size);
-            below.hand_out(seat, to_above + slots * NS * kTile);
+            below.hand_out(seat, to_above + slots * NS * kTile), below.move(a, -1);
             step = next;
           }
           __syncthreads();
           relay.tell(a, n0 / NS, int32_t(a.p.width) - time);
         }
+        channel_sums.add(a, seat, relay, n0, begin, end, kept + states_size);
       }
 
       // The rows' sums, in their order.
       put_states(kept + own, grad_above);
       put_states(kept + states_size + own, grad_before);
       __syncthreads();
-      for (int32_t i = threadIdx.x; i < NS * kTile; i += blockDim.x) {
-        const int32_t lane = i % kTile, place = Places<NS>(lane).of_state(i / kTile);
-        const int64_t channel = seat.tile * kTile + lane, n = n0 + i / kTile;
-        if (channel >= a.p.channels || n >= all_states<NS>(a)) continue;
-        float sum_above = 0.f, sum_before = 0.f;
-        for (int32_t r = 1; r <= a.rows; ++r) {
-          sum_above += kept[r * Places<NS>::kSlot + place];
-          sum_before += kept[states_size + r * Places<NS>::kSlot + place];
-        }
-        const int64_t part = ((strip * a.p.batch + seat.batch) * a.p.channels + channel) * all_states<NS>(a) + n;
-        static_cast<float*>(a.p.above.grad_A)[part] = sum_above;
-        static_cast<float*>(a.p.before.grad_A)[part] = sum_before;
-      }
+      write_rate_gradients<NS>(a, *number, n0, kept, kept + states_size);
     }
-    if (!a.p.grad_D) continue;
-    __syncthreads();
-    kept[seat.row * kTile + seat.lane] = grad_skip;
-    __syncthreads();
-    if (seat.row > 0 || !seat.active) continue;
-    for (int32_t r = 1; r < a.rows; ++r) grad_skip += kept[r * kTile + seat.lane];
-    static_cast<float*>(a.p.grad_D)[(strip * a.p.batch + seat.batch) * a.p.channels + seat.channel] = grad_skip;
+    if (a.p.grad_D) write_skip_gradient(a, *number, grad_skip, kept);
   }
 }
 

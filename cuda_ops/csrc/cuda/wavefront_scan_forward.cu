@@ -13,13 +13,14 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 2) wavefront_forward(Wavefron
   float* states_of = shared;                         // of this step and the one before
   float* projections = shared + 2 * states_size;     // of this step and the next
   const int32_t steps = int32_t(a.p.width) + a.rows - 1;
-  for (int64_t task; take_task(a, shared, &task);) {
+  // The first place for a task's number is the task's own from its first barrier on.
+  for (int64_t task; take_task(a, reinterpret_cast<int64_t*>(shared), &task);) {
     const int32_t strip = int32_t(task / a.maps);
     const Seat seat(a, task, strip);
     const Places<NS> places(seat.lane);
     const int32_t own = places.own(seat.row + 1), above = places.own(seat.row);
-    const float* row_above = strip > 0 ? strip_edge(a, seat, strip - 1) : nullptr;
-    float* edge = strip + 1 < a.strips ? strip_edge(a, seat, strip) : nullptr;
+    float* edge = strip_edge(a, seat, strip + 1 < a.strips ? strip : 0);
+    const float* row_above = strip > 0 ? strip_edge(a, seat, strip - 1) : edge;
     const bool hands_on = strip + 1 < a.strips && seat.row == a.rows - 1;
     const float skip = seat.active && a.p.D ? static_cast<const float*>(a.p.D)[seat.channel] : 0.f;
     Relay relay(a, task);
@@ -30,31 +31,24 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 2) wavefront_forward(Wavefron
       put_states(states_of + states_size + own, state);
       relay.await(a, n0 / NS, 0);
       Cursor<T, NS> cursor(a, seat, n0, strip);
-      Outer<NS> outer(a, seat, n0, row_above, 0);
+      Outer<NS> outer(a, seat, n0, row_above, strip > 0, 0);
+      const Fronts<NS> fronts(a, seat, n0, strip);
       T* y = at<T>(a.p.y, seat.batch, int64_t(strip) * a.rows + seat.row, cursor.column) + seat.channel;
       Step<NS> step = cursor.load(false);
-      outer.load(a);
+      outer.load(a, 0);
       step.hand_out(seat, projections);
       outer.hand_out(seat, states_of + states_size);
       __syncthreads();
-      // Of two steps in a row none is copied to the other.
-#pragma unroll(NS == 16 ? 2 : 1)
       for (int32_t time = 0; time < steps; ++time) {
         relay.await(a, n0 / NS, time + 1);
         cursor.move(a, 1), outer.move(a, 1);
         const Step<NS> next = cursor.load(false);
-        outer.load(a);
+        outer.load(a, time + 1);
         const float* own_projections = projections + (time & 1) * projections_size;
         float* here = states_of + (time & 1) * states_size;
-        if (seat.busy(a, time)) {
+        if (seat.busy(a, time))
           advance<NS>(step, seat, rates, own_projections, states_of + ((time + 1) & 1) * states_size + above, state);
-        } else {
-          clear(state);
-        }
         put_states(here + own, state);
-        const int32_t done = time + 1;
-        if (a.p.fronts && done % kFrontSteps == 0 && done < steps && seat.row < a.rows)
-          put_states(front_of<NS>(a, seat, strip, n0, done / int32_t(kFrontSteps)), state, a.rows * kTile);
         if (step.valid) {
           float output = n0 == 0 ? skip * step.u : 0.f;
           const float* C = own_projections + seat.row * 3 * NS + 2 * NS;
@@ -80,6 +74,9 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 2) wavefront_forward(Wavefron
               put_pack(a, places, n0, first, pack_at<NS>(here + own, first), column);
           }
         }
+        const int32_t done = time + 1;
+        if (a.p.fronts && done % kFrontSteps == 0 && done < steps && seat.row < a.rows)
+          fronts.put(a, done / int32_t(kFrontSteps) - 1, state);
         move_bytes(y, a.bytes.y);
         next.hand_out(seat, projections + ((time + 1) & 1) * projections_size);
         outer.hand_out(seat, here);

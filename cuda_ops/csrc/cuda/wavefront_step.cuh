@@ -32,35 +32,56 @@ template <int NS>
 __device__ __forceinline__ Pack<NS> pack_at(const float* own, int first) {
   return *reinterpret_cast<const Pack<NS>*>(own + first * kTile);
 }
-// All of a thread's states; its packs may be further `apart` than in a slot.
 template <int NS>
-__device__ __forceinline__ void put_states(float* own, const float (&states)[NS], int32_t apart = kTile) {
+__device__ __forceinline__ void put_states(float* own, const float (&states)[NS]) {
   constexpr int kPack = Pack<NS>::kStates;
 #pragma unroll
   for (int first = 0; first < NS; first += kPack) {
     Pack<NS> pack;
 #pragma unroll
     for (int i = 0; i < kPack; ++i) pack.of[i] = states[first + i];
-    *reinterpret_cast<Pack<NS>*>(own + first * apart) = pack;
+    *reinterpret_cast<Pack<NS>*>(own + first * kTile) = pack;
   }
 }
+// A thread's part of the strip's saved fronts. Number 0 has the states before step 8, and so on.
 template <int NS>
-__device__ __forceinline__ void get_states(const float* own, float (&states)[NS], int32_t apart) {
-  constexpr int kPack = Pack<NS>::kStates;
+struct Fronts {
+  static constexpr int kPack = Pack<NS>::kStates;
+  float* first;
+
+  __device__ __forceinline__ Fronts(const WavefrontArguments& a, const Seat& seat, int64_t n0, int32_t strip) {
+    const int64_t number = (seat.batch * a.strips + strip) * wavefront_fronts(a.p.width, a.rows);
+    const int64_t groups = (all_states<NS>(a) + NS - 1) / NS, group = seat.tile * groups + n0 / NS;
+    first = static_cast<float*>(a.p.fronts) + number * a.front_size + group * (NS * kTile) * a.rows +
+            threadIdx.x * kPack;
+  }
+  // Pack by pack, each of all the tile's threads. They are read long after they were written, hence past the caches; and
+  // the compiler has to be told that it may write 16 bytes at a time.
+  __device__ __forceinline__ void put(const WavefrontArguments& a, int32_t number, const float (&states)[NS]) const {
+    float* own = first + number * a.front_size;
 #pragma unroll
-  for (int n = 0; n < NS; ++n)
-    states[n] = reinterpret_cast<const Pack<NS>*>(own + n / kPack * kPack * apart)->of[n % kPack];
-}
-// A saved front of a strip, the states before step `number` * 8, from 1 on: where the thread's own begin. Its packs are
-// rows * 16 floats apart there.
-template <int NS>
-__device__ __forceinline__ float* front_of(const WavefrontArguments& a, const Seat& seat, int32_t strip, int64_t n0,
-                                           int32_t number) {
-  const int64_t groups = (all_states<NS>(a) + NS - 1) / NS;
-  int64_t index = (seat.batch * a.strips + strip) * wavefront_fronts(a.p.width, a.rows) + number - 1;
-  index = (index * a.tiles + seat.tile) * groups + n0 / NS;
-  return static_cast<float*>(a.p.fronts) + index * (NS * a.rows * kTile) + threadIdx.x * Pack<NS>::kStates;
-}
+    for (int n = 0; n < NS; n += kPack) {
+      if constexpr (kPack == 4) {
+        __stcs(reinterpret_cast<float4*>(own), float4{states[n], states[n + 1], states[n + 2], states[n + 3]});
+      } else {
+#pragma unroll
+        for (int i = 0; i < kPack; ++i) own[i] = states[n + i];
+      }
+      own += a.rows * kTile * kPack;
+    }
+  }
+  __device__ __forceinline__ void get(const WavefrontArguments& a, int32_t number, float (&states)[NS]) const {
+    const float* own = first + number * a.front_size;
+#pragma unroll
+    for (int n = 0; n < NS; n += kPack) {
+      float pack[kPack];
+      read_row<kPack>(own, pack);
+#pragma unroll
+      for (int i = 0; i < kPack; ++i) states[n + i] = pack[i];
+      own += a.rows * kTile * kPack;
+    }
+  }
+};
 template <int NS>
 __device__ __forceinline__ void clear(float (&states)[NS]) {
 #pragma unroll
@@ -241,31 +262,30 @@ struct Cursor {
 template <int NS>
 struct Outer {
   static constexpr int kShare = (NS + kMinSlots - 1) / kMinSlots;
-  int32_t column, apart;  // apart: states between those of a thread
+  int32_t apart;              // states between those of a thread
   uint32_t width_of[kShare];  // of the row for a state of the share, or 0
   const float* source;
   float share[kShare];
 
-  // `row` is where the thread's channel has column 0 and state 0, or null where there is no such row.
-  __device__ __forceinline__ Outer(const WavefrontArguments& a, const Seat& seat, int64_t n0, const float* row,
+  // At a column. `row` is where the thread's channel has column 0 and state 0, if there is such a row.
+  __device__ __forceinline__ Outer(const WavefrontArguments& a, const Seat& seat, int64_t n0, const float* row, bool exists,
                                    int32_t column)
-      : column(column), apart(row_slots(a.rows)), source(row) {
+      : apart(row_slots(a.rows)), source(row + (column * all_states<NS>(a) + n0 + seat.row) * a.p.channels) {
 #pragma unroll
     for (int i = 0; i < kShare; ++i) {
       const int32_t n = seat.row + i * apart;
-      const bool given = row && seat.channel < a.p.channels && n < NS && n0 + n < all_states<NS>(a);
+      const bool given = exists && seat.channel < a.p.channels && n < NS && n0 + n < all_states<NS>(a);
       width_of[i] = given ? uint32_t(a.p.width) : 0;
     }
-    if (row) source += (column * all_states<NS>(a) + n0 + seat.row) * a.p.channels;
   }
 
   __device__ __forceinline__ void move(const WavefrontArguments& a, int32_t by) {
-    column += by;
-    if (source) source += by * (all_states<NS>(a) * a.p.channels);
+    source += by * (all_states<NS>(a) * a.p.channels);
   }
 
-  // Another block may have written the column in this launch, so it is read past the L1 cache, which does not hear of that.
-  __device__ __forceinline__ void load(const WavefrontArguments& a) {
+  // The states of the column where it is. Another block may have written them in this launch, so they are read past the L1
+  // cache, which does not hear of that.
+  __device__ __forceinline__ void load(const WavefrontArguments& a, int32_t column) {
 #pragma unroll
     for (int i = 0; i < kShare; ++i)
       share[i] = uint32_t(column) < width_of[i] ? __ldcg(source + i * apart * a.p.channels) : 0.f;
@@ -303,7 +323,7 @@ __device__ __forceinline__ void advance(const Step<NS>& step, const Seat& seat, 
       float h = B_above[i] * inflow_above + B_before[i] * inflow_before;
       h += fast_exp2(step.above * rates_above.of[i] + shift) * states_above.of[i];
       h += fast_exp2(step.before * rates_before.of[i] + shift) * state[n];
-      state[n] = step.valid ? h : 0.f;
+      state[n] = h;
     }
   }
 }

@@ -423,6 +423,10 @@ template <class Value>
 Value __ldcg(const Value* source) {
   return *source;
 }
+template <class Value>
+void __stcs(Value* target, Value value) {
+  *target = value;
+}
 
 // Results of the special function unit: wrong by up to what NVIDIA's PTX manual allows, by an amount that looks random.
 inline float approximate(float exact, float argument, float bound) {
