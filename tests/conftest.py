@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import functools
 import importlib.util
 import logging
 import os
@@ -7,6 +8,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +42,29 @@ def _start_afresh() -> None:
 def forget_runs() -> Callable[[], None]:
     """Makes the next run in a test like the first one of a process."""
     return _forget_runs
+
+
+@pytest.fixture(scope='session')
+def quick_starts() -> Iterator[None]:
+    """What mmengine does anew at the start of every run and is the same each time: once for all runs of the tests.
+
+    It formats the config several times, for the log and the copies, and asks the compilers for their versions.
+    """
+    from mmengine.config import config
+    from mmengine.runner import runner
+
+    formatted: dict[str, tuple[str, bool]] = {}
+    format_code, collect_env = config.FormatCode, functools.cache(runner.collect_env)
+
+    def format_once(text: str, **options: Any) -> tuple[str, bool]:
+        if text not in formatted:
+            formatted[text] = format_code(text, **options)
+        return formatted[text]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, 'FormatCode', format_once)
+        patch.setattr(runner, 'collect_env', lambda: collect_env().copy())
+        yield
 
 
 @pytest.fixture

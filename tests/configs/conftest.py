@@ -51,6 +51,11 @@ def _imagenet(source: Path, target: Path) -> None:
     shutil.rmtree(source)
 
 
+@pytest.fixture(scope='session', autouse=True)
+def _quick_starts(quick_starts: None) -> None:
+    """For every run."""
+
+
 @pytest.fixture(autouse=True)
 def _seed_transforms() -> None:
     """The libraries' transforms draw from these."""

@@ -131,6 +131,11 @@ TEMPLATES = {'mmdet': MMDET, 'mmseg': MMSEG, 'mmpretrain': MMPRETRAIN}
 WriteConfig = Callable[..., Path]
 
 
+@pytest.fixture(scope='session', autouse=True)
+def _quick_starts(quick_starts: None) -> None:
+    """For every run."""
+
+
 @pytest.fixture
 def environment() -> dict[str, str]:
     """The environment for commands: this package first on the path, and the same arithmetic as in this process."""
