@@ -142,6 +142,7 @@ struct Rates {
   __device__ __forceinline__ Rates(const WavefrontArguments& a, const Seat& seat, int64_t n0, float* target)
       : above(target + Places<NS>(seat.lane).own(0)), before(target + Places<NS>(seat.lane).own(1)) {
     __syncthreads();
+#pragma unroll 1  // how often it runs would take a register for as long as the kernel does
     for (int32_t i = threadIdx.x; i < kFloats; i += blockDim.x) {
       const int32_t lane = i % kTile, n = i / kTile % NS;
       const int64_t channel = seat.tile * kTile + lane;

@@ -42,6 +42,17 @@ __global__ void without_second_barrier(Arguments a) {
   a.target[threadIdx.x] = value;
 }
 
+// Another warp may not have read yet what this one overwrites, although its lanes have met since.
+__global__ void overtakes(Arguments a) {
+  SSM_DYNAMIC_SHARED(shared);
+  shared[threadIdx.x] = a.source[threadIdx.x];
+  __syncthreads();
+  const float value = __shfl_xor_sync(0xffffffffu, shared[a.count - 1 - (threadIdx.x ^ 1)], 1);
+  shared[threadIdx.x] = -1.f;
+  __syncthreads();
+  a.target[threadIdx.x] = value;
+}
+
 __global__ void beyond_shared(Arguments a) {
   SSM_DYNAMIC_SHARED(shared);
   shared[threadIdx.x + (threadIdx.x + 1 == unsigned(a.count))] = 1.f;
@@ -114,6 +125,7 @@ int main(int argc, char** argv) {
   } kernels[] = {{"reverse", reverse, 1},
                  {"without_barrier", without_barrier, 1},
                  {"without_second_barrier", without_second_barrier, 1},
+                 {"overtakes", overtakes, 1},
                  {"beyond_shared", beyond_shared, 1},
                  {"beyond_target", beyond_target, 1},
                  {"uninitialised", uninitialised, 1},

@@ -1,7 +1,8 @@
 // Stands in for CUDA's header where kernels are compiled for the CPU. The threads of a block are fibers of one thread of
 // the CPU, which change at barriers, warp operations and naps alone, in an order that a seed decides: what should be behind
-// a barrier and is not, shows. Some blocks of a launch are resident at a time and take turns, each at a pace of its own,
-// between and within barriers; the others start as those end. Shared memory is of the exact size and starts as NaN.
+// a barrier and is not, shows. From one barrier to the next, warps go side by side or one after the other. Some blocks of a
+// launch are resident at a time and take turns, each at a pace of its own, between and within barriers; the others start as
+// those end. Shared memory is of the exact size and starts as NaN.
 #pragma once
 
 #include <algorithm>
@@ -85,6 +86,10 @@ struct Block {
   // The threads in the order of this round, how many of them had their turn, and what had been done before.
   std::vector<size_t> order;
   size_t turn = 0;
+  // The warps in the order in which they go to the next barrier, if they go there one by one, and the one whose turn it is.
+  std::vector<size_t> warps;
+  bool one_by_one = false;
+  size_t warp = 0;
   int64_t done_before = 0, stalled_at = -1;
 };
 
@@ -217,15 +222,40 @@ inline std::string where() {
   return "block " + std::to_string(machine.block->index.x) + " of " + std::to_string(machine.grid.x);
 }
 
+// Fisher and Yates' shuffle by hand: the standard one differs between libraries.
+inline void shuffle(std::vector<size_t>& values, std::mt19937& random) {
+  for (size_t i = values.size(); i > 1; --i) std::swap(values[i - 1], values[random() % i]);
+}
+
+// How a block's warps go to their next barrier: side by side, or as far ahead of each other as they can.
+inline void set_out(Block& block, std::mt19937& random) {
+  block.one_by_one = random() % 2;
+  shuffle(block.warps, random);
+}
+
+// The first warp with a thread that can go on; one that polled only if there is no other.
+inline size_t next_warp(const Block& block) {
+  size_t polling = block.warps.front();
+  for (const size_t warp : block.warps) {
+    bool ready = false, polls = false;
+    for (size_t i = warp * kLanes; i < std::min((warp + 1) * kLanes, block.fibers.size()); ++i) {
+      ready |= block.fibers[i].state == State::kReady;
+      polls |= block.fibers[i].polls;
+    }
+    if (ready && !polls) return warp;
+    if (ready) polling = warp;
+  }
+  return polling;
+}
+
 // Lets go on who waits for nobody any more; whether there is anyone.
-inline bool release() {
+inline bool release(Block& block, std::mt19937& random) {
   bool any = false;
-  std::vector<Fiber>& fibers = machine.block->fibers;
+  std::vector<Fiber>& fibers = block.fibers;
   const size_t count = fibers.size();
   for (Fiber& fiber : fibers) {
-    if (fiber.state != State::kAsleep) continue;
-    fiber.state = State::kReady;
-    any = true;
+    if (fiber.state == State::kAsleep) fiber.state = State::kReady;
+    any |= fiber.state == State::kReady;
   }
   for (size_t first = 0; first < count; first += kLanes) {
     size_t waiting = 0, ended = 0, present = 0;
@@ -254,6 +284,7 @@ inline bool release() {
                              std::to_string(waiting) + " wait at __syncthreads, " + std::to_string(ended) +
                              " have ended, the others wait for their warps");
   for (Fiber& fiber : fibers) fiber.state = State::kReady;
+  set_out(block, random);
   return true;
 }
 
@@ -269,6 +300,9 @@ inline void start_block(Block& block, size_t number, std::mt19937& random) {
   block.fibers.assign(count, Fiber());
   block.order.resize(count);
   block.exchange.resize((count + kLanes - 1) / kLanes);
+  block.warps.resize(block.exchange.size());
+  for (size_t warp = 0; warp < block.warps.size(); ++warp) block.warps[warp] = warp;
+  set_out(block, random);
   for (size_t i = 0; i < count; ++i) {
     block.fibers[i].thread = dim3(unsigned(i) % m.threads.x, unsigned(i) / m.threads.x % m.threads.y,
                                   unsigned(i) / m.threads.x / m.threads.y);
@@ -287,15 +321,15 @@ inline void take_turn(Block& block, bool alone, std::mt19937& random) {
   machine.block = &block;
   const size_t count = block.order.size();
   if (block.turn == count) {
-    // Fisher and Yates' shuffle by hand: the standard one differs between libraries.
-    for (size_t i = count; i > 1; --i) std::swap(block.order[i - 1], block.order[random() % i]);
+    shuffle(block.order, random);
     block.turn = 0, block.done_before = machine.done;
+    if (block.one_by_one) block.warp = next_warp(block);
   }
   const size_t until = alone ? count : block.turn + 1 + random() % (count - block.turn);
   for (; block.turn < until; ++block.turn) {
     const size_t i = block.order[block.turn];
     Fiber& fiber = block.fibers[i];
-    if (fiber.state != State::kReady) continue;
+    if (fiber.state != State::kReady || (block.one_by_one && i / kLanes != block.warp)) continue;
     const bool polled = fiber.polls;
     fiber.polls = false;
     enter(fiber, block.stacks[i]);
@@ -303,7 +337,7 @@ inline void take_turn(Block& block, bool alone, std::mt19937& random) {
     machine.done += !(polled && fiber.polls);
   }
   if (block.turn < count) return;
-  block.runs = release();
+  block.runs = release(block, random);
   if (block.done_before == machine.done) block.stalled_at = machine.done;
 }
 
