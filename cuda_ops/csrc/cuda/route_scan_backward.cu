@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(256, 1) scan_backward(RouteArguments a) {
     const int64_t part = (int64_t(task.line) * a.segments + task.segment) * a.p.batch + task.batch;
     const int64_t part_row = (part * a.p.routes + k) * a.p.channels + task.channel;
     for (int64_t n0 = 0; n0 < a.p.states; n0 += NS) {
-      const bool first = r == 0 && n0 == 0, last_group = n0 + NS >= a.p.states;
+      const bool first_sum = r == 0 && n0 == 0, last_group = n0 + NS >= a.p.states;
       Parameters<NS> parameters;
       parameters.load(a, task, k, n0);
       const bool with_skip = task.active && a.p.D && n0 == 0;
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(256, 1) scan_backward(RouteArguments a) {
               if (task.active && last_group) *grad_delta.at = from_float<T>(grad_raw);
               const float grad_input = through_input * d + skip * dy;
               if (a.tiled) {
-                sums[of_segment] = first ? grad_input : sums[of_segment] + grad_input;
+                sums[of_segment] = first_sum ? grad_input : sums[of_segment] + grad_input;
               } else if (task.active) {
                 *grad_x.at = from_float<T>(grad_input);
               }
