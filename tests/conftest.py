@@ -52,9 +52,10 @@ def quick_starts() -> Iterator[None]:
     """
     from mmengine.config import config
     from mmengine.runner import runner
+    from yapf.yapflib import yapf_api
 
     formatted: dict[str, tuple[str, bool]] = {}
-    format_code, collect_env = config.FormatCode, functools.cache(runner.collect_env)
+    format_code, collect_env = yapf_api.FormatCode, functools.cache(runner.collect_env)
 
     def format_once(text: str, **options: Any) -> tuple[str, bool]:
         if text not in formatted:
@@ -62,7 +63,9 @@ def quick_starts() -> Iterator[None]:
         return formatted[text]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, 'FormatCode', format_once)
+        patch.setattr(yapf_api, 'FormatCode', format_once)
+        if hasattr(config, 'FormatCode'):  # OpenMMLab's has it from the start, the fork imports it each time
+            patch.setattr(config, 'FormatCode', format_once)
         patch.setattr(runner, 'collect_env', lambda: collect_env().copy())
         yield
 
