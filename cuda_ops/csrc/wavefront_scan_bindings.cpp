@@ -163,7 +163,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   check_shape("grad_output", grad_output, x.sizes(), type, x.device());
   check_shape("states", saved_states_, inputs.saved_sizes(), state_type(x), x.device());
   check_shape("fronts", fronts_, inputs.fronts_sizes(cuda), state_type(x), x.device());
-  const Tensor grad_y = last_contiguous(grad_output), saved = saved_states_.contiguous(), fronts = fronts_.contiguous();
+  const Tensor grad_y = last_contiguous(grad_output), saved = saved_states_.contiguous();
+  Tensor fronts = fronts_.contiguous();
+  if (reinterpret_cast<uintptr_t>(fronts.data_ptr()) % 16) fronts = fronts.clone();  // they are read 16 bytes at a time
 
   Tensor grad_x = at::empty(x.sizes(), x.options());
   const Gradient grad_delta_top(delta_top), grad_delta_left(delta_left);

@@ -38,10 +38,10 @@ __device__ __forceinline__ int64_t all_states(const WavefrontArguments& a) {
 }
 
 // Takes the block's next task, if there is one left; every thread takes part. Tasks are in the order of their strips, first
-// those that others wait for. A task waits for the one of the strip before alone, which some running block has taken
-// already; so the first of the unfinished tasks never waits, and all get done, however many blocks the device runs at the
-// same time and in whatever order it starts them. With many maps, strips follow those that they wait for at a distance.
-// The number passes through a place in shared memory.
+// those that others wait for. A task waits for the one of the strip before, and in the backward pass for the one of the tile
+// before, which running blocks have taken already; so the first of the unfinished tasks never waits, and all get done,
+// however many blocks the device runs at the same time and in whatever order it starts them. With many maps, strips follow
+// those that they wait for at a distance. The number passes through a place in shared memory.
 __device__ __forceinline__ bool take_task(const WavefrontArguments& a, int64_t* place, int64_t* task) {
   __syncthreads();  // nobody needs what the task before left in shared memory
   if (threadIdx.x == 0) *place = int64_t(atomicAdd(static_cast<unsigned long long*>(a.p.counters), 1ull));

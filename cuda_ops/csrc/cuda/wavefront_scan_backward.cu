@@ -139,6 +139,7 @@ struct ChannelSums {
     return states + (seat.row + 1) * Places<NS>::kSlot + seat.lane;
   }
   __device__ __forceinline__ static void put(const Seat& seat, const PixelGradients& pixel, float* states) {
+    __syncwarp();  // all of the row's threads have read these states, and nobody needs them any more
     float* sums = of_step(seat, states);
     if (seat.lane < NS) sums[0] = pixel.B_above, sums[NS] = pixel.B_before, sums[2 * NS] = pixel.C;
   }
@@ -235,6 +236,7 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 1) wavefront_backward(Wavefro
       float state[NS], carry[NS], grad_above[NS], grad_before[NS];
 #pragma unroll
       for (int n = 0; n < NS; ++n) state[n] = carry[n] = grad_above[n] = grad_before[n] = 0.f;
+      // What is right of the map or below it hands nothing up.
       for (int32_t i = threadIdx.x; i < 2 * states_size; i += blockDim.x) handed_up[i] = 0.f;
       Cursor<T, NS> cursor(a, seat, n0, strip);
       Outer<NS> above(a, seat, n0, row_above, strip > 0, steps);
@@ -311,7 +313,7 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 1) wavefront_backward(Wavefro
               for (int first = 0; first < NS; first += kPack)
                 put_pack(a, places, n0, first, pack_at<NS>(to_above + up, first), column);
             }
-            channel_sums.put(seat, pixel, earlier + states_size);  // nobody needs the row's states there any more
+            channel_sums.put(seat, pixel, earlier + states_size);
             if (step.valid) {
               float grads[3] = {pixel.x, pixel.above, pixel.before};
               if (n0 == 0) {

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 2) wavefront_forward(Wavefron
           }
         }
         const int32_t done = time + 1;
-        if (a.p.fronts && done % kFrontSteps == 0 && done < steps && seat.row < a.rows)
+        if (a.p.fronts && done % int32_t(kFrontSteps) == 0 && done < steps && seat.row < a.rows)
           fronts.put(a, done / int32_t(kFrontSteps) - 1, state);
         move_bytes(y, a.bytes.y);
         next.hand_out(seat, projections + ((time + 1) & 1) * projections_size);

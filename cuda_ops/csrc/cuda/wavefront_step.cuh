@@ -55,8 +55,8 @@ struct Fronts {
     first = static_cast<float*>(a.p.fronts) + number * a.front_size + group * (NS * kTile) * a.rows +
             threadIdx.x * kPack;
   }
-  // Pack by pack, each of all the tile's threads. They are read long after they were written, hence past the caches; and
-  // the compiler has to be told that it may write 16 bytes at a time.
+  // Pack by pack, each of all the tile's threads. What the forward pass writes is read long after, hence the first to leave
+  // the caches; and the compiler has to be told that it may write 16 bytes at a time.
   __device__ __forceinline__ void put(const WavefrontArguments& a, int32_t number, const float (&states)[NS]) const {
     float* own = first + number * a.front_size;
 #pragma unroll
@@ -303,7 +303,8 @@ struct Outer {
 };
 
 // The states of a thread's pixel, in place of those of the pixel before it. `above` has the states that the thread above
-// had a step before; a state that does not exist is 0, so that its decay does not matter.
+// had a step before. A state that does not exist is 0, so that its decay does not matter: left of the map and above it, all
+// inputs are 0, and states start as that. What is right of the map or below it, no pixel of the map reads.
 template <int NS>
 __device__ __forceinline__ void advance(const Step<NS>& step, const Seat& seat, const Rates<NS>& rates,
                                         const float* projections, const float* above, float (&state)[NS]) {
