@@ -41,8 +41,9 @@ struct WavefrontScanParams {
   GridTensor grad_C;          // (parts, B, H, W, N) state, in the strides of both grad_B
   void* grad_D;               // (B, E) state, or null
 
-  // CUDA only, sized by the plan; there, grad_A and grad_D above have a leading dimension of `strips` parts.
-  void* fronts;    // (B, strips, fronts, tiles, group, rows, 16) float, or null: the states before every 8th step
+  // CUDA only; there, grad_A and grad_D above have a leading dimension of `strips` parts. In the fronts, states are filled
+  // up to whole groups.
+  void* fronts;    // (B, strips, fronts, tiles, N, rows, 16) float, or null: the states before every 8th step of a strip
   void* edge;      // (B, W, N, E) float: the states of a strip's last row, or the gradients of those above its first one
   void* partial;   // (1 or 3, B, H, W, E) float: sums over groups of states of y, or of the gradients of x and deltas
   void* counters;  // int64, zero before each pass: the next task, and tasks' progress (see wavefront_counters)

@@ -12,7 +12,7 @@ class Replacing(TorchFunctionMode):
     """While it is active, calls of some of PyTorch's functions and operators go to others.
 
     Also while ``torch.export`` traces a module: the program then holds what the replacements consist of. Decomposing
-    the finished program (``ExportedProgram.run_decompositions``) would trace it twice more.
+    the finished program (``ExportedProgram.run_decompositions``) would trace it once more.
 
     Args:
         table: what to call instead; operators as they are called, ``torch.ops.namespace.name``.

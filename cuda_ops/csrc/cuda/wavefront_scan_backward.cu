@@ -307,8 +307,7 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 1) wavefront_backward(Wavefro
                 {earlier + above_own, earlier + own, earlier + states_size + own},
                 handed_up + ((time + 1) & 1) * states_size + from_below, to_above + up, carry, grad_above, grad_before);
             if (hands_up && step.valid) {
-              // `below` is as many columns before this one as the strip has rows.
-              float* column = const_cast<float*>(below.source) + a.rows * (all_states<NS>(a) * a.p.channels);
+              float* column = edge + (time * all_states<NS>(a) + n0) * a.p.channels;
 #pragma unroll
               for (int first = 0; first < NS; first += kPack)
                 put_pack(a, places, n0, first, pack_at<NS>(to_above + up, first), column);

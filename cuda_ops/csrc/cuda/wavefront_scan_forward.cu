@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(kMaxRows* kTile, 2) wavefront_forward(Wavefron
   float* states_of = shared;                         // of this step and the one before
   float* projections = shared + 2 * states_size;     // of this step and the next
   const int32_t steps = int32_t(a.p.width) + a.rows - 1;
-  // The first place for a task's number is the task's own from its first barrier on.
+  // The task's number passes through the start of shared memory, which is the task's own from its first barrier on.
   for (int64_t task; take_task(a, reinterpret_cast<int64_t*>(shared), &task);) {
     const int32_t strip = int32_t(task / a.maps);
     const Seat seat(a, task, strip);

@@ -43,6 +43,7 @@ __device__ __forceinline__ void put_states(float* own, const float (&states)[NS]
     *reinterpret_cast<Pack<NS>*>(own + first * kTile) = pack;
   }
 }
+
 // A thread's part of the strip's saved fronts. Number 0 has the states before step 8, and so on.
 template <int NS>
 struct Fronts {
@@ -82,6 +83,7 @@ struct Fronts {
     }
   }
 };
+
 template <int NS>
 __device__ __forceinline__ void clear(float (&states)[NS]) {
 #pragma unroll
@@ -174,7 +176,7 @@ struct Step {
   static constexpr int kShare = (3 * NS + kTile - 1) / kTile;
   float u, above, before, grad;  // x, step sizes, gradient of y
   float share[kShare];           // of B above, B before and C, one after the other
-  bool on_map, valid, has_above, has_before;  // valid: on the map, and there is such a channel
+  bool valid, has_above, has_before;  // valid: on the map, and there is such a channel
 
   // Puts the share where the row's other threads read it.
   __device__ __forceinline__ void hand_out(const Seat& seat, float* projections) const {
@@ -246,7 +248,7 @@ struct Cursor {
   // Fetches the gradient of y as well if the step is to go back.
   __device__ __forceinline__ Step<NS> load(bool back) const {
     Step<NS> step;
-    step.on_map = all.has(column), step.valid = pixels.has(column);
+    step.valid = pixels.has(column);
     step.has_above = with_above.has(column), step.has_before = with_before.has(column);
     step.u = step.valid ? to_float(*x) : 0.f;
     step.above = step.valid && step.has_above ? to_float(*above) : 0.f;
