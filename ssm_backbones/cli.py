@@ -32,7 +32,8 @@ def train_main(argv: Sequence[str] | None = None) -> int:
         nargs='?',
         const='auto',
         metavar='PATH',
-        help='go on from this checkpoint; without PATH, or with auto, from the latest one in the work dir, if any',
+        help='go on from this checkpoint; without PATH, or with auto, from the latest one in the work dir, or where '
+        "there is none yet start as without the option, from the config's load_from if it has one",
     )
     parser.add_argument('--amp', action='store_true', help='mixed precision: float16 on a GPU, bfloat16 on a CPU')
     parser.add_argument(

@@ -23,6 +23,7 @@ from mmengine.runner import Runner
 
 from ssm_backbones.checkpoints.files import read_checkpoint, reading_settings
 from ssm_backbones.checkpoints.fitting import FittingCheckpoint
+from ssm_backbones.cpu_distributed import CPUDistributedDataParallel
 from ssm_backbones.preflight import CommandError, check_checkpoint, check_data, check_init_cfg, naming_unreadable_files
 
 logger = logging.getLogger(__name__)
@@ -37,8 +38,8 @@ class TrainOptions:
     Attributes:
         config: The config file.
         work_dir: Where logs and checkpoints go; by default the config's ``work_dir``, else ``work_dirs/<config name>``.
-        resume: ``None`` to start anew, ``'auto'`` to go on from the latest checkpoint in ``work_dir`` if there is one,
-            or the checkpoint to go on from.
+        resume: ``None`` to start anew, ``'auto'`` to go on from the latest checkpoint in ``work_dir``, or from the
+            config's ``load_from`` where there is none yet, or the checkpoint to go on from.
         amp: Mixed precision: float16 with dynamic loss scaling on a GPU, bfloat16 on a CPU.
         auto_scale_lr: Scale the learning rate by the actual over the config's ``auto_scale_lr.base_batch_size``.
         cfg_options: Values that replace the config's, by dotted key.
@@ -100,18 +101,18 @@ def train(options: TrainOptions) -> Runner:
         _replace_what_needs_a_gpu(cfg)
     if options.auto_scale_lr:
         _enable_auto_scale_lr(cfg)
-    if options.resume is not None:
-        cfg.resume = True
-        cfg.load_from = None if options.resume == 'auto' else options.resume
+    note = _choose_start(cfg, options.resume)
     if cfg.default_scope == 'mmpretrain':
         _set_mmpretrain_dataloaders(cfg, ('train_dataloader', 'val_dataloader', 'test_dataloader'))
     check_data(cfg, ('train', 'val'))
     check_init_cfg(cfg.model)
-    start = _checkpoint_to_load(cfg)
-    _check_start(start, 'load_from')
+    start = cfg.get('load_from')
+    _check_start(start, 'load_from' if options.resume is None else '--resume' if cfg.resume else 'load_from')
     _prepare_launch(cfg, options.launcher)
     with naming_unreadable_files(), reading_settings():
         runner = _build_runner(cfg)
+        if note:
+            runner.logger.info(note)
         if start is not None:
             resumed = bool(cfg.get('resume'))
             runner.register_hook(FittingCheckpoint(start, whole=resumed, convert=not resumed))
@@ -243,11 +244,48 @@ def _set_mmpretrain_dataloaders(cfg: Config, names: tuple[str, ...]) -> None:
             loader.setdefault('persistent_workers', loader.get('num_workers', 0) > 0)
 
 
-def _checkpoint_to_load(cfg: Config) -> str | None:
-    if cfg.get('load_from') is not None or not cfg.get('resume'):
-        return cfg.get('load_from')
+def _choose_start(cfg: Config, resume: str | None) -> str:
+    """Set the config's ``resume`` and ``load_from`` to what the training starts from; return a line for the log.
+
+    Where there is nothing to resume yet, mmdet's own command line drops ``load_from``, and mmseg's resumes from it, with
+    another training's epoch and optimizer.
+    """
+    if resume is not None and resume != 'auto':
+        cfg.resume, cfg.load_from = True, resume
+        return ''
+    # A config's own `resume` goes on from its `load_from` where it has one, as mmengine documents.
+    if resume is None and (not cfg.get('resume') or cfg.get('load_from') is not None):
+        return ''
     record = Path(cfg.work_dir, 'last_checkpoint')
-    return record.read_text().strip() if record.is_file() else None
+    cfg.resume = record.is_file()
+    if not cfg.resume:
+        source = cfg.get('load_from')
+        first = 'starts as the config says' if source is None else f'starts from load_from={source!r}'
+        return f'There is no {record} to resume from: the training {first}.'
+    named = record.read_text(encoding='utf-8').strip()
+    cfg.load_from = _recorded_checkpoint(record, named)
+    if os.path.realpath(cfg.load_from) == os.path.realpath(named):
+        return ''
+    return f'{record} names {named}; the file of that name beside it, {cfg.load_from}, is resumed from.'
+
+
+def _recorded_checkpoint(record: Path, named: str) -> str:
+    """The checkpoint that mmengine's record of the latest one means, after the work dir was moved or copied too.
+
+    Raises:
+        CommandError: If there is none.
+    """
+    beside = record.parent / Path(named).name
+    if named and beside.is_file():
+        return str(beside)
+    if named and ('://' in named or os.path.isfile(named)):
+        return named
+    others = sorted(record.parent.glob('*.pth'), key=os.path.getmtime)
+    hint = f', the latest one there is {others[-1]}' if others else ''
+    raise CommandError(
+        f'{record} {f"names {named}, which does not exist" if named else "is empty"}. Go on from another checkpoint '
+        f'with --resume PATH{hint}; or remove {record} to start anew.'
+    )
 
 
 def _check_start(checkpoint: str | None, key: str) -> None:
@@ -362,7 +400,9 @@ def _prepare_launch(cfg: Config, launcher: str) -> None:
     # mmengine's own start selects a GPU first; on CPUs the processes join through gloo before it looks.
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group('gloo')
-    wrapper = cfg.setdefault('model_wrapper_cfg', ConfigDict(type='MMDistributedDataParallel'))
+    wrapper = cfg.setdefault('model_wrapper_cfg', ConfigDict())
+    if wrapper.get('type', 'MMDistributedDataParallel') == 'MMDistributedDataParallel':
+        wrapper['type'] = CPUDistributedDataParallel.__name__
     wrapper.setdefault('broadcast_buffers', False)
     wrapper.setdefault('find_unused_parameters', cfg.get('find_unused_parameters', False))
     wrapper['device_ids'] = None

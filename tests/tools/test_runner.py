@@ -4,12 +4,14 @@ import argparse
 import functools
 import logging
 import math
+import os
 import pickle
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -137,6 +139,85 @@ def test_resuming_by_iteration_goes_on_as_if_nothing_had_happened(
     assert runner.iter == 16
     assert len(read_losses(whole)) == 16
     assert read_losses(parts) == pytest.approx(read_losses(whole), rel=1e-5)
+
+
+@pytest.fixture
+def started(monkeypatch) -> list[tuple]:
+    """What would be built and trained, in place of doing so: (resume, load_from, lines for the log)."""
+    seen = []
+
+    class Built:
+        def __init__(self, cfg) -> None:
+            self.lines: list[str] = []
+            self.logger = SimpleNamespace(info=self.lines.append)
+            seen.append((cfg.resume, cfg.load_from, self.lines))
+
+        def register_hook(self, hook) -> None:
+            """Nothing is loaded."""
+
+        def train(self) -> None:
+            """Nothing is trained."""
+
+    monkeypatch.setattr('ssm_backbones.runner._build_runner', Built)
+    return seen
+
+
+def test_resume_without_anything_to_resume_starts_as_the_config_says(started, train, write_config, tmp_path) -> None:
+    source, work_dir = tmp_path / 'start.pth', tmp_path / 'work'
+    torch.save(dict(state_dict={}), source)
+    with_start, without = (write_config('mmpretrain', line) for line in (f'load_from = {str(source)!r}', ''))
+    train(with_start, work_dir, resume='auto')
+    train(without, work_dir, resume='auto')
+    train(write_config('mmpretrain', 'resume = True'), work_dir)
+    assert [run[:2] for run in started] == [(False, str(source)), (False, None), (False, None)]
+    assert all('last_checkpoint to resume from' in run[2][0] for run in started)
+    assert f'load_from={str(source)!r}' in started[0][2][0]
+    # Once there is something, the config's own start no longer counts.
+    work_dir.mkdir()
+    latest = work_dir / 'epoch_1.pth'
+    torch.save(dict(state_dict={}), latest)
+    (work_dir / 'last_checkpoint').write_text(str(latest))
+    train(with_start, work_dir, resume='auto')
+    assert started[-1] == (True, str(latest), [])
+    # mmengine's own way to name what to go on from.
+    train(write_config('mmpretrain', f'resume = True\nload_from = {str(source)!r}'), work_dir)
+    assert started[-1] == (True, str(source), [])
+
+
+def test_a_moved_work_dir_is_resumed_from_its_own_file(started, train, write_config, tmp_path, monkeypatch) -> None:
+    config, work_dir = write_config('mmpretrain'), tmp_path / 'moved'
+    work_dir.mkdir()
+    torch.save(dict(state_dict={}), work_dir / 'epoch_1.pth')
+    for named in (str(tmp_path / 'old' / 'epoch_1.pth'), 'work_dirs/old/epoch_1.pth'):
+        (work_dir / 'last_checkpoint').write_text(named)
+        train(config, work_dir, resume='auto')
+        resumed, checkpoint, (line,) = started.pop()
+        assert (resumed, checkpoint) == (True, str(work_dir / 'epoch_1.pth'))
+        assert named in line and str(work_dir / 'epoch_1.pth') in line
+    # A checkpoint that is kept elsewhere, as CheckpointHook's out_dir has it, is taken from there.
+    elsewhere = tmp_path / 'elsewhere' / 'epoch_2.pth'
+    elsewhere.parent.mkdir()
+    torch.save(dict(state_dict={}), elsewhere)
+    (work_dir / 'last_checkpoint').write_text(str(elsewhere))
+    train(config, work_dir, resume='auto')
+    assert started.pop() == (True, str(elsewhere), [])
+
+
+@pytest.mark.parametrize('named', ['/old/epoch_2.pth', ''])
+def test_a_record_without_its_file_names_the_way_on(named, started, train, write_config, tmp_path) -> None:
+    record = tmp_path / 'last_checkpoint'
+    record.write_text(named)
+    for name in ('epoch_1.pth', 'epoch_0.pth'):
+        torch.save(dict(state_dict={}), tmp_path / name)
+    os.utime(tmp_path / 'epoch_0.pth', (0, 0))
+    with pytest.raises(CommandError) as failure:
+        train(write_config('mmpretrain'), tmp_path, resume='auto')
+    message = str(failure.value)
+    assert message.startswith(f'{record} ') and (named or 'is empty') in message
+    assert f'--resume PATH, the latest one there is {tmp_path / "epoch_1.pth"}' in message
+    assert 'load_from' not in message and not started
+    with pytest.raises(CommandError, match=r'^--resume: checkpoint /gone\.pth does not exist'):
+        train(write_config('mmpretrain'), tmp_path, resume='/gone.pth')
 
 
 def test_configs_need_not_import_the_package(train, write_config, tmp_path) -> None:
