@@ -16,9 +16,12 @@ _BLOCK, _OUR_BLOCK = 'layers.{s}.blocks.{b}', 'stages.{s}.blocks.{b}'
 class VMambaFamily(Family):
     """VMamba v2 and v0.
 
-    Its dialect: ``version``; ``scan``, whether the projections of the four routes are 'flat' or 'stacked'; ``names``,
-    'current', or 'first' for those of the code that trained the first release; ``norms``, what the output norms are
-    called: 'classifier' (that of the last stage alone) or 'outnorm' (detectors and segmentors); ``stages``.
+    Its dialect: ``version``; ``scan``, whether the projections of the four routes are 'stacked', ``x_proj_weight``
+    (4, F, E) and ``dt_projs_weight`` (4, E, R) as in all released files and in the code that reads them, or 'flat',
+    ``x_proj.weight`` (4F, E) and ``dt_projs.weight`` (4E, R) as in the single-file ``vmamba.py`` of 2025, which reads
+    both; ``names``, 'current', or 'first' for those of the code that trained the first release; ``norms``, what the
+    output norms are called: 'classifier' (that of the last stage alone) or 'outnorm' (detectors and segmentors);
+    ``stages``.
     """
 
     name = 'VMamba'
@@ -44,8 +47,7 @@ class VMambaFamily(Family):
             stages=count(names, r'layers\.(\d+)\.'))
 
     def default_dialect(self, settings: Mapping[str, Any], classifier: bool) -> dict[str, Any]:
-        version = settings['version']
-        return dict(version=version, scan='flat' if version == 'v2' else 'stacked', names='current',
+        return dict(version=settings['version'], scan='stacked', names='current',
                     norms='classifier' if classifier else 'outnorm', stages=len(settings['depths']))
 
     def naming(self, dialect: Mapping[str, Any]) -> Naming:

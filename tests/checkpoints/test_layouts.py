@@ -1,36 +1,60 @@
-"""The stand-ins have exactly the names and shapes of the official checkpoints."""
+"""What we write by the authors' names is what they published, and so are the stand-ins of the other tests."""
 
 import pytest
+import torch
 
-from tests.checkpoints.layouts import MAMBA2D, VMAMBA, digest, mamba2d_classifier, vmamba_classifier
+from ssm_backbones import Mamba2D, VMamba
+from ssm_backbones.checkpoints import convert_checkpoint, restore_checkpoint
+from tests.checkpoints.layouts import MAMBA2D, VMAMBA, mamba2d_classifier, random_tensors, vmamba_classifier
+from tests.checkpoints.published import published_layouts
 
-# Of the true layouts: the number of tensors, and the digest of their names and shapes.
-VMAMBA_DIGESTS = {
-    'tiny-s1l8': (276, '648296d4fe0565f3'),
-    'tiny-s2l5': (222, 'f5004bda2e0be70c'),
-    'small-s2l15': (402, 'abeb064f31f35c84'),
-    'small-s1l20': (492, 'dcbdcb85f0a128b3'),
-    'base-s2l15': (402, '5c0454e81535f1a8'),
-    'base-s1l20': (492, 'cfd16c321870b3e1'),
-    'tiny-v0': (212, '57bae0034373e942'),
-    'small-v0': (446, '72a1584e0a09e908'),
-    'base-v0': (446, '12bd233dd1b0c4a1'),
-}
-
-MAMBA2D_DIGESTS = {
-    'nano': (404, '93d94cb05b3a03cc'),
-    'tiny': (404, '694c66461ddf43ae'),
-    'small': (763, '76211b93222e685c'),
-}
+PUBLISHED = published_layouts()
 
 
-@pytest.mark.parametrize('variant', VMAMBA)
-def test_vmamba_layouts_are_the_official_ones(variant):
-    layout = vmamba_classifier(**VMAMBA[variant])
-    assert (len(layout), digest(layout)) == VMAMBA_DIGESTS[variant]
+def shapes(tensors):
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize('variant', MAMBA2D)
-def test_mamba2d_layouts_are_the_official_ones(variant):
-    layout = mamba2d_classifier(**MAMBA2D[variant])
-    assert (len(layout), digest(layout)) == MAMBA2D_DIGESTS[variant]
+def test_every_published_classifier_is_there():
+    assert {model for family, model in PUBLISHED if family.startswith('VMamba')} == VMAMBA.keys()
+    assert {model for family, model in PUBLISHED if family == 'Mamba2D'} == MAMBA2D.keys()
+
+
+@pytest.mark.parametrize(('family', 'model'), PUBLISHED)
+def test_stand_ins_have_the_published_names_and_shapes(family, model):
+    layout = (mamba2d_classifier(**MAMBA2D[model]) if family == 'Mamba2D' else vmamba_classifier(**VMAMBA[model]))
+    assert layout == PUBLISHED[family, model]
+
+
+@pytest.mark.parametrize(('family', 'model'), PUBLISHED)
+def test_our_models_are_given_the_published_names_and_shapes(family, model):
+    """A model of ours that was trained, so that nothing but its tensors says what it is."""
+    published = PUBLISHED[family, model]
+    with torch.device('meta'):
+        backbone = (Mamba2D if family == 'Mamba2D' else VMamba)(model, out_indices=3)
+        head = {name: torch.empty(shape) for name, shape in _head(family, backbone.num_features[-1]).items()}
+    state = {f'backbone.{name}': tensor for name, tensor in backbone.state_dict().items()} | head
+    restored, _ = restore_checkpoint({'meta': {'epoch': 300}, 'state_dict': state})
+    assert shapes(restored['state_dict' if family == 'Mamba2D' else 'model']) == published
+
+
+def _head(family, width):
+    if family != 'Mamba2D':
+        return {'head.fc.weight': (1000, width), 'head.fc.bias': (1000,)}
+    layers = {'norm1': (width,), 'fc1': (4 * width, width), 'norm2': (4 * width,), 'fc2': (1000, 4 * width)}
+    return {f'head.{name}.{part}': shape if part == 'weight' else shape[:1]
+            for name, shape in layers.items() for part in ('weight', 'bias')}
+
+
+@pytest.mark.parametrize('norms', ['classifier', 'outnorm'])
+def test_the_pyramid_of_a_trained_detector_is_given_the_same_names(norms):
+    """Their detectors and segmentors build on the classifiers' code: stacked projections there, too."""
+    layout = vmamba_classifier(embed_dims=16, depths=[1, 1, 2, 1], ssm_ratio=1.0, num_classes=10)
+    ours, _ = convert_checkpoint({'model': random_tensors(layout)}, backbone_only=True)
+    state = ours['state_dict']
+    if norms == 'outnorm':
+        state |= {f'norm{i}.{part}': torch.ones(16 * 2**i) for i in range(3) for part in ('weight', 'bias')}
+        state = {f'backbone.{name}': tensor for name, tensor in state.items()} | {'neck.weight': torch.ones(1)}
+    restored = restore_checkpoint({'state_dict': state})[0]
+    names = {name.removeprefix('backbone.') for name in restored['state_dict' if norms == 'outnorm' else 'model']}
+    assert {name for name in names if 'proj' in name} == {name for name in layout if 'proj' in name}

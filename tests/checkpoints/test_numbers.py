@@ -37,12 +37,12 @@ def tensors_of(layout):
     return tensors
 
 
-def spelled_stacked(tensors):
-    """v2 with the projections of the routes stacked, as earlier code of the authors had them."""
+def spelled_flat(tensors):
+    """v2 with the projections of the routes in one dimension, as the authors' single-file code of 2025 names them."""
     spelled = {}
     for name, tensor in tensors.items():
-        if name.endswith(('x_proj.weight', 'dt_projs.weight')):
-            name, tensor = name.replace('.weight', '_weight'), tensor.unflatten(0, (4, -1))
+        if name.endswith(('x_proj_weight', 'dt_projs_weight')):
+            name, tensor = name.replace('_weight', '.weight'), tensor.flatten(0, 1)
         spelled[name] = tensor
     return spelled
 
@@ -63,7 +63,7 @@ def spelled_first(tensors):
 
 
 @pytest.mark.parametrize(('variant', 'spelling'), [
-    ('v2', None), ('v2-narrow', None), ('v0', None), ('v2', spelled_stacked), ('v0', spelled_first)])
+    ('v2', None), ('v2-narrow', None), ('v0', None), ('v2', spelled_flat), ('v0', spelled_first)])
 def test_vmamba_classifiers(variant, spelling):
     options = SMALL_VMAMBA[variant]
     tensors = tensors_of(vmamba_classifier(**options, num_classes=5))
@@ -83,7 +83,7 @@ def test_vmamba_classifiers(variant, spelling):
 
 
 @pytest.mark.parametrize(('variant', 'spelling'), [
-    ('v2', None), ('v0', None), ('v2', spelled_stacked), ('v0', spelled_first)])
+    ('v2', None), ('v0', None), ('v2', spelled_flat), ('v0', spelled_first)])
 def test_vmamba_pyramids(variant, spelling):
     options = SMALL_VMAMBA[variant]
     tensors = tensors_of(vmamba_pyramid(**options))

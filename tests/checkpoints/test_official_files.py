@@ -195,7 +195,7 @@ def test_every_element_of_v2_goes_to_its_place():
     official = random_tensors(vmamba_classifier(**VMAMBA['tiny-s1l8']))
     ours = convert_checkpoint({'model': official})[0]['state_dict']
     block, our_block = 'layers.2.blocks.7', 'backbone.stages.2.blocks.7'
-    width, inner, rank = 384, 384, 24
+    width, inner = 384, 384
     expected = {
         'backbone.patch_embed.first.conv.weight': official['patch_embed.0.weight'],
         'backbone.patch_embed.first.norm.bias': official['patch_embed.2.bias'],
@@ -207,8 +207,8 @@ def test_every_element_of_v2_goes_to_its_place():
         f'{our_block}.mlp.fc2.bias': official[f'{block}.mlp.fc2.bias'],
         f'{our_block}.mixer.in_proj.weight': official[f'{block}.op.in_proj.weight'],
         f'{our_block}.mixer.conv.weight': official[f'{block}.op.conv2d.weight'],
-        f'{our_block}.mixer.x_proj.weight': official[f'{block}.op.x_proj.weight'],
-        f'{our_block}.mixer.dt_weight': official[f'{block}.op.dt_projs.weight'].view(4, inner, rank),
+        f'{our_block}.mixer.x_proj.weight': official[f'{block}.op.x_proj_weight'].view(-1, inner),
+        f'{our_block}.mixer.dt_weight': official[f'{block}.op.dt_projs_weight'],
         f'{our_block}.mixer.dt_bias': official[f'{block}.op.dt_projs_bias'],
         f'{our_block}.mixer.A_log': official[f'{block}.op.A_logs'].view(4, inner, 1),
         f'{our_block}.mixer.D': official[f'{block}.op.Ds'].view(4, inner),
