@@ -23,6 +23,8 @@ import torch
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
 
+from ssm_backbones.torch_compat import allow_in_checkpoints
+
 logger = logging.getLogger(__name__)
 
 # Importing torchvision (0.15 to 0.28) looks these operators up; torchvision's own compiled library declares them.
@@ -107,13 +109,12 @@ def _mend_checkpoint_loading() -> None:
     """
     multiarray = importlib.import_module('numpy._core.multiarray' if hasattr(np, '_core') else 'numpy.core.multiarray')
     classes = [HistoryBuffer, np.ndarray, np.dtype, *{type(np.dtype(code)) for code in _NUMERIC_DTYPES}]
-    # Named entries: a bare class would be taken off again where other code ends a `safe_globals` block that lists it.
-    allowed: list[Any] = [(kind, f'{kind.__module__}.{kind.__qualname__}') for kind in classes]
+    allowed: dict[str, Any] = {f'{kind.__module__}.{kind.__qualname__}': kind for kind in classes}
     # NumPy 1 wrote the module as numpy.core, NumPy 2 writes numpy._core; either may read the other's checkpoints.
     for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
-        allowed += [(multiarray._reconstruct, f'{module}._reconstruct'), (multiarray.scalar, f'{module}.scalar')]
-    allowed.append((_history_buffer_method, 'builtins.getattr'))
-    torch.serialization.add_safe_globals(allowed)
+        allowed |= {f'{module}._reconstruct': multiarray._reconstruct, f'{module}.scalar': multiarray.scalar}
+    allowed['builtins.getattr'] = _history_buffer_method
+    allow_in_checkpoints(allowed)
     logger.debug("mmengine's HistoryBuffer and NumPy numbers may be read from checkpoints (weights_only=True).")
 
 

@@ -21,7 +21,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from ssm_backbones.checkpoints.files import read_checkpoint, reading_settings
+from ssm_backbones.checkpoints.files import read_checkpoint
 from ssm_backbones.checkpoints.fitting import FittingCheckpoint
 from ssm_backbones.cpu_distributed import CPUDistributedDataParallel
 from ssm_backbones.preflight import CommandError, check_checkpoint, check_data, check_init_cfg, naming_unreadable_files
@@ -109,7 +109,7 @@ def train(options: TrainOptions) -> Runner:
     start = cfg.get('load_from')
     _check_start(start, 'load_from' if options.resume is None else '--resume' if cfg.resume else 'load_from')
     _prepare_launch(cfg, options.launcher)
-    with naming_unreadable_files(), reading_settings():
+    with naming_unreadable_files():
         runner = _build_runner(cfg)
         if note:
             runner.logger.info(note)
@@ -145,7 +145,7 @@ def test(options: TestOptions) -> dict[str, float]:
     if options.out is not None and scope == 'mmseg':
         cfg.test_evaluator.output_dir = options.out
         cfg.test_evaluator.keep_results = True
-    with naming_unreadable_files(), reading_settings():
+    with naming_unreadable_files():
         runner = _build_runner(cfg)
         unused = _parts_without_a_test(scope, options.tta)
         runner.register_hook(FittingCheckpoint(options.checkpoint, whole=True, unused=unused))
@@ -247,8 +247,8 @@ def _set_mmpretrain_dataloaders(cfg: Config, names: tuple[str, ...]) -> None:
 def _choose_start(cfg: Config, resume: str | None) -> str:
     """Set the config's ``resume`` and ``load_from`` to what the training starts from; return a line for the log.
 
-    Where there is nothing to resume yet, mmdet's own command line drops ``load_from``, and mmseg's resumes from it, with
-    another training's epoch and optimizer.
+    Where there is nothing to resume yet, mmdet's own command line drops ``load_from``, and mmseg's resumes from it,
+    with another training's epoch and optimizer.
     """
     if resume is not None and resume != 'auto':
         cfg.resume, cfg.load_from = True, resume

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ssm_backbones.benchmark.unavailable import Unavailable
+from ssm_backbones.torch_compat import set_recompile_limit
 
 
 def cross_scan_by_loop(
@@ -143,7 +144,7 @@ class WavefrontByDiagonals:
         self.step = _diagonal
         if compiled:
             # A few graphs for each pass and for a batch of one; over all sizes of a run they pass the usual limit.
-            torch._dynamo.config.recompile_limit = 64
+            set_recompile_limit(64)
             self.step = torch.compile(_diagonal, dynamic=True, fullgraph=True)
 
     def __call__(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import fcntl
 import hashlib
 import os
@@ -20,11 +19,12 @@ from typing import Any
 import torch
 
 from ssm_backbones.preflight import CommandError
+from ssm_backbones.torch_compat import allow_in_checkpoints
 from ssm_backbones.whole_files import whole_file
 
 # Trainers of the Swin and timm lines store their settings beside the weights. Neither class has code to run: the
-# first is read as the dictionary that it is.
-_SETTINGS: list[Any] = [(OrderedDict, 'yacs.config.CfgNode'), (argparse.Namespace, 'argparse.Namespace')]
+# first is read as the dictionary that it is. They are allowed once and for all: readings take place within each other.
+allow_in_checkpoints({'yacs.config.CfgNode': OrderedDict, 'argparse.Namespace': argparse.Namespace})
 _AGAIN = 'Get the file again.'
 
 
@@ -52,11 +52,6 @@ def read_checkpoint(source: str | os.PathLike[str]) -> dict[str, Any]:
         # The next attempt is to download it anew.
         path.unlink(missing_ok=True)
         raise
-
-
-def reading_settings() -> contextlib.AbstractContextManager[Any]:
-    """While active, ``torch.load(weights_only=True)`` reads the settings beside the weights in the authors' files."""
-    return torch.serialization.safe_globals(_SETTINGS)
 
 
 def check_destination(path: str | os.PathLike[str], overwrite: bool = False) -> None:
@@ -105,8 +100,7 @@ def _read(path: Path, name: str) -> dict[str, Any]:
     _check_start(start, name)
     try:
         _check_archive(path, name)
-        with reading_settings():
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:

@@ -1,0 +1,111 @@
+"""What stands in for newer functions of PyTorch; both ways are taken with whichever version is installed."""
+
+import argparse
+import re
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ssm_backbones import torch_compat
+from ssm_backbones.layers.common import pad_to_multiple
+from ssm_backbones.torch_compat import allow_in_checkpoints
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Stored:
+    """A class that a checkpoint holds under the name of another module."""
+
+    def __init__(self) -> None:
+        self.value = 3
+
+
+class Users:
+    """A class that only the user allows."""
+
+
+def add_one(value: int) -> int:
+    return value + 1
+
+
+class Call:
+    def __reduce__(self):
+        return add_one, (4,)
+
+
+@pytest.fixture(params=[True, False], ids=['names', 'no names'])
+def takes_names(request, monkeypatch) -> bool:
+    """Whether ``add_safe_globals`` takes names, as from torch 2.6 on."""
+    if request.param and not torch_compat._takes_names():
+        pytest.skip('this torch takes no names')
+    monkeypatch.setattr(torch_compat, '_takes_names', lambda: request.param)
+    return request.param
+
+
+def test_checkpoints_read_under_other_names(takes_names, tmp_path) -> None:
+    other = f'other{takes_names:d}'
+    path, changed = tmp_path / 'a.pth', tmp_path / 'b.pth'
+    torch.save({'object': Stored(), 'call': Call()}, path, _use_new_zipfile_serialization=False)
+    changed.write_bytes(path.read_bytes().replace(__name__.encode(), other.encode()))
+    with pytest.raises(Exception, match=f'{other}.Stored'):
+        torch.load(changed, weights_only=True)
+    allow_in_checkpoints({f'{other}.Stored': Stored, f'{other}.add_one': add_one})
+    loaded = torch.load(changed, weights_only=True)
+    assert isinstance(loaded['object'], Stored) and loaded['object'].value == 3
+    assert loaded['call'] == 5
+    # What the user allows is found as before.
+    torch.save(Users(), path)
+    torch.serialization.add_safe_globals([Users])
+    assert isinstance(torch.load(path, weights_only=True), Users)
+
+
+def test_settings_of_the_authors_are_read_within_another_reading(tmp_path) -> None:
+    """``load_from`` and ``init_cfg`` may both name such a file; one is read while the other is."""
+    from ssm_backbones.checkpoints.files import read_checkpoint
+
+    path = tmp_path / 'a.pth'
+    torch.save({'config': argparse.Namespace(drop=0.2), 'model': OrderedDict(a=torch.ones(1))}, path)
+    for _ in range(2):
+        assert read_checkpoint(path)['config'].drop == 0.2
+        assert torch.load(path, weights_only=True)['config'].drop == 0.2
+
+
+class Padded(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return pad_to_multiple(x, 2)
+
+
+@pytest.mark.parametrize('newer', [True, False])
+def test_sizes_stay_open_when_exporting(newer, monkeypatch) -> None:
+    if not newer:
+        monkeypatch.setattr(torch_compat, '_is_exporting', None)
+    elif torch_compat._is_exporting is None:
+        pytest.skip('this torch has no torch.compiler.is_exporting')
+    assert not torch_compat.is_exporting()
+    height = torch.export.Dim('height', min=3, max=99)
+    program = torch.export.export(Padded(), (torch.ones(1, 5, 7, 2),), dynamic_shapes=({1: height},), strict=False)
+    for size, padded in ((5, 6), (6, 6), (11, 12)):
+        assert program.module()(torch.ones(1, size, 7, 2)).shape == (1, padded, 8, 2)
+    # torch.compile may ask for sizes, and then adds nothing where nothing is needed.
+    compiled = torch.compile(Padded(), dynamic=True, fullgraph=True, backend='eager')
+    assert compiled(torch.ones(1, 5, 7, 2)).shape == (1, 6, 8, 2)
+
+
+def test_limit_of_graphs() -> None:
+    with torch._dynamo.config.patch({}):
+        torch_compat.set_recompile_limit(17)
+        config = torch._dynamo.config
+        assert 17 in (getattr(config, 'recompile_limit', None), getattr(config, 'cache_size_limit', None))
+        torch_compat.set_recompile_limit(8)
+
+
+def test_newer_functions_are_used_here_alone() -> None:
+    newer = re.compile(r'torch\.(compiler\.is_exporting|OutOfMemoryError|serialization\.(add_)?safe_globals'
+                       r'|_dynamo\.config\.recompile_limit)')
+    files = [path for folder in ('ssm_backbones', 'cuda_ops', 'tools') for path in (ROOT / folder).rglob('*.py')]
+    assert len(files) > 100
+    found = {path.name for path in files if newer.search(path.read_text(encoding='utf-8'))}
+    assert found == {'torch_compat.py'}
