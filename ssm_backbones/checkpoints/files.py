@@ -26,6 +26,8 @@ from ssm_backbones.whole_files import whole_file
 # first is read as the dictionary that it is. They are allowed once and for all: readings take place within each other.
 allow_in_checkpoints({'yacs.config.CfgNode': OrderedDict, 'argparse.Namespace': argparse.Namespace})
 _AGAIN = 'Get the file again.'
+# What a fault of a program raises. Damaged bytes can look like one, but not in an archive with the right checksums.
+_FAULTS = (AttributeError, TypeError, NameError, ImportError, NotImplementedError, MemoryError)
 
 
 class CheckpointError(CommandError):
@@ -106,6 +108,8 @@ def _read(path: Path, name: str) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(_explain_refusal(name, str(error))) from error
     except Exception as error:
+        if isinstance(error, _FAULTS) and zipfile.is_zipfile(path):
+            raise
         # Damaged files raise whatever their bytes happen to mean: EOFError, OSError, RuntimeError, KeyError...
         reason = str(error).partition('\n')[0].partition('. ')[0] or type(error).__name__
         raise CheckpointError(f'{name} is truncated, damaged or no PyTorch checkpoint ({path.stat().st_size} bytes): '

@@ -131,20 +131,48 @@ def test_a_checkpoint_that_is_no_dictionary_is_refused(tmp_path):
         read_checkpoint(tmp_path / 'list.pth')
 
 
-def test_trainers_settings_are_read_without_their_libraries(tmp_path, monkeypatch):
-    # What Swin's trainer, from which the authors' descends, keeps beside the weights: a yacs node, a dict of its own.
+@pytest.fixture
+def trainers_file(tmp_path, monkeypatch):
+    """A checkpoint with what Swin's trainer, from which the authors' descends, keeps beside the weights."""
     module = types.ModuleType('yacs.config')
     module.CfgNode = type('CfgNode', (dict,), {'__module__': 'yacs.config'})
-    monkeypatch.setitem(sys.modules, 'yacs', types.ModuleType('yacs'))
-    monkeypatch.setitem(sys.modules, 'yacs.config', module)
-    node = module.CfgNode(MODEL=module.CfgNode(NAME='vssm'), EPOCHS=300)
-    node.frozen = True
-    path = tmp_path / 'swin.pth'
-    torch.save({'model': classifier(), 'config': node, 'args': argparse.Namespace(lr=0.1)}, path)
-    monkeypatch.undo()
-    checkpoint = read_checkpoint(path)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, 'yacs', types.ModuleType('yacs'))
+        patch.setitem(sys.modules, 'yacs.config', module)
+        node = module.CfgNode(MODEL=module.CfgNode(NAME='vssm'), EPOCHS=300)
+        node.frozen = True
+        path = tmp_path / 'swin.pth'
+        torch.save({'model': classifier(), 'config': node, 'args': argparse.Namespace(lr=0.1)}, path)
+    return path
+
+
+def test_trainers_settings_are_read_without_their_libraries(trainers_file):
+    checkpoint = read_checkpoint(trainers_file)
     assert checkpoint['config'] == {'MODEL': {'NAME': 'vssm'}, 'EPOCHS': 300} and checkpoint['args'].lr == 0.1
     assert convert_checkpoint(checkpoint)[1].left_out == {'config, args': 'no part of the weights'}
+
+
+def test_a_reading_takes_no_permission_away_from_another(trainers_file):
+    """As when a runner's checkpoint is read while an init_cfg reads the authors', each with settings in it."""
+    read_checkpoint(trainers_file)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        read_checkpoint(trainers_file)
+    assert torch.load(trainers_file, weights_only=True)['args'].lr == 0.1
+
+
+@pytest.mark.parametrize('error', [AttributeError, TypeError, MemoryError])
+def test_a_fault_of_a_program_is_not_blamed_on_an_intact_file(error, tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise error('no such thing')
+
+    for zipped in (True, False):
+        torch.save({'model': classifier()}, tmp_path / f'{zipped}.pth', _use_new_zipfile_serialization=zipped)
+    monkeypatch.setattr(torch, 'load', fail)
+    with pytest.raises(error, match='no such thing'):
+        read_checkpoint(tmp_path / 'True.pth')
+    # Files of the old format have no checksums.
+    with pytest.raises(CheckpointError, match='is truncated, damaged or no PyTorch checkpoint'):
+        read_checkpoint(tmp_path / 'False.pth')
 
 
 def without(tensors, *names):
