@@ -49,11 +49,46 @@ def test_init_cfg_loads_a_classifier_into_a_detectors_backbone(scope, save, log)
         before = snapshot(model)
         model.init_weights()
     text = '\n'.join(log)
-    assert_loaded(model, converted(tensors), but=['norm0', 'norm1', 'norm2'])
-    assert all(torch.equal(model.state_dict()[f'norm{i}.weight'], before[f'norm{i}.weight']) for i in range(3))
+    assert_loaded(model, converted(tensors), but=['norm'])
+    for i in range(4):
+        # All of them new, as the authors' detectors have them.
+        assert torch.equal(model.state_dict()[f'norm{i}.weight'], before[f'norm{i}.weight'])
+        assert torch.equal(model.state_dict()[f'norm{i}.bias'], before[f'norm{i}.bias'])
     assert 'left as initialised: norm1: the checkpoint has no output norm for this stage' in text
+    assert "left out: norm3: the classifier's own" in text
+    assert "left as initialised: norm3: output norms start anew where a classifier's is not taken" in text
     assert "left out: classifier.head.weight, classifier.head.bias: a bare backbone does not hold it" not in text
     assert 'left out: head.fc.weight, head.fc.bias: a bare backbone does not hold it' in text
+
+
+@pytest.mark.parametrize(('out_indices', 'option', 'loaded'), [
+    ((3,), None, True), ((3,), False, False), ((0, 1, 2, 3), None, False), ((0, 1, 2, 3), True, True),
+    ((1, 3), None, False), ((2,), True, False)])
+def test_a_classifiers_norm_goes_into_a_classifier_alone_unless_told_otherwise(out_indices, option, loaded, save):
+    init_cfg = dict(type='OfficialPretrained', checkpoint=save(classifier()))
+    if option is not None:
+        init_cfg['classifier_norm'] = option
+    model = MODELS.build(dict(type='VMamba', arch='test', out_indices=out_indices, init_cfg=init_cfg))
+    model.init_weights()
+    assert torch.equal(model.norm3.weight, torch.ones(128)) != loaded if 3 in out_indices else not loaded
+    assert all(torch.equal(getattr(model, f'norm{i}').weight, torch.ones(16 * 2**i)) for i in out_indices if i < 3)
+
+
+def test_a_detectors_own_norms_are_loaded_in_any_case(save):
+    tensors = pyramid()
+    model = MODELS.build(dict(type='VMamba', arch='test', init_cfg=dict(
+        type='OfficialPretrained', checkpoint=save(tensors), classifier_norm=False)))
+    model.init_weights()
+    assert_loaded(model, converted(tensors))
+
+
+def test_plain_pytorch_is_given_the_trained_norm_unless_told_otherwise(save):
+    path = save(classifier())
+    model = VMamba('test')
+    assert 'norm3' not in load_official(model, path).initial
+    assert not torch.equal(model.norm3.weight, torch.ones(128))
+    report = load_official(VMamba('test'), path, classifier_norm=False)
+    assert list(report.initial) == ['norm3', 'norm0', 'norm1', 'norm2']
 
 
 def test_a_classifiers_backbone_takes_all_of_a_classifier(save):
