@@ -1,4 +1,4 @@
-"""Pictures of results: contact sheets of truth beside prediction, and training curves."""
+"""Draw results: contact sheets of truth beside prediction, and training curves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _INK, _PAPER, _MUTED = (32, 36, 44), (255, 255, 255), (120, 126, 138)
 
 @dataclass(frozen=True)
 class Instances:
-    """Objects in one picture, true or predicted.
+    """Objects in one image, true or predicted.
 
     Attributes:
         labels: int (n,), index into the class names.
@@ -34,13 +34,13 @@ class Instances:
 def draw_instances(
     image: np.ndarray, found: Instances, classes: Sequence[str], palette: Sequence[Sequence[int]], zoom: int = 3
 ) -> np.ndarray:
-    """Draw masks, outlines, boxes and names on an enlarged picture.
+    """Draw masks, outlines, boxes and names on an enlarged image.
 
     Args:
         image: uint8 (height, width, 3), RGB.
         found: What to draw.
         classes, palette: Name and RGB colour (0..255) of each label.
-        zoom: Factor by which the picture is enlarged, so that lines and names stay legible.
+        zoom: Factor by which the image is enlarged, so that lines and names stay legible.
 
     Returns:
         uint8 (zoom * height, zoom * width, 3), RGB.
@@ -56,8 +56,8 @@ def draw_instances(
         outline = ((cover > 0.25) & (cover < 0.75)).astype(np.float32)
         alpha = np.maximum(0.4 * cover, 0.9 * outline)
         canvas = canvas * (1 - alpha) + np.asarray(palette[label], dtype=np.float32) * alpha
-    picture = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
-    draw = ImageDraw.Draw(picture)
+    drawn = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(drawn)
     font = ImageFont.load_default(size=13)
     for index, (label, box) in enumerate(zip(found.labels, found.boxes, strict=True)):
         colour = tuple(palette[label])
@@ -71,20 +71,20 @@ def draw_instances(
         draw.rectangle((x, y, x + text_width, y + text_height), fill=colour)
         ink = _INK if sum(colour) > 380 else _PAPER
         draw.text((x + 3, y + 1), name, fill=ink, font=font)
-    return np.asarray(picture)
+    return np.asarray(drawn)
 
 
 def draw_label_map(
     image: np.ndarray, labels: np.ndarray, palette: Sequence[Sequence[int]], ignored: int = 255, zoom: int = 2
 ) -> np.ndarray:
-    """Lay the classes' colours over an enlarged picture, which is made grey so that only they are colourful.
+    """Lay the classes' colours over an enlarged image, which is made grey so that only they are colourful.
 
     Args:
         image: uint8 (height, width, 3), RGB.
         labels: int (height, width), the class of each pixel, or ``ignored``, which darkens it.
         palette: RGB colour (0..255) of each class.
         ignored: label of pixels that belong to no class.
-        zoom: factor by which the picture is enlarged.
+        zoom: factor by which the image is enlarged.
 
     Returns:
         uint8 (zoom * height, zoom * width, 3), RGB.
@@ -117,8 +117,8 @@ def draw_scores(scores: np.ndarray, truth: int, classes: Sequence[str], size: tu
     from PIL import Image, ImageDraw, ImageFont
 
     height, width = size
-    picture = Image.new('RGB', (width, height), (246, 247, 249))
-    draw = ImageDraw.Draw(picture)
+    drawn = Image.new('RGB', (width, height), (246, 247, 249))
+    draw = ImageDraw.Draw(drawn)
     font = ImageFont.load_default(size=12)
     step, left = height / len(classes), 74
     guess = int(np.argmax(scores))
@@ -131,7 +131,7 @@ def draw_scores(scores: np.ndarray, truth: int, classes: Sequence[str], size: tu
             draw.rectangle((2, top - 4, width - 3, bottom + 4), outline=_INK, width=1)
         draw.text((6, (top + bottom) / 2), name, fill=_INK, font=font, anchor='lm')
         draw.text((width - 6, (top + bottom) / 2), f'{score:.2f}', fill=_INK, font=font, anchor='rm')
-    return np.asarray(picture)
+    return np.asarray(drawn)
 
 
 def save_contact_sheet(
@@ -142,24 +142,24 @@ def save_contact_sheet(
     columns: int = 2,
     legend: Sequence[tuple[str, Sequence[int]]] = (),
 ) -> None:
-    """Save pairs of pictures, each pair side by side under its titles.
+    """Save pairs of images, each pair side by side under its titles.
 
     Args:
         pairs: uint8 (height, width, 3) each, RGB.
-        titles: of the two pictures of each pair.
+        titles: of the two images of each pair.
         heading: title over everything, in as large a font as the width has room for.
-        path: where the picture (PNG) goes.
+        path: the PNG file to write.
         columns: of pairs.
         legend: names and RGB colours to explain below the heading.
     """
     from PIL import Image, ImageDraw, ImageFont
 
     if not pairs:
-        raise ValueError('a contact sheet needs at least one pair of pictures')
+        raise ValueError('a contact sheet needs at least one pair of images')
     gap, bar = 10, 24
     top = 78 if legend else 52
-    height = max(picture.shape[0] for pair in pairs for picture in pair)
-    width = max(picture.shape[1] for pair in pairs for picture in pair)
+    height = max(image.shape[0] for pair in pairs for image in pair)
+    width = max(image.shape[1] for pair in pairs for image in pair)
     rows = -(-len(pairs) // columns)
     step_x, step_y = 2 * width + 4 + 3 * gap, height + gap
     sheet = Image.new('RGB', (columns * step_x - gap, top + bar + rows * step_y), _PAPER)
@@ -178,15 +178,15 @@ def save_contact_sheet(
             draw.text((gap + column * step_x + side * (width + 4), top), title, fill=_MUTED, font=small)
     for index, pair in enumerate(pairs):
         x, y = gap + index % columns * step_x, top + bar + index // columns * step_y
-        for side, picture in enumerate(pair):
-            sheet.paste(Image.fromarray(picture), (x + side * (width + 4), y))
+        for side, image in enumerate(pair):
+            sheet.paste(Image.fromarray(image), (x + side * (width + 4), y))
     with whole_file(path) as partial:
         sheet.save(partial, format='PNG')
 
 
 @dataclass
 class History:
-    """What a training logged.
+    """Values that a training logged.
 
     Attributes:
         losses: For each loss by name, (time, value) in order; epochs are fractional.
@@ -239,7 +239,7 @@ def save_curves(
         history: What was logged.
         metrics: Which metrics to plot: shown name by logged name.
         heading: Title over both plots.
-        path: Where the picture (PNG) goes.
+        path: The PNG file to write.
         scale: Factor that makes fractions of the metrics.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -277,7 +277,7 @@ def save_curves(
                 color=colour,
                 fontsize=9,
             )
-    right.set(title='on held-out pictures', xlabel=history.unit, ylim=(0, 1), xlim=(0, None))
+    right.set(title='on held-out images', xlabel=history.unit, ylim=(0, 1), xlim=(0, None))
     right.margins(x=0.1)
     for axes in (left, right):
         axes.grid(alpha=0.25)

@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from ssm_backbones.visual import (
+    History,
     Instances,
     draw_instances,
     draw_label_map,
@@ -65,7 +67,11 @@ def test_contact_sheet(tmp_path) -> None:
     save_contact_sheet([(left, right)] * 3, ('truth', 'prediction'), 'heading', tmp_path / 'sheet.png')
     sheet = np.asarray(Image.open(tmp_path / 'sheet.png'))
     assert sheet.shape[0] > 2 * 40 and sheet.shape[1] > 4 * 60
-    assert (sheet == 10).all(axis=2).sum() == (sheet == 200).all(axis=2).sum() >= 3 * 40 * 60
+    # Three pairs, in two columns: the place of each image, by its upper left corner.
+    for value, corners in ((10, [(76, 10), (126, 10), (76, 164)]), (200, [(76, 74), (126, 74), (76, 228)])):
+        for top, left in corners:
+            assert (sheet[top:top + 40, left:left + 60] == value).all(), (value, top, left)
+        assert (sheet == value).all(axis=2).sum() == 3 * 40 * 60
     assert [path.name for path in tmp_path.iterdir()] == ['sheet.png']
     with pytest.raises(ValueError, match='at least one pair'):
         save_contact_sheet([], ('truth', 'prediction'), 'heading', tmp_path / 'sheet.png')
@@ -92,8 +98,32 @@ def test_history_joins_an_interrupted_training_with_its_continuation(tmp_path) -
         'loss_cls': [(0.5, 4.0), (1.0, 3.5), (1.5, 2.5), (2.0, 2.0)],
     }
     assert history.metrics == {'coco/bbox_mAP': [(1, 0.1), (2, 0.2)]}
-    save_curves(history, {'coco/bbox_mAP': 'box AP', 'coco/segm_mAP': 'mask AP'}, 'heading', tmp_path / 'curves.png')
-    assert np.asarray(Image.open(tmp_path / 'curves.png')).std() > 0
+
+
+def test_curves_are_those_of_the_history(tmp_path, monkeypatch) -> None:
+    history = History(
+        losses={'loss': [(0.5, 8.0), (1.0, 7.0)], 'loss_cls': [(0.5, 4.0), (1.0, 3.5)]},
+        metrics={'coco/bbox_mAP': [(1, 10.0), (2, 20.0)], 'coco/bbox_mAP_50': [(1, 30.0)]},
+    )
+    figures, savefig = [], Figure.savefig
+
+    def keep(self, *args, **kwargs) -> None:
+        figures.append(self)
+        savefig(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, 'savefig', keep)
+    shown = {'coco/bbox_mAP': 'box AP', 'coco/segm_mAP': 'mask AP'}
+    save_curves(history, shown, 'heading', tmp_path / 'curves.png', scale=0.01)
+    (figure,) = figures
+    losses, metrics = ({line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in figure.axes)
+    assert losses == {'total': [[0.5, 8.0], [1.0, 7.0]], 'cls': [[0.5, 4.0], [1.0, 3.5]]}
+    assert metrics.keys() == {'box AP'}, 'a metric that was not logged has no curve, one that was not asked for neither'
+    np.testing.assert_allclose(metrics['box AP'], [[1, 0.1], [2, 0.2]])
+    assert [text.get_text() for text in figure.axes[1].texts] == ['0.200']
+    assert figure.get_suptitle() == 'heading' and all(axes.get_xlabel() == 'epoch' for axes in figure.axes)
+    with Image.open(tmp_path / 'curves.png') as image:
+        assert image.format == 'PNG' and image.convert('RGB').getextrema() != ((255, 255),) * 3
+    assert [path.name for path in tmp_path.iterdir()] == ['curves.png']
 
 
 def test_history_by_iteration(tmp_path) -> None:
