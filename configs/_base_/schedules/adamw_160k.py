@@ -1,4 +1,5 @@
-# The recipe of Swin Transformer's UPerNet on ADE20K, which VMamba's authors use too.
+# The recipe of Swin Transformer's UPerNet on ADE20K, which VMamba's authors use too. Other than theirs,
+# undecayed.py spares the scan's parameters.
 _base_ = ['mmseg::_base_/schedules/schedule_160k.py', './undecayed.py']
 
 optim_wrapper = dict(

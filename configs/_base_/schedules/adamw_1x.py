@@ -1,4 +1,5 @@
-# The 12-epoch recipe of Swin Transformer's Mask R-CNN, which VMamba's authors use too.
+# The 12-epoch recipe of Swin Transformer's Mask R-CNN, which VMamba's authors use too. Other than theirs,
+# undecayed.py spares the scan's parameters.
 _base_ = ['mmdet::_base_/schedules/schedule_1x.py', './undecayed.py']
 
 optim_wrapper = dict(
