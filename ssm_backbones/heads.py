@@ -26,7 +26,7 @@ class Mamba2DClsHead(ClsHead):
         in_channels: channels C of the last map.
         dropout: probability of dropping a hidden unit while training; the paper's are 0, 0.15 and 0.4 for nano, tiny
             and small.
-        init_cfg: mmengine's initialisation config; linear layers from a truncated normal of deviation 0.02 by default.
+        init_cfg: mmengine's initialisation config. None keeps PyTorch's default of each layer, as the authors do.
         options: ``loss``, ``topk`` and ``cal_acc`` of mmpretrain's ``ClsHead``.
     """
 
@@ -38,7 +38,7 @@ class Mamba2DClsHead(ClsHead):
         init_cfg: dict | list[dict] | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(init_cfg=init_cfg or dict(type='TruncNormal', layer='Linear', std=0.02, bias=0.0), **options)
+        super().__init__(init_cfg=init_cfg, **options)
         if num_classes < 1 or in_channels < 1:
             raise ValueError(f'num_classes and in_channels must be at least 1, got {num_classes} and {in_channels}')
         if not 0.0 <= dropout < 1.0:

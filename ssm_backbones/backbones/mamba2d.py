@@ -17,7 +17,7 @@ from ssm_backbones.backbones.base import (
     drop_path_schedule,
     resolve_arch,
 )
-from ssm_backbones.layers.common import MLP, ChannelLastConv2d, ConvNorm, init_linear_layers
+from ssm_backbones.layers.common import MLP, ChannelLastConv2d, ConvNorm
 from ssm_backbones.layers.mamba2d_mixer import RotaryAttention, ScanMixer
 
 MLP_RATIO = 4
@@ -157,7 +157,6 @@ class Mamba2D(SSMBackbone):
             last = i + 1 == self.num_built_stages
             downsample = None if last else ChannelLastConv2d(widths[i], widths[i + 1], 3, stride=2, padding=1)
             self.stages.append(NormedStage(widths[i], blocks, downsample, with_cp))
-        init_linear_layers(self)
         self.finish()
 
     def build_output_norm(self, stage: int) -> nn.Module:

@@ -17,7 +17,7 @@ from ssm_backbones.backbones.base import (
     resolve_out_indices,
 )
 from ssm_backbones.backbones.vmamba import VSSBackbone, check_ssm_ratio
-from ssm_backbones.layers.common import Residual, init_linear_layers
+from ssm_backbones.layers.common import Residual
 from ssm_backbones.layers.simple_pyramid import STRIDES, SimplePyramid
 from ssm_backbones.layers.token_grid import TokenGrid
 from ssm_backbones.layers.v2m_mixer import HierarchicalV2MMixer, PlainV2MMixer
@@ -118,10 +118,9 @@ class PlainV2M(V2M):
         self.out_type = out_type
         self.patch_embed = TokenGrid(in_channels, embed_dims, PATCH_SIZE, _grid_size(img_size), cls_token)
         rates = drop_path_schedule(drop_path_rate, [depth])[0]
-        self.stages = nn.ModuleList(Stage([PlainBlock(embed_dims, d_state, rate)], with_cp=with_cp)
+        self.stages = nn.ModuleList(Stage([PlainBlock(embed_dims, d_state, depth, rate)], with_cp=with_cp)
                                     for rate in rates[:self.num_built_stages])
         self.pyramid = None if pyramid is None else SimplePyramid(embed_dims)
-        init_linear_layers(self)
         self.finish()
 
     @property
@@ -160,13 +159,15 @@ class PlainBlock(nn.Module):
     Args:
         channels: width C.
         d_state: state size N of the scans.
+        depth: blocks of the whole backbone.
         drop_path: probability of dropping the branch of a sample while training.
     """
 
-    def __init__(self, channels: int, d_state: int, drop_path: float = 0.0) -> None:
+    def __init__(self, channels: int, d_state: int, depth: int, drop_path: float = 0.0) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(channels, eps=1e-5)
-        self.mixer = PlainV2MMixer(channels, INNER_RATIO * channels, d_state, dt_rank=math.ceil(channels / 16))
+        self.mixer = PlainV2MMixer(channels, INNER_RATIO * channels, d_state, dt_rank=math.ceil(channels / 16),
+                                   depth=depth)
         self.residual = Residual(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -197,7 +198,8 @@ class HierarchicalV2M(V2M, VSSBackbone):
         ssm_ratio = check_ssm_ratio(settings['ssm_ratio'], embed_dims)
 
         def mixer(channels: int) -> nn.Module:
-            return HierarchicalV2MMixer(channels, int(ssm_ratio * channels), d_state, dt_rank=math.ceil(channels / 16))
+            return HierarchicalV2MMixer(channels, int(ssm_ratio * channels), d_state, dt_rank=math.ceil(channels / 16),
+                                        depth=sum(depths))
 
         super().__init__(embed_dims=embed_dims, depths=depths, mixer=mixer, drop_path_rate=drop_path_rate,
                          in_channels=in_channels, out_indices=out_indices, frozen_stages=frozen_stages,

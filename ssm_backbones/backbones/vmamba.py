@@ -15,7 +15,7 @@ from ssm_backbones.backbones.base import (
     drop_path_schedule,
     resolve_arch,
 )
-from ssm_backbones.layers.common import MLP, ConvNorm, ConvStem, PatchEmbed, PatchMerging, Residual, init_linear_layers
+from ssm_backbones.layers.common import MLP, ConvNorm, ConvStem, PatchEmbed, PatchMerging, Residual, init_linear
 from ssm_backbones.layers.ss2d import SS2D
 
 MLP_RATIO = 4
@@ -37,6 +37,8 @@ class VSSBlock(nn.Module):
         self.mixer = mixer
         self.norm2 = nn.LayerNorm(channels) if mlp else None
         self.mlp = MLP(channels, MLP_RATIO * channels) if mlp else None
+        if self.mlp is not None:
+            init_linear(self.mlp.fc1, self.mlp.fc2)
         self.residual = Residual(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,7 +80,6 @@ class VSSBackbone(SSMBackbone):
                 downsample = (PatchMerging(widths[i], widths[i + 1]) if first_release else
                               ConvNorm(widths[i], widths[i + 1], kernel_size=3, stride=2, padding=1))
             self.stages.append(Stage(blocks, downsample, self.with_cp))
-        init_linear_layers(self)
         self.finish()
 
 

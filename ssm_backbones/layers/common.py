@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssm_backbones.torch_compat import is_exporting
+
 # Asked once: torch.compile cannot trace the question.
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
@@ -103,6 +105,7 @@ class PatchMerging(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(4 * in_channels)
         self.reduction = Pointwise(4 * in_channels, out_channels, bias=False)
+        init_linear(self.reduction)
 
     def forward(self, x: Tensor) -> Tensor:
         x = pad_to_multiple(x, 2)
@@ -164,16 +167,32 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
 
 def is_unknown(*sizes: Any) -> bool:
     """Whether a size is left open by ``torch.export``: to ask for its value would settle it for the whole program."""
-    return torch.compiler.is_exporting() and any(isinstance(size, torch.SymInt) for size in sizes)
+    return is_exporting() and any(isinstance(size, torch.SymInt) for size in sizes)
 
 
-def init_linear_layers(module: nn.Module) -> None:
-    """Draw every linear weight below ``module`` from a truncated normal of deviation 0.02 and zero the biases."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+def init_linear(*layers: nn.Linear) -> None:
+    """Draw the weights from a truncated normal of standard deviation 0.02 and zero the biases, as VMamba does.
+
+    The layers are named one by one, because a projection that VMamba's authors keep as a plain parameter (``x_proj``)
+    keeps PyTorch's default there, and Mamba2D's and V2M's layers do too.
+    """
+    for layer in layers:
+        nn.init.trunc_normal_(layer.weight, std=0.02)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+def init_lecun_normal(conv: nn.Conv2d) -> None:
+    """Draw the weight from a truncated normal of standard deviation 1/sqrt(fan_in) and zero the bias.
+
+    Source: LeCun et al., "Efficient BackProp", 1998; truncated as JAX and timm do.
+    """
+    # Truncation at two standard deviations leaves this fraction of the deviation.
+    remaining = 0.87962566103423978
+    std = conv.weight[0].numel() ** -0.5 / remaining
+    nn.init.trunc_normal_(conv.weight, std=std, a=-2 * std, b=2 * std)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
 
 
 @torch.no_grad()

@@ -93,6 +93,9 @@ class ScanMixer(nn.Module):
         self.D = nn.Parameter(torch.empty(channels))
         self.top = Neighbour(channels, d_state, dt_rank, self.D)
         self.left = Neighbour(channels, d_state, dt_rank, self.D)
+        with torch.no_grad():
+            # A channel starts with the same step size in both directions, as in the authors' code.
+            self.left.dt_bias.copy_(self.top.dt_bias)
         self.out_proj = Pointwise(channels, channels)
         self.local = LocalPath(channels)
 

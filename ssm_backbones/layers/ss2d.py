@@ -6,7 +6,14 @@ from torch.nn import functional as F
 
 import cuda_ops
 from cuda_ops import route_scan
-from ssm_backbones.layers.common import ChannelLastConv2d, Pointwise, decay_rates, init_scan_parameters, pointwise
+from ssm_backbones.layers.common import (
+    ChannelLastConv2d,
+    Pointwise,
+    decay_rates,
+    init_linear,
+    init_scan_parameters,
+    pointwise,
+)
 
 ROUTES = 4
 
@@ -43,6 +50,7 @@ class SS2D(nn.Module):
         self.D = nn.Parameter(torch.empty(ROUTES, inner_channels))
         self.norm = nn.LayerNorm(inner_channels)
         self.out_proj = Pointwise(inner_channels, channels, bias=False)
+        init_linear(self.in_proj, self.out_proj)
         init_scan_parameters(self.A_log, self.D, self.dt_weight, self.dt_bias)
 
     def forward(self, x: Tensor) -> Tensor:

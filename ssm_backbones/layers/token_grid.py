@@ -8,7 +8,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssm_backbones.layers.common import PatchEmbed, is_unknown
+from ssm_backbones.layers.common import ChannelLastConv2d, PatchEmbed, init_lecun_normal, is_unknown
 
 CLS_TOKENS = ('mean', 'corner', 'center')
 
@@ -31,12 +31,15 @@ class TokenGrid(PatchEmbed):
         cls_token: 'mean', 'corner' or 'center'.
     """
 
+    projection: ChannelLastConv2d
+
     def __init__(self, in_channels: int, embed_dims: int, patch_size: int, grid_size: tuple[int, int],
                  cls_token: str = 'mean') -> None:
         super().__init__(in_channels, embed_dims, patch_size, norm=False)
         if cls_token not in CLS_TOKENS:
             raise ValueError(f'cls_token is one of {", ".join(map(repr, CLS_TOKENS))}, got {cls_token!r}')
         self.centred = cls_token == 'center'
+        init_lecun_normal(self.projection)
         self.pos_embed = nn.Parameter(torch.empty(1, *grid_size, embed_dims))
         self.cls_token = None if cls_token == 'mean' else nn.Parameter(torch.empty(1, 1, 1, embed_dims))
         for parameter in (self.pos_embed, self.cls_token):

@@ -12,6 +12,8 @@ weights. Their outputs are added in image order, halved, and gated again. Maps a
 flips, transposes or copies one.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,9 +33,11 @@ class V2MMixer(nn.Module):
         inner_channels: width E at which the scans run.
         d_state: state size N for each channel.
         dt_rank: rank R of the step sizes' projection.
+        depth: blocks of the backbone. ``out_proj`` starts from PyTorch's default divided by its root, so that the sum
+            of all blocks' branches starts as large as one, as in the authors' code (after GPT-2).
     """
 
-    def __init__(self, channels: int, inner_channels: int, d_state: int, dt_rank: int) -> None:
+    def __init__(self, channels: int, inner_channels: int, d_state: int, dt_rank: int, depth: int = 1) -> None:
         super().__init__()
         self.d_state = d_state
         self.dt_rank = dt_rank
@@ -43,6 +47,10 @@ class V2MMixer(nn.Module):
         self.A_log = nn.Parameter(torch.empty(PASSES, inner_channels, d_state))
         self.D = nn.Parameter(torch.empty(PASSES, inner_channels))
         self.out_proj = Pointwise(inner_channels, channels, bias=False)
+        with torch.no_grad():
+            self.out_proj.weight.div_(math.sqrt(depth))
+        # Both passes alike. The authors' code draws only the first one's dt_bias so and leaves the second one's at 0,
+        # step sizes of 0.69 that halve even the slowest state at every pixel.
         init_scan_parameters(self.A_log, self.D, self.dt_weight, self.dt_bias)
 
     def enter(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,12 +78,13 @@ class PlainV2MMixer(V2MMixer):
     direction. The corners at one side share their scan along W, so that two scans along W and four along H are run.
 
     Args:
-        channels, inner_channels, d_state, dt_rank: see :class:`V2MMixer`.
+        channels, inner_channels, d_state, dt_rank, depth: see :class:`V2MMixer`.
         taps: length of the causal convolutions.
     """
 
-    def __init__(self, channels: int, inner_channels: int, d_state: int, dt_rank: int, taps: int = 4) -> None:
-        super().__init__(channels, inner_channels, d_state, dt_rank)
+    def __init__(self, channels: int, inner_channels: int, d_state: int, dt_rank: int, depth: int = 1,
+                 taps: int = 4) -> None:
+        super().__init__(channels, inner_channels, d_state, dt_rank, depth)
         self.row_conv = CausalConv(inner_channels, taps, axis='row')
         self.column_conv = CausalConv(inner_channels, taps, axis='column')
         self.x_proj = nn.ModuleList(Pointwise(inner_channels, dt_rank + d_state, bias=False) for _ in range(PASSES))
@@ -124,11 +133,11 @@ class HierarchicalV2MMixer(V2MMixer):
     is two scans along W, added, and two along H.
 
     Args:
-        channels, inner_channels, d_state, dt_rank: see :class:`V2MMixer`.
+        channels, inner_channels, d_state, dt_rank, depth: see :class:`V2MMixer`.
     """
 
-    def __init__(self, channels: int, inner_channels: int, d_state: int, dt_rank: int) -> None:
-        super().__init__(channels, inner_channels, d_state, dt_rank)
+    def __init__(self, channels: int, inner_channels: int, d_state: int, dt_rank: int, depth: int = 1) -> None:
+        super().__init__(channels, inner_channels, d_state, dt_rank, depth)
         self.conv = ChannelLastConv2d(inner_channels, inner_channels, 3, padding=1, groups=inner_channels, bias=False)
         self.x_proj = Pointwise(inner_channels, PASSES * (dt_rank + d_state), bias=False)
         self.norm = nn.LayerNorm(inner_channels)

@@ -356,26 +356,6 @@ def test_drop_path_rises_over_all_blocks_and_acts_in_training_only():
     assert torch.equal(model.eval()(x)[3], model(x)[3])
 
 
-def test_initialisation_follows_the_paper():
-    layer = ScanMixer(128, d_state=16, dt_rank=8)
-    assert (layer.D == 1).all()
-    for neighbour in (layer.top, layer.left):
-        torch.testing.assert_close(neighbour.decay_rates(), -torch.arange(1., 17).expand(128, 16))
-        assert 0.3 < neighbour.dt_weight.abs().max() <= 8 ** -0.5
-        step = F.softplus(neighbour.dt_bias)
-        assert step.min() >= 1e-3 * 0.999 and step.max() <= 1e-1 * 1.001
-    assert not torch.equal(layer.top.dt_bias, layer.left.dt_bias)
-    for name, parameter in Mamba2D('test').named_parameters():
-        if name.endswith('fc1.weight'):
-            assert 0.016 < parameter.std() < 0.024, name
-        if name.endswith(('fc1.bias', 'norm1.bias')):
-            assert (parameter == 0).all(), name
-        if re.search(r'residual\d\.scale|act\d\.scale', name):
-            assert (parameter == 1).all(), name
-        if name.endswith(('top.dt_bias', 'left.dt_bias')):
-            assert (F.softplus(parameter) < 0.1001).all(), name
-
-
 @pytest.mark.parametrize(('change', 'error', 'message'), [
     (dict(embed_dims=[16, 48]), ValueError, r"multiple of 32 channels, got embed_dims \[16, 48\]; change them, or"),
     (dict(embed_dims=[16, 32, 64]), ValueError, r'must name the same stages, got \(16, 32, 64\) and \(1, 1\)'),
@@ -425,7 +405,6 @@ def test_the_classifier_trains_and_predicts():
 
     model = classifier('test', dropout=0.5)
     model.init_weights()
-    assert 0.018 < model.head.fc1.weight.std() < 0.022 and (model.head.fc2.bias == 0).all()
     x = torch.randn(3, 3, 33, 40)
     samples = [DataSample().set_gt_label(i) for i in range(3)]
     model(x, samples, mode='loss')['loss'].backward()

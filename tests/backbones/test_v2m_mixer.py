@@ -7,7 +7,6 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssm_backbones.layers.common import decay_rates
 from ssm_backbones.layers.v2m_mixer import CausalConv, HierarchicalV2MMixer, PlainV2MMixer
 
 CORNERS = [(from_right, from_bottom) for from_right in (False, True) for from_bottom in (False, True)]
@@ -257,13 +256,3 @@ def test_causal_convolutions_look_back_only(axis, size):
         for i in range(len(line))]).movedim(0, dim)
     torch.testing.assert_close(conv(x), expected)
     torch.testing.assert_close(conv(x.flip(dim), reverse=True).flip(dim), expected)
-
-
-@pytest.mark.parametrize('kind', MIXERS)
-def test_initialisation_follows_mamba(kind):
-    layer = kind(64, inner_channels=128, d_state=16, dt_rank=4)
-    torch.testing.assert_close(decay_rates(layer.A_log), -torch.arange(1., 17).expand(2, 128, 16))
-    assert (layer.D == 1).all()
-    step = F.softplus(layer.dt_bias)
-    assert step.min() >= 1e-3 * 0.999 and step.max() <= 1e-1 * 1.001
-    assert layer.dt_weight.abs().max() <= 0.5
