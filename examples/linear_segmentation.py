@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train a linear segmentation head on exported features: no config, no host library, plain PyTorch.
 
-The features are those of ``tools/export_features.py``, of the training and the validation pictures of a data set whose
+The features are those of ``tools/export_features.py``, of the training and the validation images of a data set whose
 config knows its label maps (mmseg's do)::
 
     python tools/export_features.py CONFIG CHECKPOINT train --out features/train
@@ -27,31 +27,39 @@ IGNORED = 255
 class LinearHead(nn.Module):
     """Every level through a 1x1 convolution to the classes, brought to one size and added."""
 
-    def __init__(self, channels: Sequence[int], classes: int) -> None:
+    def __init__(self, channels: Sequence[int], strides: Sequence[int], classes: int) -> None:
         super().__init__()
+        self.strides = strides
         self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in channels)
         self.levels = nn.ModuleList(nn.Conv2d(width, classes, 1) for width in channels)
 
     def forward(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
         scores = [level(norm(value)) for level, norm, value in zip(self.levels, self.norms, maps, strict=True)]
-        return sum(F.interpolate(each, tuple(size), mode='bilinear') for each in scores)
+        # Each cell over its square of pixels: of odd sizes, the last ones reach beyond.
+        large = [F.interpolate(each, scale_factor=stride, mode='bilinear')[..., :size[0], :size[1]]
+                 for each, stride in zip(scores, self.strides, strict=True)]
+        return sum(large)
 
 
 def labelled(folder: str) -> FeatureDataset:
-    """Maps of an export with the label maps of its pictures, ADE20K's: 0 is no class, i + 1 is class i."""
+    """Read an export with the label maps of its images, ADE20K's: 0 is no class, i + 1 is class i."""
 
     def with_labels(item):
         with Image.open(dataset.records[item['index']]['label_map']) as image:
-            labels = torch.from_numpy(np.array(image)).long()
+            # As the model got the image: resized, cropped and padded by the config.
+            labels = torch.from_numpy(dataset.to_input(item['index'], np.array(image), fill=0)).long()
         item['labels'] = torch.where(labels == 0, IGNORED, labels - 1)
         return item
 
-    dataset = FeatureDataset(folder, crop=True, dtype=torch.float32, transform=with_labels)
+    dataset = FeatureDataset(folder, dtype=torch.float32, transform=with_labels)
     return dataset
 
 
 def mean_iou(head: nn.Module, dataset: FeatureDataset, classes: int) -> float:
-    """Intersection over union of the head's predictions, mean over the classes that occur."""
+    """Compute the intersection over union of the head's predictions, mean over the classes that occur.
+
+    What the config crops from an image is not predicted and does not count.
+    """
     confusion = torch.zeros(classes, classes)
     head.eval()
     with torch.no_grad():
@@ -66,8 +74,8 @@ def mean_iou(head: nn.Module, dataset: FeatureDataset, classes: int) -> float:
 
 
 def train(training: FeatureDataset, classes: int, epochs: int, batch_size: int = 4) -> tuple[LinearHead, list[float]]:
-    """A trained head, and the mean loss of each epoch. Pictures of a batch have to be of one size."""
-    head = LinearHead(training.channels(), classes)
+    """Train a head and return it with the mean loss of each epoch. Images of a batch have to be of one size."""
+    head = LinearHead(training.channels(), training.strides(), classes)
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
     losses = []
     for _ in range(epochs):
@@ -87,8 +95,8 @@ def train(training: FeatureDataset, classes: int, epochs: int, batch_size: int =
 def main(argv: Sequence[str] | None = None) -> float:
     """Train and evaluate; returns the mean intersection over union."""
     parser = argparse.ArgumentParser(description='Train a linear segmentation head on exported features.')
-    parser.add_argument('training', help='export of the training pictures')
-    parser.add_argument('validation', help='export of the validation pictures')
+    parser.add_argument('training', help='export of the training images')
+    parser.add_argument('validation', help='export of the validation images')
     parser.add_argument('--classes', type=int, default=7)
     parser.add_argument('--epochs', type=int, default=20)
     args = parser.parse_args(argv)

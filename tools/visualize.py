@@ -18,13 +18,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     common.add_argument('config', help='config file of mmpretrain, mmdet or mmseg')
     common.add_argument('checkpoint', help="the model's checkpoint, or its backbone's, official ones too")
     common.add_argument('--img', required=True, nargs='+', metavar='INPUT',
-                        help='pictures, folders, patterns, COCO files (.json), or train, val or test')
+                        help='images, folders, patterns, COCO files (.json), or train, val or test')
     common.add_argument('--out', default='work_dirs/visualize', metavar='DIR',
-                        help='folder for the PNG files (%(default)s)')
-    common.add_argument('--limit', type=int, metavar='N', help='only the first N pictures')
+                        help='folder for the PNG files (%(default)s), or for one figure a file that ends in .png')
+    common.add_argument('--limit', type=int, metavar='N', help='only the first N images')
     common.add_argument('--size', nargs=2, type=int, metavar=('H', 'W'),
-                        help="resize pictures to this, instead of what the config's test pipeline does")
-    common.add_argument('--max-pixels', type=int, default=100_000_000, metavar='N', help='largest picture to read')
+                        help="resize images to this, instead of what the config's test pipeline does")
+    common.add_argument('--max-pixels', type=int, default=100_000_000, metavar='N', help='largest image to read')
     common.add_argument('--device', help='cpu, cuda or cuda:1 (default: a GPU where there is one)')
     common.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='KEY=VALUE for the config')
 
@@ -32,14 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures = parser.add_subparsers(dest='figure', required=True, metavar='erf|activation|scan-response')
     erf = figures.add_parser(
         'erf', parents=[common], help='effective receptive field before and after training',
-        description='Draw how strongly each pixel of a picture reaches the centre of a feature map, averaged over the '
-        'pictures, with random weights and with those of the checkpoint: heat maps, and the share of the contribution '
+        description='Draw how strongly each pixel of an image reaches the centre of a feature map, averaged over the '
+        'images, with random weights and with those of the checkpoint: heat maps, and the share of the contribution '
         'within centred squares.')
     erf.add_argument('--stage', type=int, metavar='N', help=f'{_STAGE} (default: the last)')
     erf.add_argument('--seed', type=int, default=0, metavar='N', help='of the random weights (0)')
     activation = figures.add_parser(
-        'activation', parents=[common], help='activation maps of stages over the picture',
-        description='Draw how large the features behind chosen stages are, pixel by pixel, over each picture.')
+        'activation', parents=[common], help='activation maps of stages over the image',
+        description='Draw how large the features behind chosen stages are, pixel by pixel, over each image.')
     activation.add_argument('--stages', nargs='+', type=int, metavar='N', help=f'{_STAGE} (default: all, or four)')
     what = activation.add_mutually_exclusive_group()
     what.add_argument('--kind', choices=['norm', 'mean', 'pca'], default='norm',
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     response.add_argument('--stage', type=int, metavar='N', help=f'{_STAGE} (default: stride 8, or the last block)')
     response.add_argument('--block', type=int, metavar='N', help='block of the stage (default: the last)')
     response.add_argument('--point', nargs=2, type=int, metavar=('X', 'Y'),
-                          help="pixel of the picture as the model is given it, as the figure's axes count (default: "
+                          help="pixel of the image as the model is given it, as the figure's axes count (default: "
                           'the middle)')
     response.add_argument('--sense', choices=['reads', 'feeds'], default='reads',
                           help='what the pixel reads of all others, or feeds to them (reads)')

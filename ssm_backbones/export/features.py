@@ -1,7 +1,7 @@
-"""Feature export: the pyramid of every picture, by the config's own preprocessing, into files.
+"""Export features for ``tools/export_features.py``: the pyramid of every image, by the config's own preprocessing.
 
-What ``tools/export_features.py`` does. Pictures are batched only with pictures of the same size, so that no map depends
-on which pictures were its neighbours, and an export that was interrupted ends as one that was not.
+Images are batched only with images of the same size, so that no map depends
+on which images were its neighbours, and an export that was interrupted ends as one that was not.
 """
 
 from __future__ import annotations
@@ -11,31 +11,31 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
-from mmengine.dataset import Compose
-from mmengine.registry import TRANSFORMS, DefaultScope
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ssm_backbones.export.interrupts import ending_on_signals
-from ssm_backbones.export.models import FeatureExtractor, build_extractor, fingerprint
-from ssm_backbones.export.pictures import (
+from ssm_backbones.export.images import (
     MAX_PIXELS,
-    Picture,
-    UnreadablePicture,
+    InputImage,
+    UnreadableImage,
     check_readable,
-    find_pictures,
+    find_images,
     test_pipeline,
 )
+from ssm_backbones.export.interrupts import ending_on_signals
+from ssm_backbones.export.models import FeatureExtractor, build_extractor, fingerprint
+from ssm_backbones.export.placement import PlacedPipeline, Placement, PlacementError
 from ssm_backbones.export.store import DTYPES, FeatureStore, Record, locked
 from ssm_backbones.preflight import CommandError, check_device
 from ssm_backbones.runner import load_config
+from ssm_backbones.torch_compat import OutOfMemoryError
 
-# Pictures that wait for others of their size, in batches: a bound on memory, beyond which batches are left unfilled.
+# Images that wait for others of their size, in batches: a bound on memory, beyond which batches are left unfilled.
 _WAITING_BATCHES = 4
 _PROBE = 256
 _PATIENCE = timedelta(days=30)
@@ -43,25 +43,25 @@ _PATIENCE = timedelta(days=30)
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What ``tools/export_features.py`` is told.
+    """Options of ``tools/export_features.py``.
 
     Attributes:
         config: The config file.
         checkpoint: The checkpoint of its model, or of the backbone alone, official ones too.
-        input: Which pictures, see :func:`~ssm_backbones.export.pictures.find_pictures`.
+        input: Which images, see :func:`~ssm_backbones.export.images.find_images`.
         out: The folder to write to.
-        image_folder: Where the pictures of a COCO file lie.
+        image_folder: Where the images of a COCO file lie.
         neck: Whether the maps pass the model's neck.
         levels: Which of the maps to write, by their place in what the backbone or neck returns; all by default.
         dtype: ``'fp32'``, ``'fp16'`` or ``'bf16'``, of what is written; computed is in float32.
-        shard_size: Pictures a file; 0 for one file a picture.
-        batch_size: Pictures computed at once, where so many of one size come.
-        workers: Processes that read pictures.
+        shard_size: Images a file; 0 for one file an image.
+        batch_size: Images computed at once, where so many of one size come.
+        workers: Processes that read images.
         device: ``'cpu'``, ``'cuda'`` or ``'cuda:1'``; by default a GPU where there is one.
-        max_pixels: Pictures with more pixels are not read.
-        preview: Draw each level of each picture beside it.
+        max_pixels: Images with more pixels are not read.
+        preview: Draw each level of each image beside it.
         cfg_options: Values that replace the config's, by dotted key.
-        launcher: ``'none'``, or ``'pytorch'`` where torchrun started several processes, which share the pictures.
+        launcher: ``'none'``, or ``'pytorch'`` where torchrun started several processes, which share the images.
     """
 
     config: str
@@ -84,12 +84,12 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What an export did, over all processes.
+    """Result of an export, over all processes.
 
     Attributes:
-        exported: Pictures computed now.
-        kept: Pictures that an earlier run had exported.
-        unreadable: For each picture that could not be exported, its id, path and the reason.
+        exported: Images computed now.
+        kept: Images that an earlier run had exported.
+        unreadable: For each image that could not be exported, its id, path and the reason.
         levels: Stride and channels of each level, as in ``export.json``.
         fingerprint: The model's.
     """
@@ -103,63 +103,63 @@ class ExportResult:
 
 @dataclass
 class _Sample:
-    """A picture behind the pipeline, or why it is not."""
+    """An image behind the pipeline and its place, or why it could not be read."""
 
-    picture: Picture
+    image: InputImage
     data: dict[str, Any] | None = None
+    placement: Placement | None = None
     reason: str = ''
 
     def pin_memory(self) -> _Sample:
-        """For the loader: the picture's pixels where a GPU fetches them without waiting."""
+        """Pin the image's pixels for the loader, where a GPU fetches them without waiting."""
         if self.data is not None:
             self.data['inputs'] = self.data['inputs'].pin_memory()
         return self
 
 
-class _Pictures(Dataset):
-    """Reads pictures through the pipeline; one that cannot be read is told, not raised."""
+class _Images(Dataset):
+    """Read images through the pipeline; for one that cannot be read, return the reason instead of raising."""
 
-    def __init__(self, pictures: Sequence[Picture], pipeline: Sequence[Mapping[str, Any]], scope: str,
-                 max_pixels: int) -> None:
-        self.pictures = pictures
+    def __init__(self, images: Sequence[InputImage], pipeline: PlacedPipeline, max_pixels: int) -> None:
+        self.images = images
+        self.pipeline = pipeline
         self.max_pixels = max_pixels
-        with DefaultScope.overwrite_default_scope(scope):
-            self.pipeline = Compose([TRANSFORMS.build(dict(step)) for step in pipeline])
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> _Sample:
-        picture = self.pictures[index]
+        image = self.images[index]
         try:
-            check_readable(picture.path, self.max_pixels)
-            data = self.pipeline(dict(img_path=picture.path, img_id=picture.id, sample_idx=index, seg_fields=[]))
-        except UnreadablePicture as error:
-            return _Sample(picture, reason=str(error))
+            check_readable(image.path, self.max_pixels)
+            data, placement = self.pipeline(image.path, image.id, index)
+        except (UnreadableImage, PlacementError) as error:
+            return _Sample(image, reason=str(error))
         except Exception as error:
-            # Decoders and transforms raise what they will for damaged files; the rest of the pictures goes on.
-            return _Sample(picture, reason=f'{type(error).__name__}: {str(error).strip()}')
-        return _Sample(picture, data)
+            # Decoders and transforms raise what they will for damaged files; the rest of the images goes on.
+            return _Sample(image, reason=f'{type(error).__name__}: {str(error).strip()}')
+        return _Sample(image, data, placement)
 
 
 def export_features(options: ExportOptions) -> ExportResult:
-    """Export as the options say; what is there already is left alone.
+    """Export as the options say; leave alone what is there already.
 
     Raises:
-        CommandError: If the config, the checkpoint, the input or the folder does not allow it. Pictures that cannot be
+        CommandError: If the config, the checkpoint, the input or the folder does not allow it. Images that cannot be
             read are no such error; the result lists them.
     """
     _check_options(options)
     cfg = load_config(options.config, options.cfg_options)
-    pictures = find_pictures(options.input, cfg, options.image_folder)
-    pipeline = test_pipeline(cfg)
+    images = find_images(options.input, cfg, options.image_folder)
+    steps = test_pipeline(cfg)
+    pipeline = PlacedPipeline(steps, cfg.default_scope)
     rank, world, device = _start(options)
     extractor = build_extractor(cfg, options.checkpoint, options.neck)
     levels = describe_levels(extractor, options.levels)
     extractor = extractor.to(device)
     # It keeps a device of its own, which the move of a module around it leaves as it was.
     extractor.preprocessor.to(device)
-    mark = fingerprint(extractor, cfg, pipeline)
+    mark = fingerprint(extractor, cfg, steps)
     settings = dict(fingerprint=mark, dtype=options.dtype, neck=options.neck, levels=levels)
     store = FeatureStore(options.out, settings, options.shard_size)
     with contextlib.ExitStack() as stack:
@@ -168,25 +168,25 @@ def export_features(options: ExportOptions) -> ExportResult:
             store.open()
         _barrier(world)
         done = store.done()
-        _check_same_pictures(options.out, pictures, done)
-        todo = [picture for picture in pictures if picture.id not in done][rank::world]
-        dataset = _Pictures(todo, pipeline, cfg.default_scope, options.max_pixels)
+        _check_same_images(options.out, images, done)
+        todo = [image for image in images if image.id not in done][rank::world]
+        dataset = _Images(todo, pipeline, options.max_pixels)
         _barrier(world)
         failures = _run(extractor, dataset, store, levels, options, device, rank, mark)
         gathered = _gather(failures, world)
         if rank == 0:
-            store.write_index([picture.id for picture in pictures])
+            store.write_index([image.id for image in images])
             store.write_unreadable(gathered)
         if options.preview:
-            _draw_previews(options, pictures[rank::world], rank)
+            _draw_previews(options, images[rank::world], rank)
         _barrier(world)
     _stop(world)
-    kept = sum(picture.id in done for picture in pictures)
-    return ExportResult(len(pictures) - kept - len(gathered), kept, gathered, levels, mark)
+    kept = sum(image.id in done for image in images)
+    return ExportResult(len(images) - kept - len(gathered), kept, gathered, levels, mark)
 
 
 def describe_levels(extractor: FeatureExtractor, wanted: Sequence[int] | None = None) -> list[dict[str, Any]]:
-    """Name, place, stride and channels of the maps to write, found by running the extractor on an empty picture.
+    """Find name, place, stride and channels of the maps to write by running the extractor on an empty image.
 
     Raises:
         CommandError: If a wanted level does not exist.
@@ -222,15 +222,15 @@ def batches(samples: Iterable[_Sample], batch_size: int) -> Iterator[list[_Sampl
     yield from waiting.values()
 
 
-def _run(extractor: FeatureExtractor, dataset: _Pictures, store: FeatureStore, levels: Sequence[Mapping[str, Any]],
+def _run(extractor: FeatureExtractor, dataset: _Images, store: FeatureStore, levels: Sequence[Mapping[str, Any]],
          options: ExportOptions, device: torch.device, rank: int, mark: str) -> list[dict[str, str]]:
     failures: list[dict[str, str]] = []
 
     def readable(samples: Iterable[_Sample]) -> Iterator[_Sample]:
         for sample in samples:
             if sample.data is None:
-                picture = sample.picture
-                failures.append(dict(id=picture.id, path=picture.path, reason=sample.reason))
+                image = sample.image
+                failures.append(dict(id=image.id, path=image.path, reason=sample.reason))
                 advance(1)
             else:
                 yield sample
@@ -264,15 +264,15 @@ def _run(extractor: FeatureExtractor, dataset: _Pictures, store: FeatureStore, l
 
 @dataclass
 class _Computed:
-    """The maps (B, C, H, W) of a batch, on their way to the CPU, with the records of its pictures."""
+    """The maps (B, C, H, W) of a batch, on their way to the CPU, with the records of its images."""
 
     records: list[Record]
     maps: dict[str, Tensor]
     largest: Tensor | None
     arrived: torch.cuda.Event | None
 
-    def pictures(self) -> Iterator[tuple[Record, dict[str, Tensor]]]:
-        """Each picture's record and maps (C, H, W), once they are there."""
+    def images(self) -> Iterator[tuple[Record, dict[str, Tensor]]]:
+        """Yield each image's record and maps (C, H, W), once they have arrived."""
         if self.arrived is not None:
             self.arrived.synchronize()
         if self.largest is not None and self.largest > torch.finfo(torch.float16).max:
@@ -284,7 +284,7 @@ class _Computed:
 
 
 def _store(store: FeatureStore, computed: _Computed) -> None:
-    for record, maps in computed.pictures():
+    for record, maps in computed.images():
         store.add(record, maps)
 
 
@@ -297,11 +297,11 @@ def _compute(extractor: FeatureExtractor, batch: Sequence[_Sample], levels: Sequ
     try:
         images = extractor.preprocess(dict(inputs=inputs, data_samples=[each['data_samples'] for each in data]))
         maps = extractor(images)
-    except torch.OutOfMemoryError as error:
+    except OutOfMemoryError as error:
         height, width = inputs[0].shape[1:]
         raise CommandError(
-            f'{len(batch)} pictures of {width}x{height} pixels do not fit into the memory of {device}; '
-            'lower --batch-size, or --max-pixels to leave the largest pictures out.'
+            f'{len(batch)} images of {width}x{height} pixels do not fit into the memory of {device}; '
+            'lower --batch-size, or --max-pixels to leave the largest images out.'
         ) from error
     dtype = DTYPES[options.dtype]
     chosen = {level['name']: maps[level['index']] for level in levels}
@@ -314,26 +314,28 @@ def _compute(extractor: FeatureExtractor, batch: Sequence[_Sample], levels: Sequ
         arrived.record(torch.cuda.current_stream(device))
     records: list[Record] = []
     for sample, each in zip(batch, data, strict=True):
+        assert sample.placement is not None, 'what could be read has a place'
         meta = each['data_samples'].metainfo
         records.append(dict(
-            id=sample.picture.id,
-            path=os.path.abspath(sample.picture.path),
+            id=sample.image.id,
+            path=os.path.abspath(sample.image.path),
             original_size=list(meta['ori_shape'][:2]),
             input_size=list(each['inputs'].shape[1:]),
             padded_size=list(images.shape[2:]),
+            **asdict(sample.placement),
             dtype=options.dtype,
             levels=[
                 dict(name=level['name'], stride=level['stride'], shape=list(moved[level['name']].shape[1:]))
                 for level in levels
             ],
             fingerprint=mark,
-            **sample.picture.extra,
+            **sample.image.extra,
         ))
     return _Computed(records, moved, largest, arrived)
 
 
 def _largest(value: Tensor) -> Tensor:
-    """The largest finite magnitude; what the model itself has made infinite is written as it is."""
+    """Return the largest finite magnitude; what the model itself has made infinite is written as it is."""
     return torch.where(torch.isfinite(value), value, torch.zeros_like(value)).abs().amax()
 
 
@@ -348,21 +350,21 @@ def _check_options(options: ExportOptions) -> None:
         raise CommandError(f'--out {options.out} is a file; name a folder.')
 
 
-def _check_same_pictures(out: str, pictures: Sequence[Picture], done: Mapping[str, Record]) -> None:
-    """Refuse pictures that are called like others whose features are there: an id says nothing of the folder."""
-    for picture in pictures:
-        if picture.id not in done:
+def _check_same_images(out: str, images: Sequence[InputImage], done: Mapping[str, Record]) -> None:
+    """Refuse images that are called like others whose features are there: an id says nothing of the folder."""
+    for image in images:
+        if image.id not in done:
             continue
-        path, held = os.path.abspath(picture.path), os.path.abspath(done[picture.id]['path'])
+        path, held = os.path.abspath(image.path), os.path.abspath(done[image.id]['path'])
         if path != held and os.path.realpath(path) != os.path.realpath(held):
             raise CommandError(
-                f'--out {out} holds features of another picture with the id {picture.id!r}: {held}, this one is '
+                f'--out {out} holds features of another image with the id {image.id!r}: {held}, this one is '
                 f'{path}. Name another --out.'
             )
 
 
 def _start(options: ExportOptions) -> tuple[int, int, torch.device]:
-    """Rank, number of processes and device; joins the processes where there are many."""
+    """Return rank, number of processes and device; join the processes where there are many."""
     device = check_device(options.device)
     if options.launcher == 'none':
         return 0, 1, device
@@ -375,7 +377,7 @@ def _start(options: ExportOptions) -> tuple[int, int, torch.device]:
     if device.type == 'cuda':
         device = check_device(f'cuda:{os.environ["LOCAL_RANK"]}')
         torch.cuda.set_device(device)
-    # Only small messages are exchanged, so gloo serves GPUs as well. A process that is through with its pictures waits
+    # Only small messages are exchanged, so gloo serves GPUs as well. A process that is through with its images waits
     # for the slowest one; of a process that ended, the others hear at once.
     torch.distributed.init_process_group('gloo', timeout=_PATIENCE)
     return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
@@ -399,15 +401,15 @@ def _gather(failures: list[dict[str, str]], world: int) -> list[dict[str, str]]:
     return [failure for part in parts for failure in part]
 
 
-def _draw_previews(options: ExportOptions, pictures: Sequence[Picture], rank: int) -> None:
+def _draw_previews(options: ExportOptions, images: Sequence[InputImage], rank: int) -> None:
     from ssm_backbones.export.preview import draw_missing_previews
 
-    draw_missing_previews(options.out, {picture.id for picture in pictures}, quiet=rank != 0)
+    draw_missing_previews(options.out, {image.id for image in images}, quiet=rank != 0)
 
 
 @contextlib.contextmanager
 def _progress(total: int, rank: int) -> Iterator[Any]:
-    """A bar on the error stream of the first process: a function that takes how many pictures are through."""
+    """Show a bar on the error stream of the first process; yield a function that takes how many images are done."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

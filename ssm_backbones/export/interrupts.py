@@ -1,4 +1,4 @@
-"""Being asked to end."""
+"""Handle being asked to end."""
 
 from __future__ import annotations
 

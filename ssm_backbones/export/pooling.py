@@ -1,4 +1,4 @@
-"""Adaptive average pooling in operators that serve sizes unknown until run time, which ONNX's own pooling does not."""
+"""Pool adaptively in operators that serve sizes unknown until run time, which ONNX's own pooling does not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 
 def adaptive_average_pool(x: Tensor, output_size: int | Sequence[int | None]) -> Tensor:
-    """What ``torch.nn.functional.adaptive_avg_pool2d`` gives, as two products with the cells' weights.
+    """Compute what ``torch.nn.functional.adaptive_avg_pool2d`` does, as two products with the cells' weights.
 
     Args:
         x: (..., H, W), floating-point.
@@ -25,7 +25,7 @@ def adaptive_average_pool(x: Tensor, output_size: int | Sequence[int | None]) ->
 
 
 def _weights(x: Tensor, dim: int, cells: int) -> Tensor:
-    """How much each position along a dimension counts in each cell: (cells, positions)."""
+    """Compute how much each position along a dimension counts in each cell: (cells, positions)."""
     length = x.shape[dim]
     numbers = torch.arange(cells, device=x.device)[:, None]
     start = torch.div(numbers * length, cells, rounding_mode='floor')
@@ -36,5 +36,5 @@ def _weights(x: Tensor, dim: int, cells: int) -> Tensor:
 
 
 def replacements() -> dict[Any, Callable[..., Any]]:
-    """For :class:`ssm_backbones.export.replacing.Replacing`: what to call for the pooling."""
+    """Map the pooling to its replacement, for :class:`ssm_backbones.export.replacing.Replacing`."""
     return {F.adaptive_avg_pool2d: adaptive_average_pool}

@@ -1,4 +1,4 @@
-"""Features as colours: each level's first three principal components, beside the picture."""
+"""Draw features as colours: each level's first three principal components, beside the image as the model got it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import os
 import sys
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ssm_backbones.datasets.feature_export import FeatureDataset
-from ssm_backbones.export.pictures import UnreadablePicture
-from ssm_backbones.export.store import PREVIEWS, file_name, writing
+from ssm_backbones.export.images import UnreadableImage
+from ssm_backbones.export.store import PREVIEWS, Record, file_name, writing
 from ssm_backbones.whole_files import whole_file
 
 # torch.quantile takes no more than 2^24 values; so many pixels tell a component's range.
@@ -23,7 +24,7 @@ _PAPER, _INK, _MUTED = (255, 255, 255), (32, 36, 44), (120, 126, 138)
 
 
 def pca_colours(features: Tensor) -> np.ndarray:
-    """The first three principal components of a map as red, green and blue.
+    """Turn the first three principal components of a map into red, green and blue.
 
     Args:
         features: (C, H, W), floating-point, of any dtype.
@@ -38,7 +39,7 @@ def pca_colours(features: Tensor) -> np.ndarray:
     # Through the covariance, which is small however large the map is.
     values, vectors = torch.linalg.eigh((pixels.t() @ pixels).double() / max(len(pixels) - 1, 1))
     basis = vectors[:, values.argsort(descending=True)[:3]]
-    # A component's sign is arbitrary: the largest weight is made positive, so that drawing twice gives one picture.
+    # A component's sign is arbitrary: the largest weight is made positive, so that drawing twice gives one image.
     largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
     projected = pixels.double() @ (basis * torch.where(largest < 0, -1.0, 1.0))
     sample = projected[:: -(-len(projected) // _SAMPLES)]
@@ -52,25 +53,36 @@ def pca_colours(features: Tensor) -> np.ndarray:
 
 
 def draw_preview(dataset: FeatureDataset, index: int, path: str | os.PathLike[str]) -> None:
-    """Draw a picture of an export beside the colours of its levels, without their padding, into a PNG file.
+    """Draw an image of an export beside the colours of its levels, into a PNG file.
+
+    All panels show what the model was given, behind the config's resizing and cropping and without the data
+    preprocessor's padding, so that the same place in each is the same place in the image.
 
     Raises:
-        UnreadablePicture: If the picture can no longer be read.
+        UnreadableImage: If the image can no longer be read, or is of another size than the one that was exported.
         OSError: If the file cannot be written.
     """
     from PIL import Image, ImageDraw, ImageFont
 
     record = dataset.records[index]
-    image = Image.fromarray(_read(record['path']))
-    scale = _SIDE / max(image.size)
-    size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
-    panels = [(image.resize(size, Image.Resampling.LANCZOS), 'input', f'{image.width} x {image.height}')]
+    height, width = record['input_size']
+    scale = _SIDE / max(height, width)
+    size = (max(round(width * scale), 1), max(round(height * scale), 1))
+    original = _read(record['path'])
+    if list(original.shape[:2]) != record['original_size']:
+        raise UnreadableImage(f'it has {original.shape[0]} rows and {original.shape[1]} columns now, and had '
+                              f'{record["original_size"][0]} and {record["original_size"][1]} when it was exported')
+    note = f'{width} x {height}, of {original.shape[1]} x {original.shape[0]}'
+    panels = [(_as_given(original, record, size), 'input', note)]
     for level, value in zip(record['levels'], dataset.maps(index, crop=True), strict=True):
-        colours = Image.fromarray(pca_colours(value)).resize(size, Image.Resampling.NEAREST)
-        channels, height, width = level['shape']
+        # The last cells may reach beyond an odd input.
+        seen = (0, 0, width / level['stride'], height / level['stride'])
+        colours = Image.fromarray(pca_colours(value)).transform(
+            size, Image.Transform.EXTENT, seen, Image.Resampling.NEAREST, fillcolor=_MUTED)
+        channels, rows, columns = level['shape']
         title = f'{level["name"]}, stride {level["stride"]}'
-        panels.append((colours, title, f'{channels} channels, {width} x {height}'))
-    step = max(size[0], 150) + _GAP
+        panels.append((colours, title, f'{channels} channels, {columns} x {rows}'))
+    step = max(size[0], 170) + _GAP
     sheet = Image.new('RGB', (step * len(panels) + _GAP, size[1] + _BAR + 2 * _GAP), _PAPER)
     draw = ImageDraw.Draw(sheet)
     for place, (panel, title, note) in enumerate(panels):
@@ -84,21 +96,45 @@ def draw_preview(dataset: FeatureDataset, index: int, path: str | os.PathLike[st
         sheet.save(partial, format='PNG')
 
 
+def _as_given(original: np.ndarray, record: Record, size: tuple[int, int]) -> Any:
+    """Resize, crop, pad and mirror an image as the record says, drawn ``size`` (width, height) large."""
+    from PIL import Image
+
+    image = Image.fromarray(original)
+    left, top, right, bottom = record['image_box']
+    across = sorted(record['offset_x'] + record['scale_x'] * x for x in (left, right))
+    down = sorted(record['offset_y'] + record['scale_y'] * y for y in (top, bottom))
+    if record['scale_x'] < 0:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        across = [image.width - x for x in reversed(across)]
+    if record['scale_y'] < 0:
+        image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+        down = [image.height - y for y in reversed(down)]
+    # Records are rounded; what lies beyond the image by a thousandth is no part of it.
+    part = (max(across[0], 0.0), max(down[0], 0.0), min(across[1], image.width), min(down[1], image.height))
+    factors = size[0] / record['input_size'][1], size[1] / record['input_size'][0]
+    place = [round(value * factor) for value, factor in zip((left, top, right, bottom), factors * 2, strict=True)]
+    drawn = (max(place[2] - place[0], 1), max(place[3] - place[1], 1))
+    panel = Image.new('RGB', size, _MUTED)
+    panel.paste(image.resize(drawn, Image.Resampling.LANCZOS, box=part), (place[0], place[1]))
+    return panel
+
+
 def _read(path: str) -> np.ndarray:
-    """uint8 (H, W, 3), RGB, as the pipelines' default reader has it: 16 bits become 8, and EXIF turns the picture."""
+    """Read uint8 (H, W, 3), RGB, as the pipelines' default reader does: 16 bits become 8, and EXIF turns the image."""
     import mmcv
 
     try:
         return mmcv.imread(path, channel_order='rgb', backend='cv2')
     except Exception as error:
         # The decoder raises what it will for files that are damaged, too large for it, or gone by now.
-        raise UnreadablePicture(f'{type(error).__name__}: {str(error).strip()}') from error
+        raise UnreadableImage(f'{type(error).__name__}: {str(error).strip()}') from error
 
 
 def draw_missing_previews(folder: str | os.PathLike[str], ids: Collection[str], quiet: bool = False) -> None:
-    """Draw the previews of these pictures of an export that are not there yet, into its ``previews`` folder.
+    """Draw the previews of these images of an export that are not there yet, into its ``previews`` folder.
 
-    A picture that cannot be read now is told on the error stream, and left out.
+    An image that cannot be read now is told on the error stream, and left out.
 
     Raises:
         CommandError: If the folder cannot be written, or the disk is full.
@@ -110,7 +146,7 @@ def draw_missing_previews(folder: str | os.PathLike[str], ids: Collection[str], 
             try:
                 with writing(folder):
                     draw_preview(dataset, index, path)
-            except UnreadablePicture as error:
+            except UnreadableImage as error:
                 print(f'no preview of {record["path"]}: {error}', file=sys.stderr)
     if not quiet:
         print(f'previews: {Path(folder, PREVIEWS)}', file=sys.stderr)

@@ -3,14 +3,14 @@
 Layout of the folder::
 
     export.json            what made the features: fingerprint, levels, dtype
-    index.jsonl            one record for each picture, in the order of the input
-    features/<id>.safetensors                one picture a file, or
-    features/shard-<hash>.safetensors        many pictures a file
-    unreadable.jsonl       pictures that could not be exported, if any
+    index.jsonl            one record for each image, in the order of the input
+    features/<id>.safetensors                one image a file, or
+    features/shard-<hash>.safetensors        many images a file
+    unreadable.jsonl       images that could not be exported, if any
     previews/<id>.png      drawings of the levels, if asked for
 
-A file holds the tensors ``<id>/<level>``, each (C, H, W), and in its metadata, under ``pictures``, the records of its
-pictures as JSON. The index repeats them, so that it can be made anew from the files at any time.
+A file holds the tensors ``<id>/<level>``, each (C, H, W), and in its metadata, under ``images``, the records of its
+images as JSON. The index repeats them, so that it can be made anew from the files at any time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from torch import Tensor
 from ssm_backbones.preflight import CommandError
 from ssm_backbones.whole_files import PARTIAL_NAME, whole_file, write_whole
 
-FORMAT = 'ssm_backbones.features/1'
+# 2: records say where a model's input lies on the original image (:class:`~ssm_backbones.export.placement.Placement`).
+FORMAT = 'ssm_backbones.features/2'
 DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 EXPORT, INDEX, UNREADABLE = 'export.json', 'index.jsonl', 'unreadable.jsonl'
 FEATURES, PREVIEWS = 'features', 'previews'
@@ -47,7 +48,7 @@ class FeatureStore:
     Args:
         folder: The folder; made if need be.
         settings: What made the features, JSON. An export that was made otherwise is refused.
-        shard_size: Pictures a file; 0 for one file a picture, named by its id.
+        shard_size: Images a file; 0 for one file an image, named by its id.
     """
 
     def __init__(self, folder: str | os.PathLike[str], settings: Mapping[str, Any], shard_size: int = 0) -> None:
@@ -73,7 +74,7 @@ class FeatureStore:
                 left.unlink()
 
     def _left(self) -> list[Path]:
-        """What a killed run left in the folders of an export; other files there, and other folders, are not ours."""
+        """Find what a killed run left in the folders of an export; other files and folders there are not ours."""
         found = list(self.folder.glob('.*.part'))
         for name in (FEATURES, PREVIEWS):
             found += (self.folder / name).rglob('.*.part')
@@ -89,11 +90,11 @@ class FeatureStore:
                 )
 
     def done(self) -> dict[str, Record]:
-        """The records of all pictures whose features are there, by id."""
+        """Read the records of all images whose features are there, by id."""
         return {record['id']: record for record in read_records(self.folder)}
 
     def add(self, record: Record, maps: Mapping[str, Tensor]) -> None:
-        """Write a picture's maps, or keep them until a shard is full."""
+        """Write an image's maps, or keep them until a shard is full."""
         self._waiting.append((record, {f'{record["id"]}/{level}': value for level, value in maps.items()}))
         if len(self._waiting) >= max(self.shard_size, 1):
             self.flush()
@@ -119,13 +120,13 @@ class FeatureStore:
         with writing(self.folder):
             path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(path) as partial:
-                save_file(tensors, str(partial), metadata={'format': FORMAT, 'pictures': json.dumps(records)})
+                save_file(tensors, str(partial), metadata={'format': FORMAT, 'images': json.dumps(records)})
 
     def write_index(self, order: Sequence[str]) -> int:
         """Write the index of all features that are there: the given ids first, in their order.
 
         Returns:
-            How many pictures it lists.
+            How many images it lists.
 
         Raises:
             CommandError: If the folder cannot be written, or the disk is full.
@@ -138,7 +139,7 @@ class FeatureStore:
         return len(ids)
 
     def write_unreadable(self, failures: Sequence[Mapping[str, str]]) -> None:
-        """Write the list of pictures that could not be exported, or remove an earlier run's if there are none.
+        """Write the list of images that could not be exported, or remove an earlier run's if there are none.
 
         Raises:
             CommandError: If the folder cannot be written, or the disk is full.
@@ -152,7 +153,7 @@ class FeatureStore:
 
 
 def file_name(id: str) -> str:
-    """The name of a picture's file, below ``features``: its id, without what a file system would misunderstand."""
+    """Make the name of an image's file below ``features``: its id, without what a file system would misunderstand."""
     parts = [quote(part, safe=' ()[]{}+,=@~!$&\'') for part in id.split('/')]
     # A name may have 255 bytes, and a part of one must not lead elsewhere.
     parts = [part.replace('.', '%2E') if part.strip('.') == '' else part for part in parts]
@@ -161,10 +162,10 @@ def file_name(id: str) -> str:
 
 
 def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What made the features in a folder.
+    """Read what made the features in a folder.
 
     Raises:
-        CommandError: If the folder holds no export.
+        CommandError: If the folder holds no export, or one of another format.
     """
     path = Path(folder, EXPORT)
     try:
@@ -174,12 +175,15 @@ def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
     except ValueError as error:
         raise CommandError(f'{path} is damaged: {error}') from error
     if settings.get('format') != FORMAT:
-        raise CommandError(f'{path} is of the format {settings.get("format")!r}, expected {FORMAT!r}.')
+        raise CommandError(
+            f'{path} is of the format {settings.get("format")!r}, expected {FORMAT!r}: records of other formats do not '
+            'say where the features lie on the image. Export again into another folder.'
+        )
     return settings
 
 
 def read_records(folder: str | os.PathLike[str]) -> Iterator[Record]:
-    """The records of all features in a folder, from the files themselves.
+    """Read the records of all features in a folder, from the files themselves.
 
     Raises:
         CommandError: If a file is damaged.
@@ -189,7 +193,7 @@ def read_records(folder: str | os.PathLike[str]) -> Iterator[Record]:
             continue
         try:
             with safe_open(str(path), framework='pt') as file:
-                yield from json.loads(file.metadata()['pictures'])
+                yield from json.loads(file.metadata()['images'])
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise CommandError(
                 f'{path} is damaged or no part of an export ({error}); remove it and export again.'

@@ -1,4 +1,4 @@
-"""See what a backbone sees: effective receptive fields, activation maps, and the response of a pixel through a scan."""
+"""Draw what a backbone sees: effective receptive fields, activation maps, and a pixel's response through a scan."""
 
 from ssm_backbones.visualize.activation import activation_maps
 from ssm_backbones.visualize.drawing import draw_activation_maps, draw_receptive_fields, draw_scan_response

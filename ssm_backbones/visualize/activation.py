@@ -1,4 +1,4 @@
-"""Activation maps: where in a picture the features of a stage are large, or alike."""
+"""Compute activation maps: where in an image the features of a stage are large, or alike."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ KINDS = ('norm', 'mean', 'pca')
 @torch.no_grad()
 def activation_maps(model: SSMBackbone, image: Tensor, stages: Sequence[int], kind: str = 'norm',
                     channels: Sequence[int] | None = None) -> dict[int, np.ndarray]:
-    """What chosen stages of a backbone make of a picture.
+    """Compute the activation maps of chosen stages of a backbone for an image.
 
     Args:
         model: The backbone.
-        image: One preprocessed picture, (1, in_channels, H, W) or (in_channels, H, W).
+        image: One preprocessed image, (1, in_channels, H, W) or (in_channels, H, W).
         stages: Numbers of the stages; negative ones count from the end.
         kind: Of each pixel of the map behind the stage's blocks, before any norm: ``'norm'``, its Euclidean norm over
             the channels; ``'mean'``, the mean of its absolute values; ``'pca'``, its first three principal components

@@ -1,6 +1,6 @@
 """Figures of what the other modules compute, as PNG files.
 
-Pictures are uint8 (H, W, 3), RGB, as the model is given them. A map's pixel is drawn over the square of ``stride``
+Images are uint8 (H, W, 3), RGB, as the model is given them. A map's pixel is drawn over the square of ``stride``
 pixels that it stands for. Files are written aside and renamed.
 """
 
@@ -31,7 +31,7 @@ def draw_receptive_fields(fields: Mapping[str, ReceptiveField], path: str | os.P
 
     Args:
         fields: The fields by the names of their models, untrained ones first.
-        path: Where the picture goes.
+        path: The file to write.
         heading: Title of the figure.
 
     Raises:
@@ -77,16 +77,16 @@ def draw_receptive_fields(fields: Mapping[str, ReceptiveField], path: str | os.P
     _save(figure, path)
 
 
-def draw_activation_maps(picture: np.ndarray, maps: Mapping[str, np.ndarray], strides: Sequence[int],
+def draw_activation_maps(image: np.ndarray, maps: Mapping[str, np.ndarray], strides: Sequence[int],
                          path: str | os.PathLike[str], heading: str, unit: str = '',
                          channels: Sequence[int] | None = None) -> None:
-    """Draw activation maps over a picture: a column for each stage, and a row for each channel where some are chosen.
+    """Draw activation maps over an image: a column for each stage, and a row for each channel where some are chosen.
 
     Args:
-        picture: What the model was given.
+        image: What the model was given, uint8 (H, W, 3), RGB.
         maps: As :func:`~ssm_backbones.visualize.activation_maps` gives them, by the names of the stages.
         strides: The stride of each of the maps.
-        path: Where the picture goes.
+        path: The file to write.
         heading: Title of the figure.
         unit: What the colour bars measure.
         channels: The numbers of the channels, where the maps are of channels.
@@ -97,18 +97,18 @@ def draw_activation_maps(picture: np.ndarray, maps: Mapping[str, np.ndarray], st
     if not maps:
         raise ValueError('there are no activation maps to draw.')
     rows = 1 if channels is None else len(channels)
-    figure, panels = _figure(len(maps) + 1, picture.shape[0] / picture.shape[1], heading, rows=rows)
+    figure, panels = _figure(len(maps) + 1, image.shape[0] / image.shape[1], heading, rows=rows)
     for row in range(rows):
         first, *others = panels[row * (len(maps) + 1):(row + 1) * (len(maps) + 1)]
         if row == 0:
-            _show_picture(first, picture, 'picture')
+            _show_image(first, image, f'model input, {image.shape[1]}x{image.shape[0]}')
         else:
             first.axis('off')
         for axes, (name, value), stride in zip(others, maps.items(), strides, strict=True):
             value = value if channels is None else value[row]
             colours = value.ndim == 3
             title = f'{name}, {value.shape[1]}x{value.shape[0]}'
-            _show_picture(axes, picture, title if channels is None else f'{title}\nchannel {channels[row]}', grey=True)
+            _show_image(axes, image, title if channels is None else f'{title}\nchannel {channels[row]}', grey=True)
             signed = channels is not None
             # A few pixels stand out by far in many backbones; the scale is that of the rest.
             low, high = (0.0, 255.0) if colours else np.percentile(value, (1, 99)).tolist()
@@ -118,7 +118,7 @@ def draw_activation_maps(picture: np.ndarray, maps: Mapping[str, np.ndarray], st
             drawn = axes.imshow(value, cmap='RdBu_r' if signed else 'turbo', vmin=low, vmax=high,
                                 alpha=0.85 if colours else 0.62, interpolation='nearest',
                                 extent=_extent(value, stride))
-            _fit(axes, picture)
+            _fit(axes, image)
             if not colours:
                 bar = figure.colorbar(drawn, ax=axes, fraction=0.046, pad=0.03, extend='both')
                 bar.ax.tick_params(labelsize=8)
@@ -128,18 +128,18 @@ def draw_activation_maps(picture: np.ndarray, maps: Mapping[str, np.ndarray], st
     _save(figure, path)
 
 
-def draw_scan_response(picture: np.ndarray, response: ScanResponse, stride: int, path: str | os.PathLike[str],
+def draw_scan_response(image: np.ndarray, response: ScanResponse, stride: int, path: str | os.PathLike[str],
                        heading: str) -> None:
-    """Draw a pixel's response through a scan: the picture, all paths together, and each alone, on one scale.
+    """Draw a pixel's response through a scan: the image, all paths together, and each alone, on one scale.
 
     Weights are relative to the largest of another pixel, on a logarithmic scale; the pixel's own, in which the skip
     weight D counts, is told in the title, and marked. Grey is what no path reaches.
 
     Args:
-        picture: What the model was given.
+        image: What the model was given, uint8 (H, W, 3), RGB.
         response: The weights.
         stride: The stride of the map.
-        path: Where the picture goes.
+        path: The file to write.
         heading: Title of the figure.
     """
     from matplotlib.colors import LogNorm
@@ -151,10 +151,10 @@ def draw_scan_response(picture: np.ndarray, response: ScanResponse, stride: int,
                    for value in panels_of.values()])
     largest = largest or 1.0
     per_row = 3 if len(panels_of) > 2 else len(panels_of) + 1
-    figure, panels = _figure(per_row, picture.shape[0] / picture.shape[1], heading,
+    figure, panels = _figure(per_row, image.shape[0] / image.shape[1], heading,
                              rows=-(-(len(panels_of) + 1) // per_row))
     centre = ((column + 0.5) * stride - 0.5, (row + 0.5) * stride - 0.5)
-    _show_picture(panels[0], picture, f'picture, and the pixel at row {row}, column {column}\nof a map of '
+    _show_image(panels[0], image, f'model input, and the pixel at row {row}, column {column}\nof a map of '
                   f'{response.total.shape[1]}x{response.total.shape[0]}')
     _mark(panels[0], centre)
     drawn, norm = None, LogNorm(_FAINTEST, 1)
@@ -164,7 +164,7 @@ def draw_scan_response(picture: np.ndarray, response: ScanResponse, stride: int,
         axes.set_facecolor(_NEVER)
         drawn = axes.imshow(shown, norm=norm, cmap='inferno', interpolation='nearest', extent=_extent(value, stride))
         _mark(axes, centre)
-        _fit(axes, picture)
+        _fit(axes, image)
         axes.set_title(f'{name}\nitself: {relative[row, column]:.3g}', fontsize=11)
         axes.tick_params(labelsize=8)
     for axes in panels[1 + len(panels_of):]:
@@ -176,7 +176,7 @@ def draw_scan_response(picture: np.ndarray, response: ScanResponse, stride: int,
 
 
 def _figure(columns: int, aspect: float, heading: str, rows: int = 1, size: float = _PANEL) -> tuple[Any, list[Any]]:
-    """A figure with room for titles and colour bars, and its axes row by row."""
+    """Make a figure with room for titles and colour bars; return it with its axes, row by row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -192,8 +192,8 @@ def _cycle() -> Iterator[str]:
         yield from _COLOURS
 
 
-def _show_picture(axes: Any, picture: np.ndarray, title: str, grey: bool = False) -> None:
-    shown = picture.mean(axis=2).astype(np.uint8) if grey else picture
+def _show_image(axes: Any, image: np.ndarray, title: str, grey: bool = False) -> None:
+    shown = image.mean(axis=2).astype(np.uint8) if grey else image
     axes.imshow(shown, cmap='gray' if grey else None, vmin=0, vmax=255)
     axes.set_title(title, fontsize=11)
     axes.tick_params(labelsize=8)
@@ -204,9 +204,9 @@ def _extent(value: np.ndarray, stride: int) -> tuple[float, float, float, float]
     return -0.5, width * stride - 0.5, height * stride - 0.5, -0.5
 
 
-def _fit(axes: Any, picture: np.ndarray) -> None:
-    """Maps of odd pictures reach beyond them, by less than a pixel of the map."""
-    height, width = picture.shape[:2]
+def _fit(axes: Any, image: np.ndarray) -> None:
+    """Limit axes to the image: maps of odd images reach beyond them, by less than a pixel of the map."""
+    height, width = image.shape[:2]
     axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), aspect='equal')
 
 

@@ -1,7 +1,7 @@
-"""Effective receptive fields: how far and how strongly the pixels of a picture reach the centre of a feature map.
+"""Effective receptive fields: how far and how strongly the pixels of an image reach the centre of a feature map.
 
 Source: Luo et al., "Understanding the Effective Receptive Field in Deep Convolutional Neural Networks", NeurIPS 2016
-(arXiv 1701.04128), averaged over pictures and drawn on a logarithmic scale as RepLKNet (Ding et al., arXiv 2203.06717)
+(arXiv 1701.04128), averaged over images and drawn on a logarithmic scale as RepLKNet (Ding et al., arXiv 2203.06717)
 and VMamba (Liu et al., arXiv 2401.10166) do. Those take the gradient of the positive values alone; here all values
 count by their magnitude, so that no map is left without a field.
 """
@@ -24,17 +24,17 @@ class ReceptiveField:
     """An effective receptive field.
 
     Attributes:
-        field: float64 (H, W), at least 0: the contribution of each pixel of the picture, averaged over pictures.
-        centre: Row and column of the picture at which the output pixel is centred; whole or half numbers.
-        pictures: How many pictures it is the mean of.
+        field: float64 (H, W), at least 0: the contribution of each pixel of the image, averaged over images.
+        centre: Row and column of the image at which the output pixel is centred; whole or half numbers.
+        images: How many images it is the mean of.
     """
 
     field: np.ndarray
     centre: tuple[float, float]
-    pictures: int
+    images: int
 
     def curve(self) -> tuple[np.ndarray, np.ndarray]:
-        """How much of the contribution lies within centred squares.
+        """Compute how much of the contribution lies within centred squares.
 
         Returns:
             Sides of the squares in pixels, ascending, and the share (0..1) of all contribution within each. A pixel
@@ -47,7 +47,7 @@ class ReceptiveField:
         return sides, np.cumsum(rings) / rings.sum()
 
     def side(self, share: float) -> float:
-        """The side in pixels of the smallest centred square that holds ``share`` (0..1) of the contribution."""
+        """Find the side in pixels of the smallest centred square that holds ``share`` (0..1) of the contribution."""
         if not 0 < share <= 1:
             raise ValueError(f'a share lies in (0, 1], got {share!r}.')
         sides, shares = self.curve()
@@ -57,7 +57,7 @@ class ReceptiveField:
 
 def effective_receptive_field(model: nn.Module, images: Tensor | Iterable[Tensor],
                               stage: int | None = None) -> np.ndarray:
-    """The effective receptive field of the centre of a stage's map; see :func:`receptive_field`.
+    """Compute the effective receptive field of the centre of a stage's map; see :func:`receptive_field`.
 
     Returns:
         float64 (H, W): the mean over the images of ``sum_k |d(sum_c |y_c|) / dx_k|``, with y the map's pixel (h // 2,
@@ -67,7 +67,7 @@ def effective_receptive_field(model: nn.Module, images: Tensor | Iterable[Tensor
 
 
 def receptive_field(model: nn.Module, images: Tensor | Iterable[Tensor], stage: int | None = None) -> ReceptiveField:
-    """The effective receptive field of the centre of a stage's map, with the place of that centre in the image.
+    """Compute the effective receptive field of the centre of a stage's map, and the centre's place in the image.
 
     Args:
         model: One of the package's backbones: the map is that behind the blocks of the stage, before its norm. Any
@@ -102,7 +102,7 @@ def receptive_field(model: nn.Module, images: Tensor | Iterable[Tensor], stage: 
 
 
 def _gradient(model: nn.Module, image: Tensor, stage: int | None) -> tuple[np.ndarray, tuple[float, float]]:
-    """The absolute gradient (H, W) of one image (1, C, H, W), and the centre."""
+    """Compute the absolute gradient (H, W) of one image (1, C, H, W), and the centre."""
     image = image.detach().clone().requires_grad_()
     if isinstance(model, SSMBackbone):
         number = resolve_stage(model, stage)

@@ -1,6 +1,6 @@
 """The response of a pixel to every other one through a scan: the attention of a state-space model.
 
-With step sizes, B and C held at what they are for a picture, a scan is linear in its input u and acts on each channel
+With step sizes, B and C held at what they are for an image, a scan is linear in its input u and acts on each channel
 alone, so each pixel of its output is a weighted sum of pixels of u, as in attention::
 
     y_e(p) = sum_q w_e(p <- q) * u_e(q)
@@ -75,12 +75,12 @@ class ScanResponse:
 
 
 def scan_stages(model: SSMBackbone) -> list[int]:
-    """The stages whose blocks mix by scans; Mamba2D's later ones do so by attention."""
+    """List the stages whose blocks mix by scans; Mamba2D's later ones do so by attention."""
     return [i for i, stage in enumerate(model.stages) if _scans(stage.blocks[0].mixer)]
 
 
 def default_scan_stage(model: SSMBackbone) -> int:
-    """The stage to show by default: the second that scans (stride 8), or the last block of one resolution.
+    """Choose the stage to show by default: the second that scans (stride 8), or the last block of one resolution.
 
     Raises:
         ValueError: If no stage scans.
@@ -93,7 +93,7 @@ def default_scan_stage(model: SSMBackbone) -> int:
 
 def scan_response(model: SSMBackbone, image: Tensor, stage: int | None = None, block: int | None = None,
                   pixel: tuple[int, int] | None = None, sense: str = 'reads') -> ScanResponse:
-    """The weights between a pixel and all others through the scan of one block; see the module's docstring.
+    """Compute the weights between a pixel and all others through a block's scan; see the module's docstring.
 
     VMamba's paths are its four routes, V2M's its four corners (row scan, gate, column scan; in the plain layout with
     the convolution between them, and its SiLU as a gate held as it is), Mamba2D's the one direction of the block. The
@@ -101,7 +101,7 @@ def scan_response(model: SSMBackbone, image: Tensor, stage: int | None = None, b
 
     Args:
         model: The backbone.
-        image: One preprocessed picture, (1, in_channels, H, W) or (in_channels, H, W).
+        image: One preprocessed image, (1, in_channels, H, W) or (in_channels, H, W).
         stage: Number of the stage, negative ones counted from the end; None is :func:`default_scan_stage`.
         block: Number of the block in the stage, likewise; None is the last one.
         pixel: Row and column of a pixel of the image; the pixel of the stage's map is the one whose square of
@@ -122,8 +122,8 @@ def scan_response(model: SSMBackbone, image: Tensor, stage: int | None = None, b
                          f'stages that scan: {", ".join(map(str, scan_stages(model)))}.')
     height, width = image.shape[-2:]
     if pixel is not None and not (0 <= pixel[0] < height and 0 <= pixel[1] < width):
-        raise ValueError(f'row {pixel[0]}, column {pixel[1]} lie outside the image, which has {height} rows and '
-                         f'{width} columns.')
+        raise ValueError(f'row {pixel[0]}, column {pixel[1]} lie outside the image as the model is given it, '
+                         f'which has {height} rows and {width} columns.')
     with evaluating(model), torch.no_grad():
         x = runs_of(model, image.reshape(1, *image.shape[-3:]), {'mixer': mixer})['mixer'].given
         paths, channels = scan_paths(mixer, x)
@@ -143,7 +143,7 @@ def scan_response(model: SSMBackbone, image: Tensor, stage: int | None = None, b
 
 
 def scan_paths(mixer: nn.Module, x: Tensor) -> tuple[dict[str, Linear], int]:
-    """The linear functions that a mixer's scans are for the mixer's input x (1, H, W, C), and their channels E.
+    """Return the linear functions that a mixer's scans are for its input x (1, H, W, C), and their channels E.
 
     Raises:
         TypeError: If the mixer has no scan.
@@ -178,13 +178,13 @@ def _corner(mixer: Any, u: Tensor, gate: Tensor, from_right: bool, from_bottom: 
 
 
 def _cells(model: SSMBackbone, height: int, width: int, device: torch.device) -> Tensor:
-    """For each pixel (h, w) of the stage's map, its place in the flattened grid, which may hold class tokens too."""
+    """Find each map pixel's (h, w) place in the flattened grid, which may hold class tokens too."""
     cells = torch.arange(height * width, device=device).view(1, height, width, 1)
     return (model.patch_embed.patches(cells) if isinstance(model, PlainV2M) else cells)[0, :, :, 0]
 
 
 def _weights(path: Linear, probe: Tensor, sense: str) -> Tensor:
-    """Every w_e between the probed pixel and the others, float64 (1, H, W, E)."""
+    """Compute every w_e between the probed pixel and the others, float64 (1, H, W, E)."""
     if sense == 'feeds':
         with torch.no_grad():
             return path(probe).double()
@@ -194,7 +194,7 @@ def _weights(path: Linear, probe: Tensor, sense: str) -> Tensor:
 
 
 class _RouteScan:
-    """A route scan as it ran for a picture, as a function of its input alone.
+    """A route scan as it ran for an image, as a function of its input alone.
 
     Attributes:
         given: The input that it ran with, (1, H, W, E).
@@ -231,7 +231,7 @@ class _RouteScan:
 
 
 class _WavefrontScan:
-    """A wavefront scan as it ran for a picture, as a function of its input alone; see :class:`_RouteScan`."""
+    """A wavefront scan as it ran for an image, as a function of its input alone; see :class:`_RouteScan`."""
 
     def __init__(self, x: Tensor, *held: Any) -> None:
         self.given, self.channels = x, x.shape[3]
@@ -242,7 +242,7 @@ class _WavefrontScan:
 
 
 class _Recorder(TorchDispatchMode):
-    """Keeps what the scans below it were called with."""
+    """Keep what the scans below it were called with."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -257,7 +257,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _held_scans(run: Callable[[], Any]) -> list[Any]:
-    """The scans that ``run`` calls, in order, with all but their inputs held."""
+    """Return the scans that ``run`` calls, in order, with all but their inputs held."""
     with torch.no_grad(), _Recorder() as recorder:
         run()
     return recorder.scans

@@ -1,4 +1,4 @@
-"""The stages of a backbone: their numbers, strides and places, and the maps behind their blocks."""
+"""Find the stages of a backbone: their numbers, strides and places, and the maps behind their blocks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ssm_backbones.layers.common import PatchMerging
 
 
 def resolve_stage(backbone: SSMBackbone, stage: int | None) -> int:
-    """The number of a stage, negative ones counted from the end; None means the last one.
+    """Resolve the number of a stage: negative ones count from the end, None is the last one.
 
     Of a backbone of one resolution (V2M's plain layout) every block is a stage.
 
@@ -26,7 +26,7 @@ def resolve_stage(backbone: SSMBackbone, stage: int | None) -> int:
 
 
 def resolve_block(backbone: SSMBackbone, stage: int, block: int | None) -> int:
-    """The number of a block in its stage, negative ones counted from the end; None means the last one.
+    """Resolve the number of a block in its stage: negative ones count from the end, None is the last one.
 
     Raises:
         ValueError: If there is no such block.
@@ -43,23 +43,23 @@ def _resolve(kind: str, number: int | None, count: int, owner: str) -> int:
 
 
 def stage_stride(backbone: SSMBackbone, stage: int) -> int:
-    """Pixels of the image along a side of one pixel of the stage's map."""
+    """Return how many pixels of the image lie along a side of one pixel of the stage's map."""
     return PATCH_SIZE if isinstance(backbone, PlainV2M) else 4 * 2**stage
 
 
 def stage_name(backbone: SSMBackbone, stage: int) -> str:
-    """What titles call a stage."""
+    """Name a stage for titles."""
     return f'block {stage}' if isinstance(backbone, PlainV2M) else f'stage {stage}'
 
 
 def spread_stages(backbone: SSMBackbone) -> list[int]:
-    """The stages to show by default: all, or the last block of each quarter of a backbone of one resolution."""
+    """Choose the stages to show by default: all, or of one resolution the last block of each quarter."""
     count = len(backbone.stages)
     return sorted({max(count * quarter // 4 - 1, 0) for quarter in range(1, 5)}) if count > 4 else list(range(count))
 
 
 def cell_centre(backbone: SSMBackbone, stage: int, index: float) -> float:
-    """The coordinate in the image, along one axis, at which pixel ``index`` of a stage's map is centred.
+    """Find the coordinate in the image, along one axis, at which pixel ``index`` of a stage's map is centred.
 
     The centre of the window that the stem's and the downsamplings' convolutions see; pixel centres are whole numbers.
     A convolution of size k, stride s and padding p centres its output i at ``s * i - p + (k - 1) / 2``.
@@ -77,7 +77,7 @@ def cell_centre(backbone: SSMBackbone, stage: int, index: float) -> float:
 
 
 def stage_maps(backbone: SSMBackbone, images: Tensor, stages: Sequence[int]) -> dict[int, Tensor]:
-    """The maps behind the blocks of chosen stages, before any norm of the stage or of the output.
+    """Compute the maps behind the blocks of chosen stages, before any norm of the stage or of the output.
 
     A LayerNorm makes all pixels equally large and their channels sum to a constant, so the norms of pixels and sums
     over channels tell something only before it.
@@ -99,7 +99,7 @@ def stage_maps(backbone: SSMBackbone, images: Tensor, stages: Sequence[int]) -> 
 
 
 class Run(NamedTuple):
-    """What a module within a model was given, and what it made of it."""
+    """Input and output of a module within a model."""
 
     given: Tensor
     result: Tensor
@@ -136,8 +136,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def check_image(image: Tensor) -> None:
-    """Raise a ValueError unless ``image`` is one preprocessed picture (1, C, H, W) or (C, H, W), finite."""
+    """Raise a ValueError unless ``image`` is one preprocessed image (1, C, H, W) or (C, H, W), finite."""
     if image.ndim not in (3, 4) or (image.ndim == 4 and image.shape[0] != 1):
-        raise ValueError(f'expected one picture (1, C, H, W) or (C, H, W), got shape {tuple(image.shape)}.')
+        raise ValueError(f'expected one image (1, C, H, W) or (C, H, W), got shape {tuple(image.shape)}.')
     if not torch.isfinite(image).all():
-        raise ValueError('the picture holds values that are not finite.')
+        raise ValueError('the image holds values that are not finite.')

@@ -4,8 +4,10 @@ import importlib.util
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from ssm_backbones.datasets.options import ShapesOptions
@@ -61,6 +63,30 @@ def test_linear_head_on_exported_features(tmp_path, capsys) -> None:
     assert score > 1.5 * share / len(known.unique()), 'the most frequent class alone would give the last quotient'
     unseen = example.main([str(tmp_path / 'train'), str(tmp_path / 'val'), '--epochs', '1'])
     assert 0.0 < unseen < 1.0
+
+
+def test_linear_head_has_the_labels_of_what_the_model_saw(tmp_path) -> None:
+    """The config crops and pads; the label maps have to follow."""
+    make_shapes(tmp_path / 'shapes', ShapesOptions(seed=3, train=4, val=1, size=(64, 64)))
+    config = tmp_path / 'config.py'
+    config.write_text(
+        CONFIG.replace('{data}', f'{tmp_path}/shapes/ade20k/')
+        .replace("bgr_to_rgb=True)", "bgr_to_rgb=True, test_cfg=dict(size_divisor=32))")
+        .replace("dict(type='LoadAnnotations'),", "dict(type='LoadAnnotations'), "
+                                                  "dict(type='CenterCrop', crop_size=(48, 40)),"))
+    torch.save({'state_dict': build_model(load_config(config), None).state_dict()}, tmp_path / 'model.pth')
+    export_features(ExportOptions(str(config), str(tmp_path / 'model.pth'), 'train', str(tmp_path / 'out'), workers=0))
+    example = load('linear_segmentation')
+    for item in example.labelled(str(tmp_path / 'out')):
+        (path,) = (tmp_path / 'shapes').rglob(f'annotations/*/{Path(item["id"]).stem}.png')
+        whole = np.array(Image.open(path)).astype(int)
+        assert item['labels'].shape == (64, 64) and (item['labels'][40:] == example.IGNORED).all()
+        assert (item['labels'][:, 48:] == example.IGNORED).all()
+        expected = np.where(whole == 0, example.IGNORED, whole - 1)[12:52, 8:56]
+        np.testing.assert_array_equal(item['labels'][:40, :48], expected)
+        assert len(np.unique(expected)) > 1
+    head, losses = example.train(example.labelled(str(tmp_path / 'out')), 7, epochs=2)
+    assert losses[1] < losses[0]
 
 
 @pytest.mark.parametrize('name', ['vmamba-test', 'v2m-test-hier', 'mamba2d-test'])

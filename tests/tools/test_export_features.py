@@ -20,8 +20,8 @@ from PIL import Image
 from ssm_backbones.datasets.feature_export import FeatureDataset
 from ssm_backbones.export import features
 from ssm_backbones.export.features import ExportOptions, _Sample, batches, export_features
+from ssm_backbones.export.images import InputImage, UnreadableImage, check_readable, find_images
 from ssm_backbones.export.models import build_extractor, build_model
-from ssm_backbones.export.pictures import Picture, UnreadablePicture, check_readable, find_pictures
 from ssm_backbones.export.preview import pca_colours
 from ssm_backbones.export.store import file_name, read_records
 from ssm_backbones.preflight import CommandError, check_device
@@ -105,9 +105,9 @@ def test_annotations_of_the_data_set_are_kept(export, tmp_path, shapes) -> None:
 
 @pytest.mark.parametrize('dtype', ['fp16', 'bf16'])
 def test_shards_levels_and_dtypes(dtype, export, tmp_path, shapes) -> None:
-    pictures = shapes / 'ade20k' / 'images' / 'validation'
-    export(pictures, tmp_path / 'whole')
-    export(pictures, tmp_path / 'out', dtype=dtype, levels=[2, 0], shard_size=3)
+    folder = shapes / 'ade20k' / 'images' / 'validation'
+    export(folder, tmp_path / 'whole')
+    export(folder, tmp_path / 'out', dtype=dtype, levels=[2, 0], shard_size=3)
     assert len(list((tmp_path / 'out' / 'features').glob('shard-*.safetensors'))) == 2
     whole, dataset = FeatureDataset(tmp_path / 'whole'), FeatureDataset(tmp_path / 'out')
     assert dataset.levels == ['level2', 'level0'] and dataset.channels() == [64, 16]
@@ -145,18 +145,18 @@ def test_maps_do_not_depend_on_neighbours_and_padding_is_told(export, tmp_path) 
 
 @pytest.mark.parametrize('shard_size', [0, 4])
 def test_resumed_export_redoes_nothing(shard_size, export, tmp_path, shapes, monkeypatch) -> None:
-    pictures = shapes / 'ade20k' / 'images' / 'training'
+    folder = shapes / 'ade20k' / 'images' / 'training'
     compute, computed = features._compute, []
 
     def counted(extractor, batch, *args):
         if len(computed) == 8:
             raise KeyboardInterrupt
-        computed.extend(sample.picture.id for sample in batch)
+        computed.extend(sample.image.id for sample in batch)
         return compute(extractor, batch, *args)
 
     monkeypatch.setattr(features, '_compute', counted)
     with pytest.raises(KeyboardInterrupt):
-        export(pictures, tmp_path / 'out', batch_size=2, shard_size=shard_size)
+        export(folder, tmp_path / 'out', batch_size=2, shard_size=shard_size)
     assert len(list(read_records(tmp_path / 'out'))) == 8
     with pytest.raises(CommandError, match='interrupted'):
         FeatureDataset(tmp_path / 'out')
@@ -167,22 +167,22 @@ def test_resumed_export_redoes_nothing(shard_size, export, tmp_path, shapes, mon
         path.write_bytes(b'x')
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / 'out').rglob('*.safetensors')}
     first, computed[:] = set(computed), []
-    result = export(pictures, tmp_path / 'out', batch_size=2, shard_size=shard_size)
+    result = export(folder, tmp_path / 'out', batch_size=2, shard_size=shard_size)
     assert (result.exported, result.kept) == (4, 8)
     assert not first & set(computed) and len(computed) == 4
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
     assert not half.exists() and all(path.exists() for path in foreign)
     ids = [record['id'] for record in FeatureDataset(tmp_path / 'out').records]
-    assert ids == sorted(path.name for path in pictures.iterdir())
+    assert ids == sorted(path.name for path in folder.iterdir())
     computed[:] = []
-    assert export(pictures, tmp_path / 'out', shard_size=shard_size).exported == 0
+    assert export(folder, tmp_path / 'out', shard_size=shard_size).exported == 0
     assert computed == []
 
 
 def test_killed_process_leaves_whole_files_alone(models, tmp_path, shapes, environment, export) -> None:
-    pictures = shapes / 'ade20k' / 'images' / 'training'
+    folder = shapes / 'ade20k' / 'images' / 'training'
     out = tmp_path / 'out'
-    command = [sys.executable, TOOL, *models['mmseg'], pictures, '--out', out, '--batch-size', '1', '--workers', '0']
+    command = [sys.executable, TOOL, *models['mmseg'], folder, '--out', out, '--batch-size', '1', '--workers', '0']
     process = subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while process.poll() is None and len(list(out.glob('features/*.safetensors'))) < 2:
@@ -192,9 +192,9 @@ def test_killed_process_leaves_whole_files_alone(models, tmp_path, shapes, envir
     process.wait()
     done = {record['id'] for record in read_records(out)}
     assert len(done) >= 2
-    result = export(pictures, out)
+    result = export(folder, out)
     assert result.kept == len(done) and result.exported == 12 - len(done)
-    export(pictures, tmp_path / 'once')
+    export(folder, tmp_path / 'once')
     again, once = FeatureDataset(out), FeatureDataset(tmp_path / 'once')
     for index in range(12):
         assert all(
@@ -205,21 +205,21 @@ def test_killed_process_leaves_whole_files_alone(models, tmp_path, shapes, envir
 
 
 def test_another_model_in_the_same_folder(models, export, tmp_path, shapes) -> None:
-    pictures = shapes / 'ade20k' / 'images' / 'validation'
-    export(pictures, tmp_path / 'out')
+    folder = shapes / 'ade20k' / 'images' / 'validation'
+    export(folder, tmp_path / 'out')
     with pytest.raises(CommandError, match='another dtype: fp32, this one has fp16'):
-        export(pictures, tmp_path / 'out', dtype='fp16')
+        export(folder, tmp_path / 'out', dtype='fp16')
     config, checkpoint = models['mmseg']
     weights = torch.load(checkpoint, weights_only=True)
     weights['state_dict']['backbone.norm0.bias'] = torch.full((16,), 0.5)
     torch.save(weights, tmp_path / 'other.pth')
     with pytest.raises(CommandError, match='another model'):
-        export_features(ExportOptions(config, str(tmp_path / 'other.pth'), str(pictures), str(tmp_path / 'out')))
+        export_features(ExportOptions(config, str(tmp_path / 'other.pth'), str(folder), str(tmp_path / 'out')))
     with pytest.raises(CommandError, match='another model'):
-        export(pictures, tmp_path / 'out', cfg_options={'model.data_preprocessor.std': [50.0] * 3})
+        export(folder, tmp_path / 'out', cfg_options={'model.data_preprocessor.std': [50.0] * 3})
 
 
-def test_other_pictures_of_the_same_names(export, tmp_path, monkeypatch) -> None:
+def test_other_images_of_the_same_names(export, tmp_path, monkeypatch) -> None:
     for name, colour in (('a', 'red'), ('b', 'blue')):
         (tmp_path / name).mkdir()
         Image.new('RGB', (32, 32), colour).save(tmp_path / name / 'x.png')
@@ -235,7 +235,7 @@ def test_other_pictures_of_the_same_names(export, tmp_path, monkeypatch) -> None
         assert (export(same, out).exported, export(same, out).kept) == (0, 1)
 
 
-def test_pictures_of_other_kinds(export, tmp_path) -> None:
+def test_images_of_other_kinds(export, tmp_path) -> None:
     """Grey becomes three equal channels, alpha is dropped, 16 bits become 8: as OpenCV reads them."""
     folder = tmp_path / 'in'
     folder.mkdir()
@@ -254,7 +254,7 @@ def test_pictures_of_other_kinds(export, tmp_path) -> None:
     assert export(folder, tmp_path / 'out', preview=True).unreadable == []
     panels = {}
     for name in kinds:
-        # The picture's own panel: 320 pixels wide, below its title.
+        # The image's own panel: 320 pixels wide, below its title.
         sheet = np.asarray(Image.open(tmp_path / 'out' / 'previews' / f'{name}.png.png').convert('RGB'))
         panels[name] = sheet[60:260, 20:320].astype(float)
     for name, same in (('rgba', 'rgb'), ('grey16', 'grey3')):
@@ -267,14 +267,14 @@ def test_pictures_of_other_kinds(export, tmp_path) -> None:
     assert not torch.allclose(maps['rgb'][0], maps['grey'][0], atol=1e-4)
 
 
-def test_unreadable_pictures_do_not_stop_the_rest(tool, models, tmp_path, capsys, shapes) -> None:
+def test_unreadable_images_do_not_stop_the_rest(tool, models, tmp_path, capsys, shapes) -> None:
     folder = tmp_path / 'in'
     folder.mkdir()
     good = next((shapes / 'ade20k' / 'images' / 'training').iterdir()).read_bytes()
     (folder / 'good.jpg').write_bytes(good)
     (folder / 'cut.jpg').write_bytes(good[: len(good) * 2 // 3])
     (folder / 'empty.png').write_bytes(b'')
-    (folder / 'text.jpg').write_text('no picture')
+    (folder / 'text.jpg').write_text('no image')
     (folder / 'sub').mkdir()
     Image.new('RGB', (60, 50)).save(folder / 'sub' / 'cut.png')
     whole = (folder / 'sub' / 'cut.png').read_bytes()
@@ -288,21 +288,21 @@ def test_unreadable_pictures_do_not_stop_the_rest(tool, models, tmp_path, capsys
     for name, reason in (
         ('cut.jpg', 'cut off'),
         ('empty.png', 'the file is empty'),
-        ('text.jpg', 'no picture'),
+        ('text.jpg', 'no image'),
         ('sub/cut.png', 'cut off'),
         ('huge.png', '400x300 pixels are more than 100000'),
         ('damaged.png', 'failed to load image'),
     ):
         (line,) = [line for line in error.splitlines() if line.startswith(f'unreadable: {folder / name}: ')]
         assert reason in line
-    assert 'error: 6 pictures could not be exported' in error
+    assert 'error: 6 images could not be exported' in error
     assert [record['id'] for record in FeatureDataset(out).records] == ['good.jpg']
     assert len((out / 'unreadable.jsonl').read_text().splitlines()) == 6
     # Mended, they are exported by the next run alone.
     for name in ('cut.jpg', 'empty.png', 'text.jpg', 'sub/cut.png', 'huge.png', 'damaged.png'):
         (folder / name).write_bytes(whole if name.endswith('png') else good)
     assert tool.main(command) == 0
-    assert '6 pictures exported' in capsys.readouterr().out
+    assert '6 images exported' in capsys.readouterr().out
     assert not (out / 'unreadable.jsonl').exists()
 
 
@@ -311,23 +311,23 @@ def test_the_bound_on_pixels_is_the_one_asked_for(tmp_path, monkeypatch) -> None
     Image.new('RGB', (40, 30)).save(tmp_path / 'x.png')
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 10)
     check_readable(str(tmp_path / 'x.png'), 1200)
-    with pytest.raises(UnreadablePicture, match='40x30 pixels are more than 1199'):
+    with pytest.raises(UnreadableImage, match='40x30 pixels are more than 1199'):
         check_readable(str(tmp_path / 'x.png'), 1199)
     assert Image.MAX_IMAGE_PIXELS == 10
 
 
-def test_processes_share_the_pictures(models, tmp_path, shapes, environment, export, free_port) -> None:
-    pictures = shapes / 'ade20k' / 'images' / 'training'
+def test_processes_share_the_images(models, tmp_path, shapes, environment, export, free_port) -> None:
+    folder = shapes / 'ade20k' / 'images' / 'training'
     (tmp_path / 'in').mkdir()
-    for path in pictures.iterdir():
+    for path in folder.iterdir():
         (tmp_path / 'in' / path.name).write_bytes(path.read_bytes())
     (tmp_path / 'in' / 'broken.jpg').write_bytes(b'x')
     command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', f'--master_port={free_port}', TOOL,
                *models['mmseg'], tmp_path / 'in', '--out', tmp_path / 'out', '--launcher', 'pytorch', '--workers', '0']
     result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode != 0 and 'error: 1 pictures could not be exported' in result.stderr
-    assert '12 pictures exported' in result.stdout
-    export(pictures, tmp_path / 'alone')
+    assert result.returncode != 0 and 'error: 1 images could not be exported' in result.stderr
+    assert '12 images exported' in result.stdout
+    export(folder, tmp_path / 'alone')
     shared, alone = FeatureDataset(tmp_path / 'out'), FeatureDataset(tmp_path / 'alone')
     assert [record['id'] for record in shared.records] == [record['id'] for record in alone.records]
     for index in range(12):
@@ -347,8 +347,8 @@ def test_processes_wait_for_slow_ones(monkeypatch) -> None:
 
 
 def test_preview(tool, models, tmp_path, shapes) -> None:
-    pictures = shapes / 'ade20k' / 'images' / 'validation'
-    command = [*models['mmseg'], str(pictures), '--out', str(tmp_path / 'out'), '--workers', '0', '--preview']
+    folder = shapes / 'ade20k' / 'images' / 'validation'
+    command = [*models['mmseg'], str(folder), '--out', str(tmp_path / 'out'), '--workers', '0', '--preview']
     assert tool.main(command) == 0
     drawn = sorted((tmp_path / 'out' / 'previews').iterdir())
     assert len(drawn) == 4
@@ -360,7 +360,7 @@ def test_preview(tool, models, tmp_path, shapes) -> None:
     assert drawn[1].exists() and drawn[0].stat().st_mtime_ns == before[0]
 
 
-def test_preview_of_pictures_that_vanished(export, tmp_path, capsys, monkeypatch) -> None:
+def test_preview_of_images_that_vanished(export, tmp_path, capsys, monkeypatch) -> None:
     (tmp_path / 'in').mkdir()
     for name, size in (('gone', (40, 40)), ('here', (40, 40)), ('large', (400, 300))):
         Image.new('RGB', size, 'red').save(tmp_path / 'in' / f'{name}.png')
@@ -398,51 +398,51 @@ def test_pca_colours() -> None:
 def test_inputs(models, shapes, tmp_path) -> None:
     cfg = load_config(models['mmdet'][0])
     folder = shapes / 'ade20k' / 'images'
-    assert len(find_pictures(str(folder), cfg)) == 16
-    assert {picture.id.split('/')[0] for picture in find_pictures(str(folder), cfg)} == {'training', 'validation'}
-    (one,) = find_pictures(str(next((folder / 'training').iterdir())), cfg)
+    assert len(find_images(str(folder), cfg)) == 16
+    assert {image.id.split('/')[0] for image in find_images(str(folder), cfg)} == {'training', 'validation'}
+    (one,) = find_images(str(next((folder / 'training').iterdir())), cfg)
     assert one.id == os.path.basename(one.path)
-    assert len(find_pictures(str(folder / '*' / '*_000000[01]1.jpg'), cfg)) == 3
+    assert len(find_images(str(folder / '*' / '*_000000[01]1.jpg'), cfg)) == 3
     annotations = shapes / 'coco' / 'annotations' / 'instances_val2017.json'
-    coco = find_pictures(str(annotations), cfg)
-    assert [picture.id for picture in coco] == ['1000001', '1000002', '1000003', '1000004']
-    assert coco == find_pictures(str(annotations), cfg, str(shapes / 'coco' / 'val2017'))
-    assert [picture.id for picture in find_pictures('val', cfg)] == [picture.id for picture in coco]
+    coco = find_images(str(annotations), cfg)
+    assert [image.id for image in coco] == ['1000001', '1000002', '1000003', '1000004']
+    assert coco == find_images(str(annotations), cfg, str(shapes / 'coco' / 'val2017'))
+    assert [image.id for image in find_images('val', cfg)] == [image.id for image in coco]
     (tmp_path / 'bad.json').write_text('{}')
     for given, message in (
-        ('nowhere', 'is no picture, folder, pattern, COCO file or split'),
+        ('nowhere', 'is no image, folder, pattern, COCO file or split'),
         (str(tmp_path / 'bad.json'), 'no file of COCO annotations'),
-        (str(tmp_path), 'holds no pictures'),
-        (str(tmp_path / '*.png'), 'holds no pictures'),
+        (str(tmp_path), 'holds no images'),
+        (str(tmp_path / '*.png'), 'holds no images'),
     ):
         with pytest.raises(CommandError, match=message):
-            find_pictures(given, cfg)
+            find_images(given, cfg)
     with pytest.raises(CommandError, match='goes with a COCO file'):
-        find_pictures(str(folder), cfg, str(folder))
+        find_images(str(folder), cfg, str(folder))
 
 
 def test_bad_arguments(tool, models, tmp_path, shapes, capsys) -> None:
     config, checkpoint = models['mmseg']
-    pictures = str(shapes / 'ade20k' / 'images' / 'validation')
+    folder = str(shapes / 'ade20k' / 'images' / 'validation')
     out = ['--out', str(tmp_path / 'out')]
     (tmp_path / 'file').touch()
     (tmp_path / 'junk.pth').write_bytes(b'junk')
     torch.save({'state_dict': {'head.fc.weight': torch.zeros(2)}}, tmp_path / 'head.pth')
     for command, message in (
-        ([config, 'nowhere.pth', pictures, *out], 'checkpoint nowhere.pth does not exist'),
-        ([config, str(tmp_path / 'junk.pth'), pictures, *out], 'junk.pth'),
-        ([config, str(tmp_path / 'head.pth'), pictures, *out], 'head.pth'),
-        (['nowhere.py', checkpoint, pictures, *out], 'nowhere.py does not exist'),
-        ([config, models['mmdet'][1], pictures, '--neck', *out], '--neck: the model of the config'),
-        ([config, checkpoint, pictures, '--out', str(tmp_path / 'file')], 'is a file; name a folder'),
-        ([config, checkpoint, pictures, '--out', str(tmp_path / 'file' / 'x')], 'cannot be written'),
-        ([config, checkpoint, pictures, *out, '--levels', '4'], 'the model gives 4 maps, 0 to 3'),
-        ([config, checkpoint, pictures, *out, '--batch-size', '0'], '--batch-size must be at least 1'),
-        ([config, checkpoint, pictures, *out, '--launcher', 'pytorch'], 'torchrun'),
+        ([config, 'nowhere.pth', folder, *out], 'checkpoint nowhere.pth does not exist'),
+        ([config, str(tmp_path / 'junk.pth'), folder, *out], 'junk.pth'),
+        ([config, str(tmp_path / 'head.pth'), folder, *out], 'head.pth'),
+        (['nowhere.py', checkpoint, folder, *out], 'nowhere.py does not exist'),
+        ([config, models['mmdet'][1], folder, '--neck', *out], '--neck: the model of the config'),
+        ([config, checkpoint, folder, '--out', str(tmp_path / 'file')], 'is a file; name a folder'),
+        ([config, checkpoint, folder, '--out', str(tmp_path / 'file' / 'x')], 'cannot be written'),
+        ([config, checkpoint, folder, *out, '--levels', '4'], 'the model gives 4 maps, 0 to 3'),
+        ([config, checkpoint, folder, *out, '--batch-size', '0'], '--batch-size must be at least 1'),
+        ([config, checkpoint, folder, *out, '--launcher', 'pytorch'], 'torchrun'),
     ):
         assert message in fails(capsys, tool.main(command)), command
     if not torch.cuda.is_available():
-        command = [config, checkpoint, pictures, *out, '--device', 'cuda']
+        command = [config, checkpoint, folder, *out, '--device', 'cuda']
         assert 'no GPU is visible' in fails(capsys, tool.main(command))
     assert not (tmp_path / 'out').exists()
 
@@ -455,11 +455,11 @@ def test_bad_arguments(tool, models, tmp_path, shapes, capsys) -> None:
 def test_devices_that_are_not_there(device, message, models, export, tmp_path, shapes, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
-    pictures = shapes / 'ade20k' / 'images' / 'validation'
+    folder = shapes / 'ade20k' / 'images' / 'validation'
     with pytest.raises(CommandError, match=message):
-        export(pictures, tmp_path / 'out', device=device)
+        export(folder, tmp_path / 'out', device=device)
     with pytest.raises(CommandError, match=message):
-        next(visualize(VisualizeOptions('erf', *models['mmseg'], [str(pictures)], str(tmp_path), device=device)))
+        next(visualize(VisualizeOptions('erf', *models['mmseg'], [str(folder)], str(tmp_path), device=device)))
     assert check_device('cuda:1') == torch.device('cuda:1') and check_device(None).type == 'cuda'
 
 
@@ -476,8 +476,8 @@ def test_features_beyond_float16(export, tmp_path, shapes, models) -> None:
     weights = torch.load(checkpoint, weights_only=True)
     weights['state_dict']['backbone.norm0.bias'] = torch.full((16,), 1e6)
     torch.save(weights, tmp_path / 'large.pth')
-    pictures = str(shapes / 'ade20k' / 'images' / 'validation')
-    options = ExportOptions(config, str(tmp_path / 'large.pth'), pictures, str(tmp_path / 'out'), dtype='fp16')
+    folder = str(shapes / 'ade20k' / 'images' / 'validation')
+    options = ExportOptions(config, str(tmp_path / 'large.pth'), folder, str(tmp_path / 'out'), dtype='fp16')
     with pytest.raises(CommandError, match='beyond what float16 holds'):
         export_features(options)
 
@@ -499,24 +499,24 @@ def test_the_next_batch_is_read_while_one_is_computed(models, tmp_path, shapes, 
 
     monkeypatch.setattr(features, 'check_readable', reading)
     monkeypatch.setattr(features, '_compute', computing)
-    pictures = str(shapes / 'ade20k' / 'images' / 'training')
-    options = ExportOptions(*models['mmseg'], pictures, str(tmp_path / 'out'), batch_size=6, workers=1)
+    folder = str(shapes / 'ade20k' / 'images' / 'training')
+    options = ExportOptions(*models['mmseg'], folder, str(tmp_path / 'out'), batch_size=6, workers=1)
     assert export_features(options).exported == 12
 
 
 @pytest.mark.parametrize('shard_size', [0, 3])
 def test_a_full_disk(shard_size, export, tmp_path, shapes) -> None:
     """Files end at a few kilobytes here."""
-    pictures = shapes / 'ade20k' / 'images' / 'validation'
+    folder = shapes / 'ade20k' / 'images' / 'validation'
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
         with pytest.raises(CommandError, match='out cannot be written: .*File too large'):
-            export(pictures, tmp_path / 'out', shard_size=shard_size)
+            export(folder, tmp_path / 'out', shard_size=shard_size)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list((tmp_path / 'out').rglob('*.part')) and not list((tmp_path / 'out').rglob('*.safetensors'))
-    assert export(pictures, tmp_path / 'out', shard_size=shard_size).exported == 4
+    assert export(folder, tmp_path / 'out', shard_size=shard_size).exported == 4
 
 
 @pytest.mark.parametrize('name', ['index.jsonl', 'unreadable.jsonl'])
@@ -529,12 +529,12 @@ def test_lists_that_cannot_be_written(name, export, tmp_path, shapes) -> None:
 def test_batches_are_of_one_size_and_few_wait() -> None:
     sizes = [1, 2, 1, 3, 4, 5, 6, 7, 8, 1, 9, 1]
     samples = [
-        _Sample(Picture(str(place), ''), dict(inputs=torch.zeros(3, size, 1))) for place, size in enumerate(sizes)
+        _Sample(InputImage(str(place), ''), dict(inputs=torch.zeros(3, size, 1))) for place, size in enumerate(sizes)
     ]
     seen = []
     for batch in batches(iter(samples), 2):
         assert len({sample.data['inputs'].shape for sample in batch}) == 1 and len(batch) <= 2
-        seen += [sample.picture.id for sample in batch]
+        seen += [sample.image.id for sample in batch]
     assert sorted(seen, key=int) == [str(place) for place in range(len(sizes))]
     assert seen[:2] == ['0', '2']
 

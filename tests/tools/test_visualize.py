@@ -37,9 +37,9 @@ def models(write_config, tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def pictures(tmp_path_factory):
-    """A folder of three pictures, one of another size."""
-    folder = tmp_path_factory.mktemp('pictures')
+def image_folder(tmp_path_factory):
+    """A folder of three images, one of another size."""
+    folder = tmp_path_factory.mktemp('images')
     random = np.random.default_rng(0)
     for name, size in (('a.png', (64, 80)), ('b.jpg', (64, 80)), ('c.png', (48, 50))):
         Image.fromarray(random.integers(0, 256, (*size, 3), np.uint8)).save(folder / name)
@@ -61,7 +61,7 @@ def drawn(monkeypatch):
 
 
 def written(folder: Path) -> list[str]:
-    """The names of the figures in a folder, all of which are whole pictures."""
+    """The names of the figures in a folder, all of which are whole images."""
     for path in folder.iterdir():
         with Image.open(path) as image:
             assert image.format == 'PNG' and image.convert('RGB').getextrema() != ((255, 255),) * 3
@@ -69,21 +69,21 @@ def written(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize('host', FAMILIES)
-def test_erf(host, tool, models, pictures, drawn, tmp_path, capsys) -> None:
+def test_erf(host, tool, models, image_folder, drawn, tmp_path, capsys) -> None:
     config, checkpoint = models[host]
-    command = ['erf', config, checkpoint, '--img', str(pictures / 'a.png'), str(pictures / 'b.jpg')]
+    command = ['erf', config, checkpoint, '--img', str(image_folder / 'a.png'), str(image_folder / 'b.jpg')]
     assert tool.main([*command, '--out', str(tmp_path / 'new'), '--size', '48', '64', '--device', 'cpu']) == 0
     name = f'{Path(config).stem}_erf.png'
     assert written(tmp_path / 'new') == [name]
     assert capsys.readouterr().out.splitlines() == [str(tmp_path / 'new' / name)]
     ((fields, _, heading),) = drawn
-    assert list(fields) == ['before training', 'after training'] and 'mean of 2 pictures of 64x48' in heading
-    # The trained one is that of the checkpoint's weights, on the normalised picture.
+    assert list(fields) == ['before training', 'after training'] and 'mean of 2 images of 64x48' in heading
+    # The trained one is that of the checkpoint's weights, on the normalised image.
     cfg = load_config(config)
     backbone = build_model(cfg, checkpoint).backbone
     images = []
     for name in ('a.png', 'b.jpg'):
-        pixels = cv2.resize(cv2.imread(str(pictures / name)), (64, 48))[:, :, ::-1]
+        pixels = cv2.resize(cv2.imread(str(image_folder / name)), (64, 48))[:, :, ::-1]
         settings = cfg.model.get('data_preprocessor') or cfg.data_preprocessor
         mean, std = (torch.tensor(settings[key]).view(3, 1, 1) for key in ('mean', 'std'))
         images.append((torch.from_numpy(pixels.copy()).permute(2, 0, 1) - mean) / std)
@@ -92,11 +92,11 @@ def test_erf(host, tool, models, pictures, drawn, tmp_path, capsys) -> None:
     assert abs(fields['before training'].field - expected.field).max() > 0.1 * expected.field.max()
 
 
-def test_random_weights_are_those_of_the_seed(models, pictures, tmp_path) -> None:
+def test_random_weights_are_those_of_the_seed(models, image_folder, tmp_path) -> None:
     config, checkpoint = models['mmseg']
     before = torch.get_rng_state()
     first, second, third = (
-        draw_erf_before_and_after(load_config(config), checkpoint, [pictures / 'a.png'], tmp_path / f'{number}.png',
+        draw_erf_before_and_after(load_config(config), checkpoint, [image_folder / 'a.png'], tmp_path / f'{number}.png',
                                   seed=seed, stage=0)
         for number, seed in enumerate((0, 0, 1)))
     assert torch.equal(torch.get_rng_state(), before)
@@ -107,16 +107,16 @@ def test_random_weights_are_those_of_the_seed(models, pictures, tmp_path) -> Non
 
 
 @pytest.mark.parametrize('host', FAMILIES)
-def test_activation(host, tool, models, pictures, drawn, tmp_path) -> None:
+def test_activation(host, tool, models, image_folder, drawn, tmp_path) -> None:
     config, checkpoint = models[host]
-    command = ['activation', config, checkpoint, '--img', str(pictures), '--out', str(tmp_path), '--device', 'cpu']
+    command = ['activation', config, checkpoint, '--img', str(image_folder), '--out', str(tmp_path), '--device', 'cpu']
     options = {'mmdet': [], 'mmseg': ['--kind', 'pca', '--stages', '0', '-1'],
                'mmpretrain': ['--channels', '3', '15', '--stages', '2']}[host]
     assert tool.main([*command, *options]) == 0
     assert written(tmp_path) == [f'{Path(config).stem}_{name}_activation.png' for name in 'abc']
     shapes = [{name: value.shape for name, value in maps.items()} for _, maps, *_ in drawn]
     if host == 'mmdet':
-        # Its pipeline resizes to 64x64 at most, keeping the proportions; what it pads is no picture.
+        # Its pipeline resizes to 64x64 at most, keeping the proportions; what it pads is no image.
         assert shapes[0].keys() == {f'stage {i}' for i in range(4)}
         assert all(call[1]['stage 0'].shape == tuple(-(-side // 4) for side in call[0].shape[:2]) for call in drawn)
         assert drawn[0][2] == [4, 8, 16, 32]
@@ -125,18 +125,18 @@ def test_activation(host, tool, models, pictures, drawn, tmp_path) -> None:
         assert shapes[2]['stage 0'][:2] == (12, 12)
     else:
         assert shapes == [{'block 2': (2, 4, 5)}] * 2 + [{'block 2': (2, 3, 4)}]
-        with Image.open(pictures / 'a.png') as opened:
+        with Image.open(image_folder / 'a.png') as opened:
             np.testing.assert_array_equal(drawn[0][0], np.asarray(opened))
 
 
 @pytest.mark.parametrize('host', FAMILIES)
-def test_scan_response(host, tool, models, pictures, drawn, tmp_path) -> None:
+def test_scan_response(host, tool, models, image_folder, drawn, tmp_path) -> None:
     config, checkpoint = models[host]
-    command = ['scan-response', config, checkpoint, '--img', str(pictures / 'a.png'), '--out', str(tmp_path)]
+    command = ['scan-response', config, checkpoint, '--img', str(image_folder / 'a.png'), '--out', str(tmp_path)]
     place = ['--stage', '0', '--point', '39', '20', '--size', '32', '48']
     assert tool.main([*command, *place, '--sense', 'feeds']) == 0
-    ((picture, response, stride, _, heading),) = drawn
-    assert picture.shape == (32, 48, 3)
+    ((shown, response, stride, _, heading),) = drawn
+    assert shown.shape == (32, 48, 3)
     assert stride == (16 if host == 'mmpretrain' else 4) and response.point == (20 // stride, 39 // stride)
     assert response.sense == 'feeds' and 'feeds' in heading
     assert len(response.names) == (1 if host == 'mmseg' else 4)
@@ -144,7 +144,15 @@ def test_scan_response(host, tool, models, pictures, drawn, tmp_path) -> None:
     assert written(tmp_path) == [f'{Path(config).stem}_a_scan-response-{place}.png']
 
 
-def test_activation_values(models, pictures) -> None:
+@pytest.mark.parametrize('figure', ['erf', 'activation', 'scan-response'])
+def test_out_may_be_the_file_of_the_only_figure(figure, tool, models, image_folder, tmp_path, capsys) -> None:
+    out = tmp_path / 'new' / 'figure.png'
+    command = [figure, *models['mmseg'], '--img', str(image_folder / 'a.png'), '--out', str(out), '--device', 'cpu']
+    assert tool.main(command) == 0
+    assert written(out.parent) == ['figure.png'] and capsys.readouterr().out.splitlines() == [str(out)]
+
+
+def test_activation_values(models, image_folder) -> None:
     config, checkpoint = models['mmdet']
     backbone = build_model(load_config(config), checkpoint).backbone
     image = torch.randn(1, 3, 40, 56)
@@ -158,16 +166,16 @@ def test_activation_values(models, pictures) -> None:
     np.testing.assert_allclose(channels, expected[[5, 0]], rtol=1e-5)
 
 
-def test_bad_input(tool, models, pictures, tmp_path, capsys, monkeypatch) -> None:
+def test_bad_input(tool, models, image_folder, tmp_path, capsys, monkeypatch) -> None:
     config, checkpoint = models['mmseg']
-    good = str(pictures / 'a.png')
-    (tmp_path / 'cut.png').write_bytes((pictures / 'a.png').read_bytes()[:2000])
-    (tmp_path / 'words.png').write_text('no picture')
+    good = str(image_folder / 'a.png')
+    (tmp_path / 'cut.png').write_bytes((image_folder / 'a.png').read_bytes()[:2000])
+    (tmp_path / 'words.png').write_text('no image')
     (tmp_path / 'file').write_text('')
     Image.new('RGB', (64, 80)).save(tmp_path / 'a.png')
     out = tmp_path / 'out'
     for figure, arguments, message in (
-        ('erf', ['--img', good, str(pictures / 'c.png')],
+        ('erf', ['--img', good, str(image_folder / 'c.png')],
          'c.png reach the model in different sizes, 80x64 and 50x48, and'),
         ('erf', ['--img', good, '--stage', '4'],
          'stage 4 does not exist: the Mamba2D that was built has stages 0 to 3'),
@@ -176,8 +184,8 @@ def test_bad_input(tool, models, pictures, tmp_path, capsys, monkeypatch) -> Non
         ('activation', ['--img', good, '--channels', '16', '--stages', '0'],
          'channel 16 does not exist: stage 0 has channels 0 to 15'),
         ('activation', ['--img', str(tmp_path / 'cut.png')], 'cut.png cannot be read: the file is cut off'),
-        ('activation', ['--img', str(tmp_path / 'words.png')], 'words.png cannot be read: no picture, or damaged'),
-        ('activation', ['--img', 'nothing.png'], 'nothing.png is no picture, folder, pattern'),
+        ('activation', ['--img', str(tmp_path / 'words.png')], 'words.png cannot be read: no image, or damaged'),
+        ('activation', ['--img', 'nothing.png'], 'nothing.png is no image, folder, pattern'),
         ('activation', ['--img', good, '--max-pixels', '100'], '80x64 pixels are more than 100 (--max-pixels)'),
         ('activation', ['--img', good, str(tmp_path / 'a.png')], 'would be drawn into one file, as both are called a'),
         ('activation', ['--img', good, '--limit', '0'], '--limit must be at least 1'),
@@ -186,7 +194,7 @@ def test_bad_input(tool, models, pictures, tmp_path, capsys, monkeypatch) -> Non
                                                            'stages that scan: 0, 1'),
         ('scan-response', ['--img', good, '--block', '5'], 'block 5 does not exist: stage 1 has'),
         ('scan-response', ['--img', good, '--point', '80', '0'],
-         'row 0, column 80 lie outside the image, which has 64 rows and 80 columns'),
+         'row 0, column 80 lie outside the image as the model is given it, which has 64 rows and 80 columns'),
     ):
         assert tool.main([figure, config, checkpoint, *arguments, '--out', str(out)]) == 2, arguments
         error = capsys.readouterr().err
@@ -195,6 +203,12 @@ def test_bad_input(tool, models, pictures, tmp_path, capsys, monkeypatch) -> Non
     command = ['activation', config, checkpoint, '--img', good, '--out']
     assert tool.main(['erf', config, 'gone.pth', '--img', good]) == 2
     assert 'checkpoint gone.pth does not exist' in capsys.readouterr().err
+    assert tool.main([*command, str(tmp_path / 'x.jpg')]) == 2
+    assert 'figures are PNG files; name a file that ends in .png, or a folder' in capsys.readouterr().err
+    many = ['activation', config, checkpoint, '--img', str(image_folder), '--out', str(tmp_path / 'x.png')]
+    assert tool.main(many) == 2
+    assert 'x.png is the name of one file, and 3 figures are drawn' in capsys.readouterr().err
+    assert not (tmp_path / 'x.jpg').exists() and not (tmp_path / 'x.png').exists()
     assert tool.main([*command, str(tmp_path / 'file')]) == 2
     assert 'is no folder that can be made' in capsys.readouterr().err
     assert tool.main([*command, str(tmp_path / 'file' / 'below')]) == 2
@@ -205,7 +219,7 @@ def test_bad_input(tool, models, pictures, tmp_path, capsys, monkeypatch) -> Non
     assert tool.main(['erf', config, models['mmdet'][1], '--img', good, '--out', str(out)]) == 2
 
 
-def test_what_cannot_be_finished_is_not_left(models, pictures, tmp_path, monkeypatch) -> None:
+def test_what_cannot_be_finished_is_not_left(models, image_folder, tmp_path, monkeypatch) -> None:
     from matplotlib.figure import Figure
 
     def full(self, path, **options) -> None:
@@ -215,15 +229,16 @@ def test_what_cannot_be_finished_is_not_left(models, pictures, tmp_path, monkeyp
     config, checkpoint = models['mmseg']
     (tmp_path / 'x.png').write_bytes(b'an earlier one')
     monkeypatch.setattr(Figure, 'savefig', full)
+    image = image_folder / 'a.png'
     with pytest.raises(CommandError, match='No space left'):
-        draw_erf_before_and_after(load_config(config), checkpoint, [pictures / 'a.png'], tmp_path / 'x.png', stage=0)
+        draw_erf_before_and_after(load_config(config), checkpoint, [image], tmp_path / 'x.png', stage=0)
     assert [path.name for path in tmp_path.iterdir()] == ['x.png']
     assert (tmp_path / 'x.png').read_bytes() == b'an earlier one'
 
 
-def test_other_backbones_are_refused(tool, write_config, models, pictures, tmp_path, capsys) -> None:
+def test_other_backbones_are_refused(tool, write_config, models, image_folder, tmp_path, capsys) -> None:
     config = write_config('mmseg', "model = dict(backbone=dict(type='ResNet', depth=18, _delete_=True))")
     torch.save({'state_dict': build_model(load_config(config), None).state_dict()}, tmp_path / 'resnet.pth')
-    command = ['activation', str(config), str(tmp_path / 'resnet.pth'), '--img', str(pictures / 'a.png')]
+    command = ['activation', str(config), str(tmp_path / 'resnet.pth'), '--img', str(image_folder / 'a.png')]
     assert tool.main([*command, '--out', str(tmp_path / 'out')]) == 2
     assert "the config's backbone is a ResNet; figures are of VMamba, V2M and Mamba2D alone" in capsys.readouterr().err

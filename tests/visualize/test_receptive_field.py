@@ -24,7 +24,7 @@ def test_a_convolution_has_its_kernel_for_a_field() -> None:
     kernel = (sign[:, None, None, None] * conv.weight).sum(0).abs().sum(0)
     expected[row - 1:row + 2, column - 2:column + 3] = kernel.detach().numpy()
     np.testing.assert_allclose(field.field, expected, rtol=1e-5)
-    assert field.centre == (row, column) and field.pictures == 1
+    assert field.centre == (row, column) and field.images == 1
     assert field.side(1) == 5
 
 

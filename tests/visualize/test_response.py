@@ -202,7 +202,7 @@ def test_stages_blocks_and_points_that_do_not_exist() -> None:
         (dict(stage=9), r'stage 9 does not exist: the Mamba2D that was built has stages 0 to 3'),
         (dict(block=7), r'block 7 does not exist: stage 1 has'),
         (dict(stage=attention), 'mixes by RotaryAttention, which has no scan; stages that scan: 0, 1'),
-        (dict(pixel=(64, 0)), 'row 64, column 0 lie outside the image, which has 64 rows and 64 columns'),
+        (dict(pixel=(64, 0)), 'row 64, column 0 lie outside the image as .*, which has 64 rows and 64 columns'),
         (dict(pixel=(-1, 0)), 'lie outside'),
         (dict(sense='smells'), "sense is one of reads, feeds, got 'smells'"),
     ):
@@ -210,5 +210,5 @@ def test_stages_blocks_and_points_that_do_not_exist() -> None:
             scan_response(model, image, **options)
     with pytest.raises(ValueError, match='not finite'):
         scan_response(model, image * torch.inf)
-    with pytest.raises(ValueError, match='expected one picture'):
+    with pytest.raises(ValueError, match='expected one image'):
         scan_response(model, image.expand(2, 3, 64, 64))

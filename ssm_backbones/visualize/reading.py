@@ -1,4 +1,4 @@
-"""Pictures as a config's model is given them, and as they look before they are normalised."""
+"""Read images as a config's model is given them, and as they look before they are normalised."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from mmengine.dataset import Compose
 from mmengine.registry import TRANSFORMS, DefaultScope
 from torch import Tensor
 
+from ssm_backbones.export.images import MAX_PIXELS, UnreadableImage, check_readable, test_pipeline
 from ssm_backbones.export.models import FeatureExtractor
-from ssm_backbones.export.pictures import MAX_PIXELS, UnreadablePicture, check_readable, test_pipeline
 from ssm_backbones.preflight import CommandError
 
 # Transforms of test pipelines that change which pixels there are, by a part of their names.
@@ -21,27 +21,27 @@ _GEOMETRIC = ('Resize', 'Crop', 'Pad', 'Flip')
 
 
 class Given(NamedTuple):
-    """A picture behind a config's preprocessing.
+    """An image behind a config's preprocessing.
 
     Attributes:
-        picture: uint8 (H, W, 3), RGB, for drawing: behind the pipeline, before normalisation.
+        shown: uint8 (H, W, 3), RGB, for drawing: behind the pipeline, with its cropping, before normalisation.
         image: float32 (1, C, H, W), normalised, for the backbone. Without the padding that some libraries add at the
             bottom and right for the sake of batches and necks: the backbones take any size.
     """
 
-    picture: np.ndarray
+    shown: np.ndarray
     image: Tensor
 
 
-class PictureReader:
-    """Reads pictures through a config's test pipeline and data preprocessor.
+class ImageReader:
+    """Read images through a config's test pipeline and data preprocessor.
 
     Args:
         cfg: The config.
         extractor: Its preprocessing.
-        size: Height and width that pictures are resized to, in place of all resizing, cropping and padding of the
+        size: Height and width that images are resized to, in place of all resizing, cropping and padding of the
             pipeline; None leaves the pipeline as it is.
-        max_pixels: Larger pictures are refused.
+        max_pixels: Larger images are refused.
 
     Raises:
         CommandError: If the config has no test pipeline, or the size is not positive.
@@ -59,7 +59,7 @@ class PictureReader:
             self.pipeline = Compose([TRANSFORMS.build(step) for step in pipeline])
 
     def __call__(self, path: str | os.PathLike[str]) -> Given:
-        """Read one picture.
+        """Read one image.
 
         Raises:
             CommandError: If the file cannot be read.
@@ -67,21 +67,22 @@ class PictureReader:
         try:
             check_readable(os.fspath(path), self.max_pixels)
             data = self.pipeline(dict(img_path=os.fspath(path), img_id=0, sample_idx=0, seg_fields=[]))
-        except UnreadablePicture as error:
-            raise CommandError(f'picture {path} cannot be read: {error}.') from error
+        except UnreadableImage as error:
+            raise CommandError(f'image {path} cannot be read: {error}.') from error
         except Exception as error:
             # Decoders and transforms raise what they will for damaged files.
             reason = f'{type(error).__name__}: {str(error).strip()}'
-            raise CommandError(f'picture {path} cannot be read: {reason}') from error
+            raise CommandError(f'image {path} cannot be read: {reason}') from error
         inputs = data['inputs']
         image = self.extractor.preprocess(dict(inputs=[inputs], data_samples=[data['data_samples']]))
         return Given(as_rgb(inputs), image[:, :, :inputs.shape[1], :inputs.shape[2]])
 
 
 def as_rgb(inputs: Tensor) -> np.ndarray:
-    """uint8 (H, W, 3) of a packed picture (C, H, W): BGR where C is 3, as mmcv reads; else grey, or the first three.
+    """Turn a packed image (C, H, W) into uint8 (H, W, 3), RGB, for drawing.
 
-    Other values than uint8 are stretched to 0..255.
+    Three channels are BGR, as mmcv reads; fewer become grey; of more, the first three are taken. Other values than
+    uint8 are stretched to 0..255.
     """
     if inputs.shape[0] == 3:
         inputs = inputs.flip(0)
@@ -95,7 +96,7 @@ def as_rgb(inputs: Tensor) -> np.ndarray:
 
 
 def _resized(pipeline: list[dict[str, Any]], size: tuple[int, int]) -> list[dict[str, Any]]:
-    """The pipeline with one resizing, behind what loads, in place of all that changes which pixels there are."""
+    """Change a pipeline to one resizing, behind what loads, in place of all that changes which pixels there are."""
     kept = [deepcopy(step) for step in pipeline if not any(part in str(step['type']) for part in _GEOMETRIC)]
     loading = max((place for place, step in enumerate(kept) if 'Load' in str(step['type'])), default=-1)
     kept.insert(loading + 1, dict(type='Resize', scale=(size[1], size[0])))

@@ -1,4 +1,4 @@
-"""Which pictures to export, and whether they can be read."""
+"""Find the images that an argument names, and check that they can be read."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ MAX_PIXELS = 100_000_000
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture to export.
+class InputImage:
+    """One image to export.
 
     Attributes:
         id: What tells it from the others: a data set's own id, or its path below the folder that was given.
         path: Its file.
-        extra: What a data set knows about it: ``label`` (class of the whole picture), ``label_map`` (path).
+        extra: What a data set knows about it: ``label`` (class of the whole image), ``label_map`` (path).
     """
 
     id: str
@@ -37,47 +37,47 @@ class Picture:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-class UnreadablePicture(Exception):
-    """A picture cannot be used; the message says why."""
+class UnreadableImage(Exception):
+    """Raised for an image that cannot be used; the message says why."""
 
 
-def find_pictures(given: str, cfg: Config, image_folder: str | None = None) -> list[Picture]:
-    """The pictures that an argument stands for.
+def find_images(given: str, cfg: Config, image_folder: str | None = None) -> list[InputImage]:
+    """Find the images that an argument stands for.
 
     Args:
-        given: ``train``, ``val`` or ``test``, a split of the config; a picture; a folder, searched for pictures below
+        given: ``train``, ``val`` or ``test``, a split of the config; an image; a folder, searched for images below
             it; a pattern such as ``'shots/*.png'`` (``**`` for any folders); or a file of COCO annotations (.json).
         cfg: The config, for the splits.
-        image_folder: Where the pictures of a COCO file lie. By default the folder named like the end of its name
+        image_folder: Where the images of a COCO file lie. By default the folder named like the end of its name
             beside it or beside its folder (``val2017`` for ``annotations/instances_val2017.json``), else its own.
 
     Raises:
-        CommandError: If there is nothing such.
+        CommandError: If there is no such image, or two have the same id.
     """
     if image_folder is not None and not given.endswith('.json'):
         raise CommandError(f'--image-folder goes with a COCO file (.json), not with {given}.')
     if given in SPLITS:
-        pictures = _of_split(given, cfg)
+        images = _of_split(given, cfg)
     elif given.endswith('.json') and os.path.isfile(given):
-        pictures = _of_coco(Path(given), image_folder)
+        images = _of_coco(Path(given), image_folder)
     elif os.path.isfile(given):
-        pictures = [Picture(os.path.basename(given), given)]
+        images = [InputImage(os.path.basename(given), given)]
     elif os.path.isdir(given):
-        pictures = _of_folder(Path(given))
+        images = _of_folder(Path(given))
     elif glob.has_magic(given):
-        pictures = _of_pattern(given)
+        images = _of_pattern(given)
     else:
         raise CommandError(
-            f'{given} is no picture, folder, pattern, COCO file or split ({", ".join(SPLITS)}) that exists.'
+            f'{given} is no image, folder, pattern, COCO file or split ({", ".join(SPLITS)}) that exists.'
         )
-    if not pictures:
-        raise CommandError(f'{given} holds no pictures; looked for {", ".join(SUFFIXES)}.')
-    _check_ids(pictures)
-    return pictures
+    if not images:
+        raise CommandError(f'{given} holds no images; looked for {", ".join(SUFFIXES)}.')
+    _check_ids(images)
+    return images
 
 
 def test_pipeline(cfg: Config) -> list[dict[str, Any]]:
-    """The transforms that the config puts a test picture through, without those that load annotations.
+    """Return the transforms that the config puts a test image through, without those that load annotations.
 
     Raises:
         CommandError: If the config has none.
@@ -88,17 +88,17 @@ def test_pipeline(cfg: Config) -> list[dict[str, Any]]:
         if dataset is not None and dataset.get('pipeline'):
             pipeline = [dict(step) for step in deepcopy(dataset.pipeline)]
             return [step for step in pipeline if 'Annotations' not in str(step['type'])]
-    raise CommandError('the config has no test_dataloader with a pipeline, which says how pictures are read.')
+    raise CommandError('the config has no test_dataloader with a pipeline, which says how images are read.')
 
 
 test_pipeline.__test__ = False  # type: ignore[attr-defined]
 
 
 def check_readable(path: str, max_pixels: int) -> None:
-    """Refuse what decoders would swallow in silence (files cut off) or choke on (huge pictures).
+    """Refuse what decoders would swallow in silence (files cut off) or choke on (huge images).
 
     Raises:
-        UnreadablePicture: Saying what is wrong.
+        UnreadableImage: Saying what is wrong.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -107,24 +107,24 @@ def check_readable(path: str, max_pixels: int) -> None:
         with _without_pil_limit(), Image.open(path) as image:
             kind, (width, height) = image.format, image.size
     except UnidentifiedImageError:
-        raise UnreadablePicture('no picture, or damaged' if data else 'the file is empty') from None
+        raise UnreadableImage('no image, or damaged' if data else 'the file is empty') from None
     except FileNotFoundError:
-        raise UnreadablePicture('no such file') from None
+        raise UnreadableImage('no such file') from None
     except OSError as error:
-        raise UnreadablePicture(str(error)) from error
+        raise UnreadableImage(str(error)) from error
     if width * height > max_pixels:
-        raise UnreadablePicture(f'too large: {width}x{height} pixels are more than {max_pixels} (--max-pixels)')
-    # Within the coded picture, neither marker can occur; the first may also end a thumbnail before it.
+        raise UnreadableImage(f'too large: {width}x{height} pixels are more than {max_pixels} (--max-pixels)')
+    # Within the coded image, neither marker can occur; the first may also end a thumbnail before it.
     cut_off = (kind == 'JPEG' and data.rfind(b'\xff\xd9') < data.rfind(b'\xff\xda')) or (
         kind == 'PNG' and b'IEND' not in data[-64:]
     )
     if cut_off:
-        raise UnreadablePicture('the file is cut off: its end is missing')
+        raise UnreadableImage('the file is cut off: its end is missing')
 
 
 @contextmanager
 def _without_pil_limit() -> Iterator[None]:
-    """PIL refuses what is larger than a bound of its own; here the only bound is the one that was asked for."""
+    """Lift PIL's own bound on pixels; here the only bound is the one that was asked for."""
     from PIL import Image
 
     limit = Image.MAX_IMAGE_PIXELS
@@ -135,12 +135,12 @@ def _without_pil_limit() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def _of_split(split: str, cfg: Config) -> list[Picture]:
+def _of_split(split: str, cfg: Config) -> list[InputImage]:
     loader = cfg.get(f'{split}_dataloader')
     if loader is None:
         raise CommandError(f'the config has no {split}_dataloader.')
     check_data(cfg, (split,))
-    pictures = []
+    images = []
     for settings in _leaves(loader.dataset):
         settings = deepcopy(settings)
         settings.pipeline = []
@@ -148,7 +148,7 @@ def _of_split(split: str, cfg: Config) -> list[Picture]:
             dataset = DATASETS.build(settings)
         paths = [dataset.get_data_info(index) for index in range(len(dataset))]
         if any('img_path' not in info for info in paths):
-            raise CommandError(f'the {split} data set, a {settings.type}, has no picture files.')
+            raise CommandError(f'the {split} data set, a {settings.type}, has no image files.')
         root = os.path.commonpath([os.path.dirname(os.path.abspath(info['img_path'])) for info in paths] or ['/'])
         for info in paths:
             relative = PurePosixPath(Path(os.path.abspath(info['img_path'])).relative_to(root))
@@ -157,15 +157,15 @@ def _of_split(split: str, cfg: Config) -> list[Picture]:
                 extra['label'] = _plain_label(info['gt_label'])
             if info.get('seg_map_path') is not None:
                 extra['label_map'] = info['seg_map_path']
-            pictures.append(Picture(str(info.get('img_id', relative)), info['img_path'], extra))
-    return pictures
+            images.append(InputImage(str(info.get('img_id', relative)), info['img_path'], extra))
+    return images
 
 
 def _plain_label(label: Any) -> Any:
     return label.tolist() if hasattr(label, 'tolist') else label
 
 
-def _of_coco(path: Path, image_folder: str | None) -> list[Picture]:
+def _of_coco(path: Path, image_folder: str | None) -> list[InputImage]:
     try:
         images = json.loads(path.read_text(encoding='utf-8'))['images']
         named = [(str(image['id']), image['file_name']) for image in images]
@@ -180,29 +180,29 @@ def _of_coco(path: Path, image_folder: str | None) -> list[Picture]:
         places = (path.parent / name, path.parent.parent / name, path.parent.parent / 'images', path.parent)
         folder = next(place for place in places if place.is_dir())
     if named and not any((folder / name).is_file() for _, name in named):
-        raise CommandError(f'none of the pictures of {path} is in {folder}; name their folder with --image-folder.')
-    return [Picture(id, str(folder / name)) for id, name in named]
+        raise CommandError(f'none of the images of {path} is in {folder}; name their folder with --image-folder.')
+    return [InputImage(id, str(folder / name)) for id, name in named]
 
 
-def _of_folder(folder: Path) -> list[Picture]:
+def _of_folder(folder: Path) -> list[InputImage]:
     files = sorted(path for path in folder.rglob('*') if path.suffix.lower() in SUFFIXES and path.is_file())
-    return [Picture(path.relative_to(folder).as_posix(), str(path)) for path in files]
+    return [InputImage(path.relative_to(folder).as_posix(), str(path)) for path in files]
 
 
-def _of_pattern(pattern: str) -> list[Picture]:
+def _of_pattern(pattern: str) -> list[InputImage]:
     files = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
     if not files:
         return []
     root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in files])
-    return [Picture(Path(os.path.abspath(path)).relative_to(root).as_posix(), path) for path in files]
+    return [InputImage(Path(os.path.abspath(path)).relative_to(root).as_posix(), path) for path in files]
 
 
-def _check_ids(pictures: Sequence[Picture]) -> None:
+def _check_ids(images: Sequence[InputImage]) -> None:
     seen: dict[str, str] = {}
-    for picture in pictures:
-        if picture.id in seen:
-            raise CommandError(f'{seen[picture.id]} and {picture.path} have the same id, {picture.id!r}.')
-        seen[picture.id] = picture.path
+    for image in images:
+        if image.id in seen:
+            raise CommandError(f'{seen[image.id]} and {image.path} have the same id, {image.id!r}.')
+        seen[image.id] = image.path
 
 
 def _leaves(dataset: Any) -> Iterator[Any]:
