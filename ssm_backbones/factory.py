@@ -7,20 +7,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-from mmengine.logging import print_log
-from torch import Tensor
-
 from ssm_backbones.backbones import V2M, Mamba2D, VMamba
 from ssm_backbones.backbones.base import SSMBackbone
 from ssm_backbones.backbones.v2m import PATCH_SIZE, PlainV2M
-from ssm_backbones.checkpoints import CheckpointError, load_official, read_checkpoint
-from ssm_backbones.checkpoints.misfits import fit_backbone
-from ssm_backbones.checkpoints.recognise import shorten
+from ssm_backbones.checkpoints import load_backbone
 from ssm_backbones.layers.simple_pyramid import STRIDES
 
 _FAMILIES: dict[str, Any] = {'vmamba': VMamba, 'v2m': V2M, 'mamba2d': Mamba2D}
-_CLASS_TOKEN = 'patch_embed.cls_token'
 
 
 class FeatureInfo(Sequence[Mapping[str, Any]]):
@@ -132,56 +125,3 @@ def create_backbone(
         load_backbone(backbone, pretrained)
     backbone.feature_info = FeatureInfo(backbone)
     return backbone
-
-
-def load_backbone(backbone: SSMBackbone, checkpoint: str | os.PathLike[str]) -> None:
-    """Load the backbone that a checkpoint holds, official or of this package, strictly.
-
-    Stages, output norms and a pyramid that the backbone was built without are left out. Output norms and a pyramid that
-    the checkpoint lacks stay as they are, which the log names. A plain V2M's position embedding is resized bicubically
-    to the backbone's ``img_size``. Anything else that does not fit is an error, and then nothing is loaded.
-
-    Args:
-        backbone: Where to load the weights.
-        checkpoint: Path or URL.
-
-    Raises:
-        CheckpointError: If the file cannot be read or does not fit.
-    """
-    held = _own_weights(read_checkpoint(checkpoint))
-    if held is None:
-        load_official(backbone, checkpoint, in_channels=backbone.in_channels)
-        return
-    if isinstance(backbone, PlainV2M):
-        backbone.patch_embed.resize_saved(held, 'patch_embed.')
-    fitting, lacking, wrong = fit_backbone(backbone, held)
-    if wrong:
-        raise CheckpointError(f'{checkpoint} does not fit the {type(backbone).__name__} that was built: '
-                              f'{shorten(wrong)}. {_remedy(wrong)}')
-    state = backbone.state_dict()
-    with torch.no_grad():
-        for name, tensor in fitting.items():
-            state[name].copy_(tensor)
-    if lacking:
-        print_log(f'{checkpoint} lacks {", ".join(lacking)}: kept as initialised.', logger='current')
-
-
-def _remedy(wrong: Sequence[str]) -> str:
-    # Class tokens take part in the scans, so that a backbone with other ones computes something else.
-    if len(wrong) == 1 and wrong[0].startswith(f'{_CLASS_TOKEN} '):
-        return "Give the cls_token that the checkpoint was trained with: 'mean' has no such weight, the others have."
-    return 'Build the arch that the checkpoint is of.'
-
-
-def _own_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """The backbone's tensors by our names, or None where a checkpoint has none such."""
-    for key in ('state_dict', 'model'):
-        if isinstance(checkpoint.get(key), Mapping):
-            checkpoint = checkpoint[key]
-            break
-    tensors = {name: value for name, value in checkpoint.items() if isinstance(value, Tensor)}
-    for prefix in ('backbone.', 'module.backbone.', 'module.', ''):
-        inside = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        if any(name.startswith('stages.') and '.mixer.' in name for name in inside):
-            return inside
-    return None

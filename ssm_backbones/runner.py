@@ -21,8 +21,8 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from ssm_backbones.checkpoints.checkpoint_hook import LoadCheckpointHook
 from ssm_backbones.checkpoints.files import read_checkpoint
-from ssm_backbones.checkpoints.fitting import FittingCheckpoint
 from ssm_backbones.cpu_distributed import CPUDistributedDataParallel
 from ssm_backbones.preflight import CommandError, check_checkpoint, check_data, check_init_cfg, naming_unreadable_files
 
@@ -115,7 +115,7 @@ def train(options: TrainOptions) -> Runner:
             runner.logger.info(note)
         if start is not None:
             resumed = bool(cfg.get('resume'))
-            runner.register_hook(FittingCheckpoint(start, whole=resumed, convert=not resumed))
+            runner.register_hook(LoadCheckpointHook(start, whole=resumed, convert=not resumed))
         runner.train()
     _leave_launch()
     return runner
@@ -148,7 +148,7 @@ def test(options: TestOptions) -> dict[str, float]:
     with naming_unreadable_files():
         runner = _build_runner(cfg)
         unused = _parts_without_a_test(scope, options.tta)
-        runner.register_hook(FittingCheckpoint(options.checkpoint, whole=True, unused=unused))
+        runner.register_hook(LoadCheckpointHook(options.checkpoint, whole=True, unused=unused))
         if options.out is not None and scope != 'mmseg':
             runner.test_evaluator.metrics.append(_dump_metric(scope, options.out))
         metrics = runner.test()

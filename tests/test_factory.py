@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from ssm_backbones import create_backbone, list_backbones
-from ssm_backbones.checkpoints import CheckpointError
-from ssm_backbones.factory import load_backbone
+from ssm_backbones.checkpoints import CheckpointError, load_backbone
 from tests.checkpoints.small import classifier, pyramid
 
 NAMES = ['vmamba-test', 'v2m-test-hier', 'v2m-test', 'mamba2d-test']
@@ -77,6 +76,34 @@ def test_own_weights(name, wrap, tmp_path) -> None:
     loaded = create_backbone(name, tmp_path / 'weights.pth')
     for key, value in loaded.state_dict().items():
         assert torch.equal(value, state[key]), key
+
+
+PREFIXES = ['_orig_mod.', 'backbone._orig_mod.', '_orig_mod.backbone.', 'model.backbone.', 'net.', 'student.backbone.',
+            'module._orig_mod.', 'module.', 'module.backbone.']
+
+
+@pytest.mark.parametrize('prefix', PREFIXES)
+def test_what_stands_before_own_names_is_taken_off_and_logged(prefix, tmp_path, log) -> None:
+    state = create_backbone('v2m-test-hier').state_dict()
+    held = {f'{prefix}{key}': value for key, value in state.items()}
+    if prefix != '_orig_mod.':
+        # What lies outside of a prefix is no part of the model.
+        held['criterion.weight'] = torch.ones(1)
+    torch.save({'state_dict': held}, tmp_path / 'weights.pth')
+    loaded = create_backbone('v2m-test-hier', tmp_path / 'weights.pth')
+    assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+    (line,) = log
+    assert f'taken off the names of {len(state)} tensors' in line
+    assert '_orig_mod.' in line or repr(prefix) in line
+
+
+def test_a_compiled_backbone_takes_and_gives_its_own_names(tmp_path) -> None:
+    source, target = create_backbone('vmamba-test'), create_backbone('vmamba-test')
+    for model in (source, target):
+        model.stages[0].blocks[0] = torch.compile(model.stages[0].blocks[0])
+    torch.save(source.state_dict(), tmp_path / 'weights.pth')
+    load_backbone(target, tmp_path / 'weights.pth')
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in target.state_dict().items())
 
 
 def test_fewer_stages_and_other_norms(tmp_path) -> None:

@@ -12,10 +12,11 @@ from ssm_backbones.checkpoints.convert import (
     restore_file,
 )
 from ssm_backbones.checkpoints.files import CheckpointError, read_checkpoint, write_checkpoint
-from ssm_backbones.checkpoints.initializer import OfficialPretrainedInit, load_official
+from ssm_backbones.checkpoints.initializer import OfficialPretrainedInit
+from ssm_backbones.checkpoints.loading import load_backbone, load_official
 from ssm_backbones.checkpoints.report import Report
 
 __all__ = [
     'CheckpointError', 'OfficialPretrainedInit', 'Report', 'adapt_stem', 'convert_checkpoint', 'convert_file',
-    'load_official', 'read_checkpoint', 'restore_checkpoint', 'restore_file', 'write_checkpoint',
+    'load_backbone', 'load_official', 'read_checkpoint', 'restore_checkpoint', 'restore_file', 'write_checkpoint',
 ]

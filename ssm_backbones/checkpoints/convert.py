@@ -9,30 +9,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssm_backbones.checkpoints.differences import shapes_of, shorten
 from ssm_backbones.checkpoints.files import CheckpointError, check_destination, read_checkpoint, write_checkpoint
-from ssm_backbones.checkpoints.naming import official_layout
-from ssm_backbones.checkpoints.recognise import (
+from ssm_backbones.checkpoints.identify import (
     BACKBONE,
     CLASSIFIER,
     FAMILIES,
     WHOLE,
-    Recognised,
+    Identified,
     describe,
-    recognise_official,
-    recognise_ours,
-    shapes_of,
-    shorten,
+    identify_official,
+    identify_ours,
 )
+from ssm_backbones.checkpoints.locate import choose_weights
+from ssm_backbones.checkpoints.naming import official_layout
 from ssm_backbones.checkpoints.report import (
     Report,
     leave_out_other_weights,
     leave_out_the_rest,
     start_report,
 )
-from ssm_backbones.checkpoints.weights import choose_weights
 
 RECORD = 'ssm_backbones'
-"""The key in ``meta`` of a converted checkpoint under which stands what the way back needs."""
+"""The key in ``meta`` of a converted checkpoint under which stands what the reverse conversion needs."""
 _TIED_TO_PARAMETERS = ('optimizer', 'ema_state_dict')
 
 
@@ -58,7 +57,7 @@ def convert_checkpoint(checkpoint: Mapping[str, Any], *, source: str = 'the chec
         CheckpointError: if the file is not exactly an official checkpoint.
     """
     chosen = choose_weights(checkpoint, weights, FAMILIES, source)
-    found, dialect = recognise_official(chosen, source)
+    found, dialect = identify_official(chosen, source)
     bare = backbone_only or found.kind == BACKBONE
     record = dict(model=describe(found.family, found.settings), kind=BACKBONE if bare else found.kind,
                   settings=found.settings, dialect=dialect, prefix=chosen.prefix,
@@ -100,7 +99,7 @@ def restore_checkpoint(checkpoint: Mapping[str, Any], *,
     """
     path = ('state_dict',) if isinstance(checkpoint.get('state_dict'), Mapping) else ()
     held = checkpoint['state_dict'] if path else checkpoint
-    found = recognise_ours(held, source)
+    found = identify_ours(held, source)
     note = _note(checkpoint, found)
     naming, head_naming = found.family.naming(note['dialect']), found.family.head_naming(note['dialect'])
     try:
@@ -149,8 +148,8 @@ def restore_file(source: str | os.PathLike[str], destination: str | os.PathLike[
     return report
 
 
-def adapted_backbone(found: Recognised, in_channels: int | None, report: Report) -> dict[str, Tensor]:
-    """The backbone of a recognised model, with its stem for images of ``in_channels`` if that is asked for."""
+def adapted_backbone(found: Identified, in_channels: int | None, report: Report) -> dict[str, Tensor]:
+    """The backbone of an identified model, with its stem for images of ``in_channels`` if that is asked for."""
     if in_channels is None or in_channels == found.in_channels:
         return found.backbone
     report.notes.append(f'stem adapted from {found.in_channels} to {in_channels} channels of the image')
@@ -208,8 +207,8 @@ def _passed_through(checkpoint: Mapping[str, Any], weights_at: set[str], whole: 
     return {key: value for key, value in others.items() if key not in tied}, dict(meta)
 
 
-def _note(checkpoint: Mapping[str, Any], found: Recognised) -> dict[str, Any]:
-    """What the way back needs: as noted by the way here, if the note still fits, or as the authors published."""
+def _note(checkpoint: Mapping[str, Any], found: Identified) -> dict[str, Any]:
+    """What the reverse conversion needs: the conversion's note, if it still fits, or what the authors published."""
     family = found.family
     only_last_norm = found.norms == (len(found.settings['depths']) - 1,)
     classifier = found.kind == CLASSIFIER or (found.kind == BACKBONE and only_last_norm)

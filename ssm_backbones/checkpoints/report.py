@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ssm_backbones.checkpoints.recognise import Recognised, describe, shorten
-from ssm_backbones.checkpoints.weights import WeightSet
+from ssm_backbones.checkpoints.differences import shorten
+from ssm_backbones.checkpoints.identify import Identified, describe
+from ssm_backbones.checkpoints.locate import WeightSet
 
 
 @dataclass
@@ -36,8 +37,8 @@ class Report:
         return '\n  '.join(lines + self.notes)
 
 
-def start_report(found: Recognised, source: str, weights: str) -> Report:
-    """What there is to say of a recognised model before anything becomes of it."""
+def start_report(found: Identified, source: str, weights: str) -> Report:
+    """What there is to say of an identified model before anything becomes of it."""
     sizes = {'backbone': len(found.backbone), 'head': len(found.head), 'passed through': len(found.rest)}
     return Report(source, found.kind, describe(found.family, found.settings), weights,
                   {where: number for where, number in sizes.items() if number})
@@ -51,7 +52,7 @@ def leave_out_other_weights(weights: WeightSet, report: Report) -> None:
         report.left_out[', '.join(other.label for other in weights.others)] = 'other weights, to be chosen by this name'
 
 
-def leave_out_the_rest(found: Recognised, report: Report) -> None:
+def leave_out_the_rest(found: Identified, report: Report) -> None:
     """Note that a bare backbone holds neither the head nor what else was in the file."""
     for tensors, where in ((found.head, 'head'), (found.rest, 'passed through')):
         if tensors:

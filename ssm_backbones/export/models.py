@@ -1,4 +1,4 @@
-"""Models, and parts of them, from a config and a checkpoint, ready for inference."""
+"""Build models, and parts of them, from a config and a checkpoint, ready for inference."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
 from ssm_backbones.backbones.base import SSMBackbone
-from ssm_backbones.checkpoints import CheckpointError, read_checkpoint
-from ssm_backbones.checkpoints.misfits import load_and_compare
-from ssm_backbones.checkpoints.recognise import shorten
-from ssm_backbones.factory import load_backbone
+from ssm_backbones.checkpoints import load_backbone, read_checkpoint
+from ssm_backbones.checkpoints.differences import explain
+from ssm_backbones.checkpoints.loading import load_tensors
+from ssm_backbones.checkpoints.locate import own_weights, without_wrappers
 from ssm_backbones.preflight import CommandError, check_checkpoint
 
 _PREPROCESSORS = {'mmpretrain': 'ClsDataPreprocessor', 'mmdet': 'DetDataPreprocessor', 'mmseg': 'SegDataPreProcessor'}
 
 
 class FeatureExtractor(nn.Module):
-    """A model's preprocessing and its backbone, and its neck if asked for: pictures in, maps out.
+    """A model's preprocessing and its backbone, and its neck if asked for: images in, maps out.
 
     Attributes:
         preprocessor: The host library's data preprocessor: normalises and pads.
@@ -39,11 +39,11 @@ class FeatureExtractor(nn.Module):
         self.neck = neck
 
     def preprocess(self, data: Mapping[str, Any]) -> Tensor:
-        """Turn packed pictures (lists ``inputs`` and ``data_samples``) into a batch (B, C, H, W), float32."""
+        """Turn packed images (lists ``inputs`` and ``data_samples``) into a batch (B, C, H, W), float32."""
         return self.preprocessor(dict(data), False)['inputs']
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The maps (B, C_i, H_i, W_i) of preprocessed images."""
+        """Compute the maps (B, C_i, H_i, W_i) of preprocessed images (B, C, H, W)."""
         maps = self.backbone(images)
         if self.neck is not None:
             maps = self.neck(maps)
@@ -80,9 +80,9 @@ def build_extractor(cfg: Config, checkpoint: str | None, with_neck: bool = False
     if isinstance(extractor.backbone, SSMBackbone):
         load_backbone(extractor.backbone, checkpoint)
     else:
-        _load_strictly(extractor.backbone, _weights(checkpoint), 'backbone.', checkpoint)
+        _load_strictly(extractor.backbone, checkpoint, 'backbone')
     if extractor.neck is not None:
-        _load_strictly(extractor.neck, _weights(checkpoint), 'neck.', checkpoint)
+        _load_strictly(extractor.neck, checkpoint, 'neck')
     return extractor
 
 
@@ -99,12 +99,12 @@ def build_model(cfg: Config, checkpoint: str | None) -> nn.Module:
         model = MODELS.build(settings)
     model = revert_sync_batchnorm(model).eval().requires_grad_(False)
     if checkpoint is not None:
-        _load_strictly(model, _weights(checkpoint), '', checkpoint)
+        _load_strictly(model, checkpoint)
     return model
 
 
 def preprocessor_config(cfg: Config) -> dict[str, Any]:
-    """The data preprocessor's config, which lies in the model or beside it, by the library's default type."""
+    """Return the data preprocessor's config, which lies in the model or beside it, by the library's default type."""
     settings = dict(cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {})
     settings.setdefault('type', _PREPROCESSORS[cfg.default_scope])
     # What is mixed or resized for training alone: no part of inference, and its parts ask for more settings.
@@ -113,7 +113,7 @@ def preprocessor_config(cfg: Config) -> dict[str, Any]:
 
 
 def fingerprint(extractor: FeatureExtractor, cfg: Config, pipeline: Sequence[Mapping[str, Any]]) -> str:
-    """A hash of all that the features depend on: weights and settings of the parts, and the preprocessing.
+    """Hash all that the features depend on: weights and settings of the parts, and the preprocessing.
 
     Returns:
         64 hexadecimal digits (SHA-256).
@@ -132,7 +132,7 @@ def fingerprint(extractor: FeatureExtractor, cfg: Config, pipeline: Sequence[Map
 
 
 def _plain(value: Any) -> Any:
-    """Settings without where the weights came from, which is not what they are."""
+    """Drop ``init_cfg`` from settings: where the weights came from is not what they are."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items() if key != 'init_cfg'}
     if isinstance(value, (list, tuple)):
@@ -140,15 +140,16 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _weights(checkpoint: str) -> dict[str, Tensor]:
-    held = read_checkpoint(checkpoint)
-    inner = held.get('state_dict', held)
-    return {name.removeprefix('module.'): value for name, value in inner.items() if isinstance(value, Tensor)}
+def _load_strictly(module: nn.Module, checkpoint: str, part: str = '') -> None:
+    """Load a part of the model, such as ``neck``, or the whole one.
 
-
-def _load_strictly(module: nn.Module, weights: Mapping[str, Tensor], prefix: str, source: str) -> None:
-    inside = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-    wrong = [f'{prefix}{line}' for line in load_and_compare(module, inside)]
-    if wrong:
-        raise CheckpointError(f'{source} does not fit the model of the config: {shorten(wrong)}. '
-                              'Name the checkpoint that was trained with this config.')
+    Raises:
+        CheckpointError: If the checkpoint does not hold exactly that.
+    """
+    prefix = f'{part}.' if part else ''
+    held = own_weights(read_checkpoint(checkpoint))
+    tensors = without_wrappers(held, [f'{prefix}{name}' for name in module.state_dict()], checkpoint)
+    inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    load_tensors(module, inside, lambda mismatches: (
+        f'{checkpoint} does not fit the model of the config: {explain(mismatches, prefix)}. '
+        'Name the checkpoint that was trained with this config.'))

@@ -1,20 +1,27 @@
-"""Where in a checkpoint the weights are: classifiers, detectors, wrappers, averages."""
+"""Locating weights in a checkpoint: of classifiers and detectors, under wrappers' prefixes, and their averages."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mmengine.logging import print_log
 from torch import Tensor
 
+from ssm_backbones.checkpoints.differences import shorten
 from ssm_backbones.checkpoints.families import Family
 from ssm_backbones.checkpoints.files import CheckpointError
 
 _MAIN_PATHS = [('state_dict',), ('model',), ()]
 _AVERAGE = re.compile(r'(?:^|[^A-Za-z])ema(?:[^a-z]|$)|EMA|ema[A-Z]|[Aa]verag')
 _DEPTH = 4
+# What torch.compile and the wrappers of sharded and recomputed modules put into names, anywhere.
+_WRAPPER = re.compile(r'(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
+# A name of fewer parts, such as norm.weight, may be any model's.
+_DISTINCTIVE = 4
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,68 @@ def choose_weights(checkpoint: Mapping[str, Any], wanted: str, families: Sequenc
 def holds_official(checkpoint: Mapping[str, Any], families: Sequence[Family]) -> bool:
     """Whether there are weights by the authors' names anywhere in a checkpoint."""
     return next(_find(checkpoint, families), None) is not None
+
+
+def own_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors by name that a runner's checkpoint, a trainer's or a state dict holds as its weights."""
+    for key in ('state_dict', 'model'):
+        if isinstance(checkpoint.get(key), Mapping):
+            checkpoint = checkpoint[key]
+            break
+    return {name: value for name, value in checkpoint.items() if isinstance(value, Tensor)}
+
+
+def without_wrappers(tensors: Mapping[str, Tensor], expected: Collection[str], source: str) -> dict[str, Tensor]:
+    """The tensors under the names that a module expects, without what stands before them in the file.
+
+    That is any common prefix, such as ``backbone.`` in a whole model's file, ``model.`` or ``module.``, and what
+    ``torch.compile`` puts into names. The log says what was taken off and what was left out for lack of the prefix.
+
+    Args:
+        tensors: by the names of the file.
+        expected: the module's names.
+        source: the file's name, for messages.
+
+    Raises:
+        CheckpointError: if there are several prefixes to choose from.
+    """
+    cleaned = dict(tensors)
+    if not any(_WRAPPER.search(name) for name in expected):
+        cleaned = {_WRAPPER.sub('', name): value for name, value in tensors.items()}
+    prefix = common_prefix(cleaned, expected, source)
+    inside = {name.removeprefix(prefix): value for name, value in cleaned.items() if name.startswith(prefix)}
+    taken_off = [repr(prefix)] if prefix else []
+    taken_off += sorted({repr(match[0]) for name in tensors for match in _WRAPPER.finditer(name)})
+    if taken_off and cleaned.keys() != tensors.keys() or prefix:
+        outside = [name for name in cleaned if not name.startswith(prefix)]
+        print_log(f'{source}: {" and ".join(taken_off)} is taken off the names of {len(inside)} tensors'
+                  + (f'; {len(outside)} others are left out: {shorten(outside, ", ")}.' if outside else '.'),
+                  logger='current')
+    return inside
+
+
+def common_prefix(names: Collection[str], expected: Collection[str], source: str = 'the checkpoint') -> str:
+    """What stands in a checkpoint before most of the names that a module expects; '' if nothing does.
+
+    Raises:
+        CheckpointError: if several such prefixes are equally good.
+    """
+    known = {name for name in expected if name.count('.') + 1 >= _DISTINCTIVE}
+    counts: Counter[str] = Counter()
+    for name in names:
+        parts = name.split('.')
+        for i in range(len(parts) - _DISTINCTIVE + 1):
+            if '.'.join(parts[i:]) in known:
+                counts[''.join(f'{part}.' for part in parts[:i])] += 1
+    best = [prefix for prefix, count in counts.items() if count == max(counts.values())]
+    for usual in ('', 'backbone.'):
+        if usual in best:
+            return usual
+    best = [prefix for prefix in best if not _AVERAGE.search(prefix)] or best
+    if len(best) > 1:
+        raise CheckpointError(f'{source} holds the weights several times, under the prefixes '
+                              f'{", ".join(map(repr, best))}; save those to load in a file of their own.')
+    return best[0] if best else ''
 
 
 def _find(checkpoint: Mapping[str, Any], families: Sequence[Family]) -> Iterator[WeightSet]:

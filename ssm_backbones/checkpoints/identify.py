@@ -1,27 +1,27 @@
-"""Finding out exactly what a checkpoint holds, the authors' or ours."""
+"""Identifying exactly what a checkpoint holds, the authors' model or ours."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from ssm_backbones.checkpoints.differences import compare, explain, shape_text, shapes_of, shorten
 from ssm_backbones.checkpoints.families import Family
 from ssm_backbones.checkpoints.files import CheckpointError
+from ssm_backbones.checkpoints.locate import WeightSet
 from ssm_backbones.checkpoints.mamba2d import Mamba2DFamily
 from ssm_backbones.checkpoints.naming import Naming, Shape, Shapes, official_layout
 from ssm_backbones.checkpoints.vmamba import VMambaFamily
-from ssm_backbones.checkpoints.weights import WeightSet
 
 FAMILIES: tuple[Family, ...] = (VMambaFamily(), Mamba2DFamily())
 CLASSIFIER, BACKBONE, WHOLE = 'classifier', 'backbone', 'whole model'
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Recognised:
+class Identified:
     """A model whose every tensor is accounted for, by our names and in our shapes."""
 
     family: Family
@@ -53,7 +53,7 @@ class Recognised:
         return tuple(i for i in stages if f'norm{i}.weight' in self.backbone)
 
 
-def recognise_official(weights: WeightSet, source: str) -> tuple[Recognised, dict[str, Any]]:
+def identify_official(weights: WeightSet, source: str) -> tuple[Identified, dict[str, Any]]:
     """Account for every tensor of an official model, and translate it.
 
     Args:
@@ -94,10 +94,10 @@ def recognise_official(weights: WeightSet, source: str) -> tuple[Recognised, dic
             backbone[ours] = tensor.detach().reshape(shapes[ours])
         else:
             converted_head[ours] = tensor.detach().reshape(head_shapes[ours])
-    return Recognised(family, settings, kind, backbone, converted_head, outside if kind == WHOLE else {}), dialect
+    return Identified(family, settings, kind, backbone, converted_head, outside if kind == WHOLE else {}), dialect
 
 
-def recognise_ours(held: Mapping[str, Any], source: str) -> Recognised:
+def identify_ours(held: Mapping[str, Any], source: str) -> Identified:
     """Account for every tensor of a model of ours: a bare backbone, or ``backbone.*`` in a whole one.
 
     Args:
@@ -124,39 +124,12 @@ def recognise_ours(held: Mapping[str, Any], source: str) -> Recognised:
     head = outside if kind == CLASSIFIER else {}
     shapes, head_shapes = _expected(family, settings, kind, inside, head, source)
     _check({**inside, **head}, {**shapes, **head_shapes}, source, describe(family, settings))
-    return Recognised(family, settings, kind, inside, head, outside if kind == WHOLE else {})
+    return Identified(family, settings, kind, inside, head, outside if kind == WHOLE else {})
 
 
 def describe(family: Family, settings: Mapping[str, Any]) -> str:
     """A family and the arch that fits, as one writes them in a config."""
     return f"{family.name}, arch={family.arch(settings) or dict(settings)!r}"
-
-
-def shapes_of(tensors: Mapping[str, Any]) -> dict[str, Shape]:
-    """The shapes of those entries that are tensors."""
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
-
-
-def differences(found: Mapping[str, Any], expected: Shapes) -> list[str]:
-    """One line for each tensor that is missing, of another shape or kind, or not expected."""
-    lines = []
-    for name, shape in expected.items():
-        tensor = found.get(name)
-        if tensor is None:
-            lines.append(f'{name} {_text(shape)} is missing')
-        elif not isinstance(tensor, Tensor):
-            lines.append(f'{name} is a {type(tensor).__name__}, expected a tensor {_text(shape)}')
-        elif tensor.shape != shape:
-            lines.append(f'{name} is {_text(tensor.shape)}, expected {_text(shape)}')
-        elif not tensor.is_floating_point():
-            lines.append(f'{name} is of {tensor.dtype}, expected floating-point numbers')
-    return lines + [f'{name} is not expected' for name in found if name not in expected]
-
-
-def shorten(items: Sequence[str], separator: str = '; ') -> str:
-    """The first few of many items, and how many more there are."""
-    more = len(items) - _SHOWN
-    return separator.join(items[:_SHOWN]) + (f'{separator}and {more} more' if more > 0 else '')
 
 
 def _parted(held: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -201,10 +174,18 @@ def _dimension(tensor: Any, dimension: int) -> int:
 
 
 def _check(found: Mapping[str, Any], expected: Shapes, source: str, model: str) -> None:
-    lines = differences(found, expected)
-    if lines:
-        raise CheckpointError(f'{source} is not exactly {model}: {shorten(lines)}.')
+    mismatches = compare(shapes_of(found), expected)
+    # What is no tensor counts as missing in the comparison.
+    for name in found:
+        fault = _fault(found[name])
+        if fault and name in expected:
+            raise CheckpointError(f'{source} is not exactly {model}: {name} is {fault}, expected a tensor '
+                                  f'{shape_text(expected[name])} of floating-point numbers.')
+    if mismatches:
+        raise CheckpointError(f'{source} is not exactly {model}: {explain(mismatches)}.')
 
 
-def _text(shape: Sequence[int]) -> str:
-    return f'({", ".join(map(str, shape))})'
+def _fault(value: Any) -> str | None:
+    if not isinstance(value, Tensor):
+        return f'a {type(value).__name__}'
+    return None if value.is_floating_point() else f'of {value.dtype}'
