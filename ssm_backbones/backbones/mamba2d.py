@@ -21,7 +21,7 @@ from ssm_backbones.layers.common import MLP, ChannelLastConv2d, ConvNorm
 from ssm_backbones.layers.mamba2d_mixer import RotaryAttention, ScanMixer
 
 MLP_RATIO = 4
-HEAD_WIDTH = 32
+HEAD_DIM = 32
 
 
 class ScaledResidual(nn.Module):
@@ -177,13 +177,13 @@ def _check_mixers(mixers: Sequence[str] | None, widths: Sequence[int]) -> tuple[
     for mixer, width in zip(mixers, widths, strict=True):
         if mixer not in ('scan', 'attention'):
             raise ValueError(f"a stage's mixer is 'scan' or 'attention', got {mixer!r}")
-        if mixer == 'attention' and width % HEAD_WIDTH:
-            raise ValueError(f'attention needs a multiple of {HEAD_WIDTH} channels, got embed_dims {list(widths)}; '
+        if mixer == 'attention' and width % HEAD_DIM:
+            raise ValueError(f'attention needs a multiple of {HEAD_DIM} channels, got embed_dims {list(widths)}; '
                              "change them, or the stage's mixer to 'scan'")
     return tuple(mixers)
 
 
 def _mixer(name: str, channels: int, d_state: int, reverse: bool) -> nn.Module:
     if name == 'attention':
-        return RotaryAttention(channels, HEAD_WIDTH)
+        return RotaryAttention(channels, HEAD_DIM)
     return ScanMixer(channels, d_state, math.ceil(channels / 16), reverse=reverse)

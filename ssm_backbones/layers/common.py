@@ -220,6 +220,6 @@ def init_scan_parameters(A_log: Tensor, D: Tensor, dt_weight: Tensor, dt_bias: T
     dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
 
 
-def decay_rates(A_log: Tensor) -> Tensor:
+def negative_exp(A_log: Tensor) -> Tensor:
     """A = -exp(A_log), in at least float32 whatever the parameters' type."""
     return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))

@@ -8,16 +8,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cuda_ops
-from ssm_backbones.layers.common import ChannelLastConv2d, Pointwise, decay_rates, init_scan_parameters
+from ssm_backbones.layers.common import ChannelLastConv2d, Pointwise, init_scan_parameters, negative_exp
 
 
 class Neighbour(nn.Module):
-    """What belongs to one of the two neighbours of a pixel in the wavefront scan: step sizes and decay rates.
+    """Parameters of the wavefront scan towards one of a pixel's two neighbours: delta's projection and A.
 
     Args:
         channels: width C of the scan.
         d_state: state size N for each channel.
-        dt_rank: rank R of the step sizes' projection.
+        dt_rank: rank R of delta's projection.
         D: the skip weights (C), which both neighbours share and this initialises as well.
     """
 
@@ -28,14 +28,15 @@ class Neighbour(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(channels))
         init_scan_parameters(self.A_log, D, self.dt_weight, self.dt_bias)
 
-    def delta(self, steps: Tensor) -> Tensor:
-        """Step sizes (B, H, W, C) behind softplus, from their (B, H, W, R) projection."""
-        projected = torch.addmm(self.dt_bias, steps.flatten(0, 2), self.dt_weight.t())
-        return F.softplus(projected).view(*steps.shape[:3], projected.shape[-1])
+    def delta(self, dt: Tensor) -> Tensor:
+        """Turn the low-rank dt (B, H, W, R) into delta (B, H, W, C), after softplus."""
+        projected = torch.addmm(self.dt_bias, dt.flatten(0, 2), self.dt_weight.t())
+        return F.softplus(projected).view(*dt.shape[:3], projected.shape[-1])
 
-    def decay_rates(self) -> Tensor:
-        """A, (C, N); see :func:`~ssm_backbones.layers.common.decay_rates`."""
-        return decay_rates(self.A_log)
+    @property
+    def A(self) -> Tensor:
+        """The scan's A towards this neighbour, (C, N), negative, in at least float32."""
+        return negative_exp(self.A_log)
 
 
 class StarReLU(nn.Module):
@@ -73,13 +74,13 @@ class LocalPath(nn.Module):
 class ScanMixer(nn.Module):
     """The wavefront scan over a channel-last map (B, H, W, C), beside a local path.
 
-    ``in_proj -> GELU -> scan -> GELU -> out_proj``, plus :class:`LocalPath` of the same input. Step sizes, B and C come
-    from one projection of the scan's input; the operator takes them as strided views of it.
+    ``in_proj -> GELU -> scan -> GELU -> out_proj``, plus :class:`LocalPath` of the same input. dt, B and C come from
+    one projection of the scan's input; the operator takes them as strided views of it.
 
     Args:
         channels: width C, of the scan too.
         d_state: state size N for each channel.
-        dt_rank: rank R of the step sizes' projections.
+        dt_rank: rank R of delta's projections.
         reverse: scan from the bottom right corner instead of the upper left one.
     """
 
@@ -102,10 +103,10 @@ class ScanMixer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map (B, H, W, C) into one of the same shape."""
         u = F.gelu(self.in_proj(x))
-        steps_top, steps_left, B_top, B_left, C = self.x_proj(u).split(
+        dt_top, dt_left, B_top, B_left, C = self.x_proj(u).split(
             (self.dt_rank, self.dt_rank, self.d_state, self.d_state, self.d_state), dim=-1)
-        y = cuda_ops.wavefront_scan(u, self.top.delta(steps_top), self.left.delta(steps_left), self.top.decay_rates(),
-                                    self.left.decay_rates(), B_top, B_left, C, self.D, reverse=self.reverse)
+        y = cuda_ops.wavefront_scan(u, self.top.delta(dt_top), self.left.delta(dt_left), self.top.A, self.left.A,
+                                    B_top, B_left, C, self.D, reverse=self.reverse)
         return self.out_proj(F.gelu(y)) + self.local(x)
 
     def extra_repr(self) -> str:
@@ -118,35 +119,35 @@ class RotaryAttention(nn.Module):
     Queries and keys are rotated and then pass a LayerNorm over the width of a head; there are no other biases.
 
     Args:
-        channels: width C, a multiple of ``head_width``.
-        head_width: channels of each head, a multiple of 4.
+        channels: width C, a multiple of ``head_dim``.
+        head_dim: channels of each head, a multiple of 4.
     """
 
-    def __init__(self, channels: int, head_width: int = 32) -> None:
+    def __init__(self, channels: int, head_dim: int = 32) -> None:
         super().__init__()
-        self.head_width = head_width
+        self.head_dim = head_dim
         self.qkv = Pointwise(channels, 3 * channels, bias=False)
-        self.q_norm = nn.LayerNorm(head_width)
-        self.k_norm = nn.LayerNorm(head_width)
+        self.q_norm = nn.LayerNorm(head_dim)
+        self.k_norm = nn.LayerNorm(head_dim)
         self.proj = Pointwise(channels, channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map (B, H, W, C) into one of the same shape."""
         batch, height, width, channels = x.shape
-        q, k, v = self.qkv(x).view(batch, height * width, 3, channels // self.head_width, self.head_width).unbind(2)
-        cosine, sine = rotary_angles(height, width, self.head_width, q)
+        q, k, v = self.qkv(x).view(batch, height * width, 3, channels // self.head_dim, self.head_dim).unbind(2)
+        cosine, sine = rotary_angles(height, width, self.head_dim, q)
         q, k = self.q_norm(rotate_pairs(q, cosine, sine)), self.k_norm(rotate_pairs(k, cosine, sine))
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.proj(y.transpose(1, 2).reshape(batch, height, width, channels))
 
 
-def rotary_angles(height: int, width: int, head_width: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (H * W, 1, head_width / 2) by which the pairs of a head's channels turn, in ``like``'s dtype.
+def rotary_angles(height: int, width: int, head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (H * W, 1, head_dim / 2) by which the pairs of a head's channels turn, in ``like``'s dtype.
 
     Rows turn the first half of the pairs, columns the second; pair i of n by ``position * 10000**(-i / n)``, where the
     position is the pixel's index. Source: RoFormer (arXiv 2104.09864), along two axes.
     """
-    pairs = head_width // 4
+    pairs = head_dim // 4
     speeds = 10000 ** (-torch.arange(pairs, device=like.device, dtype=torch.float32) / pairs)
     rows, columns = (torch.arange(size, device=like.device)[:, None] * speeds for size in (height, width))
     angles = torch.cat([rows[:, None].expand(-1, width, -1), columns.expand(height, -1, -1)], dim=-1)
@@ -155,6 +156,6 @@ def rotary_angles(height: int, width: int, head_width: int, like: Tensor) -> tup
 
 
 def rotate_pairs(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn each pair of neighbouring channels of (..., heads, head_width) by its angle."""
+    """Turn each pair of neighbouring channels of (..., heads, head_dim) by its angle."""
     a, b = x.unflatten(-1, (x.shape[-1] // 2, 2)).unbind(-1)
     return torch.stack([a * cosine - b * sine, b * cosine + a * sine], dim=-1).flatten(-2)

@@ -9,9 +9,9 @@ from cuda_ops import route_scan
 from ssm_backbones.layers.common import (
     ChannelLastConv2d,
     Pointwise,
-    decay_rates,
     init_linear,
     init_scan_parameters,
+    negative_exp,
     pointwise,
 )
 
@@ -22,14 +22,14 @@ class SS2D(nn.Module):
     """The 2-D selective scan of VMamba (arXiv 2401.10166, section 4) over a channel-last map.
 
     ``in_proj -> depthwise 3x3 convolution -> SiLU -> scan -> LayerNorm (-> * SiLU(z) with a gate) -> out_proj``. The
-    routes are row-major, column-major, and their reverses, in this order. Step sizes, B and C of all routes come from
-    one pointwise projection of the map, so no route is ever materialised.
+    routes are row-major, column-major, and their reverses, in this order. Delta, B and C of all routes come from one
+    pointwise projection of the map, so no route is ever materialised.
 
     Args:
         channels: width C of the input and output.
         inner_channels: width E at which the scan runs.
         d_state: state size N for each channel.
-        dt_rank: rank R of the step sizes' projection.
+        dt_rank: rank R of delta's projection.
         gate: whether a second half of ``in_proj`` gates the output (VMamba's first release).
         conv_bias: whether the depthwise convolution has a bias.
     """
@@ -65,21 +65,22 @@ class SS2D(nn.Module):
             x = self.in_proj(x)
         x = F.silu(self.conv(x))
 
-        steps, B, C = (self.x_proj(x).unflatten(-1, (ROUTES, self.dt_rank + 2 * self.d_state))
+        delta, B, C = (self.x_proj(x).unflatten(-1, (ROUTES, self.dt_rank + 2 * self.d_state))
                        .split((self.dt_rank, self.d_state, self.d_state), dim=-1))
         dt_weight: Tensor | None = self.dt_weight
         if not route_scan.takes_low_rank(x, self.d_state, self.dt_rank):
             # One batched product over the routes, left in the order in which it comes: (4, B*H*W, E).
-            steps = torch.bmm(steps.flatten(0, 2).transpose(0, 1), self.dt_weight.transpose(1, 2))
-            steps, dt_weight = steps.view(ROUTES, *x.shape).permute(1, 2, 3, 0, 4), None
-        y = cuda_ops.cross_selective_scan(x, steps, self.decay_rates(), B, C, self.D, self.dt_bias,
-                                          delta_softplus=True, delta_weight=dt_weight)
+            delta = torch.bmm(delta.flatten(0, 2).transpose(0, 1), self.dt_weight.transpose(1, 2))
+            delta, dt_weight = delta.view(ROUTES, *x.shape).permute(1, 2, 3, 0, 4), None
+        y = cuda_ops.cross_selective_scan(x, delta, self.A, B, C, self.D, self.dt_bias, delta_softplus=True,
+                                          delta_weight=dt_weight)
 
         y = self.norm(y)
         if z is not None:
             y = y * F.silu(z)
         return self.out_proj(y)
 
-    def decay_rates(self) -> Tensor:
-        """A, (4, E, N); see :func:`~ssm_backbones.layers.common.decay_rates`."""
-        return decay_rates(self.A_log)
+    @property
+    def A(self) -> Tensor:
+        """The scan's A, (4, E, N), negative, in at least float32."""
+        return negative_exp(self.A_log)

@@ -7,7 +7,7 @@ With g the horizontal and v the vertical state, for the upper left corner and on
     v(i,j)[n] = exp(d2 * A2[n]) * v(i-1,j)[n] + d2 * s'(i,j)
     y(i,j) = sum_n C2(i,j)[n] * v(i,j)[n] + D2 * s'(i,j)
 
-where s' is s times the gate, and d the softplus of a step size. The other corners mirror the directions with the same
+where s' is s times the gate, and d the softplus of delta. The other corners mirror the directions with the same
 weights. Their outputs are added in image order, halved, and gated again. Maps are channel-last throughout; no corner
 flips, transposes or copies one.
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cuda_ops
-from ssm_backbones.layers.common import ChannelLastConv2d, Pointwise, decay_rates, init_scan_parameters, pointwise
+from ssm_backbones.layers.common import ChannelLastConv2d, Pointwise, init_scan_parameters, negative_exp, pointwise
 
 PASSES = 2
 ROW, COLUMN = range(PASSES)
@@ -32,7 +32,7 @@ class V2MMixer(nn.Module):
         channels: width C of the input and output.
         inner_channels: width E at which the scans run.
         d_state: state size N for each channel.
-        dt_rank: rank R of the step sizes' projection.
+        dt_rank: rank R of delta's projection.
         depth: blocks of the backbone. ``out_proj`` starts from PyTorch's default divided by its root, so that the sum
             of all blocks' branches starts as large as one, as in the authors' code (after GPT-2).
     """
@@ -53,7 +53,12 @@ class V2MMixer(nn.Module):
         # step sizes of 0.69 that halve even the slowest state at every pixel.
         init_scan_parameters(self.A_log, self.D, self.dt_weight, self.dt_bias)
 
-    def enter(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def A(self) -> Tensor:
+        """A of both scans, (2, E, N), negative, in at least float32."""
+        return negative_exp(self.A_log)
+
+    def project_in(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Project a map (B, H, W, C) to the scans' input and the gate SiLU(z), both (B, H, W, E)."""
         # Two products, because the halves of one would be strided and everything behind would have to copy its half.
         weight, gate_weight = self.in_proj.weight.chunk(2)
@@ -79,20 +84,20 @@ class PlainV2MMixer(V2MMixer):
 
     Args:
         channels, inner_channels, d_state, dt_rank, depth: see :class:`V2MMixer`.
-        taps: length of the causal convolutions.
+        d_conv: length of the causal convolutions.
     """
 
     def __init__(self, channels: int, inner_channels: int, d_state: int, dt_rank: int, depth: int = 1,
-                 taps: int = 4) -> None:
+                 d_conv: int = 4) -> None:
         super().__init__(channels, inner_channels, d_state, dt_rank, depth)
-        self.row_conv = CausalConv(inner_channels, taps, axis='row')
-        self.column_conv = CausalConv(inner_channels, taps, axis='column')
+        self.row_conv = CausalConv(inner_channels, d_conv, axis='row')
+        self.column_conv = CausalConv(inner_channels, d_conv, axis='column')
         self.x_proj = nn.ModuleList(Pointwise(inner_channels, dt_rank + d_state, bias=False) for _ in range(PASSES))
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map (B, H, W, C) into one of the same shape."""
-        x, gate = self.enter(x)
-        A = decay_rates(self.A_log)
+        x, gate = self.project_in(x)
+        A = self.A
         left = self.first_pass(x, gate, A, from_right=False)
         y = self.second_pass(left, A, from_bottom=False) + self.second_pass(left, A, from_bottom=True)
         right = self.first_pass(x, gate, A, from_right=True)
@@ -101,8 +106,8 @@ class PlainV2MMixer(V2MMixer):
         return pointwise(y * gate, 0.5 * self.out_proj.weight)
 
     def corner(self, x: Tensor, gate: Tensor, from_right: bool, from_bottom: bool) -> Tensor:
-        """One corner's y, from what :meth:`enter` returns; all maps are (B, H, W, E)."""
-        A = decay_rates(self.A_log)
+        """One corner's y, from what :meth:`project_in` returns; all maps are (B, H, W, E)."""
+        A = self.A
         return self.second_pass(self.first_pass(x, gate, A, from_right), A, from_bottom)
 
     def first_pass(self, x: Tensor, gate: Tensor, A: Tensor, from_right: bool) -> Tensor:
@@ -118,17 +123,17 @@ class PlainV2MMixer(V2MMixer):
         return self.scan_columns(s, delta, A, C, from_bottom)
 
     def project(self, which: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """A pass's step sizes (B, H, W, E), and its B or C (B, H, W, N)."""
-        steps, projection = self.x_proj[which](x).split((self.dt_rank, self.d_state), dim=-1)
-        # The steps are a part of each pixel's row: a matrix product reads them where they lie, a convolution copies.
-        return F.linear(steps, self.dt_weight[which]), projection
+        """Return a pass's delta (B, H, W, E), and its B or C (B, H, W, N)."""
+        dt, projection = self.x_proj[which](x).split((self.dt_rank, self.d_state), dim=-1)
+        # dt is a part of each pixel's row: a matrix product reads it where it lies, a convolution copies.
+        return F.linear(dt, self.dt_weight[which]), projection
 
 
 class HierarchicalV2MMixer(V2MMixer):
     """The mixer of the hierarchical layout: VMamba's SS2D with the 2-D state-space model for its scan.
 
     ``in_proj`` to (x, z) -> depthwise 3x3 convolution of x -> SiLU -> scans along W, times SiLU(z), scans along H
-    -> LayerNorm -> times SiLU(z) -> ``out_proj``. Step sizes, B and C of both passes depend on x at the pixel. They are
+    -> LayerNorm -> times SiLU(z) -> ``out_proj``. Delta, B and C of both passes depend on x at the pixel. They are
     then the same for all corners, the second scan is linear in the first one's result, and the sum of the four corners
     is two scans along W, added, and two along H.
 
@@ -144,9 +149,9 @@ class HierarchicalV2MMixer(V2MMixer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map (B, H, W, C) into one of the same shape."""
-        x, gate = self.enter(x)
+        x, gate = self.project_in(x)
         x = F.silu(self.conv(x))
-        A = decay_rates(self.A_log)
+        A = self.A
         delta, B, C = self.project(x)
         s = gate * (self.scan_rows(x, delta[ROW], A, B, False) + self.scan_rows(x, delta[ROW], A, B, True))
         down = self.scan_columns(s, delta[COLUMN], A, C, False)
@@ -155,16 +160,16 @@ class HierarchicalV2MMixer(V2MMixer):
 
     def corner(self, x: Tensor, gate: Tensor, from_right: bool, from_bottom: bool) -> Tensor:
         """One corner's y, from x behind the convolution and SiLU, and the gate; all maps are (B, H, W, E)."""
-        A = decay_rates(self.A_log)
+        A = self.A
         delta, B, C = self.project(x)
         s = gate * self.scan_rows(x, delta[ROW], A, B, from_right)
         return self.scan_columns(s, delta[COLUMN], A, C, from_bottom)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The step sizes of both passes (2, B, H, W, E), B of the first and C of the second (B, H, W, N)."""
-        steps, projections = self.x_proj(x).split((PASSES * self.dt_rank, PASSES * self.d_state), dim=-1)
-        steps = steps.unflatten(-1, (PASSES, self.dt_rank)).flatten(0, 2).transpose(0, 1)
-        delta = torch.bmm(steps, self.dt_weight.transpose(1, 2)).view(PASSES, *x.shape)
+        """Return delta of both passes (2, B, H, W, E), B of the first and C of the second (B, H, W, N)."""
+        dt, projections = self.x_proj(x).split((PASSES * self.dt_rank, PASSES * self.d_state), dim=-1)
+        dt = dt.unflatten(-1, (PASSES, self.dt_rank)).flatten(0, 2).transpose(0, 1)
+        delta = torch.bmm(dt, self.dt_weight.transpose(1, 2)).view(PASSES, *x.shape)
         B, C = projections.chunk(PASSES, dim=-1)
         return delta, B, C
 
@@ -174,17 +179,17 @@ class CausalConv(nn.Conv1d):
 
     Args:
         channels: C.
-        taps: how many pixels it sees; beyond the edge they are zeros. The last tap is the pixel itself.
+        kernel_size: how many pixels it sees; beyond the edge they are zeros. The last one is the pixel itself.
         axis: 'row' (along W) or 'column' (along H).
     """
 
-    def __init__(self, channels: int, taps: int, axis: str) -> None:
-        super().__init__(channels, channels, taps, groups=channels)
+    def __init__(self, channels: int, kernel_size: int, axis: str) -> None:
+        super().__init__(channels, channels, kernel_size, groups=channels)
         self.rows = axis == 'row'
 
     def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
         """``reverse`` takes the pixels behind it, along the axis, for the ones before it."""
-        # Zeros for the taps that would look ahead make the window symmetric, which oneDNN's backward is six times as
+        # Zeros for the weights that would look ahead make the window symmetric, which oneDNN's backward is six times as
         # fast for as for a shorter, one-sided one; but only along columns, so a row is shown to it as a column.
         ahead = self.kernel_size[0] - 1
         weight = F.pad(self.weight, (0, ahead))

@@ -155,7 +155,7 @@ def scan_paths(mixer: nn.Module, x: Tensor) -> tuple[dict[str, Linear], int]:
         (scan,) = _held_scans(lambda: mixer(x))
         return {'from the ' + ('lower right' if mixer.reverse else 'upper left'): scan}, scan.channels
     if isinstance(mixer, V2MMixer):
-        u, gate = mixer.enter(x)
+        u, gate = mixer.project_in(x)
         if isinstance(mixer, HierarchicalV2MMixer):
             u = F.silu(mixer.conv(u))
         corners = {f'from the {name}': _corner(mixer, u, gate, *ends) for name, ends in _CORNERS.items()}

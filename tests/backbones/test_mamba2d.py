@@ -139,7 +139,7 @@ def scan_mixer_by_loops(layer, x):
 def attention_by_loops(layer, x):
     """RotaryAttention written out: pairs as complex numbers, one head at a time."""
     batch, height, width, channels = x.shape
-    head = layer.head_width
+    head = layer.head_dim
     qkv = (x @ layer.qkv.weight.t()).flatten(1, 2)
     speeds = [10000 ** (-4 * k / head) for k in range(head // 4)]
     angles = torch.tensor([[i * s for s in speeds] + [j * s for s in speeds]
@@ -173,7 +173,7 @@ def test_scan_mixer_equals_loops_over_the_pixels(size, reverse):
 
 @pytest.mark.parametrize('size', [(3, 5), (4, 1), (1, 3), (1, 1)])
 def test_attention_equals_single_heads(size):
-    layer = randomised(RotaryAttention(24, head_width=8))
+    layer = randomised(RotaryAttention(24, head_dim=8))
     check_layer(layer, attention_by_loops, torch.randn(2, *size, 24, dtype=torch.float64))
 
 
@@ -245,7 +245,7 @@ def test_odd_blocks_of_a_stage_scan_in_reverse_and_all_attend_in_later_stages():
                 assert isinstance(block.mixer, ScanMixer) and block.mixer.reverse == (j % 2 == 1)
                 assert (block.mixer.d_state, block.mixer.dt_rank) == (16, math.ceil((96, 192)[i] / 16))
             else:
-                assert isinstance(block.mixer, RotaryAttention) and block.mixer.head_width == 32
+                assert isinstance(block.mixer, RotaryAttention) and block.mixer.head_dim == 32
 
 
 @pytest.mark.parametrize('mixers', [['scan'] * 4, ['attention'] * 4, ['attention', 'scan', 'scan', 'attention']])

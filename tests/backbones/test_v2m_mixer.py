@@ -172,12 +172,12 @@ def test_an_impulse_fills_exactly_the_quadrant_behind_it(kind, from_right, from_
 def test_the_output_is_half_the_corners_sum():
     layer = random_mixer(PlainV2MMixer)
     x = torch.randn(2, 4, 6, 5, dtype=torch.float64)
-    u, gate = layer.enter(x)
+    u, gate = layer.project_in(x)
     y = sum(layer.corner(u, gate, *corner) for corner in CORNERS) / 2
     torch.testing.assert_close(layer(x), layer.out_proj(y * gate))
 
     layer = random_mixer(HierarchicalV2MMixer)
-    u, gate = layer.enter(x)
+    u, gate = layer.project_in(x)
     u = F.silu(layer.conv(u))
     y = sum(layer.corner(u, gate, *corner) for corner in CORNERS) / 2
     torch.testing.assert_close(layer(x), layer.out_proj(layer.norm(y) * gate))
@@ -247,7 +247,7 @@ def test_corners_share_work_and_reorder_no_map(kind, scans, calls):
 @pytest.mark.parametrize('axis', ['row', 'column'])
 @pytest.mark.parametrize('size', [(3, 7), (1, 1), (2, 9), (9, 2)])
 def test_causal_convolutions_look_back_only(axis, size):
-    conv = CausalConv(4, taps=4, axis=axis).double()
+    conv = CausalConv(4, kernel_size=4, axis=axis).double()
     x = torch.randn(2, *size, 4, dtype=torch.float64)
     dim = 2 if axis == 'row' else 1
     line = x.movedim(dim, 0)

@@ -63,14 +63,14 @@ def test_paths_add_up_to_what_the_model_computes(name: str) -> None:
             torch.testing.assert_close(F.gelu(whole), runs['out_proj'].given)
             return
         elif name == 'v2m-test-hier':
-            entered, _ = mixer.enter(x)
+            entered, _ = mixer.project_in(x)
             u = F.silu(mixer.conv(entered))
             expected = 2 * runs['norm'].given
         else:
             # A bias of the convolution between the scans is no part of any weight.
             mixer.column_conv.bias.zero_()
             paths, channels = scan_paths(mixer, x)
-            entered, gate = mixer.enter(x)
+            entered, gate = mixer.project_in(x)
             right = {name: 'right' in name for name in paths}
             inputs = {name: F.silu(mixer.row_conv(entered, right[name])) for name in paths}
             whole = sum(path(inputs[name]) for name, path in paths.items())
@@ -104,7 +104,7 @@ def test_vmamba_by_the_formula(sense: str) -> None:
         u = F.silu(mixer.conv(mixer.in_proj(runs['mixer'].given)))[0]
         steps, B, C = mixer.x_proj(u).unflatten(-1, (4, -1)).split((mixer.dt_rank, mixer.d_state, mixer.d_state), -1)
         delta = F.softplus(torch.einsum('hwkr,ker->hwke', steps, mixer.dt_weight) + mixer.dt_bias)
-        A = mixer.decay_rates().double()
+        A = mixer.A.double()
     grid = [(i, j) for i in range(height) for j in range(width)]
     by_columns = [(i, j) for j in range(width) for i in range(height)]
     total = torch.zeros(height, width, u.shape[2], dtype=torch.float64)
@@ -132,7 +132,7 @@ def test_mamba2d_by_the_recurrence() -> None:
         u = F.gelu(mixer.in_proj(runs['mixer'].given))[0]
         steps = mixer.x_proj(u).split((mixer.dt_rank, mixer.dt_rank, *[mixer.d_state] * 3), -1)
         top, left = mixer.top.delta(steps[0][None])[0], mixer.left.delta(steps[1][None])[0]
-        AT, AL = mixer.top.decay_rates().double(), mixer.left.decay_rates().double()
+        AT, AL = mixer.top.A.double(), mixer.left.A.double()
         BT, BL, C = steps[2:]
         place, sign = (1, 1), -1 if mixer.reverse else 1
         h: dict[tuple[int, int], torch.Tensor] = {}
