@@ -9,9 +9,7 @@ from typing import Any
 
 from ssm_backbones.backbones import V2M, Mamba2D, VMamba
 from ssm_backbones.backbones.base import SSMBackbone
-from ssm_backbones.backbones.v2m import PATCH_SIZE, PlainV2M
 from ssm_backbones.checkpoints import load_backbone
-from ssm_backbones.layers.simple_pyramid import STRIDES
 
 _FAMILIES: dict[str, Any] = {'vmamba': VMamba, 'v2m': V2M, 'mamba2d': Mamba2D}
 
@@ -27,13 +25,11 @@ class FeatureInfo(Sequence[Mapping[str, Any]]):
     """
 
     def __init__(self, backbone: SSMBackbone) -> None:
-        pyramid = isinstance(backbone, PlainV2M) and backbone.pyramid is not None
-        self.out_indices: tuple[int, ...] = tuple(range(len(STRIDES))) if pyramid else backbone.out_indices
-        modules = [f'pyramid.norms.{i}' if pyramid else f'norm{i}' for i in self.out_indices]
+        self.out_indices: tuple[int, ...] = tuple(backbone.output_modules)
         self._items = [
             dict(num_chs=channels, reduction=stride, index=index, module=module)
-            for channels, stride, index, module in zip(
-                backbone.out_channels, feature_strides(backbone), self.out_indices, modules, strict=True
+            for channels, stride, (index, module) in zip(
+                backbone.out_channels, backbone.strides, backbone.output_modules.items(), strict=True
             )
         ]
 
@@ -63,13 +59,6 @@ class FeatureInfo(Sequence[Mapping[str, Any]]):
 
     def __repr__(self) -> str:
         return f'FeatureInfo(channels={self.channels()}, reduction={self.reduction()})'
-
-
-def feature_strides(backbone: SSMBackbone) -> tuple[int, ...]:
-    """The stride of each map that a backbone returns."""
-    if isinstance(backbone, PlainV2M):
-        return (PATCH_SIZE,) * len(backbone.out_indices) if backbone.pyramid is None else STRIDES
-    return tuple(4 * 2**i for i in backbone.out_indices)
 
 
 def list_backbones() -> list[str]:

@@ -46,8 +46,8 @@ class SSMBackbone(BaseModule):
 
     A subclass calls this constructor, assigns ``patch_embed`` (image (B, C, H, W) to map (B, H, W, C)) and ``stages``
     (an ``nn.ModuleList`` of :class:`Stage`, the first ``self.num_built_stages`` of the architecture), and ends its own
-    constructor with :meth:`finish`. Stages behind the last chosen one are not built: they would hold parameters that
-    no gradient reaches.
+    constructor with :meth:`_init_output_norms`. Stages behind the last chosen one are not built: they would hold
+    parameters that no gradient reaches.
 
     Args:
         num_features: channels of each of the architecture's stages.
@@ -88,11 +88,31 @@ class SSMBackbone(BaseModule):
         return tuple(self.num_features[i] for i in self.out_indices)
 
     @property
+    def strides(self) -> tuple[int, ...]:
+        """Stride of each returned map: pixels of the image along a side of one pixel of the map."""
+        return tuple(self.stage_strides[i] for i in self.out_indices)
+
+    @property
+    def output_modules(self) -> dict[int, str]:
+        """Name of the module that makes each returned map, by the map's index."""
+        return {i: f'norm{i}' for i in self.out_indices}
+
+    @property
+    def stage_strides(self) -> tuple[int, ...]:
+        """Stride of each built stage's map."""
+        return tuple(4 * 2**i for i in range(self.num_built_stages))
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """What titles call each built stage."""
+        return tuple(f'stage {i}' for i in range(self.num_built_stages))
+
+    @property
     def depths(self) -> tuple[int, ...]:
         """Blocks of each built stage."""
         return tuple(len(stage.blocks) for stage in self.stages)
 
-    def finish(self) -> None:
+    def _init_output_norms(self) -> None:
         """Add the output norms and freeze what is to be frozen; the last step of a subclass's constructor."""
         for i in sorted(self.out_indices):
             self.add_module(f'norm{i}', self.build_output_norm(i))
@@ -115,8 +135,24 @@ class SSMBackbone(BaseModule):
         return tuple(maps[i] for i in self.out_indices)
 
     def output(self, stage: int, x: Tensor) -> Tensor:
-        """What the backbone returns of a stage, from the map (B, H, W, C) behind its blocks."""
-        return feature_map(getattr(self, f'norm{stage}')(x))
+        """Return what leaves the backbone of a stage, from the map (B, H, W, C) of its last block."""
+        return feature_map(self.output_norm(stage)(x))
+
+    def output_norm(self, stage: int) -> nn.Module:
+        """Return the norm of a stage in ``out_indices``.
+
+        Raises:
+            RuntimeError: if the subclass's constructor has not added it.
+        """
+        norm = getattr(self, f'norm{stage}', None)
+        if norm is None:
+            raise RuntimeError(f'{type(self).__name__} has no norm{stage}: its constructor has to end with '
+                               'self._init_output_norms()')
+        return norm
+
+    def drop_class_tokens(self, x: Tensor) -> Tensor:
+        """Return a stage's map (B, H, W, C) without what is no part of the image; here there is none."""
+        return x
 
     def leaves_out(self, name: str) -> bool:
         """Whether a tensor is of a part of the architecture that this backbone was built without.
@@ -163,7 +199,7 @@ class SSMBackbone(BaseModule):
         for i, stage in enumerate(self.stages[:max(self.frozen_stages, 0)]):
             yield stage
             if i in self.out_indices:
-                yield getattr(self, f'norm{i}')
+                yield self.output_norm(i)
 
     def _freeze(self) -> None:
         for module in self.frozen_modules():

@@ -157,7 +157,7 @@ class Mamba2D(SSMBackbone):
             last = i + 1 == self.num_built_stages
             downsample = None if last else ChannelLastConv2d(widths[i], widths[i + 1], 3, stride=2, padding=1)
             self.stages.append(NormedStage(widths[i], blocks, downsample, with_cp))
-        self.finish()
+        self._init_output_norms()
 
     def build_output_norm(self, stage: int) -> nn.Module:
         """Nothing: the stage's own LayerNorm has normalised its map."""

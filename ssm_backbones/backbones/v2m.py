@@ -121,11 +121,29 @@ class PlainV2M(V2M):
         self.stages = nn.ModuleList(Stage([PlainBlock(embed_dims, d_state, depth, rate)], with_cp=with_cp)
                                     for rate in rates[:self.num_built_stages])
         self.pyramid = None if pyramid is None else SimplePyramid(embed_dims)
-        self.finish()
+        self._init_output_norms()
 
     @property
     def out_channels(self) -> tuple[int, ...]:
         return super().out_channels if self.pyramid is None else self.pyramid.out_channels
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return super().strides if self.pyramid is None else STRIDES
+
+    @property
+    def output_modules(self) -> dict[int, str]:
+        if self.pyramid is None:
+            return super().output_modules
+        return {i: f'pyramid.norms.{i}' for i in range(len(STRIDES))}
+
+    @property
+    def stage_strides(self) -> tuple[int, ...]:
+        return (PATCH_SIZE,) * self.num_built_stages
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        return tuple(f'block {i}' for i in range(self.num_built_stages))
 
     def build_output_norm(self, stage: int) -> nn.Module:
         """The norm of a block's map; the pyramid has norms of its own."""
@@ -148,9 +166,13 @@ class PlainV2M(V2M):
     def output(self, stage: int, x: Tensor) -> Tensor:
         """The block's map without class tokens, for the pyramid as it is; or its class output."""
         if self.out_type == 'cls_token':
-            return self.patch_embed.class_output(getattr(self, f'norm{stage}')(x))
-        x = self.patch_embed.patches(x)
+            return self.patch_embed.class_output(self.output_norm(stage)(x))
+        x = self.drop_class_tokens(x)
         return super().output(stage, x) if self.pyramid is None else x
+
+    def drop_class_tokens(self, x: Tensor) -> Tensor:
+        """Return a block's map (B, H, W, C) without the row and column of class tokens."""
+        return self.patch_embed.patches(x)
 
 
 class PlainBlock(nn.Module):

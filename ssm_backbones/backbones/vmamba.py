@@ -80,7 +80,7 @@ class VSSBackbone(SSMBackbone):
                 downsample = (PatchMerging(widths[i], widths[i + 1]) if first_release else
                               ConvNorm(widths[i], widths[i + 1], kernel_size=3, stride=2, padding=1))
             self.stages.append(Stage(blocks, downsample, self.with_cp))
-        self.finish()
+        self._init_output_norms()
 
 
 def check_ssm_ratio(ssm_ratio: float, embed_dims: int) -> float:

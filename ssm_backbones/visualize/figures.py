@@ -25,7 +25,7 @@ from ssm_backbones.visualize.drawing import draw_activation_maps, draw_receptive
 from ssm_backbones.visualize.reading import Given, ImageReader
 from ssm_backbones.visualize.receptive_field import ReceptiveField, receptive_field
 from ssm_backbones.visualize.response import scan_response
-from ssm_backbones.visualize.stages import resolve_stage, spread_stages, stage_name, stage_stride
+from ssm_backbones.visualize.stages import resolve_stage, spread_stages
 
 _UNITS = {'norm': "norm of the pixel's features", 'mean': 'mean magnitude of the features', 'pca': ''}
 
@@ -158,7 +158,7 @@ def draw_erf_before_and_after(cfg: Config, checkpoint: str | os.PathLike[str],
                 )
         before, after = (receptive_field(backbone, given, number) for backbone in backbones)
         count = f'mean of {len(given)} images' if len(given) > 1 else 'one image'
-        place = f'{stage_name(backbones[0], number)}, stride {stage_stride(backbones[0], number)}'
+        place = f'{backbones[0].stage_names[number]}, stride {backbones[0].stage_strides[number]}'
         heading = (f'Effective receptive field: {_title(cfg, backbones[0])}\n{place}; '
                    f'{count} of {_size(given[0])}')
         draw_receptive_fields({'before training': before, 'after training': after}, path, heading)
@@ -170,11 +170,11 @@ def _draw_activation(backbone: SSMBackbone, given: Given, stem: Path, file: Path
     numbers = [resolve_stage(backbone, stage) for stage in options.stages or spread_stages(backbone)]
     maps = activation_maps(backbone, given.image, numbers, options.kind, options.channels)
     path = file or stem.with_name(f'{stem.name}_activation.png')
-    named = {stage_name(backbone, number): value for number, value in maps.items()}
+    named = {backbone.stage_names[number]: value for number, value in maps.items()}
     what = 'channels' if options.channels is not None else {
         'norm': 'norm over the channels', 'mean': 'mean magnitude', 'pca': 'three principal components as colours',
     }[options.kind]
-    draw_activation_maps(given.shown, named, [stage_stride(backbone, number) for number in maps], path,
+    draw_activation_maps(given.shown, named, [backbone.stage_strides[number] for number in maps], path,
                          f'Activation maps: {title}\n{what}',
                          'value' if options.channels is not None else _UNITS[options.kind], options.channels)
     return path
@@ -184,14 +184,14 @@ def _draw_response(backbone: SSMBackbone, given: Given, stem: Path, file: Path |
                    options: VisualizeOptions) -> Path:
     pixel = None if options.point is None else (options.point[1], options.point[0])
     found = scan_response(backbone, given.image, options.stage, options.block, pixel, options.sense)
-    stage = stage_name(backbone, found.stage)
+    stage = backbone.stage_names[found.stage]
     blocks = len(backbone.stages[found.stage].blocks)
     block = f', block {found.block}' if blocks > 1 else ''
     place = (stage + block).replace(', ', '-').replace(' ', '')
     path = file or stem.with_name(f'{stem.name}_scan-response-{place}.png')
     sense = 'what the marked pixel reads of the others' if found.sense == 'reads' else (
         'what the marked pixel feeds to the others')
-    draw_scan_response(given.shown, found, stage_stride(backbone, found.stage), path,
+    draw_scan_response(given.shown, found, backbone.stage_strides[found.stage], path,
                        f'Scan response: {title}\n{stage}{block}: {sense}')
     return path
 

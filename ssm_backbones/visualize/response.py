@@ -28,7 +28,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cuda_ops
 from cuda_ops.reference import COLUMN, COLUMN_REVERSED, ROW_REVERSED, step_sizes
 from ssm_backbones.backbones.base import SSMBackbone
-from ssm_backbones.backbones.v2m import PlainV2M
 from ssm_backbones.layers.mamba2d_mixer import ScanMixer
 from ssm_backbones.layers.ss2d import ROUTES, SS2D
 from ssm_backbones.layers.v2m_mixer import HierarchicalV2MMixer, PlainV2MMixer, V2MMixer
@@ -38,7 +37,6 @@ from ssm_backbones.visualize.stages import (
     resolve_block,
     resolve_stage,
     runs_of,
-    stage_stride,
 )
 
 SENSES = ('reads', 'feeds')
@@ -88,7 +86,8 @@ def default_scan_stage(model: SSMBackbone) -> int:
     stages = scan_stages(model)
     if not stages:
         raise ValueError(f'no stage of the {type(model).__name__} mixes by a scan.')
-    return stages[-1] if isinstance(model, PlainV2M) else stages[min(1, len(stages) - 1)]
+    one_resolution = len(set(model.stage_strides)) == 1
+    return stages[-1] if one_resolution else stages[min(1, len(stages) - 1)]
 
 
 def scan_response(model: SSMBackbone, image: Tensor, stage: int | None = None, block: int | None = None,
@@ -132,7 +131,7 @@ def scan_response(model: SSMBackbone, image: Tensor, stage: int | None = None, b
         row, column = (size // 2 for size in cells.shape)
     else:
         # A map may leave an odd image's last pixels out.
-        row, column = (min(place // stage_stride(model, number), size - 1)
+        row, column = (min(place // model.stage_strides[number], size - 1)
                        for place, size in zip(pixel, cells.shape, strict=True))
     probe = x.new_zeros(x.shape[1] * x.shape[2], channels)
     probe[cells[row, column]] = 1
@@ -180,7 +179,7 @@ def _corner(mixer: Any, u: Tensor, gate: Tensor, from_right: bool, from_bottom: 
 def _cells(model: SSMBackbone, height: int, width: int, device: torch.device) -> Tensor:
     """Find each map pixel's (h, w) place in the flattened grid, which may hold class tokens too."""
     cells = torch.arange(height * width, device=device).view(1, height, width, 1)
-    return (model.patch_embed.patches(cells) if isinstance(model, PlainV2M) else cells)[0, :, :, 0]
+    return model.drop_class_tokens(cells)[0, :, :, 0]
 
 
 def _weights(path: Linear, probe: Tensor, sense: str) -> Tensor:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ssm_backbones.backbones.base import SSMBackbone
-from ssm_backbones.backbones.v2m import PATCH_SIZE, PlainV2M
 from ssm_backbones.layers.common import PatchMerging
 
 
@@ -40,16 +39,6 @@ def _resolve(kind: str, number: int | None, count: int, owner: str) -> int:
         known = f'{kind}s 0 to {count - 1}' if count > 1 else f'one {kind}, 0'
         raise ValueError(f'{kind} {number} does not exist: {owner} has {known} (-1 is the last).')
     return number % count
-
-
-def stage_stride(backbone: SSMBackbone, stage: int) -> int:
-    """Return how many pixels of the image lie along a side of one pixel of the stage's map."""
-    return PATCH_SIZE if isinstance(backbone, PlainV2M) else 4 * 2**stage
-
-
-def stage_name(backbone: SSMBackbone, stage: int) -> str:
-    """Name a stage for titles."""
-    return f'block {stage}' if isinstance(backbone, PlainV2M) else f'stage {stage}'
 
 
 def spread_stages(backbone: SSMBackbone) -> list[int]:
@@ -93,9 +82,7 @@ def stage_maps(backbone: SSMBackbone, images: Tensor, stages: Sequence[int]) -> 
     wanted = {f'stage {stage}': backbone.stages[stage].blocks[-1] for stage in stages}
     runs = runs_of(backbone, images, wanted)
     maps = {stage: runs[f'stage {stage}'].result for stage in stages}
-    if isinstance(backbone, PlainV2M):
-        maps = {stage: backbone.patch_embed.patches(value) for stage, value in maps.items()}
-    return {stage: value.permute(0, 3, 1, 2) for stage, value in maps.items()}
+    return {stage: backbone.drop_class_tokens(value).permute(0, 3, 1, 2) for stage, value in maps.items()}
 
 
 class Run(NamedTuple):

@@ -152,6 +152,15 @@ def test_norm_eval_keeps_batch_norms_in_evaluation_mode():
         assert model.training and model.stages[0].training
 
 
+def test_a_subclass_that_forgets_its_output_norms_is_told():
+    class Forgetful(VMamba):
+        def _init_output_norms(self):
+            pass
+
+    with pytest.raises(RuntimeError, match=r'Forgetful has no norm0: its constructor has to end with self\._init_out'):
+        Forgetful('test')(torch.zeros(1, 3, 32, 32))
+
+
 def test_layer_depth_counts_blocks_as_mmpretrain_does():
     model = VMamba('test')
     depth = model.get_layer_depth

@@ -48,6 +48,25 @@ def map_shape(name, index, size):
     return 16 * 2**index, *(math.ceil(s / (4 * 2**index)) for s in size)
 
 
+@pytest.mark.parametrize(('name', 'options'), [
+    *((name, dict(out_indices=(2, 0))) for name in SMALL), ('v2m-plain', dict(pyramid='single')),
+    ('v2m-plain', dict(pyramid='multi')), ('v2m-plain', dict(cls_token='center'))])
+def test_strides_and_names_tell_what_the_maps_are(name, options):
+    model = build(name, **options)
+    with torch.no_grad():
+        made = {}
+        for index, module in model.output_modules.items():
+            model.get_submodule(module).register_forward_hook(
+                lambda module, inputs, output, index=index: made.update({index: output.shape[1:3]}))
+        maps = model(torch.randn(1, 3, 96, 64))
+    assert [(96 // stride, 64 // stride) for stride in model.strides] == [m.shape[2:] for m in maps]
+    assert list(made) == sorted(model.output_modules)
+    assert [made[index] for index in model.output_modules] == [m.shape[2:] for m in maps]
+    plain = name == 'v2m-plain'
+    assert model.stage_strides == tuple(16 if plain else 4 * 2**i for i in range(len(model.stages)))
+    assert model.stage_names == tuple(f'{"block" if plain else "stage"} {i}' for i in range(len(model.stages)))
+
+
 @pytest.mark.parametrize(('name', 'size'), each({
     'vmamba': [*SIZES, (4, 4), (2, 3)], 'vmamba-v0': [*SIZES, (4, 4), (2, 3)], 'v2m-plain': SIZES, 'v2m-hier': SIZES,
     'mamba2d-mixed': [*SIZES, (2, 50), (3, 4)]}))

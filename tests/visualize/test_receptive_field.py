@@ -9,7 +9,7 @@ from torch import nn
 
 from ssm_backbones import VMamba, create_backbone
 from ssm_backbones.visualize import ReceptiveField, effective_receptive_field, receptive_field
-from ssm_backbones.visualize.stages import cell_centre, stage_maps, stage_stride
+from ssm_backbones.visualize.stages import cell_centre, stage_maps
 
 FAMILIES = ('vmamba-test', 'v2m-test', 'v2m-test-hier', 'mamba2d-test')
 
@@ -88,7 +88,7 @@ def test_centres_are_those_of_the_window(model) -> None:
         field = receptive_field(model, torch.rand(1, 3, 64, 64), stage)
         rows, columns = np.nonzero(field.field)
         assert ((rows.min() + rows.max()) / 2, (columns.min() + columns.max()) / 2) == field.centre
-        assert cell_centre(model, stage, 1) - cell_centre(model, stage, 0) == stage_stride(model, stage)
+        assert cell_centre(model, stage, 1) - cell_centre(model, stage, 0) == model.stage_strides[stage]
 
 
 def test_what_cannot_be_averaged() -> None:

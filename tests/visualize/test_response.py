@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ssm_backbones import V2M, create_backbone
 from ssm_backbones.visualize import ScanResponse, scan_response
 from ssm_backbones.visualize.response import default_scan_stage, scan_paths, scan_stages
-from ssm_backbones.visualize.stages import runs_of, stage_stride
+from ssm_backbones.visualize.stages import runs_of
 
 FAMILIES = ('vmamba-test', 'v2m-test', 'v2m-test-hier', 'mamba2d-test')
 
@@ -25,7 +25,7 @@ def lively(name: str, **options) -> nn.Module:
 
 def respond(model: nn.Module, image: torch.Tensor, point: tuple[int, int], sense: str = 'reads') -> ScanResponse:
     """The response of a pixel of the map."""
-    stride = stage_stride(model, default_scan_stage(model))
+    stride = model.stage_strides[default_scan_stage(model)]
     found = scan_response(model, image, pixel=(stride * point[0] + stride - 1, stride * point[1]), sense=sense)
     assert found.point == point
     return found
@@ -36,7 +36,7 @@ def run(name: str, height: int, width: int):
     model = lively(name)
     stage = default_scan_stage(model)
     mixer = model.stages[stage].blocks[-1].mixer
-    size = stage_stride(model, stage)
+    size = model.stage_strides[stage]
     image = torch.randn(1, 3, height * size, width * size, dtype=torch.float64)
     modules = {'mixer': mixer, 'out_proj': mixer.out_proj}
     if hasattr(mixer, 'norm'):
