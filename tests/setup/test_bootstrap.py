@@ -50,15 +50,6 @@ def test_old_python_is_one_line(root, tmp_path):
     assert not (tmp_path / 'env').exists()
 
 
-def test_newer_python_on_the_path_is_found(bootstrap, tmp_path):
-    for name, code in (('python3.13', 127), ('python3.12', 0), ('python3.9', 0)):
-        (tmp_path / name).write_text(f'#!/bin/sh\nexit {code}\n')
-        (tmp_path / name).chmod(0o755)
-    assert bootstrap.find_newer_python(str(tmp_path)) == str(tmp_path / 'python3.12')
-    (tmp_path / 'python3.12').unlink()
-    assert bootstrap.find_newer_python(str(tmp_path)) is None
-
-
 def test_no_compiler_is_one_line_before_anything_is_made(root, tmp_path):
     (tmp_path / 'bin').mkdir()
     finished = command_line(root, '--venv', str(tmp_path / 'env'), PATH=str(tmp_path / 'bin'))
@@ -76,34 +67,29 @@ def test_old_compiler_is_one_line(root, tmp_path):
 
 
 def test_missing_compiler_in_cxx_is_named(bootstrap):
-    with pytest.raises(bootstrap.SetupError, match='CXX is icpx'):
-        bootstrap.check_compiler({'PATH': os.environ['PATH'], 'CXX': 'icpx -O2'})
+    with pytest.raises(bootstrap.SetupError, match='looked for icpx'):
+        bootstrap.find_compiler({'PATH': os.environ['PATH'], 'CXX': 'icpx -O2'})
 
 
 @pytest.mark.parametrize('module', ['venv', 'ensurepip'])
-def test_missing_venv_module_names_the_package(bootstrap, monkeypatch, module):
+def test_missing_module_names_the_package(bootstrap, monkeypatch, tmp_path, module):
+    (tmp_path / 'Python.h').write_text('')
+    bootstrap.check_python(str(tmp_path))
     found = bootstrap.importlib.util.find_spec
     monkeypatch.setattr(bootstrap.importlib.util, 'find_spec', lambda name: None if name == module else found(name))
-    with pytest.raises(bootstrap.SetupError, match=rf'no `{module}` module.*apt install python3\.\d+-venv'):
-        bootstrap.check_venv_module()
+    with pytest.raises(bootstrap.SetupError, match=rf'no module {module}; .*apt install python3\.\d+-venv'):
+        bootstrap.check_python(str(tmp_path))
 
 
 def test_missing_headers_name_the_package(bootstrap, tmp_path):
-    with pytest.raises(bootstrap.SetupError, match=r'apt install python3\.12-dev'):
-        bootstrap.check_headers(str(tmp_path), (3, 12, 1))
-    (tmp_path / 'Python.h').write_text('')
-    bootstrap.check_headers(str(tmp_path), (3, 12, 1))
+    with pytest.raises(bootstrap.SetupError, match=rf'no file {tmp_path}/Python\.h; .*python3\.\d+-dev'):
+        bootstrap.check_python(str(tmp_path))
 
 
-def test_full_disk_is_seen_beforehand(bootstrap, tmp_path):
-    folders = {str(tmp_path / 'not' / 'yet'): 2.0, str(tmp_path): 1.0}
-    with pytest.raises(bootstrap.SetupError, match=r'2\.5 GB free.*needs 3\.0 GB.*VENV='):
-        bootstrap.check_disk(folders, free=lambda folder: 2.5e9)
-    bootstrap.check_disk(folders, free=lambda folder: 3.1e9)
-
-
-def test_unknown_stack_is_one_line(root, tmp_path):
-    assert_one_line(command_line(root, '--stack', 'mm', '--venv', str(tmp_path)), 'STACK is mm', 'openmmlab or onedl')
+def test_unknown_stack_is_named(root, tmp_path):
+    finished = command_line(root, '--stack', 'mm', '--venv', str(tmp_path / 'env'))
+    assert finished.returncode == 2 and "invalid choice: 'mm'" in finished.stderr
+    assert not (tmp_path / 'env').exists()
 
 
 # What failed commands print
@@ -123,10 +109,7 @@ def test_unknown_stack_is_one_line(root, tmp_path):
     ('x.cpp:1: fatal error: error writing to /tmp/a.s: No space left on device', 'disk is full', 'free some space'),
     ('g++: fatal error: Killed signal terminated program cc1plus', 'not enough memory', 'MAX_JOBS=1'),
     ('ERROR: Could not find a version that satisfies the requirement torch==2.13.0\n'
-     'ERROR: No matching distribution found for torch==2.13.0', 'no fitting torch==2.13.0 for Python', 'PYTHON='),
-    ('ERROR: Cannot install ninja because these package versions have conflicting dependencies.', 'no fitting ninja',
-     'PIP_INDEX_URL'),
-    ('PermissionError: [Errno 13] Permission denied: /env/lib', 'may not be written', 'permissions'),
+     'ERROR: No matching distribution found for torch==2.13.0', 'No matching distribution found for torch==2.13.0', ''),
     ('ninja: build stopped\nbindings.cpp:7:1: error: expected }\nnote: see above',
      'bindings.cpp:7:1: error: expected }', ''),
     ('', 'no output', ''),
@@ -144,7 +127,7 @@ def test_pip_without_a_network_is_recognised(bootstrap, tmp_path, free_port):
         bootstrap.run_logged([sys.executable, '-m', 'pip', 'download', '--retries', '1', '--no-cache-dir',
                               '--index-url', f'https://127.0.0.1:{free_port}/simple', 'torch'],
                              str(tmp_path / 'log'), environ)
-    assert 'index cannot be reached' in bootstrap.diagnose(failure.value.output, 'log')
+    assert 'index cannot be reached' in bootstrap.diagnose(failure.value.args[0], 'log')
 
 
 # Running commands
@@ -154,7 +137,7 @@ def test_command_output_is_logged_and_returned(bootstrap, tmp_path):
     assert bootstrap.run_logged(['sh', '-c', 'echo one; echo two >&2'], str(log), os.environ) == 'one\ntwo\n'
     with pytest.raises(bootstrap.StepFailed) as failure:
         bootstrap.run_logged(['sh', '-c', 'echo three; exit 3'], str(log), os.environ)
-    assert failure.value.output == 'three\n'
+    assert failure.value.args[0] == 'three\n'
     assert log.read_text().count('$ sh -c') == 2
 
 
@@ -187,6 +170,13 @@ def test_interrupted_command_ends_with_all_it_started(bootstrap, tmp_path, monke
 STEPS = ['venv', 'tools', 'torch', 'mmcv', 'libraries', 'ops', 'package']
 
 
+def make_venv(folder):
+    """A virtual environment whose pip is but a name."""
+    venv.create(folder, symlinks=True, with_pip=False)
+    (packages,) = Path(folder).glob('lib/python*/site-packages')
+    (packages / 'pip').mkdir(exist_ok=True)
+
+
 class Pretender:
     """Stands in for run_logged: notes the commands and leaves what they would leave.
 
@@ -210,7 +200,7 @@ class Pretender:
             if part in text and exceptions:
                 raise exceptions.pop(0)
         if ' -m venv ' in text:
-            venv.create(argv[-1], symlinks=True, with_pip=False)
+            make_venv(argv[-1])
         if 'requirements/base.txt' in text:
             self.install_torch(argv[0], '2.13.0+cpu')
         if 'build_ext' in text:
@@ -241,7 +231,6 @@ def checkout(root, tmp_path, bootstrap, monkeypatch):
     (copy / 'cuda_ops' / 'csrc').mkdir()
     (copy / 'cuda_ops' / 'csrc' / 'scan.cpp').write_text('int scan();')
     monkeypatch.setattr(bootstrap, 'ROOT', str(copy))
-    monkeypatch.setattr(bootstrap, 'check_disk', lambda folders: None)
     return copy
 
 
@@ -316,36 +305,28 @@ def test_options_of_the_build_are_followed(complete):
     assert complete(environ=environ) == ['ops', 'package']
 
 
-def test_broken_environment_is_made_anew(complete, run, checkout, capsys):
+def test_broken_environment_is_made_anew(complete, checkout):
     complete()
     (checkout / '.venv' / 'bin' / 'python').unlink()
     (checkout / '.venv' / 'lib' / 'stale').write_text('')
     assert complete() == STEPS
-    assert 'incomplete or broken' in capsys.readouterr().out
     assert not (checkout / '.venv' / 'lib' / 'stale').exists()
 
 
-def test_half_made_environment_is_made_anew(bootstrap, complete, run, checkout):
+def test_half_made_environment_is_made_anew(complete, run, checkout):
     # The interpreter is there, but installing pip was interrupted.
     run.failures[' -m venv '] = [KeyboardInterrupt()]
     with pytest.raises(KeyboardInterrupt):
         complete()
     venv.create(checkout / '.venv', symlinks=True, with_pip=False)
-    run.failures['-m pip --version'] = [bootstrap.StepFailed('No module named pip')]
     assert complete() == STEPS
     assert len(run.ran(' -m venv ')) == 2
 
 
 def test_environment_made_by_hand_is_taken(complete, run, checkout):
-    venv.create(checkout / '.venv', symlinks=True, with_pip=False)
+    make_venv(checkout / '.venv')
     complete()
     assert not run.ran(' -m venv ')
-
-
-def test_interrupted_upgrade_of_pip_is_mended(bootstrap, complete, run):
-    run.failures['-m pip --version'] = [bootstrap.StepFailed('No module named pip')]
-    complete()
-    assert run.ran('-m ensurepip --upgrade')
 
 
 def test_folder_of_something_else_is_left_alone(bootstrap, complete, checkout):
@@ -378,6 +359,18 @@ def test_named_python_must_be_the_environments(bootstrap, complete, monkeypatch)
     monkeypatch.setattr(bootstrap.sys, 'version_info', (3, 99, 0))
     with pytest.raises(bootstrap.SetupError, match=r'PYTHON is 3\.99'):
         complete(same_python=True)
+
+
+def test_mmcv_is_compiled_with_its_own_compiler(complete, run, checkout):
+    """Its script shares torch's header between the files; everything else gets the compiler itself."""
+    complete(environ=dict(os.environ, CXX='g++ -v'))
+    state = checkout / '.venv' / '.setup'
+    compilers = {environ['CXX'] for text, environ in run.commands if ' mmcv' in text and 'pip install' in text}
+    assert compilers == {f'{state}/mmcv-c++'}
+    assert {environ['CXX'] for text, environ in run.commands if 'build_ext' in text} == {'g++ -v'}
+    assert (state / 'mmcv-c++').read_text().endswith(f'{state}/headers torch/types.h g++ -v -- "$@"\n')
+    assert os.access(state / 'mmcv-c++', os.X_OK)
+    assert not (state / 'headers').exists()
 
 
 def test_mmcv_kept_for_another_torch_is_compiled_anew(bootstrap, complete, run):

@@ -1,0 +1,114 @@
+"""The compiler that mmcv is set up with."""
+
+import fcntl
+import shlex
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+SOURCE = '#include <vector>\nint total(const std::vector<int>& v) { int s = 0; for (int i : v) s += i; return s; }\n'
+FLAGS = '-O3 -DNDEBUG -g -std=c++17 -Wall'
+
+
+@pytest.fixture
+def compile_file(root, tmp_path):
+    """Compile a file as setuptools does, and return what the compiler printed."""
+    (tmp_path / 'headers').mkdir()
+    (tmp_path / 'a.cpp').write_text(SOURCE)
+
+    def run(flags=FLAGS, header='vector', out='a.o', compiler='g++', **options) -> str:
+        command = [sys.executable, str(root / 'tools' / 'mmcv_compiler.py'), str(tmp_path / 'headers'), header,
+                   *shlex.split(compiler), '--', '-MMD', '-MF', str(tmp_path / 'a.d'), *shlex.split(flags), '-H', '-c',
+                   '-c', str(tmp_path / 'a.cpp'), '-o', str(tmp_path / out)]
+        finished = subprocess.run(command, capture_output=True, text=True, **options)
+        assert finished.returncode == 0, finished.stderr
+        assert (tmp_path / out).exists()
+        return finished.stderr
+
+    return run
+
+
+def compiled_headers(tmp_path) -> list[Path]:
+    return sorted((tmp_path / 'headers').glob('*.gch'))
+
+
+def takes_header(printed: str, tmp_path) -> bool:
+    """Whether the compiler says of one of the compiled headers that it is used, by -H's mark."""
+    assert 'invalid-pch' not in printed
+    return any(line.startswith('! ') and str(tmp_path / 'headers') in line for line in printed.splitlines())
+
+
+def sections(path: Path) -> str:
+    return subprocess.run(['readelf', '-SW', path], capture_output=True, text=True, check=True).stdout
+
+
+def code(path: Path) -> str:
+    printed = subprocess.run(['objdump', '-d', path], capture_output=True, text=True, check=True).stdout
+    return printed.partition('Disassembly')[2]
+
+
+def test_header_is_compiled_once_and_used_and_the_code_is_the_same(compile_file, tmp_path):
+    first, second = compile_file(), compile_file()
+    assert takes_header(first, tmp_path) and takes_header(second, tmp_path)
+    (header,) = compiled_headers(tmp_path)
+    made = header.stat().st_mtime_ns
+    compile_file(header='', out='plain.o')
+    assert code(tmp_path / 'a.o') == code(tmp_path / 'plain.o') != ''
+    assert 'debug_info' not in sections(tmp_path / 'a.o') + sections(tmp_path / 'plain.o')
+    assert header.stat().st_mtime_ns == made
+    assert 'a.cpp' in (tmp_path / 'a.d').read_text()
+
+
+def test_other_flags_have_a_header_of_their_own(compile_file, tmp_path):
+    assert takes_header(compile_file(), tmp_path)
+    assert takes_header(compile_file(FLAGS + ' -DMORE=1 -fPIC'), tmp_path)
+    assert len(compiled_headers(tmp_path)) == 2
+
+
+def test_interrupted_header_is_made_anew(compile_file, tmp_path):
+    compile_file()
+    (header,) = compiled_headers(tmp_path)
+    # As a killed set-up leaves it: written in part, and not renamed.
+    header.with_name(header.name.replace('.gch', '.new')).write_bytes(header.read_bytes()[:1000])
+    header.unlink()
+    assert takes_header(compile_file(), tmp_path)
+
+
+def test_header_that_fails_is_tried_once_and_done_without(compile_file, tmp_path):
+    for _ in range(2):
+        assert not takes_header(compile_file(header='no/such/header.h'), tmp_path)
+    assert len(list((tmp_path / 'headers').glob('*.failed'))) == 1
+
+
+def test_folder_that_cannot_be_written_is_done_without(compile_file, tmp_path):
+    (tmp_path / 'headers').rmdir()
+    assert not takes_header(compile_file(), tmp_path)
+
+
+def test_processes_share_one_header(compile_file, tmp_path):
+    compile_file()
+    (header,) = compiled_headers(tmp_path)
+    header.unlink()
+    with open(header.with_suffix('.lock'), 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=compile_file)
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive() and not header.exists()
+        fcntl.flock(lock, fcntl.LOCK_UN)
+    waiting.join(60)
+    assert header.exists()
+
+
+@pytest.mark.parametrize('arguments', [
+    '-v', '-shared a.o -o lib.so', '-E a.cpp', '-c -x c++ a.cpp', '@options', '-c a.c -o a.o', '-c a.cpp b.cpp',
+    '-S a.cpp', '-c -include first.h a.cpp', 'a.cpp -o program', '-c b.cu',
+])
+def test_anything_else_goes_through_as_it_is(root, tmp_path, arguments):
+    command = [sys.executable, str(root / 'tools' / 'mmcv_compiler.py'), str(tmp_path), 'vector', 'echo', 'c++', '--']
+    finished = subprocess.run([*command, *arguments.split()], capture_output=True, text=True)
+    assert finished.stdout == f'c++ {arguments}\n'
+    assert list(tmp_path.iterdir()) == []
