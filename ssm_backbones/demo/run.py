@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mmengine.config import Config
@@ -19,6 +19,7 @@ from ssm_backbones.datasets.shapes import MANIFEST, make_shapes
 from ssm_backbones.demo.catalogue import DEMOS, Demo
 from ssm_backbones.demo.pictures import show_features
 from ssm_backbones.demo.report import RESULTS, describe_run, write_report
+from ssm_backbones.export.interrupts import ending_on_signals
 from ssm_backbones.preflight import CommandError
 from ssm_backbones.runner import TestOptions, load_config, test
 from ssm_backbones.visual import read_history, save_curves
@@ -105,11 +106,26 @@ def _train(config: str, cfg: Config, work_dir: Path) -> None:
         return
     command = [sys.executable, os.path.join('tools', 'train.py'), config, '--work-dir', str(work_dir), '--resume']
     _say('Training: ' + ' '.join(['python', *command[1:]]))
-    status = subprocess.run(command, check=False).returncode
+    status = _run(command)
     if status != 0:
         raise CommandError(
             f'training stopped with exit status {status}; the same command carries on from the last checkpoint'
         )
+
+
+def _run(command: Sequence[str]) -> int:
+    """Run a command, which does not outlive this process where it is asked to end; return the exit status."""
+    with ending_on_signals():
+        process = subprocess.Popen(command)
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
 
 
 def _last_checkpoint(work_dir: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -50,20 +51,20 @@ def checkout(tmp_path, monkeypatch, write_config, environment) -> Path:
     return tmp_path
 
 
-def killed_after_the_first_epoch(command, check, **kwargs) -> subprocess.CompletedProcess:
-    process = subprocess.Popen(command, **kwargs)
+def killed_after_the_first_epoch(command) -> int:
+    process = subprocess.Popen(command)
     work_dir = Path(command[command.index('--work-dir') + 1])
     while not (work_dir / 'last_checkpoint').exists():
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
-    return subprocess.CompletedProcess(command, process.wait())
+    return process.wait()
 
 
 def test_demo_is_interrupted_carried_on_reported_and_renewed(checkout, monkeypatch, capfd, forget_runs) -> None:
     out = checkout / 'demo' / 'vmamba-det'
     with monkeypatch.context() as patch, pytest.raises(CommandError, match='carries on from the last checkpoint'):
-        patch.setattr(demo_run.subprocess, 'run', killed_after_the_first_epoch)
+        patch.setattr(demo_run, '_run', killed_after_the_first_epoch)
         demo.run_demo()
     assert not (out / 'results.json').exists()
     capfd.readouterr()
@@ -98,6 +99,40 @@ def test_demo_is_interrupted_carried_on_reported_and_renewed(checkout, monkeypat
     demo.run_demo()
     assert 'Starting anew: data or config have changed' in capfd.readouterr().out
     assert (out / 'train' / 'epoch_1.pth').is_file() and not (out / 'train' / 'epoch_4.pth').exists()
+
+
+@pytest.mark.parametrize('deaf', [False, True])
+def test_being_asked_to_end_ends_the_training(deaf, tmp_path, environment) -> None:
+    child = f"""
+import os, pathlib, signal, time
+if {deaf}:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))
+time.sleep(300)
+"""
+    parent = f"""
+import subprocess, sys
+from ssm_backbones.cli import run_command
+from ssm_backbones.demo import run
+wait = subprocess.Popen.wait
+subprocess.Popen.wait = lambda self, timeout=None: wait(self, timeout and 1)
+sys.exit(run_command(lambda: run._run([sys.executable, '-c', {child!r}])))
+"""
+    process = subprocess.Popen([sys.executable, '-c', parent], env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / 'pid').exists() or not (tmp_path / 'pid').read_text():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    pid = int((tmp_path / 'pid').read_text())
+    process.terminate()
+    assert 'interrupted' in process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    # Killed at the latest; whoever adopted it may still have to take note.
+    status = Path(f'/proc/{pid}/stat')
+    deadline = time.monotonic() + 10
+    while status.exists() and status.read_text().rpartition(')')[2].split()[0] != 'Z':
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(('task', 'last', 'shown'), [
