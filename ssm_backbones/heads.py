@@ -11,6 +11,8 @@ from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssm_backbones.checkpoints import CheckpointError
+
 HIDDEN_RATIO = 4
 
 
@@ -50,6 +52,13 @@ class Mamba2DClsHead(ClsHead):
         self.norm2 = nn.LayerNorm(HIDDEN_RATIO * in_channels)
         self.dropout = nn.Dropout(dropout)
         self.fc2 = nn.Linear(HIDDEN_RATIO * in_channels, num_classes)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f'{prefix}norm.weight' in state_dict:
+            # Theirs has the norm behind the mean outside of the head: the linear layers alone would be loaded.
+            raise CheckpointError("Mamba2DClsHead is given the authors' classifier, by their names; convert the file "
+                                  'with tools/convert_checkpoint.py.')
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def pre_logits(self, feats: tuple[Tensor, ...]) -> Tensor:
         """The features (B, 4C) before the last linear layer, from the backbone's maps."""

@@ -77,13 +77,21 @@ def check_device(name: str | None) -> torch.device:
 def check_init_cfg(model: Mapping[str, Any], key: str = 'model') -> None:
     """Check every checkpoint that an ``init_cfg`` anywhere in the model names.
 
+    Of a backbone of this package, a local file of type ``Pretrained`` also has to fit: mmengine would log what does
+    not, and train from what the backbone was initialised to.
+
     Raises:
-        CommandError: Naming the config key and the path.
+        CommandError: Naming the config key and the path, and the first mismatches or the type or prefix to give.
     """
     for name, value in model.items():
         inner = f'{key}.{name}'
         if name == 'init_cfg' and isinstance(value, Mapping):
-            check_checkpoint(value.get('checkpoint'), f'{inner}.checkpoint')
+            checkpoint = value.get('checkpoint')
+            check_checkpoint(checkpoint, f'{inner}.checkpoint')
+            if checkpoint is not None and '://' not in checkpoint and value.get('type') == 'Pretrained':
+                host_loading = importlib.import_module('ssm_backbones.checkpoints.host_loading')
+                if host_loading.names_backbone(model.get('type')):
+                    host_loading.check_pretrained(model, key)
         elif isinstance(value, Mapping):
             check_init_cfg(value, inner)
         elif isinstance(value, (list, tuple)):

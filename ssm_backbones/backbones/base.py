@@ -3,8 +3,8 @@
 import difflib
 import operator
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from mmengine.model import BaseModule
@@ -61,6 +61,9 @@ class SSMBackbone(BaseModule):
             matters only where a batch norm was put in.
         init_cfg: mmengine's initialisation config, e.g. ``dict(type='Pretrained', checkpoint=...)``.
     """
+
+    before_loading: ClassVar[Callable[['SSMBackbone', dict[str, Any], str], None] | None] = None
+    """What looks at a state dict before it is loaded, as :mod:`ssm_backbones.checkpoints` does, which sets it."""
 
     patch_embed: nn.Module
     # An nn.ModuleList, whose items would otherwise count as plain modules instead of stages.
@@ -167,6 +170,12 @@ class SSMBackbone(BaseModule):
             norm = getattr(self, f'norm{stage}', None)
             return stage < len(self.num_features) and not (norm and norm.state_dict())
         return last < stage < len(self.num_features) or (stage == last and part[3] == 'downsample')
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Called by torch and by mmengine alike, which loads state dicts its own way; both pass a copy.
+        if SSMBackbone.before_loading is not None:
+            SSMBackbone.before_loading(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def check_images(self, x: Tensor) -> None:
         """Raise a ValueError or TypeError that says what is wrong with a batch of images."""

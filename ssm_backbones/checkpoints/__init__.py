@@ -12,6 +12,7 @@ from ssm_backbones.checkpoints.convert import (
     restore_file,
 )
 from ssm_backbones.checkpoints.files import CheckpointError, read_checkpoint, write_checkpoint
+from ssm_backbones.checkpoints.host_loading import convert_or_refuse as _convert_or_refuse  # noqa: F401  sets a hook
 from ssm_backbones.checkpoints.initializer import OfficialPretrainedInit
 from ssm_backbones.checkpoints.loading import load_backbone, load_official
 from ssm_backbones.checkpoints.report import Report

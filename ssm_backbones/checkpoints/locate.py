@@ -62,7 +62,7 @@ def choose_weights(checkpoint: Mapping[str, Any], wanted: str, families: Sequenc
     Raises:
         CheckpointError: if there are none, or not exactly one that is wanted.
     """
-    sets = list(_find(checkpoint, families))
+    sets = list(find_official(checkpoint, families))
     if not sets:
         raise CheckpointError(_explain_unknown(checkpoint, families, source))
     if wanted == 'auto':
@@ -82,7 +82,7 @@ def choose_weights(checkpoint: Mapping[str, Any], wanted: str, families: Sequenc
 
 def holds_official(checkpoint: Mapping[str, Any], families: Sequence[Family]) -> bool:
     """Whether there are weights by the authors' names anywhere in a checkpoint."""
-    return next(_find(checkpoint, families), None) is not None
+    return next(find_official(checkpoint, families), None) is not None
 
 
 def own_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -147,7 +147,8 @@ def common_prefix(names: Collection[str], expected: Collection[str], source: str
     return best[0] if best else ''
 
 
-def _find(checkpoint: Mapping[str, Any], families: Sequence[Family]) -> Iterator[WeightSet]:
+def find_official(checkpoint: Mapping[str, Any], families: Sequence[Family]) -> Iterator[WeightSet]:
+    """Find every set of weights by the authors' names in a checkpoint."""
     for path, mapping in _mappings(checkpoint, ()):
         found: dict[tuple[str, str], Family] = {}
         for family in families:
@@ -214,9 +215,12 @@ def _explain_unknown(checkpoint: Mapping[str, Any], families: Sequence[Family], 
     if not held:
         keys = ', '.join(repr(key) for key in list(checkpoint)[:5]) or 'nothing'
         return f'{source} holds no tensors by name, but {keys}; it is no official checkpoint of {wanted}.'
-    if any('.mixer.' in name for _, mapping in held for name in mapping):
+    own = next((name for _, mapping in held for name in mapping if '.mixer.' in name), None)
+    if own is not None:
+        front = own[:max(own.find('stages.'), 0)]
+        prefix = f', prefix={front!r}' if front else ''
         return (f"{source} has this package's own names already: load it with init_cfg=dict(type='Pretrained', "
-                'checkpoint=...) or load_from, or convert it back with --to-official.')
+                f'checkpoint=...{prefix}) or load_from, or convert it back with --to-official.')
     path, mapping = max(held, key=lambda item: len(item[1]))
     names = ', '.join(list(mapping)[:3])
     return (f'{source} is no official checkpoint of {wanted}: no tensor has the name of one of their blocks. Its '

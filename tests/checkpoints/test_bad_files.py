@@ -245,8 +245,12 @@ def test_foreign_checkpoints_are_refused(checkpoint, message):
 
 def test_our_own_checkpoints_are_not_converted_twice():
     converted, _ = convert_checkpoint({'model': classifier()})
-    with pytest.raises(CheckpointError, match="has this package's own names already: load it with init_cfg=dict"):
+    with pytest.raises(CheckpointError, match="has this package's own names already: load it with init_cfg=dict.*"
+                                              r"checkpoint=\.\.\., prefix='backbone\.'\) or load_from"):
         convert_checkpoint(converted)
+    bare = convert_checkpoint({'model': classifier()}, backbone_only=True)[0]
+    with pytest.raises(CheckpointError, match=r"already: .*checkpoint=\.\.\.\) or load_from"):
+        convert_checkpoint(bare)
     with pytest.raises(CheckpointError, match='is no checkpoint of ours'):
         restore_checkpoint({'model': classifier()})
 

@@ -1,0 +1,178 @@
+"""What mmengine and PyTorch load into a backbone: the authors' tensors are converted, what does not fit is refused.
+
+The host libraries' own tools and inferencers load by mmengine, which logs what does not fit and goes on with whatever
+the backbone was initialised to. A backbone therefore looks at each state dict before it is loaded, by
+:attr:`SSMBackbone.before_loading`, and :func:`check_pretrained` at the file that a config names, before anything runs.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.registry import MODELS
+from torch import Tensor
+
+from ssm_backbones.backbones.base import SSMBackbone
+from ssm_backbones.checkpoints.differences import Fit, Mismatch, explain, fit
+from ssm_backbones.checkpoints.files import CheckpointError, read_checkpoint
+from ssm_backbones.checkpoints.identify import FAMILIES, describe, identify_official
+from ssm_backbones.checkpoints.loading import remedy
+from ssm_backbones.checkpoints.locate import WeightSet, common_prefix, find_official, own_weights
+from ssm_backbones.layers.token_grid import TokenGrid
+
+_OFFICIAL_REMEDY = ("For a backbone, init_cfg=dict(type='OfficialPretrained', checkpoint=...) or load_official "
+                    'converts them; for a whole model, convert the file with tools/convert_checkpoint.py.')
+
+
+def convert_or_refuse(backbone: SSMBackbone, state_dict: dict[str, Any], prefix: str) -> None:
+    """Convert the authors' tensors in a state dict in place, and refuse what mmengine would pass over.
+
+    In a whole model, the authors' tensors of its backbone are converted. Where mmengine loads, the stem and the stages
+    have to be there exactly, as in every loader of this package; PyTorch's own ``load_state_dict`` tells its caller
+    what does not fit.
+
+    Args:
+        backbone: what is loaded.
+        state_dict: tensors by name, a copy that may be changed.
+        prefix: what stands before the backbone's names there, '' for a backbone alone.
+
+    Raises:
+        CheckpointError: if the tensors are the authors' and cannot be converted here, or do not fit.
+    """
+    inside = _below(state_dict, prefix)
+    own = {name for name, _ in backbone.named_parameters()}
+    if inside and own.isdisjoint(inside):
+        official = list(find_official(inside, FAMILIES))
+        direct = [weights for weights in official if (weights.path, weights.wrapper, weights.prefix) == ((), '', '')]
+        if direct and prefix:
+            tensors = _converted(backbone, direct[0], prefix).tensors
+            for name in inside:
+                del state_dict[prefix + name]
+            state_dict.update({prefix + name: tensor for name, tensor in tensors.items()})
+            return
+        if official:
+            raise CheckpointError(f"the {type(backbone).__name__} is given the authors' tensors, by their names. "
+                                  f'{_OFFICIAL_REMEDY}')
+    # Files of adapters hold nothing else; the parts of sharded models have no shapes to compare.
+    special = any('lora_' in name for name in own) or any(is_model_wrapper(part) for part in backbone.modules())
+    if special or not _mmengine_loads():
+        return
+    for name, part in backbone.named_modules():
+        if isinstance(part, TokenGrid):
+            part.resize_saved(state_dict, f'{prefix}{name}.')
+    inside = _below(state_dict, prefix)
+    found = _fit_known_parts(backbone, inside, everything=bool(prefix))
+    if found.mismatches:
+        raise CheckpointError(_refuse(backbone, found.mismatches, inside, 'the checkpoint'))
+
+
+def check_pretrained(backbone: Mapping[str, Any], key: str) -> None:
+    """Check that the local file which a backbone's ``init_cfg`` of type ``Pretrained`` names fits that backbone.
+
+    Args:
+        backbone: the config of a backbone of this package.
+        key: where it stands in the config, for messages.
+
+    Raises:
+        CheckpointError: naming the first mismatches, or the type or prefix to give.
+    """
+    init_cfg = backbone['init_cfg']
+    source = str(init_cfg['checkpoint'])
+    held = read_checkpoint(source)
+    state = held['state_dict'] if isinstance(held.get('state_dict'), Mapping) else held
+    prefix = init_cfg.get('prefix')
+    if prefix:
+        inside = _below(state, prefix if prefix.endswith('.') else f'{prefix}.')
+    else:
+        inside = {re.sub(r'^module\.', '', name): value for name, value in state.items()}
+    with torch.device('meta'):
+        model = MODELS.build({**backbone, 'type': backbone['type'].rpartition('.')[2], 'init_cfg': None})
+    mismatches = [mismatch for mismatch in _fit_known_parts(model, inside, everything=bool(prefix)).mismatches
+                  if not _is_resized(mismatch)]
+    if not mismatches:
+        return
+    where = f'{key}.init_cfg: {source}' + (f' (prefix={prefix!r})' if prefix else '')
+    if not inside and not model.state_dict().keys().isdisjoint(state):
+        raise CheckpointError(f'{where} holds the bare {type(model).__name__}. Leave out the prefix.')
+    raise CheckpointError(_refuse(model, mismatches, inside or state, where))
+
+
+def names_backbone(kind: Any) -> bool:
+    """Whether a config's ``type`` is a backbone of this package."""
+    known = MODELS.get(kind.rpartition('.')[2]) if isinstance(kind, str) else kind
+    return isinstance(known, type) and issubclass(known, SSMBackbone)
+
+
+def _below(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _converted(backbone: SSMBackbone, weights: WeightSet, prefix: str) -> Fit:
+    found, _ = identify_official(weights, f'the checkpoint (names under {prefix!r})')
+    held = describe(found.family, found.settings)
+    result = fit(backbone, found.backbone)
+    if result.mismatches:
+        raise CheckpointError(f'the checkpoint is of {held} and does not fit the {type(backbone).__name__} at '
+                              f'{prefix!r}: {explain(result.mismatches)}. {remedy(result.mismatches)}')
+    if found.family.norms_are_optional and not found.norms:
+        raise CheckpointError(f'the checkpoint is of {held} at {prefix!r}, but has no output norms (officially '
+                              'outnorm0 to outnorm3), without which ours would compute something else.')
+    print_log(f"The authors' {held} at {prefix!r} is converted to our names.", logger='current')
+    return result
+
+
+def _fit_known_parts(backbone: SSMBackbone, inside: Mapping[str, Any], everything: bool) -> Fit:
+    """Compare a state dict with a backbone; where it is not the backbone's alone, by the names of its parts only."""
+    tensors = {name: value for name, value in inside.items() if isinstance(value, Tensor)}
+    if not everything:
+        part = re.compile(r'(patch_embed|stages|pyramid|norm\d+)\.')
+        tensors = {name: value for name, value in tensors.items() if part.match(name)}
+    return fit(backbone, tensors, resize=False)
+
+
+def _is_resized(mismatch: Mismatch) -> bool:
+    """Whether loading resizes the tensor: a position embedding (1, h, w, C) of another grid."""
+    found, expected = mismatch.found or (), mismatch.expected or ()
+    return (mismatch.name == 'patch_embed.pos_embed' and len(found) == len(expected) == 4
+            and found[::3] == expected[::3])
+
+
+def _refuse(backbone: SSMBackbone, mismatches: list[Mismatch], held: Mapping[str, Any], where: str) -> str:
+    name, own = type(backbone).__name__, backbone.state_dict()
+    if not own.keys().isdisjoint(held):
+        return f'{where} does not fit the {name}: {explain(mismatches)}. {remedy(mismatches)}'
+    if next(find_official(held, FAMILIES), None) is not None:
+        return f"{where} holds the authors' tensors, by their names. {_OFFICIAL_REMEDY}"
+    weights = own_weights(held)
+    front = common_prefix(weights, own)
+    if front:
+        return (f"{where} does not fit the {name}: its names begin with {front!r}. Give prefix={front!r} beside the "
+                "checkpoint of type='Pretrained'.")
+    if not own.keys().isdisjoint(weights):
+        return (f"{where} does not fit the {name}: its tensors lie under 'model', where mmengine does not look. Save "
+                "them under 'state_dict', or alone.")
+    return (f"{where} holds none of the {name}'s tensors, so that nothing of it would be loaded. Name a checkpoint of "
+            'this backbone; an official one has to be converted, for a whole model with tools/convert_checkpoint.py '
+            "and for a backbone by init_cfg=dict(type='OfficialPretrained', checkpoint=...). Other parts of a model "
+            "are loaded without it by PyTorch's load_state_dict(..., strict=False).")
+
+
+def _mmengine_loads() -> bool:
+    """Whether mmengine's own ``load_state_dict`` is at work, and not PyTorch's; both make the same call."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_globals.get('__name__')
+        if module in ('mmengine.runner.checkpoint', 'torch.nn.modules.module'):
+            return module == 'mmengine.runner.checkpoint'
+        frame = frame.f_back
+    return False
+
+
+SSMBackbone.before_loading = convert_or_refuse
