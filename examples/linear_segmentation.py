@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from ssm_backbones.datasets.feature_export import FeatureDataset
+from ssm_backbones.features.dataset import FeatureDataset
 
 IGNORED = 255
 

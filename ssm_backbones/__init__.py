@@ -8,12 +8,12 @@ from ssm_backbones.compat import apply_mends
 # Before anything else: the mends let the host libraries import and resume.
 apply_mends()
 
-from ssm_backbones.amp import BFloat16OptimWrapper  # noqa: E402
 from ssm_backbones.backbones import V2M, Mamba2D, VMamba  # noqa: E402
 from ssm_backbones.checkpoints import load_official  # noqa: E402
-from ssm_backbones.config_files import allow_inheritance, config_file  # noqa: E402
+from ssm_backbones.compat import allow_inheritance  # noqa: E402
+from ssm_backbones.engine.optim import BFloat16OptimWrapper, LayerDecayOptimWrapperConstructor  # noqa: E402
 from ssm_backbones.factory import create_backbone, list_backbones  # noqa: E402
-from ssm_backbones.layer_decay import LayerDecayOptimWrapperConstructor  # noqa: E402
+from ssm_backbones.utils.configs import config_file  # noqa: E402
 
 allow_inheritance()
 

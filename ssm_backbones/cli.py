@@ -12,7 +12,7 @@ from typing import Any
 
 from mmengine.config import DictAction
 
-from ssm_backbones.preflight import CommandError
+from ssm_backbones.utils.errors import CommandError
 
 _CFG_OPTIONS_HELP = (
     'replace settings of the config: KEY=VALUE pairs, nested keys joined by dots; lists as KEY="[a,b]" or KEY=a,b, '
@@ -45,7 +45,7 @@ def train_main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def run() -> None:
-        from ssm_backbones.runner import TrainOptions, train
+        from ssm_backbones.engine.runner import TrainOptions, train
 
         train(TrainOptions(**_options(args)))
 
@@ -69,7 +69,7 @@ def test_main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def run() -> None:
-        from ssm_backbones.runner import TestOptions, test
+        from ssm_backbones.engine.runner import TestOptions, test
 
         test(TestOptions(**_options(args)))
 

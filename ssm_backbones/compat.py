@@ -8,22 +8,29 @@ applied at most once in a process and is reported through the logger ``ssm_backb
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import importlib.machinery
 import importlib.metadata
 import importlib.util
 import logging
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
+from torch import Tensor
 
-from ssm_backbones.torch_compat import allow_in_checkpoints
+from ssm_backbones.utils.configs import PACKAGE, config_file
+from ssm_backbones.utils.errors import CommandError
+from ssm_backbones.utils.torch_compat import allow_in_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -122,3 +129,92 @@ def _history_buffer_method(owner: Any, name: str) -> Callable[..., Any]:
     if owner is HistoryBuffer and isinstance(name, str) and not name.startswith('_') and hasattr(HistoryBuffer, name):
         return getattr(HistoryBuffer, name)
     raise pickle.UnpicklingError(f'a checkpoint may not ask for attribute {name!r} of {owner!r}')
+
+
+@contextlib.contextmanager
+def naming_unreadable_files() -> Iterator[None]:
+    """While active, a picture or label map that cannot be read ends in a :class:`CommandError` that names the file.
+
+    The libraries' loading transforms let a decoder's error pass without the file's name, or say nothing at all of a
+    file that decodes to nothing; DataLoader workers, which are forked meanwhile, inherit the naming.
+    """
+    loading = importlib.import_module('mmcv.transforms.loading')
+    originals = {cls: cls.transform for cls in (loading.LoadImageFromFile, loading.LoadAnnotations)}
+    try:
+        loading.LoadImageFromFile.transform = _naming(originals[loading.LoadImageFromFile], 'img_path', 'image')
+        loading.LoadAnnotations.transform = _naming(originals[loading.LoadAnnotations], 'seg_map_path', 'label map')
+        yield
+    finally:
+        for cls, transform in originals.items():
+            cls.transform = transform
+
+
+def _naming(transform: Callable[..., Any], key: str, kind: str) -> Callable[..., Any]:
+    def named(self: Any, results: dict[str, Any]) -> Any:
+        try:
+            return transform(self, results)
+        except CommandError:
+            raise
+        except Exception as error:
+            if results.get(key) is None:
+                raise
+            raise CommandError(
+                f'{kind} {results[key]} cannot be read ({type(error).__name__}: {str(error).strip()}). '
+                'Replace the file, or take it out of the annotations.'
+            ) from error
+
+    return named
+
+
+@functools.cache
+def allow_inheritance() -> None:
+    """Let mmengine find ``'ssm_backbones::...'`` among configs, which it does for OpenMMLab's own packages only.
+
+    What mmengine reads from another package it builds in the registries of that package's name. These configs name the
+    parts of whichever host library they inherit from, so they are read as if they lay beside the config.
+    """
+    MODULE2PACKAGE.setdefault(PACKAGE, PACKAGE)
+    find = Config._get_cfg_path
+
+    @functools.cache
+    def find_elsewhere(cfg_path: str) -> tuple[str, str | None]:
+        # mmengine first reads all of a library's metafiles, in tenths of a second, where no metafile lists a base.
+        return _find_base(cfg_path) or find(cfg_path, '')
+
+    def find_here_too(cfg_path: str, filename: str) -> tuple[str, str | None]:
+        package, separator, name = cfg_path.partition('::')
+        if separator and package == PACKAGE:
+            return config_file(name), None
+        return find_elsewhere(cfg_path) if separator else find(cfg_path, filename)
+
+    Config._get_cfg_path = staticmethod(find_here_too)
+
+
+def _find_base(cfg_path: str) -> tuple[str, str] | None:
+    """The file and scope for such as ``'mmdet::_base_/default_runtime.py'``; None where mmengine has to look."""
+    package, _, name = cfg_path.partition('::')
+    if package not in MODULE2PACKAGE or not name.startswith('_base_/'):
+        return None
+    spec = importlib.util.find_spec(package)
+    files = [Path(folder, '.mim', 'configs', name) for folder in spec.submodule_search_locations or ()] if spec else []
+    return next(((str(file), package) for file in files if file.is_file()), None)
+
+
+@functools.cache
+def let_mmcv_take_bfloat16() -> None:
+    from mmcv.ops import RoIAlign
+    from mmcv.ops.nms import NMSop
+
+    RoIAlign.forward = _in_float32(RoIAlign.forward)
+    NMSop.forward = staticmethod(_in_float32(NMSop.forward))
+
+
+def _in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def computed_in_float32(*args: Any) -> Any:
+        if not any(isinstance(arg, Tensor) and arg.dtype == torch.bfloat16 for arg in args):
+            return function(*args)
+        out = function(*(arg.float() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args))
+        return out.bfloat16() if out.is_floating_point() else out
+
+    return computed_in_float32

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import cuda_ops  # noqa: F401  (registers the scans and their formulas)
-from ssm_backbones.preflight import CommandError
+from ssm_backbones.utils.errors import CommandError
 
 CONVENTION = (
     'A multiply-add counts once. Counted are convolutions, matrix products and attention; scans, 9*L*E*N for each '
@@ -109,7 +109,7 @@ def config_complexity(cfg: Config, height: int, width: int) -> Complexity:
     heads, on as many proposals as its first stage gives for a picture of noise: 1000 with mmdet's settings.
 
     Args:
-        cfg: from :func:`ssm_backbones.runner.load_config`.
+        cfg: from :func:`ssm_backbones.apis.config.load_config`.
         height: of the picture as the model gets it, padding included.
         width: likewise.
 

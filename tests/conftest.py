@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+pytest_plugins = ['tests.host_runs']
+
 if 'PYTEST_XDIST_WORKER_COUNT' in os.environ:
     # Processes that test side by side share the cores, as do the processes that they start.
     _threads = max(1, (os.cpu_count() or 1) // int(os.environ['PYTEST_XDIST_WORKER_COUNT']))

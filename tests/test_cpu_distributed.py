@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed, nn
 
-from ssm_backbones.cpu_distributed import SharedBatchNorm, share_batch_norms
+from ssm_backbones.engine.cpu_distributed import SharedBatchNorm, share_batch_norms
 
 # A whole batch, of which each of two processes has its own part, unequal ones.
 PARTS = (1, 4)

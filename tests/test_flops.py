@@ -14,9 +14,9 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from ssm_backbones import VMamba
+from ssm_backbones.apis.config import load_config
 from ssm_backbones.flops import config_complexity, count_complexity, human, mmengine_handles
-from ssm_backbones.preflight import CommandError
-from ssm_backbones.runner import load_config
+from ssm_backbones.utils.errors import CommandError
 from tests.configs.catalogue import ZOO, model
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'

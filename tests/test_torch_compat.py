@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ssm_backbones import torch_compat
 from ssm_backbones.layers.common import pad_to_multiple
-from ssm_backbones.torch_compat import allow_in_checkpoints
+from ssm_backbones.utils import torch_compat
+from ssm_backbones.utils.torch_compat import allow_in_checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 

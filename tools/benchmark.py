@@ -10,7 +10,7 @@ from mmengine.config import DictAction
 
 from ssm_backbones.benchmark import Report, Settings, run, select, write_json
 from ssm_backbones.cli import run_command
-from ssm_backbones.preflight import CommandError
+from ssm_backbones.utils.errors import CommandError
 
 EPILOG = """
 examples:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from mmengine.config import DictAction
 
 from ssm_backbones.cli import run_command
-from ssm_backbones.preflight import CommandError
+from ssm_backbones.utils.errors import CommandError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def run() -> None:
-        from ssm_backbones.export.features import ExportOptions, export_features
-        from ssm_backbones.export.store import UNREADABLE
+        from ssm_backbones.features.export import ExportOptions, export_features
+        from ssm_backbones.features.store import UNREADABLE
 
         result = export_features(ExportOptions(**vars(args)))
         if os.environ.get('RANK', '0') != '0' and args.launcher != 'none':

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def run() -> None:
-        from ssm_backbones.export.onnx import TOLERANCE, OnnxOptions, export_onnx
+        from ssm_backbones.onnx_export.export import TOLERANCE, OnnxOptions, export_onnx
 
         result = export_onnx(OnnxOptions(**vars(args)))
         print(f'{result.part} written to {result.path}: opset {result.opset}, {result.nodes} standard operators')

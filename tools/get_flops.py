@@ -28,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def run() -> None:
+        from ssm_backbones.apis.config import load_config
         from ssm_backbones.flops import CONVENTION, config_complexity, human
-        from ssm_backbones.preflight import CommandError
-        from ssm_backbones.runner import load_config
+        from ssm_backbones.utils.errors import CommandError
 
         if args.per_layer is not None and args.per_layer < 1:
             raise CommandError(f'--per-layer takes a depth of at least 1, got {args.per_layer}')

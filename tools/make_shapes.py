@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 
 from ssm_backbones.cli import run_command
-from ssm_backbones.datasets.options import ShapesOptions
-from ssm_backbones.datasets.shapes import FORMATS, make_shapes
-from ssm_backbones.preflight import CommandError
+from ssm_backbones.shapes.generate import FORMATS, make_shapes
+from ssm_backbones.shapes.options import ShapesOptions
+from ssm_backbones.utils.errors import CommandError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

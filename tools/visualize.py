@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def run() -> None:
-        from ssm_backbones.visualize import VisualizeOptions, visualize
+        from ssm_backbones.visualization import VisualizeOptions, visualize
 
         for path in visualize(VisualizeOptions(**vars(args))):
             print(path)

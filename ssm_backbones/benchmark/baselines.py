@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ssm_backbones.benchmark.unavailable import Unavailable
-from ssm_backbones.torch_compat import set_recompile_limit
+from ssm_backbones.utils.torch_compat import set_recompile_limit
 
 
 def cross_scan_by_loop(

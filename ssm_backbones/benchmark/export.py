@@ -15,8 +15,8 @@ from torch import Tensor
 from ssm_backbones.benchmark.comparison import Pair, ratios
 from ssm_backbones.benchmark.timing import Settings, seconds
 from ssm_backbones.benchmark.unavailable import reason
-from ssm_backbones.config_files import config_file
-from ssm_backbones.preflight import CommandError
+from ssm_backbones.utils.configs import config_file
+from ssm_backbones.utils.errors import CommandError
 
 # Of the backbone's time: within 10 %.
 TARGET = 1.1
@@ -87,8 +87,8 @@ class _Turns:
     """Pictures and a checkpoint in a folder, and the two ways to their features."""
 
     def __init__(self, each: ExportComparison, folder: Path, device: torch.device) -> None:
-        from ssm_backbones.export.models import build_extractor
-        from ssm_backbones.runner import load_config
+        from ssm_backbones.apis.config import load_config
+        from ssm_backbones.apis.model import build_extractor
 
         self.each, self.folder, self.device = each, folder, device
         self.config = config_file(each.config)
@@ -112,7 +112,7 @@ class _Turns:
 
     def export(self) -> float:
         """Seconds of a picture in an export."""
-        from ssm_backbones.export.features import ExportOptions, export_features
+        from ssm_backbones.features.export import ExportOptions, export_features
 
         self.count += 1
         out = self.folder / f'export{self.count}'

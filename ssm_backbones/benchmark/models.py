@@ -9,14 +9,12 @@ outside the clock.
 from __future__ import annotations
 
 import gc
-import importlib
 import logging
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,20 +22,19 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
-from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import OptimWrapper, build_optim_wrapper
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
+from ssm_backbones.apis.config import load_config
+from ssm_backbones.apis.model import build_model
 from ssm_backbones.benchmark.annotations import let_detections_through, made_up_batch
 from ssm_backbones.benchmark.machine import describe_machine
 from ssm_backbones.benchmark.memory import peak_bytes
 from ssm_backbones.benchmark.report import Report
 from ssm_backbones.benchmark.timing import Call, Clock, Settings, measure_in_turns, warm_up
 from ssm_backbones.benchmark.unavailable import reason
-from ssm_backbones.export.models import preprocessor_config
-from ssm_backbones.preflight import CommandError
-from ssm_backbones.runner import load_config
+from ssm_backbones.utils.errors import CommandError
 
 INFERENCE, TRAINING = 'inference', 'training step'
 
@@ -94,7 +91,9 @@ class Subject:
         self.device = device
         self.cfg = load_config(path, options.cfg_options)
         try:
-            self.model: Any = _build(self.cfg).to(device)
+            torch.manual_seed(0)
+            with _quiet():
+                self.model: Any = build_model(self.cfg).to(device)
         except Exception as error:
             # Registries and constructors raise what they will for a config that does not fit.
             raise CommandError(f'the model of {path} cannot be built: {reason(error)}') from error
@@ -323,16 +322,6 @@ def _names(options: ModelOptions) -> dict[str, str]:
         raise CommandError(f'the config {twice[0]} is named twice.')
     stems = Counter(Path(path).stem for path in paths)
     return {path if stems[Path(path).stem] > 1 else Path(path).stem: path for path in paths}
-
-
-def _build(cfg: Config) -> nn.Module:
-    """The config's model, as initialised by its constructors; nothing is loaded or downloaded."""
-    importlib.import_module(f'{cfg.default_scope}.models')
-    settings = deepcopy(cfg.model)
-    settings.data_preprocessor = preprocessor_config(cfg)
-    torch.manual_seed(0)
-    with _quiet(), DefaultScope.overwrite_default_scope(cfg.default_scope):
-        return revert_sync_batchnorm(MODELS.build(settings))
 
 
 def _build_optimizer(cfg: Config, model: nn.Module) -> OptimWrapper:

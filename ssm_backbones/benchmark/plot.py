@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ssm_backbones.whole_files import whole_file
+from ssm_backbones.utils.files import whole_file
 
 _COLOURS = ('#3c82f0', '#e63c3c', '#3cbe50', '#aa50dc', '#f5be28', '#8a8f9a')
 _STYLES = ('-', '--')

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ssm_backbones.whole_files import write_whole
+from ssm_backbones.utils.files import write_whole
 
 
 @dataclass

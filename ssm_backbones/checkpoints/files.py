@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from ssm_backbones.preflight import CommandError
-from ssm_backbones.torch_compat import allow_in_checkpoints
-from ssm_backbones.whole_files import whole_file
+from ssm_backbones.utils.errors import CommandError
+from ssm_backbones.utils.files import whole_file
+from ssm_backbones.utils.torch_compat import allow_in_checkpoints
 
 # Trainers of the Swin and timm lines store their settings beside the weights. Neither class has code to run: the
 # first is read as the dictionary that it is. They are allowed once and for all: readings take place within each other.

@@ -1,8 +1,1 @@
-"""Generated data sets of coloured shapes; `ssm_backbones.datasets.shapes.make_shapes` writes them.
-
-Only names and colours are imported here, so that configs can have them at no cost.
-"""
-
-from .classes import CLASSES, PALETTE, SEG_CLASSES, SEG_PALETTE, WNIDS
-
-__all__ = ['CLASSES', 'PALETTE', 'SEG_CLASSES', 'SEG_PALETTE', 'WNIDS']
+"""Former place of :mod:`ssm_backbones.features.dataset`."""

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from ssm_backbones.datasets.options import ShapesOptions
 from ssm_backbones.demo.pictures import show_classes, show_detections, show_label_maps
+from ssm_backbones.shapes.options import ShapesOptions
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,14 @@ from typing import Any
 import numpy as np
 from mmengine.config import Config
 
-from ssm_backbones.export.preview import PREVIEWS
-from ssm_backbones.visual import Instances, draw_instances, draw_label_map, draw_scores, save_contact_sheet
+from ssm_backbones.features.preview import PREVIEWS
+from ssm_backbones.visualization.sheets import (
+    Instances,
+    draw_instances,
+    draw_label_map,
+    draw_scores,
+    save_contact_sheet,
+)
 
 SHOWN_PICTURES = 12
 SHOWN_SCORE = 0.5
@@ -102,7 +108,7 @@ def show_features(config: str, checkpoint: Path, pictures: str, export: Path, pa
     """
     from PIL import Image
 
-    from ssm_backbones.export.features import ExportOptions, export_features
+    from ssm_backbones.features.export import ExportOptions, export_features
 
     export_features(ExportOptions(config, str(checkpoint), pictures, str(export), workers=0, preview=True))
     rows = [Image.open(file) for file in sorted((export / PREVIEWS).rglob('*.png'))]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ssm_backbones.demo.catalogue import DEMOS
-from ssm_backbones.whole_files import write_whole
+from ssm_backbones.utils.files import write_whole
 
 REPORT = 'report.html'
 RESULTS = 'results.json'

@@ -15,16 +15,17 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from ssm_backbones.datasets.shapes import MANIFEST, make_shapes
+from ssm_backbones.apis.config import load_config
 from ssm_backbones.demo.catalogue import DEMOS, Demo
 from ssm_backbones.demo.pictures import show_features
 from ssm_backbones.demo.report import RESULTS, describe_run, write_report
-from ssm_backbones.export.interrupts import ending_on_signals
-from ssm_backbones.preflight import CommandError
-from ssm_backbones.runner import TestOptions, load_config, test
-from ssm_backbones.visual import read_history, save_curves
-from ssm_backbones.visualize import draw_erf_before_and_after
-from ssm_backbones.whole_files import write_whole
+from ssm_backbones.engine.runner import TestOptions, test
+from ssm_backbones.shapes.generate import MANIFEST, make_shapes
+from ssm_backbones.utils.errors import CommandError
+from ssm_backbones.utils.files import write_whole
+from ssm_backbones.utils.signals import ending_on_signals
+from ssm_backbones.visualization import draw_erf_before_and_after
+from ssm_backbones.visualization.curves import read_history, save_curves
 
 
 def run_demo(family: str = 'vmamba', task: str = 'det', fresh: bool = False) -> dict[str, float]:

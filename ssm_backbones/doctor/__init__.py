@@ -11,8 +11,8 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import hosts, machine
-from .line import Line, short
+from ssm_backbones.doctor import hosts, machine
+from ssm_backbones.doctor.line import Line, short
 
 _LABEL, _WIDTH = 24, 118
 _CUDA_OPS_LABEL = 21

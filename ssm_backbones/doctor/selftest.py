@@ -14,8 +14,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cuda_ops
-
-from .line import Line, short
+from ssm_backbones.doctor.line import Line, short
 
 # Of the largest root mean square error over outputs and gradients, relative to the exact values' own. Right ones lie
 # about a hundred times below, and a wrong index or sign far above.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssm_backbones.torch_compat import is_exporting
+from ssm_backbones.utils.torch_compat import is_exporting
 
 # Asked once: torch.compile cannot trace the question.
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()

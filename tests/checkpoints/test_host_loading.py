@@ -7,8 +7,9 @@ from mmengine.runner import load_checkpoint
 from torch import nn
 
 from ssm_backbones import V2M, Mamba2D, VMamba
+from ssm_backbones.apis.checks import check_init_cfg
 from ssm_backbones.checkpoints import CheckpointError, convert_checkpoint
-from ssm_backbones.preflight import CommandError, check_init_cfg
+from ssm_backbones.utils.errors import CommandError
 from tests.checkpoints.layouts import (
     mamba2d_backbone,
     mamba2d_classifier,

@@ -13,7 +13,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
-from ssm_backbones.runner import load_config
+from ssm_backbones.apis.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / 'configs'

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from mmdet.datasets import CocoDataset
 
-from ssm_backbones.datasets.classes import WNIDS
-from ssm_backbones.datasets.options import ShapesOptions
-from ssm_backbones.datasets.shapes import make_shapes
+from ssm_backbones.shapes.classes import WNIDS
+from ssm_backbones.shapes.generate import make_shapes
+from ssm_backbones.shapes.options import ShapesOptions
 
 IMAGENET_CLASSES = 1000
 

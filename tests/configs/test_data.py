@@ -6,7 +6,7 @@ import pytest
 from mmengine.config import ConfigDict
 from mmengine.registry import DATA_SAMPLERS, DATASETS, EVALUATOR, DefaultScope
 
-from ssm_backbones.preflight import check_data
+from ssm_backbones.apis.checks import check_data
 from tests.configs.catalogue import ZOO, config, pipeline
 
 TRAIN, VAL = 6, 2

@@ -16,7 +16,7 @@ from mmengine.config.utils import _get_external_cfg_base_path, _get_package_and_
 from mmengine.utils import get_installed_path
 
 from ssm_backbones import config_file
-from ssm_backbones.config_files import config_folder
+from ssm_backbones.utils.configs import config_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = 'vmamba/mask-rcnn_vmamba-tiny_fpn_1x_coco.py'

@@ -15,7 +15,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, MODELS, DefaultScope
 from torch import Tensor
 
-from ssm_backbones import runner
+from ssm_backbones.engine import runner
 from tests.configs.catalogue import config
 
 SIDE = 128

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from ssm_backbones.datasets.options import ShapesOptions
-from ssm_backbones.datasets.shapes import make_shapes
-from ssm_backbones.export.features import ExportOptions, export_features
-from ssm_backbones.export.models import build_model
-from ssm_backbones.runner import load_config
+from ssm_backbones.apis.config import load_config
+from ssm_backbones.apis.model import build_model
+from ssm_backbones.features.export import ExportOptions, export_features
+from ssm_backbones.shapes.generate import make_shapes
+from ssm_backbones.shapes.options import ShapesOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 

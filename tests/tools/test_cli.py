@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from ssm_backbones import cli, runner
+from ssm_backbones import cli
 from ssm_backbones.cli import test_main as run_test
 from ssm_backbones.cli import train_main as run_train
+from ssm_backbones.engine import runner
 
 
 @pytest.fixture

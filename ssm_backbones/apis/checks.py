@@ -1,0 +1,157 @@
+"""Checks before a training or a test starts, so that what is missing is named at once and nothing is half-written."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import DATASETS, DefaultScope
+
+from ssm_backbones.utils.errors import CommandError
+
+
+def check_data(cfg: Config, modes: Sequence[str]) -> None:
+    """Check that the files and folders that the datasets and evaluators of ``modes`` name exist.
+
+    Annotation files, picture folders and data roots on the local disk are looked up; files behind another storage
+    backend are not, nor are datasets that download themselves.
+
+    Args:
+        cfg: The config.
+        modes: Some of ``'train'``, ``'val'`` and ``'test'``.
+
+    Raises:
+        CommandError: Naming the config key and the path that is missing.
+    """
+    for mode in modes:
+        loader = cfg.get(f'{mode}_dataloader')
+        if loader is not None:
+            for key, dataset in _leaf_datasets(loader.dataset, f'{mode}_dataloader.dataset'):
+                _check_dataset(dataset, key, cfg.default_scope)
+        evaluators = cfg.get(f'{mode}_evaluator') or []
+        for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
+            _check_path(evaluator, 'ann_file', None, f'{mode}_evaluator')
+
+
+def check_checkpoint(path: str | None, key: str) -> None:
+    """Check that a checkpoint on the local disk exists; URLs and ``scheme://`` names are left to mmengine.
+
+    Raises:
+        CommandError: Naming the option or config key and the path.
+    """
+    if path is not None and '://' not in path and not os.path.isfile(os.path.expanduser(path)):
+        raise CommandError(f'{key}: checkpoint {path} does not exist.')
+
+
+def check_device(name: str | None) -> torch.device:
+    """The device that a ``--device`` names: ``'cpu'``, ``'cuda'`` or ``'cuda:1'``; by default a GPU where there is one.
+
+    Nothing is placed on it, so that processes which go on to other GPUs occupy none of its memory.
+
+    Raises:
+        CommandError: If there is no such device.
+    """
+    try:
+        device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    except RuntimeError as error:
+        raise CommandError(f'--device {name} is no device: cpu, cuda or cuda:1.') from error
+    if device.type not in ('cpu', 'cuda'):
+        raise CommandError(f'--device {name} is no device that can be used: cpu, cuda or cuda:1.')
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        raise CommandError(f'--device {device}: no GPU is visible to PyTorch here.')
+    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise CommandError(f'--device {device}: PyTorch sees {count} GPUs here, cuda:0 to cuda:{count - 1}.')
+    return device
+
+
+def check_init_cfg(model: Mapping[str, Any], key: str = 'model') -> None:
+    """Check every checkpoint that an ``init_cfg`` anywhere in the model names.
+
+    Of a backbone of this package, a local file of type ``Pretrained`` also has to fit: mmengine would log what does
+    not, and train from what the backbone was initialised to.
+
+    Raises:
+        CommandError: Naming the config key and the path, and the first mismatches or the type or prefix to give.
+    """
+    for name, value in model.items():
+        inner = f'{key}.{name}'
+        if name == 'init_cfg' and isinstance(value, Mapping):
+            checkpoint = value.get('checkpoint')
+            check_checkpoint(checkpoint, f'{inner}.checkpoint')
+            if checkpoint is not None and '://' not in checkpoint and value.get('type') == 'Pretrained':
+                host_loading = importlib.import_module('ssm_backbones.checkpoints.host_loading')
+                if host_loading.names_backbone(model.get('type')):
+                    host_loading.check_pretrained(model, key)
+        elif isinstance(value, Mapping):
+            check_init_cfg(value, inner)
+        elif isinstance(value, (list, tuple)):
+            for index, item in enumerate(value):
+                if isinstance(item, Mapping):
+                    check_init_cfg(item, f'{inner}[{index}]')
+
+
+def _leaf_datasets(dataset: Mapping[str, Any], key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if isinstance(dataset.get('dataset'), Mapping):
+        yield from _leaf_datasets(dataset['dataset'], f'{key}.dataset')
+    elif isinstance(dataset.get('datasets'), (list, tuple)):
+        for index, inner in enumerate(dataset['datasets']):
+            yield from _leaf_datasets(inner, f'{key}.datasets[{index}]')
+    else:
+        yield key, dataset
+
+
+def _check_dataset(dataset: Mapping[str, Any], key: str, scope: str) -> None:
+    if _is_remote(dataset) or _downloads_itself(dataset, scope):
+        return
+    root = dataset.get('data_root') or ''
+    if root and _is_local(root) and not os.path.isdir(root):
+        raise CommandError(_missing(f'{key}.data_root', root))
+    # mmpretrain's datasets with a `split` fall back on scanning the folder where their list file is not there.
+    if not dataset.get('split'):
+        _check_path(dataset, 'ann_file', root, key)
+    prefix = dataset.get('data_prefix') or {}
+    if isinstance(prefix, str):
+        _check_path(dataset, 'data_prefix', root, key)
+    else:
+        for name in prefix:
+            _check_path(prefix, name, root, f'{key}.data_prefix')
+
+
+def _check_path(owner: Mapping[str, Any], name: str, root: str | None, key: str) -> None:
+    value = owner.get(name)
+    if not isinstance(value, str) or not value or _is_remote(owner):
+        return
+    path = os.path.join(root, value) if root else value
+    if _is_local(path) and not os.path.exists(path):
+        raise CommandError(_missing(f'{key}.{name}', path))
+
+
+def _missing(key: str, path: str) -> str:
+    if 'shapes' in Path(path).parts:
+        remedy = 'Generate the data: python tools/make_shapes.py'
+    else:
+        remedy = (
+            'Put or link the data set there (ln -s), or name its place in a config of your own or by --cfg-options.'
+        )
+    return f'{key}: {path} does not exist. {remedy}'
+
+
+def _is_local(path: str) -> bool:
+    return '://' not in path and not path.startswith('s3:')
+
+
+def _is_remote(owner: Mapping[str, Any]) -> bool:
+    return (owner.get('backend_args') or {}).get('backend', 'local') != 'local'
+
+
+def _downloads_itself(dataset: Mapping[str, Any], scope: str) -> bool:
+    with DefaultScope.overwrite_default_scope(scope):
+        kind = DATASETS.get(dataset['type']) if isinstance(dataset['type'], str) else dataset['type']
+    return kind is not None and 'download' in inspect.signature(kind.__init__).parameters

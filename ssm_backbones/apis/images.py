@@ -1,0 +1,216 @@
+"""Find the images that an argument names, and check that they can be read."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.registry import DATASETS, DefaultScope
+
+from ssm_backbones.apis.checks import check_data
+from ssm_backbones.utils.errors import CommandError
+
+SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
+SPLITS = ('train', 'val', 'test')
+MAX_PIXELS = 100_000_000
+
+
+@dataclass(frozen=True)
+class InputImage:
+    """One image to export.
+
+    Attributes:
+        id: What tells it from the others: a data set's own id, or its path below the folder that was given.
+        path: Its file.
+        extra: What a data set knows about it: ``label`` (class of the whole image), ``label_map`` (path).
+    """
+
+    id: str
+    path: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class UnreadableImage(Exception):
+    """Raised for an image that cannot be used; the message says why."""
+
+
+def find_images(given: str, cfg: Config, image_folder: str | None = None) -> list[InputImage]:
+    """Find the images that an argument stands for.
+
+    Args:
+        given: ``train``, ``val`` or ``test``, a split of the config; an image; a folder, searched for images below
+            it; a pattern such as ``'shots/*.png'`` (``**`` for any folders); or a file of COCO annotations (.json).
+        cfg: The config, for the splits.
+        image_folder: Where the images of a COCO file lie. By default the folder named like the end of its name
+            beside it or beside its folder (``val2017`` for ``annotations/instances_val2017.json``), else its own.
+
+    Raises:
+        CommandError: If there is no such image, or two have the same id.
+    """
+    if image_folder is not None and not given.endswith('.json'):
+        raise CommandError(f'--image-folder goes with a COCO file (.json), not with {given}.')
+    if given in SPLITS:
+        images = _of_split(given, cfg)
+    elif given.endswith('.json') and os.path.isfile(given):
+        images = _of_coco(Path(given), image_folder)
+    elif os.path.isfile(given):
+        images = [InputImage(os.path.basename(given), given)]
+    elif os.path.isdir(given):
+        images = _of_folder(Path(given))
+    elif glob.has_magic(given):
+        images = _of_pattern(given)
+    else:
+        raise CommandError(
+            f'{given} is no image, folder, pattern, COCO file or split ({", ".join(SPLITS)}) that exists.'
+        )
+    if not images:
+        raise CommandError(f'{given} holds no images; looked for {", ".join(SUFFIXES)}.')
+    _check_ids(images)
+    return images
+
+
+def test_pipeline(cfg: Config) -> list[dict[str, Any]]:
+    """Return the transforms that the config puts a test image through, without those that load annotations.
+
+    Raises:
+        CommandError: If the config has none.
+    """
+    for mode in ('test', 'val'):
+        loader = cfg.get(f'{mode}_dataloader')
+        dataset = next(_leaves(loader.dataset), None) if loader is not None else None
+        if dataset is not None and dataset.get('pipeline'):
+            pipeline = [dict(step) for step in deepcopy(dataset.pipeline)]
+            return [step for step in pipeline if 'Annotations' not in str(step['type'])]
+    raise CommandError('the config has no test_dataloader with a pipeline, which says how images are read.')
+
+
+test_pipeline.__test__ = False  # type: ignore[attr-defined]
+
+
+def check_readable(path: str, max_pixels: int) -> None:
+    """Refuse what decoders would swallow in silence (files cut off) or choke on (huge images).
+
+    Raises:
+        UnreadableImage: Saying what is wrong.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        data = Path(path).read_bytes()
+        with _without_pil_limit(), Image.open(path) as image:
+            kind, (width, height) = image.format, image.size
+    except UnidentifiedImageError:
+        raise UnreadableImage('no image, or damaged' if data else 'the file is empty') from None
+    except FileNotFoundError:
+        raise UnreadableImage('no such file') from None
+    except OSError as error:
+        raise UnreadableImage(str(error)) from error
+    if width * height > max_pixels:
+        raise UnreadableImage(f'too large: {width}x{height} pixels are more than {max_pixels} (--max-pixels)')
+    # Within the coded image, neither marker can occur; the first may also end a thumbnail before it.
+    cut_off = (kind == 'JPEG' and data.rfind(b'\xff\xd9') < data.rfind(b'\xff\xda')) or (
+        kind == 'PNG' and b'IEND' not in data[-64:]
+    )
+    if cut_off:
+        raise UnreadableImage('the file is cut off: its end is missing')
+
+
+@contextmanager
+def _without_pil_limit() -> Iterator[None]:
+    """Lift PIL's own bound on pixels; here the only bound is the one that was asked for."""
+    from PIL import Image
+
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _of_split(split: str, cfg: Config) -> list[InputImage]:
+    loader = cfg.get(f'{split}_dataloader')
+    if loader is None:
+        raise CommandError(f'the config has no {split}_dataloader.')
+    check_data(cfg, (split,))
+    images = []
+    for settings in _leaves(loader.dataset):
+        settings = deepcopy(settings)
+        settings.pipeline = []
+        with DefaultScope.overwrite_default_scope(cfg.default_scope):
+            dataset = DATASETS.build(settings)
+        paths = [dataset.get_data_info(index) for index in range(len(dataset))]
+        if any('img_path' not in info for info in paths):
+            raise CommandError(f'the {split} data set, a {settings.type}, has no image files.')
+        root = os.path.commonpath([os.path.dirname(os.path.abspath(info['img_path'])) for info in paths] or ['/'])
+        for info in paths:
+            relative = PurePosixPath(Path(os.path.abspath(info['img_path'])).relative_to(root))
+            extra = {}
+            if info.get('gt_label') is not None:
+                extra['label'] = _plain_label(info['gt_label'])
+            if info.get('seg_map_path') is not None:
+                extra['label_map'] = info['seg_map_path']
+            images.append(InputImage(str(info.get('img_id', relative)), info['img_path'], extra))
+    return images
+
+
+def _plain_label(label: Any) -> Any:
+    return label.tolist() if hasattr(label, 'tolist') else label
+
+
+def _of_coco(path: Path, image_folder: str | None) -> list[InputImage]:
+    try:
+        images = json.loads(path.read_text(encoding='utf-8'))['images']
+        named = [(str(image['id']), image['file_name']) for image in images]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CommandError(f'{path} is no file of COCO annotations ({type(error).__name__}: {error}).') from error
+    if image_folder is not None:
+        folder = Path(image_folder)
+        if not folder.is_dir():
+            raise CommandError(f'--image-folder {folder} does not exist.')
+    else:
+        name = path.stem.rpartition('_')[2]
+        places = (path.parent / name, path.parent.parent / name, path.parent.parent / 'images', path.parent)
+        folder = next(place for place in places if place.is_dir())
+    if named and not any((folder / name).is_file() for _, name in named):
+        raise CommandError(f'none of the images of {path} is in {folder}; name their folder with --image-folder.')
+    return [InputImage(id, str(folder / name)) for id, name in named]
+
+
+def _of_folder(folder: Path) -> list[InputImage]:
+    files = sorted(path for path in folder.rglob('*') if path.suffix.lower() in SUFFIXES and path.is_file())
+    return [InputImage(path.relative_to(folder).as_posix(), str(path)) for path in files]
+
+
+def _of_pattern(pattern: str) -> list[InputImage]:
+    files = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    if not files:
+        return []
+    root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in files])
+    return [InputImage(Path(os.path.abspath(path)).relative_to(root).as_posix(), path) for path in files]
+
+
+def _check_ids(images: Sequence[InputImage]) -> None:
+    seen: dict[str, str] = {}
+    for image in images:
+        if image.id in seen:
+            raise CommandError(f'{seen[image.id]} and {image.path} have the same id, {image.id!r}.')
+        seen[image.id] = image.path
+
+
+def _leaves(dataset: Any) -> Iterator[Any]:
+    if isinstance(dataset.get('dataset'), Mapping):
+        yield from _leaves(dataset['dataset'])
+    elif isinstance(dataset.get('datasets'), (list, tuple)):
+        for inner in dataset['datasets']:
+            yield from _leaves(inner)
+    else:
+        yield dataset

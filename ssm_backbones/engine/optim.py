@@ -1,0 +1,165 @@
+"""Optimizers: layer-wise decay of the learning rate, and mixed precision in bfloat16."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
+from mmengine.runner import autocast
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ssm_backbones.backbones.base import SSMBackbone
+from ssm_backbones.compat import let_mmcv_take_bfloat16
+
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_RATES_AND_GAINS = ('A_log', 'D', 'dt_bias', 'scale')
+_EMBEDDINGS = ('pos_embed', 'cls_token')
+_OPTIONS = ('layer_decay_rate', 'norm_decay_mult', 'bias_decay_mult', 'flat_decay_mult', 'scan_decay_mult',
+            'embedding_decay_mult', 'custom_keys')
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+    """An optimiser whose learning rate falls from the heads to the stem, by a factor for each layer.
+
+    ::
+
+        optim_wrapper = dict(
+            constructor='LayerDecayOptimWrapperConstructor',
+            paramwise_cfg=dict(layer_decay_rate=0.9))
+
+    A parameter of layer i of n learns at ``lr * layer_decay_rate ** (n - 1 - i)``, where the backbone's
+    ``get_layer_depth`` tells i and n: the stem is layer 0, each block is the next one, and output norms, necks and
+    heads are the last. It works in models of all libraries with any backbone that has this method.
+
+    Weight decay spares norms, biases, whatever else has a single dimension, the scans' rates and gains (``A_log``,
+    ``D``, ``dt_bias`` and learned scales), position embeddings and class tokens.
+
+    ``paramwise_cfg`` takes:
+
+    - ``layer_decay_rate``: the factor, above 0 and at most 1. Required.
+    - ``norm_decay_mult``, ``bias_decay_mult``, ``flat_decay_mult`` (what else has one dimension), ``scan_decay_mult``
+      (the scans' rates and gains), ``embedding_decay_mult``: what multiplies their weight decay; 0 by default.
+    - ``custom_keys``: as everywhere in mmengine, from parts of names to ``lr_mult`` and ``decay_mult``, of which the
+      longest that a name contains holds. ``lr_mult`` comes on top of the layer's factor, ``decay_mult`` instead of the
+      rules above; either may be left out.
+
+    Args:
+        optim_wrapper_cfg: the config of the wrapper, with its ``optimizer``, which sets ``lr``.
+        paramwise_cfg: see above.
+
+    Raises:
+        ValueError: for unknown or unfit options, and if the model has not exactly one backbone that tells its layers.
+    """
+
+    def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
+        super().__init__(optim_wrapper_cfg, paramwise_cfg)
+        options: dict[str, Any] = self.paramwise_cfg
+        unknown = [key for key in options if key not in _OPTIONS]
+        if unknown:
+            raise ValueError(f'paramwise_cfg of {type(self).__name__} has no {", ".join(unknown)}; it takes '
+                             f'{", ".join(_OPTIONS)}')
+        rate = options.get('layer_decay_rate')
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 1:
+            raise ValueError(f'paramwise_cfg needs layer_decay_rate, above 0 and at most 1, got {rate!r}')
+        if self.base_lr is None:
+            raise ValueError(f'{type(self).__name__} multiplies the learning rate: set lr in the optimizer')
+        for key, custom in options.get('custom_keys', {}).items():
+            if set(custom) - {'lr_mult', 'decay_mult'}:
+                raise ValueError(f'custom_keys take lr_mult and decay_mult, got {key!r}: {dict(custom)}')
+
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        """The optimiser wrapper of a model, or of one wrapped for many devices."""
+        return super().__call__(model.module if is_model_wrapper(model) else model)
+
+    def add_params(self, params: list[dict], module: nn.Module, prefix: str = '',
+                   is_dcn_module: int | float | None = None) -> None:
+        """Append a group to ``params`` for each learning rate and weight decay that parameters of the model have.
+
+        Frozen parameters are left out; one that stands in several places is taken once.
+        """
+        prefix, backbone = _find_backbone(module)
+        groups: dict[tuple[float, float | None], dict[str, Any]] = {}
+        seen: set[int] = set()
+        for owner_name, owner in module.named_modules():
+            for leaf, parameter in owner.named_parameters(recurse=False):
+                if id(parameter) in seen or not parameter.requires_grad:
+                    continue
+                seen.add(id(parameter))
+                name = f'{owner_name}.{leaf}' if owner_name else leaf
+                custom = self._custom(name)
+                layer, layers = backbone.get_layer_depth(name, prefix)
+                scale = self.paramwise_cfg['layer_decay_rate'] ** (layers - 1 - layer) * custom.get('lr_mult', 1.0)
+                group: dict[str, Any] = dict(params=[], lr=self.base_lr * scale, lr_scale=scale, param_names=[])
+                if self.base_wd is not None:
+                    group['weight_decay'] = self.base_wd * custom.get('decay_mult', self._decay(owner, leaf, parameter))
+                group = groups.setdefault((group['lr'], group.get('weight_decay')), group)
+                group['params'].append(parameter)
+                group['param_names'].append(name)
+        params.extend(groups.values())
+        lines = [f'lr {group["lr"]:.3g}, weight decay {group.get("weight_decay")}: {len(group["params"])} tensors, '
+                 f'{group["param_names"][0]} and so on' for group in groups.values()]
+        print_log('\n  '.join(['Layer-wise learning rates:', *lines]), logger='current')
+
+    def _custom(self, name: str) -> dict[str, float]:
+        keys = self.paramwise_cfg.get('custom_keys', {})
+        fitting = sorted((key for key in keys if key in name), key=lambda key: (-len(key), key))
+        return keys[fitting[0]] if fitting else {}
+
+    def _decay(self, owner: nn.Module, leaf: str, parameter: torch.Tensor) -> float:
+        """What multiplies a parameter's weight decay."""
+        if isinstance(owner, _NORMS):
+            kind = 'norm'
+        elif leaf in _RATES_AND_GAINS:
+            kind = 'scan'
+        elif leaf in _EMBEDDINGS:
+            kind = 'embedding'
+        elif leaf == 'bias':
+            kind = 'bias'
+        elif parameter.ndim <= 1:
+            kind = 'flat'
+        else:
+            return 1.0
+        return self.paramwise_cfg.get(f'{kind}_decay_mult', 0.0)
+
+
+def _find_backbone(model: nn.Module) -> tuple[str, Any]:
+    """The prefix of its parameters' names, and the backbone."""
+    found = [(name, module) for name, module in model.named_modules()
+             if hasattr(module, 'get_layer_depth')
+             and (isinstance(module, SSMBackbone) or name.rpartition('.')[2] == 'backbone')]
+    if len(found) != 1:
+        names = ', '.join(name for name, _ in found) or 'none'
+        raise ValueError(f'a {type(model).__name__} with layer-wise learning rates needs exactly one backbone that has '
+                         f'get_layer_depth, as those of this package have; found: {names}')
+    name, backbone = found[0]
+    return f'{name}.' if name else '', backbone
+
+
+@OPTIM_WRAPPERS.register_module()
+class BFloat16OptimWrapper(OptimWrapper):
+    """An optimizer wrapper under whose context the model runs in bfloat16 autocast, on any device.
+
+    mmengine's ``AmpOptimWrapper`` refuses CPUs. bfloat16 has float32's range, so gradients are neither scaled nor
+    checked for overflow; parameters, gradients and the optimizer stay in float32. mmcv's RoIAlign and non-maximum
+    suppression, which know no bfloat16, are made to compute in float32. Takes ``OptimWrapper``'s arguments.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if 'mmcv.ops' in sys.modules:
+            let_mmcv_take_bfloat16()
+
+    @contextmanager
+    def optim_context(self, model: torch.nn.Module) -> Iterator[None]:
+        """Autocast to bfloat16, beside the gradient accumulation context of ``OptimWrapper``."""
+        with super().optim_context(model), autocast(dtype=torch.bfloat16):
+            yield

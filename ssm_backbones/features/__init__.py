@@ -1,0 +1,1 @@
+"""Export feature maps to files, and read them back."""

@@ -1,0 +1,179 @@
+"""Read an export of ``tools/export_features.py`` back, for training heads on frozen features."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ssm_backbones.features.store import INDEX, Record, read_settings
+from ssm_backbones.utils.errors import CommandError
+
+
+class FeatureDataset(Dataset):
+    """The exported maps of images.
+
+    An item is a dict with ``id`` (str), ``index`` (int) and ``maps``, a tuple of tensors (C, H, W). Files are mapped
+    into memory, so a level that is not asked for is not read. What else is known of an image is in ``records[index]``:
+
+    ``path``
+        The image's file.
+    ``original_size``, ``input_size``, ``padded_size``
+        Height and width of the image, of what the config's pipeline made of it, and of what the maps cover, which the
+        data preprocessor may have padded at the bottom and on the right.
+    ``scale_x``, ``scale_y``, ``offset_x``, ``offset_y``
+        Where the pipeline's resizing, cropping, padding and mirroring put the input on the original image:
+        ``original_x = offset_x + scale_x * input_x``, likewise y. Coordinates are in pixels and continuous, 0 at the
+        left (upper) edge of the first pixel. See :meth:`cell_edges` and :meth:`to_input`.
+    ``image_box``
+        Left, top, right and bottom of what is image in the input, in its pixels; what the pipeline padded is beyond.
+    ``levels``
+        Name, ``stride`` and ``shape`` (C, H, W) of each map. Cell (i, j) stands for the square of ``stride`` pixels of
+        the input whose upper left corner is (i * stride, j * stride), as resizing a map to the input has it. What a
+        backbone's convolutions see is centred up to half a cell off.
+    ``label``, ``label_map``
+        Where the data set had them.
+
+    Args:
+        folder: The folder of the export.
+        levels: Names of the levels to read, such as ``['level0', 'level3']``; all by default.
+        crop: Cut off what of the maps lies in the padding at the bottom and on the right.
+        dtype: Convert maps to this type; by default they come as they are stored.
+        transform: Called with each item; what it returns is the item then.
+
+    Attributes:
+        records: One dict for each image, in the order of the export's input.
+        settings: What made the features: ``fingerprint``, ``dtype``, ``neck``, and for each level ``name``, ``stride``
+            and ``channels``.
+
+    Raises:
+        CommandError: If the folder holds no finished export of this format, or a level is not in it.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        levels: Sequence[str] | None = None,
+        *,
+        crop: bool = False,
+        dtype: torch.dtype | None = None,
+        transform: Callable[[dict[str, Any]], Any] | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        self.settings = read_settings(folder)
+        try:
+            lines = (self.folder / INDEX).read_text(encoding='utf-8').splitlines()
+        except FileNotFoundError:
+            raise CommandError(f'{folder} has no {INDEX}: the export was interrupted; run it again.') from None
+        self.records: list[Record] = [json.loads(line) for line in lines]
+        held = [level['name'] for level in self.settings['levels']]
+        unknown = [name for name in levels or () if name not in held]
+        if unknown:
+            raise CommandError(f'{folder} has no {", ".join(unknown)}; it holds {", ".join(held)}.')
+        self.levels = list(held if levels is None else levels)
+        self.crop = crop
+        self.dtype = dtype
+        self.transform = transform
+        self._open: tuple[str, Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Any:
+        item = dict(id=self.records[index]['id'], index=index, maps=self.maps(index))
+        return item if self.transform is None else self.transform(item)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # An open file stays with its process.
+        return {**self.__dict__, '_open': None}
+
+    def maps(self, index: int, crop: bool | None = None) -> tuple[Tensor, ...]:
+        """Read the maps (C, H, W) of an image; ``crop`` overrides the data set's."""
+        record = self.records[index]
+        file = self._file(record['file'])
+        maps = tuple(file.get_tensor(f'{record["id"]}/{name}') for name in self.levels)
+        if self.crop if crop is None else crop:
+            sizes = (self._covered(record, name) for name in self.levels)
+            maps = tuple(value[:, :height, :width] for value, (height, width) in zip(maps, sizes, strict=True))
+        return maps if self.dtype is None else tuple(value.to(self.dtype) for value in maps)
+
+    def channels(self) -> list[int]:
+        """Count the channels of each level that is read."""
+        by_name = {level['name']: level['channels'] for level in self.settings['levels']}
+        return [by_name[name] for name in self.levels]
+
+    def strides(self) -> list[int]:
+        """List the stride of each level that is read: pixels of the input along a side of a cell."""
+        by_name = {level['name']: level['stride'] for level in self.settings['levels']}
+        return [by_name[name] for name in self.levels]
+
+    def cell_edges(self, index: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+        """Lay the cells of an image's maps on the original image.
+
+        Returns:
+            For each level that is read ``(y, x)``, float64 of H + 1 and W + 1 coordinates in pixels of the original:
+            cell (i, j) of the map stands for what lies between ``y[i]`` and ``y[i + 1]``, ``x[j]`` and ``x[j + 1]``.
+            They descend where the pipeline mirrors. Cells of padding lie beyond the image, or beyond what was cropped
+            from it.
+        """
+        record = self.records[index]
+        edges = []
+        for name, stride in zip(self.levels, self.strides(), strict=True):
+            height, width = self._covered(record, name) if self.crop else _level(record, name)['shape'][1:]
+            edges.append((record['offset_y'] + record['scale_y'] * stride * np.arange(height + 1.0),
+                          record['offset_x'] + record['scale_x'] * stride * np.arange(width + 1.0)))
+        return tuple(edges)
+
+    def to_input(self, index: int, image: np.ndarray, fill: float = 0) -> np.ndarray:
+        """Bring what lies over the original image, such as a label map, to where the maps are.
+
+        Args:
+            index: Number of the image.
+            image: (H, W) or (H, W, C) of the original size, of any dtype.
+            fill: What stands where the maps see padding: for label maps, the label that the loss ignores.
+
+        Returns:
+            Height and width are the record's ``padded_size``; the other dimensions and the dtype are the image's. Each
+            pixel is the nearest one of the image.
+
+        Raises:
+            ValueError: If the image is not of the original size.
+        """
+        record = self.records[index]
+        if list(image.shape[:2]) != record['original_size']:
+            height, width = record['original_size']
+            raise ValueError(f'{record["path"]} has {height} rows and {width} columns, got an array {image.shape}.')
+        result = np.full((*record['padded_size'], *image.shape[2:]), fill, image.dtype)
+        left, top, right, bottom = record['image_box']
+        rows = np.floor(record['offset_y'] + record['scale_y'] * (np.arange(top, bottom) + 0.5))
+        columns = np.floor(record['offset_x'] + record['scale_x'] * (np.arange(left, right) + 0.5))
+        # Records are rounded, so that the edge of a pixel may lie beyond the image by a thousandth.
+        rows, columns = (np.clip(places, 0, size - 1).astype(int)
+                         for places, size in zip((rows, columns), record['original_size'], strict=True))
+        result[top:bottom, left:right] = image[np.ix_(rows, columns)]
+        return result
+
+    def _covered(self, record: Record, name: str) -> tuple[int, int]:
+        """Count the rows and columns of a level's map that do not lie in the padding altogether."""
+        level = _level(record, name)
+        _, height, width = level['shape']
+        _, _, right, bottom = record['image_box']
+        return min(height, -(-bottom // level['stride'])), min(width, -(-right // level['stride']))
+
+    def _file(self, name: str) -> Any:
+        # The images of a shard follow each other, so that one open file serves.
+        if self._open is None or self._open[0] != name:
+            self._open = (name, safe_open(str(self.folder / name), framework='pt'))
+        return self._open[1]
+
+
+def _level(record: Record, name: str) -> dict[str, Any]:
+    return next(level for level in record['levels'] if level['name'] == name)

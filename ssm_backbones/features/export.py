@@ -1,0 +1,421 @@
+"""Export features for ``tools/export_features.py``: the pyramid of every image, by the config's own preprocessing.
+
+Images are batched only with images of the same size, so that no map depends
+on which images were its neighbours, and an export that was interrupted ends as one that was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ssm_backbones.apis.checks import check_device
+from ssm_backbones.apis.config import load_config
+from ssm_backbones.apis.images import (
+    MAX_PIXELS,
+    InputImage,
+    UnreadableImage,
+    check_readable,
+    find_images,
+    test_pipeline,
+)
+from ssm_backbones.apis.model import FeatureExtractor, build_extractor, fingerprint
+from ssm_backbones.features.placement import PlacedPipeline, Placement, PlacementError
+from ssm_backbones.features.store import DTYPES, FeatureStore, Record
+from ssm_backbones.utils.errors import CommandError
+from ssm_backbones.utils.files import locked
+from ssm_backbones.utils.signals import ending_on_signals
+from ssm_backbones.utils.torch_compat import OutOfMemoryError
+
+# Images that wait for others of their size, in batches: a bound on memory, beyond which batches are left unfilled.
+_WAITING_BATCHES = 4
+_PROBE = 256
+_PATIENCE = timedelta(days=30)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Options of ``tools/export_features.py``.
+
+    Attributes:
+        config: The config file.
+        checkpoint: The checkpoint of its model, or of the backbone alone, official ones too.
+        input: Which images, see :func:`~ssm_backbones.apis.images.find_images`.
+        out: The folder to write to.
+        image_folder: Where the images of a COCO file lie.
+        neck: Whether the maps pass the model's neck.
+        levels: Which of the maps to write, by their place in what the backbone or neck returns; all by default.
+        dtype: ``'fp32'``, ``'fp16'`` or ``'bf16'``, of what is written; computed is in float32.
+        shard_size: Images a file; 0 for one file an image.
+        batch_size: Images computed at once, where so many of one size come.
+        workers: Processes that read images.
+        device: ``'cpu'``, ``'cuda'`` or ``'cuda:1'``; by default a GPU where there is one.
+        max_pixels: Images with more pixels are not read.
+        preview: Draw each level of each image beside it.
+        cfg_options: Values that replace the config's, by dotted key.
+        launcher: ``'none'``, or ``'pytorch'`` where torchrun started several processes, which share the images.
+    """
+
+    config: str
+    checkpoint: str
+    input: str
+    out: str
+    image_folder: str | None = None
+    neck: bool = False
+    levels: Sequence[int] | None = None
+    dtype: str = 'fp32'
+    shard_size: int = 0
+    batch_size: int = 8
+    workers: int = 2
+    device: str | None = None
+    max_pixels: int = MAX_PIXELS
+    preview: bool = False
+    cfg_options: Mapping[str, Any] = field(default_factory=dict)
+    launcher: str = 'none'
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """Result of an export, over all processes.
+
+    Attributes:
+        exported: Images computed now.
+        kept: Images that an earlier run had exported.
+        unreadable: For each image that could not be exported, its id, path and the reason.
+        levels: Stride and channels of each level, as in ``export.json``.
+        fingerprint: The model's.
+    """
+
+    exported: int
+    kept: int
+    unreadable: list[dict[str, str]]
+    levels: list[dict[str, Any]]
+    fingerprint: str
+
+
+@dataclass
+class _Sample:
+    """An image behind the pipeline and its place, or why it could not be read."""
+
+    image: InputImage
+    data: dict[str, Any] | None = None
+    placement: Placement | None = None
+    reason: str = ''
+
+    def pin_memory(self) -> _Sample:
+        """Pin the image's pixels for the loader, where a GPU fetches them without waiting."""
+        if self.data is not None:
+            self.data['inputs'] = self.data['inputs'].pin_memory()
+        return self
+
+
+class _Images(Dataset):
+    """Read images through the pipeline; for one that cannot be read, return the reason instead of raising."""
+
+    def __init__(self, images: Sequence[InputImage], pipeline: PlacedPipeline, max_pixels: int) -> None:
+        self.images = images
+        self.pipeline = pipeline
+        self.max_pixels = max_pixels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> _Sample:
+        image = self.images[index]
+        try:
+            check_readable(image.path, self.max_pixels)
+            data, placement = self.pipeline(image.path, image.id, index)
+        except (UnreadableImage, PlacementError) as error:
+            return _Sample(image, reason=str(error))
+        except Exception as error:
+            # Decoders and transforms raise what they will for damaged files; the rest of the images goes on.
+            return _Sample(image, reason=f'{type(error).__name__}: {str(error).strip()}')
+        return _Sample(image, data, placement)
+
+
+def export_features(options: ExportOptions) -> ExportResult:
+    """Export as the options say; leave alone what is there already.
+
+    Raises:
+        CommandError: If the config, the checkpoint, the input or the folder does not allow it. Images that cannot be
+            read are no such error; the result lists them.
+    """
+    _check_options(options)
+    cfg = load_config(options.config, options.cfg_options)
+    images = find_images(options.input, cfg, options.image_folder)
+    steps = test_pipeline(cfg)
+    pipeline = PlacedPipeline(steps, cfg.default_scope)
+    rank, world, device = _start(options)
+    extractor = build_extractor(cfg, options.checkpoint, options.neck)
+    levels = describe_levels(extractor, options.levels)
+    extractor = extractor.to(device)
+    # It keeps a device of its own, which the move of a module around it leaves as it was.
+    extractor.preprocessor.to(device)
+    mark = fingerprint(extractor, cfg, steps)
+    settings = dict(fingerprint=mark, dtype=options.dtype, neck=options.neck, levels=levels)
+    store = FeatureStore(options.out, settings, options.shard_size)
+    with contextlib.ExitStack() as stack:
+        if rank == 0:
+            stack.enter_context(locked(options.out))
+            store.open()
+        _barrier(world)
+        done = store.done()
+        _check_same_images(options.out, images, done)
+        todo = [image for image in images if image.id not in done][rank::world]
+        dataset = _Images(todo, pipeline, options.max_pixels)
+        _barrier(world)
+        failures = _run(extractor, dataset, store, levels, options, device, rank, mark)
+        gathered = _gather(failures, world)
+        if rank == 0:
+            store.write_index([image.id for image in images])
+            store.write_unreadable(gathered)
+        if options.preview:
+            _draw_previews(options, images[rank::world], rank)
+        _barrier(world)
+    _stop(world)
+    kept = sum(image.id in done for image in images)
+    return ExportResult(len(images) - kept - len(gathered), kept, gathered, levels, mark)
+
+
+def describe_levels(extractor: FeatureExtractor, wanted: Sequence[int] | None = None) -> list[dict[str, Any]]:
+    """Find name, place, stride and channels of the maps to write by running the extractor on an empty image.
+
+    Raises:
+        CommandError: If a wanted level does not exist.
+    """
+    channels = getattr(extractor.backbone, 'in_channels', 3)
+    with torch.inference_mode():
+        maps = extractor(torch.zeros(1, channels if isinstance(channels, int) else 3, _PROBE, _PROBE))
+    for place in wanted or ():
+        if not 0 <= place < len(maps):
+            raise CommandError(f'--levels {place}: the model gives {len(maps)} maps, 0 to {len(maps) - 1}.')
+    if wanted is not None and len(set(wanted)) < len(wanted):
+        raise CommandError(f'--levels names a map twice: {" ".join(map(str, wanted))}.')
+    for value in maps:
+        if value.ndim != 4:
+            raise CommandError(f'the model gives {tuple(value.shape)}, no map (B, C, H, W); set its out_type.')
+    return [
+        dict(name=f'level{place}', index=place, stride=_PROBE // maps[place].shape[2], channels=maps[place].shape[1])
+        for place in (range(len(maps)) if wanted is None else wanted)
+    ]
+
+
+def batches(samples: Iterable[_Sample], batch_size: int) -> Iterator[list[_Sample]]:
+    """Gather samples of one size, up to ``batch_size``; of few of a size, less, lest too many wait."""
+    waiting: dict[tuple[int, ...], list[_Sample]] = {}
+    for sample in samples:
+        assert sample.data is not None, 'only what could be read is batched'
+        shape = tuple(sample.data['inputs'].shape)
+        waiting.setdefault(shape, []).append(sample)
+        if len(waiting[shape]) == batch_size:
+            yield waiting.pop(shape)
+        elif sum(map(len, waiting.values())) >= _WAITING_BATCHES * batch_size:
+            yield waiting.pop(max(waiting, key=lambda key: len(waiting[key])))
+    yield from waiting.values()
+
+
+def _run(extractor: FeatureExtractor, dataset: _Images, store: FeatureStore, levels: Sequence[Mapping[str, Any]],
+         options: ExportOptions, device: torch.device, rank: int, mark: str) -> list[dict[str, str]]:
+    failures: list[dict[str, str]] = []
+
+    def readable(samples: Iterable[_Sample]) -> Iterator[_Sample]:
+        for sample in samples:
+            if sample.data is None:
+                image = sample.image
+                failures.append(dict(id=image.id, path=image.path, reason=sample.reason))
+                advance(1)
+            else:
+                yield sample
+
+    workers = min(options.workers, len(dataset))
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        # So that, while a batch is computed, the next one is read as a whole.
+        prefetch_factor=max(2, -(-2 * options.batch_size // workers)) if workers else None,
+        pin_memory=device.type == 'cuda',
+    )
+    # One thread writes while the next batch is computed; it is the only one that touches the store.
+    with _progress(len(dataset), rank) as advance, ThreadPoolExecutor(1) as writer, ending_on_signals():
+        pending: list[Future] = []
+        try:
+            for batch in batches(readable(loader), options.batch_size):
+                exported = _compute(extractor, batch, levels, options, device, mark)
+                for future in pending:
+                    future.result()
+                pending = [writer.submit(_store, store, exported)]
+                advance(len(batch))
+        finally:
+            # Interrupted or not, what was computed is kept.
+            for future in pending:
+                future.result()
+            store.flush()
+    return failures
+
+
+@dataclass
+class _Computed:
+    """The maps (B, C, H, W) of a batch, on their way to the CPU, with the records of its images."""
+
+    records: list[Record]
+    maps: dict[str, Tensor]
+    largest: Tensor | None
+    arrived: torch.cuda.Event | None
+
+    def images(self) -> Iterator[tuple[Record, dict[str, Tensor]]]:
+        """Yield each image's record and maps (C, H, W), once they have arrived."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        if self.largest is not None and self.largest > torch.finfo(torch.float16).max:
+            raise CommandError(
+                f'features reach {self.largest.item():.3g}, beyond what float16 holds; use --dtype bf16 or fp32.'
+            )
+        for place, record in enumerate(self.records):
+            yield record, {name: value[place].contiguous() for name, value in self.maps.items()}
+
+
+def _store(store: FeatureStore, computed: _Computed) -> None:
+    for record, maps in computed.images():
+        store.add(record, maps)
+
+
+@torch.inference_mode()
+def _compute(extractor: FeatureExtractor, batch: Sequence[_Sample], levels: Sequence[Mapping[str, Any]],
+             options: ExportOptions, device: torch.device, mark: str) -> _Computed:
+    data = [sample.data for sample in batch if sample.data is not None]
+    # A GPU is handed work without waiting for it: pixels go there as bytes, maps come back behind the computation.
+    inputs = [each['inputs'].to(device, non_blocking=True) for each in data]
+    try:
+        images = extractor.preprocess(dict(inputs=inputs, data_samples=[each['data_samples'] for each in data]))
+        maps = extractor(images)
+    except OutOfMemoryError as error:
+        height, width = inputs[0].shape[1:]
+        raise CommandError(
+            f'{len(batch)} images of {width}x{height} pixels do not fit into the memory of {device}; '
+            'lower --batch-size, or --max-pixels to leave the largest images out.'
+        ) from error
+    dtype = DTYPES[options.dtype]
+    chosen = {level['name']: maps[level['index']] for level in levels}
+    moved = {name: value.to(dtype).to('cpu', non_blocking=True) for name, value in chosen.items()}
+    largest = arrived = None
+    if dtype == torch.float16:
+        largest = torch.stack([_largest(value) for value in chosen.values()]).amax().to('cpu', non_blocking=True)
+    if device.type == 'cuda':
+        arrived = torch.cuda.Event()
+        arrived.record(torch.cuda.current_stream(device))
+    records: list[Record] = []
+    for sample, each in zip(batch, data, strict=True):
+        assert sample.placement is not None, 'what could be read has a place'
+        meta = each['data_samples'].metainfo
+        records.append(dict(
+            id=sample.image.id,
+            path=os.path.abspath(sample.image.path),
+            original_size=list(meta['ori_shape'][:2]),
+            input_size=list(each['inputs'].shape[1:]),
+            padded_size=list(images.shape[2:]),
+            **asdict(sample.placement),
+            dtype=options.dtype,
+            levels=[
+                dict(name=level['name'], stride=level['stride'], shape=list(moved[level['name']].shape[1:]))
+                for level in levels
+            ],
+            fingerprint=mark,
+            **sample.image.extra,
+        ))
+    return _Computed(records, moved, largest, arrived)
+
+
+def _largest(value: Tensor) -> Tensor:
+    """Return the largest finite magnitude; what the model itself has made infinite is written as it is."""
+    return torch.where(torch.isfinite(value), value, torch.zeros_like(value)).abs().amax()
+
+
+def _check_options(options: ExportOptions) -> None:
+    if options.dtype not in DTYPES:
+        raise CommandError(f'--dtype is one of {", ".join(DTYPES)}, got {options.dtype!r}.')
+    for name, least in (('shard_size', 0), ('batch_size', 1), ('workers', 0), ('max_pixels', 1)):
+        value = getattr(options, name)
+        if value < least:
+            raise CommandError(f'--{name.replace("_", "-")} must be at least {least}, got {value}.')
+    if os.path.isfile(options.out):
+        raise CommandError(f'--out {options.out} is a file; name a folder.')
+
+
+def _check_same_images(out: str, images: Sequence[InputImage], done: Mapping[str, Record]) -> None:
+    """Refuse images that are called like others whose features are there: an id says nothing of the folder."""
+    for image in images:
+        if image.id not in done:
+            continue
+        path, held = os.path.abspath(image.path), os.path.abspath(done[image.id]['path'])
+        if path != held and os.path.realpath(path) != os.path.realpath(held):
+            raise CommandError(
+                f'--out {out} holds features of another image with the id {image.id!r}: {held}, this one is '
+                f'{path}. Name another --out.'
+            )
+
+
+def _start(options: ExportOptions) -> tuple[int, int, torch.device]:
+    """Return rank, number of processes and device; join the processes where there are many."""
+    device = check_device(options.device)
+    if options.launcher == 'none':
+        return 0, 1, device
+    missing = [name for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK') if name not in os.environ]
+    if missing:
+        raise CommandError(
+            f'--launcher pytorch: {", ".join(missing)} not set; start the processes with '
+            'torchrun --nproc_per_node=N tools/export_features.py ... --launcher pytorch.'
+        )
+    if device.type == 'cuda':
+        device = check_device(f'cuda:{os.environ["LOCAL_RANK"]}')
+        torch.cuda.set_device(device)
+    # Only small messages are exchanged, so gloo serves GPUs as well. A process that is through with its images waits
+    # for the slowest one; of a process that ended, the others hear at once.
+    torch.distributed.init_process_group('gloo', timeout=_PATIENCE)
+    return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
+
+
+def _stop(world: int) -> None:
+    if world > 1 or torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _barrier(world: int) -> None:
+    if world > 1:
+        torch.distributed.barrier()
+
+
+def _gather(failures: list[dict[str, str]], world: int) -> list[dict[str, str]]:
+    if world == 1:
+        return failures
+    parts: list[Any] = [None] * world
+    torch.distributed.all_gather_object(parts, failures)
+    return [failure for part in parts for failure in part]
+
+
+def _draw_previews(options: ExportOptions, images: Sequence[InputImage], rank: int) -> None:
+    from ssm_backbones.features.preview import draw_missing_previews
+
+    draw_missing_previews(options.out, {image.id for image in images}, quiet=rank != 0)
+
+
+@contextlib.contextmanager
+def _progress(total: int, rank: int) -> Iterator[Any]:
+    """Show a bar on the error stream of the first process; yield a function that takes how many images are done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn('exporting'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(file=sys.stderr), disable=rank != 0 or not total) as progress:
+        task = progress.add_task('exporting', total=total)
+        yield lambda count: progress.advance(task, count)

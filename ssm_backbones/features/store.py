@@ -1,0 +1,188 @@
+"""The files of a feature export: written aside and renamed, so that each is whole or not there.
+
+Layout of the folder::
+
+    export.json            what made the features: fingerprint, levels, dtype
+    index.jsonl            one record for each image, in the order of the input
+    features/<id>.safetensors                one image a file, or
+    features/shard-<hash>.safetensors        many images a file
+    unreadable.jsonl       images that could not be exported, if any
+    previews/<id>.png      drawings of the levels, if asked for
+
+A file holds the tensors ``<id>/<level>``, each (C, H, W), and in its metadata, under ``images``, the records of its
+images as JSON. The index repeats them, so that it can be made anew from the files at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ssm_backbones.utils.errors import CommandError
+from ssm_backbones.utils.files import PARTIAL_NAME, file_name, whole_file, write_whole, writing
+
+# 2: records say where an input lies on the original image (:class:`~ssm_backbones.features.placement.Placement`).
+FORMAT = 'ssm_backbones.features/2'
+DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
+EXPORT, INDEX, UNREADABLE = 'export.json', 'index.jsonl', 'unreadable.jsonl'
+FEATURES, PREVIEWS = 'features', 'previews'
+
+Record = dict[str, Any]
+
+
+class FeatureStore:
+    """The folder of an export, for writing.
+
+    Args:
+        folder: The folder; made if need be.
+        settings: What made the features, JSON. An export that was made otherwise is refused.
+        shard_size: Images a file; 0 for one file an image, named by its id.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], settings: Mapping[str, Any], shard_size: int = 0) -> None:
+        self.folder = Path(folder)
+        self.shard_size = shard_size
+        self._waiting: list[tuple[Record, dict[str, Tensor]]] = []
+        self._settings = {'format': FORMAT, **settings}
+
+    def open(self) -> None:
+        """Make the folder or check that it is of the same export, and remove what a killed run left half-written.
+
+        Raises:
+            CommandError: If the folder holds another export or cannot be written.
+        """
+        with writing(self.folder):
+            (self.folder / FEATURES).mkdir(parents=True, exist_ok=True)
+            path = self.folder / EXPORT
+            if path.exists():
+                self._check_settings(read_settings(self.folder))
+            else:
+                write_whole(path, json.dumps(self._settings, indent=1) + '\n')
+            for left in self._left():
+                left.unlink()
+
+    def _left(self) -> list[Path]:
+        """Find what a killed run left in the folders of an export; other files and folders there are not ours."""
+        found = list(self.folder.glob('.*.part'))
+        for name in (FEATURES, PREVIEWS):
+            found += (self.folder / name).rglob('.*.part')
+        return [path for path in found if PARTIAL_NAME.fullmatch(path.name)]
+
+    def _check_settings(self, held: Mapping[str, Any]) -> None:
+        for key, value in self._settings.items():
+            if held.get(key) != value:
+                what = 'another model (its fingerprint differs)' if key == 'fingerprint' else f'another {key}'
+                raise CommandError(
+                    f'--out {self.folder} holds an export of {what}: {held.get(key)}, this one has {value}. '
+                    'Name another folder, or remove that one.'
+                )
+
+    def done(self) -> dict[str, Record]:
+        """Read the records of all images whose features are there, by id."""
+        return {record['id']: record for record in read_records(self.folder)}
+
+    def add(self, record: Record, maps: Mapping[str, Tensor]) -> None:
+        """Write an image's maps, or keep them until a shard is full."""
+        self._waiting.append((record, {f'{record["id"]}/{level}': value for level, value in maps.items()}))
+        if len(self._waiting) >= max(self.shard_size, 1):
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is kept, as a shard of its own if it is fewer than a full one.
+
+        Raises:
+            CommandError: If the folder cannot be written, or the disk is full.
+        """
+        if not self._waiting:
+            return
+        ids = [record['id'] for record, _ in self._waiting]
+        if self.shard_size:
+            name = f'shard-{hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]}'
+        else:
+            name = file_name(ids[0])
+        path = self.folder / FEATURES / f'{name}.safetensors'
+        records = [{**record, 'file': path.relative_to(self.folder).as_posix()} for record, _ in self._waiting]
+        tensors = {key: value for _, maps in self._waiting for key, value in maps.items()}
+        # Whatever comes of it, these are not tried again.
+        self._waiting.clear()
+        with writing(self.folder):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(path) as partial:
+                save_file(tensors, str(partial), metadata={'format': FORMAT, 'images': json.dumps(records)})
+
+    def write_index(self, order: Sequence[str]) -> int:
+        """Write the index of all features that are there: the given ids first, in their order.
+
+        Returns:
+            How many images it lists.
+
+        Raises:
+            CommandError: If the folder cannot be written, or the disk is full.
+        """
+        records = self.done()
+        ids = [id for id in order if id in records]
+        ids += sorted(records.keys() - set(ids))
+        with writing(self.folder):
+            write_whole(self.folder / INDEX, ''.join(json.dumps(records[id]) + '\n' for id in ids))
+        return len(ids)
+
+    def write_unreadable(self, failures: Sequence[Mapping[str, str]]) -> None:
+        """Write the list of images that could not be exported, or remove an earlier run's if there are none.
+
+        Raises:
+            CommandError: If the folder cannot be written, or the disk is full.
+        """
+        path = self.folder / UNREADABLE
+        with writing(self.folder):
+            if failures:
+                write_whole(path, ''.join(json.dumps(failure) + '\n' for failure in failures))
+            else:
+                path.unlink(missing_ok=True)
+
+
+def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what made the features in a folder.
+
+    Raises:
+        CommandError: If the folder holds no export, or one of another format.
+    """
+    path = Path(folder, EXPORT)
+    try:
+        settings = json.loads(path.read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        raise CommandError(f'{folder} holds no feature export: it has no {EXPORT}.') from None
+    except ValueError as error:
+        raise CommandError(f'{path} is damaged: {error}') from error
+    if settings.get('format') != FORMAT:
+        raise CommandError(
+            f'{path} is of the format {settings.get("format")!r}, expected {FORMAT!r}: records of other formats do not '
+            'say where the features lie on the image. Export again into another folder.'
+        )
+    return settings
+
+
+def read_records(folder: str | os.PathLike[str]) -> Iterator[Record]:
+    """Read the records of all features in a folder, from the files themselves.
+
+    Raises:
+        CommandError: If a file is damaged.
+    """
+    for path in sorted(Path(folder, FEATURES).rglob('*.safetensors')):
+        if path.name.startswith('.'):
+            continue
+        try:
+            with safe_open(str(path), framework='pt') as file:
+                yield from json.loads(file.metadata()['images'])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise CommandError(
+                f'{path} is damaged or no part of an export ({error}); remove it and export again.'
+            ) from error

@@ -1,0 +1,175 @@
+"""The scans in operators that other runtimes have: tensor arithmetic around one plain first-order recurrence.
+
+``cuda_ops::route_scan`` and ``cuda_ops::wavefront_scan`` are rewritten for :func:`torch.export` programs. What is left
+of them that is no elementwise arithmetic are two loops over a leading dimension, operators of their own here, each of
+which ONNX says with its standard ``Scan``::
+
+    ssm_export::line    h_l = decay_l * h_{l-1} + inflow_l
+    ssm_export::front   h_l[i] = left_l[i] * h_{l-1}[i] + top_l[i] * h_{l-1}[i-1] + inflow_l[i]
+
+The second one goes over the anti-diagonals of a map, i being the row. All lengths may be unknown until run time.
+Decay, inflow and states of all positions are materialised, (positions, channels, states) for each route.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cuda_ops.reference import COLUMN, COLUMN_REVERSED, ROW_REVERSED, step_sizes
+
+_LIBRARY = torch.library.Library('ssm_export', 'DEF')
+_LIBRARY.define('line(Tensor decay, Tensor inflow) -> Tensor')
+_LIBRARY.define('front(Tensor left, Tensor top, Tensor inflow) -> Tensor')
+
+
+@torch.library.impl('ssm_export::line', 'CompositeExplicitAutograd', lib=_LIBRARY)
+def line(decay: Tensor, inflow: Tensor) -> Tensor:
+    """``h_l = decay_l * h_{l-1} + inflow_l`` along dim 0 from zero; both (L, ...), as is the result."""
+    states = torch.empty_like(inflow)
+    state = torch.zeros_like(inflow[0])
+    for position in range(inflow.shape[0]):
+        state = decay[position] * state + inflow[position]
+        states[position] = state
+    return states
+
+
+@torch.library.impl('ssm_export::front', 'CompositeExplicitAutograd', lib=_LIBRARY)
+def front(left: Tensor, top: Tensor, inflow: Tensor) -> Tensor:
+    """``h_l[i] = left_l[i] * h_{l-1}[i] + top_l[i] * h_{l-1}[i-1] + inflow_l[i]`` from zero; all (L, I, ...)."""
+    states = torch.empty_like(inflow)
+    state = torch.zeros_like(inflow[0])
+    for position in range(inflow.shape[0]):
+        above = torch.cat([torch.zeros_like(state[:1]), state[:-1]])
+        state = left[position] * state + top[position] * above + inflow[position]
+        states[position] = state
+    return states
+
+
+@torch.library.register_fake('ssm_export::line', lib=_LIBRARY)
+def _(decay: Tensor, inflow: Tensor) -> Tensor:
+    return torch.empty_like(inflow, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake('ssm_export::front', lib=_LIBRARY)
+def _(left: Tensor, top: Tensor, inflow: Tensor) -> Tensor:
+    return torch.empty_like(inflow, memory_format=torch.contiguous_format)
+
+
+def route_scan(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Tensor | None, D: Tensor | None,
+    delta_bias: Tensor | None, routes: list[int], per_line: bool, delta_softplus: bool, chunk: int,
+    delta_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``cuda_ops::route_scan`` for inference; arguments and results as there, but empty states.
+
+    Raises:
+        NotImplementedError: With groups of channels, which no backbone uses.
+    """
+    if any(value is not None and value.shape[4] != 1 for value in (B, C)):
+        raise NotImplementedError('only scans with one group of channels are exported')
+    batch, height, width, channels = x.shape
+    if delta_weight is not None:
+        delta = step_sizes(delta, delta_weight)
+    d = delta.float() if delta_bias is None else delta.float() + delta_bias
+    d = F.softplus(d) if delta_softplus else d
+    u = x.float()
+    inflow = (d * u.unsqueeze(3)).unsqueeze(5)
+    if B is not None:
+        inflow = inflow * B.float()
+    decay = torch.exp(d.unsqueeze(5) * A)
+    if B is None:
+        inflow = inflow.expand(decay.shape)
+    # One loop serves all routes: (positions, routes, ...), with the batch, and the lines if they are apart, behind.
+    ways = [_along(route, per_line) for route in routes]
+    states = torch.ops.ssm_export.line(
+        torch.stack([way(decay[:, :, :, k]) for k, way in enumerate(ways)], 1).contiguous(),
+        torch.stack([way(inflow[:, :, :, k]) for k, way in enumerate(ways)], 1).contiguous(),
+    )
+    output = u * D.sum(0) if D is not None else torch.zeros_like(u)
+    for k, route in enumerate(routes):
+        on_grid = _back(states[:, k], route, per_line, height, width)
+        weighted = on_grid if C is None else on_grid * C[:, :, :, k].float()
+        output = output + weighted.sum(-1)
+    nothing = x.new_empty((0,), dtype=torch.float32)
+    last = nothing if per_line else states[-1].transpose(0, 1).contiguous()
+    return output.to(x.dtype), last, nothing
+
+
+def wavefront_scan(
+    x: Tensor, delta_top: Tensor, delta_left: Tensor, A_top: Tensor, A_left: Tensor, B_top: Tensor, B_left: Tensor,
+    C: Tensor, D: Tensor | None, reverse: bool, chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``cuda_ops::wavefront_scan`` for inference; arguments and results as there, but empty states."""
+    height, width = x.shape[1], x.shape[2]
+    maps = [value.float() for value in (x, delta_top, delta_left, B_top, B_left, C)]
+    if reverse:
+        maps = [value.flip(1, 2) for value in maps]
+    u, d_top, d_left, b_top, b_left, c = maps
+    rows = torch.arange(height, device=x.device)[:, None]
+    columns = torch.arange(width, device=x.device)[None]
+    # Both neighbours count half; where there is one alone it counts whole, and the first pixel takes the left inflow.
+    top = (rows > 0).float() * torch.where(columns > 0, 0.5, 1.0)
+    top, left = top[..., None, None], (1.0 - top)[..., None, None]
+    decay_top = top * torch.exp(d_top.unsqueeze(4) * A_top)
+    decay_left = left * torch.exp(d_left.unsqueeze(4) * A_left)
+    inflow = top * (d_top * u).unsqueeze(4) * b_top.unsqueeze(3)
+    inflow = inflow + left * (d_left * u).unsqueeze(4) * b_left.unsqueeze(3)
+    states = torch.ops.ssm_export.front(*(_skew(value) for value in (decay_left, decay_top, inflow)))
+    y = (_unskew(states, width) * c.unsqueeze(3)).sum(4)
+    if D is not None:
+        y = y + D * u
+    y = y.flip(1, 2) if reverse else y
+    nothing = x.new_empty((0,), dtype=torch.float32)
+    return y.to(x.dtype), nothing, nothing
+
+
+def replacements() -> dict[Any, Callable[..., Any]]:
+    """For :class:`ssm_backbones.onnx_export.override.Replacing`: what to call for each scan."""
+    return {torch.ops.cuda_ops.route_scan: route_scan, torch.ops.cuda_ops.wavefront_scan: wavefront_scan}
+
+
+def _along(route: int, per_line: bool) -> Callable[[Tensor], Tensor]:
+    """Reorders (B, H, W, ...) into the order in which a route goes: (positions, B or (B, lines), ...)."""
+
+    def reorder(grid: Tensor) -> Tensor:
+        column = route in (COLUMN, COLUMN_REVERSED)
+        if per_line:
+            sequence = grid.movedim(1 if column else 2, 0)
+        else:
+            sequence = (grid.transpose(1, 2) if column else grid).flatten(1, 2).transpose(0, 1)
+        return sequence.flip(0) if route in (ROW_REVERSED, COLUMN_REVERSED) else sequence
+
+    return reorder
+
+
+def _back(sequence: Tensor, route: int, per_line: bool, height: int, width: int) -> Tensor:
+    """Undoes :func:`_along`: (positions, ...) back to (B, H, W, ...)."""
+    column = route in (COLUMN, COLUMN_REVERSED)
+    if route in (ROW_REVERSED, COLUMN_REVERSED):
+        sequence = sequence.flip(0)
+    if per_line:
+        return sequence.movedim(0, 1 if column else 2)
+    grid = sequence.transpose(0, 1).unflatten(1, (width, height) if column else (height, width))
+    return grid.transpose(1, 2) if column else grid
+
+
+def _skew(grid: Tensor) -> Tensor:
+    """(B, H, W, E, N) -> (H + W - 1, H, B, E, N): row i moved right by i, so that anti-diagonals become columns."""
+    batch, height, width, channels, states = grid.shape
+    padded = F.pad(grid, (0, 0, 0, 0, 0, height)).flatten(1, 2)
+    # With one pixel less in each row, every row starts one further to the right than the one above.
+    skewed = padded[:, : height * (height + width - 1)].reshape(batch, height, height + width - 1, channels, states)
+    return skewed.permute(2, 1, 0, 3, 4).contiguous()
+
+
+def _unskew(skewed: Tensor, width: int) -> Tensor:
+    """Undoes :func:`_skew`."""
+    _, height, batch, channels, states = skewed.shape
+    flat = skewed.permute(2, 1, 0, 3, 4).flatten(1, 2)
+    padded = F.pad(flat, (0, 0, 0, 0, 0, height))
+    return padded.reshape(batch, height, height + width, channels, states)[:, :, :width]

@@ -1,0 +1,117 @@
+"""The two loops of :mod:`ssm_backbones.onnx_export.decompositions` as ONNX's standard ``Scan``.
+
+PyTorch's exporter translates them to placeholders, because what it lets a translation build has no loops; then each
+placeholder is replaced in the finished graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnxscript import values
+
+OPSET = 18
+_DOMAIN = 'ssm_export'
+
+
+def translations() -> dict[Any, Callable[..., Any]]:
+    """For ``torch.onnx.export(custom_translation_table=...)``: the placeholders."""
+    line = _placeholder('line', ['decay', 'inflow'])
+    front = _placeholder('front', ['left', 'top', 'inflow'])
+    return {
+        torch.ops.ssm_export.line.default: lambda decay, inflow: line(decay, inflow),
+        torch.ops.ssm_export.front.default: lambda left, top, inflow: front(left, top, inflow),
+    }
+
+
+def _placeholder(name: str, inputs: Sequence[str]) -> values.Op:
+    schema = onnx.defs.OpSchema(
+        name,
+        _DOMAIN,
+        1,
+        inputs=[onnx.defs.OpSchema.FormalParameter(each, 'T') for each in inputs],
+        outputs=[onnx.defs.OpSchema.FormalParameter('states', 'T')],
+        type_constraints=[('T', ['tensor(float)'], 'float32')],
+    )
+    return values.Op(values.Opset(_DOMAIN, 1), name, schema)
+
+
+def replace_placeholders(model: ir.Model) -> int:
+    """Put a ``Scan`` for every placeholder in a model, in place.
+
+    Returns:
+        How many there were.
+    """
+    placeholders = [node for node in model.graph if node.domain == _DOMAIN]
+    for number, node in enumerate(placeholders):
+        body = {'line': _line, 'front': _front}[node.op_type](f'{node.op_type}{number}')
+        nodes, states = _scan(body, [value for value in node.inputs if value is not None], node.outputs[0])
+        ir.convenience.replace_nodes_and_values(model.graph, node, [node], nodes, [node.outputs[0]], [states])
+    model.graph.opset_imports.pop(_DOMAIN, None)
+    return len(placeholders)
+
+
+def _line(name: str) -> _Body:
+    """``h_l = decay_l * h_{l-1} + inflow_l``."""
+    body = _Body(name, ['state', 'decay', 'inflow'])
+    state, decay, inflow = body.inputs
+    body.finish(body.add('Add', body.add('Mul', decay, state), inflow))
+    return body
+
+
+def _front(name: str) -> _Body:
+    """``h_l[i] = left_l[i] * h_{l-1}[i] + top_l[i] * h_{l-1}[i-1] + inflow_l[i]``."""
+    body = _Body(name, ['state', 'left', 'top', 'inflow'])
+    state, left, top, inflow = body.inputs
+    start, one, end = body.constant(0), body.constant(1), body.constant(-1)
+    # Above the first row there are zeros.
+    row = body.add('Slice', state, start, one, start)
+    above = body.add('Concat', body.add('Sub', row, row), body.add('Slice', state, start, end, start), axis=0)
+    moved = body.add('Add', body.add('Mul', left, state), body.add('Mul', top, above))
+    body.finish(body.add('Add', moved, inflow))
+    return body
+
+
+class _Body:
+    """The graph of one step of a ``Scan``: the state first, then what comes with the position."""
+
+    def __init__(self, name: str, inputs: Sequence[str]) -> None:
+        self.name = name
+        self.inputs = [ir.Value(name=f'{name}_{each}', type=ir.TensorType(ir.DataType.FLOAT)) for each in inputs]
+        self.nodes: list[Any] = []
+        self.graph: Any = None
+
+    def add(self, kind: str, *inputs: Any, **attributes: Any) -> Any:
+        """Add a node and return its output."""
+        name = f'{self.name}_{len(self.nodes)}'
+        output = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT))
+        self.nodes.append(ir.node(kind, inputs, attributes, outputs=[output], name=f'{name}_{kind}'))
+        return output
+
+    def constant(self, value: int) -> Any:
+        """A vector of one integer."""
+        output = self.add('Constant', value=ir.tensor([value], dtype=ir.DataType.INT64))
+        output.type = ir.TensorType(ir.DataType.INT64)
+        return output
+
+    def finish(self, state: Any) -> None:
+        """The next state, which is also the step's output."""
+        copy = self.add('Identity', state)
+        self.graph = ir.Graph(self.inputs, [state, copy], nodes=self.nodes, opset_imports={'': OPSET}, name=self.name)
+
+
+def _scan(body: _Body, sequences: Sequence[ir.Value], output: ir.Value) -> tuple[list[ir.Node], ir.Value]:
+    """The nodes that run a body over the first axis of the sequences from a zero state, and the states of all steps."""
+    outer = _Body(f'{body.name}_start', [])
+    start, one = outer.constant(0), outer.constant(1)
+    first = outer.add('Squeeze', outer.add('Slice', sequences[-1], start, one, start), start)
+    zeros = outer.add('Sub', first, first)
+    last = ir.Value(name=f'{body.name}_last', type=output.type)
+    states = ir.Value(name=f'{body.name}_states', type=output.type, shape=output.shape)
+    attributes = dict(body=body.graph, num_scan_inputs=len(sequences))
+    scan = ir.node('Scan', [zeros, *sequences], attributes, outputs=[last, states], name=f'{body.name}_scan')
+    return [*outer.nodes, scan], states
