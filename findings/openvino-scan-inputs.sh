@@ -2,8 +2,8 @@
 # openvino 2026.4.1, onnx 1.23.2, onnxruntime 1.31.1, numpy 2.4.6, Python 3.11, x86-64
 #
 # ONNX binds the inputs of a Scan's body by their order in the body's declaration: states first, then a slice of each
-# scanned input. OpenVINO binds them in the order in which the body's nodes use them. A recurrence h = a * h + b whose body
-# says Mul(a, h) gets a and h exchanged, and converts, compiles and runs without a word where their shapes agree;
+# scanned input. OpenVINO binds them in the order in which the body's nodes use them. A recurrence h = a * h + b whose
+# body says Mul(a, h) gets a and h exchanged, and converts, compiles and runs without a word where their shapes agree;
 # Mul(h, a) is right. A body that begins with Identity nodes for its inputs, in their order, is right as well.
 #
 # Seen, h = a * h + b over 5 steps (largest difference from numpy):

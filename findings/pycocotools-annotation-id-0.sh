@@ -3,8 +3,8 @@
 #
 # COCOeval notes the id of the annotation that a detection matched, and 0 where none did. An annotation whose id is 0
 # therefore never counts as found: its detection is a false positive, and itself a miss. Files numbered from 0, as many
-# converters write them, lose one object: perfect predictions score below 1, and 0 where it is the only object.
-# The format does not say where ids start; no warning is given.
+# converters write them, lose one object: perfect predictions score below 1, and 0 where it is the only object. The
+# format does not say where ids start; no warning is given.
 #
 # Seen, perfect predictions for one object in each of three images:
 #   ids 1, 2, 3: AP 1.000
@@ -14,7 +14,7 @@ set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 python3 -m venv "$dir/venv"
-"$dir/venv/bin/pip" install --quiet numpy==2.4.6 pycocotools==2.0.11
+"$dir/venv/bin/pip" install --quiet --no-compile numpy==2.4.6 pycocotools==2.0.11
 "$dir/venv/bin/python" - <<'EOF'
 import contextlib
 import io

@@ -2,11 +2,11 @@
 # safetensors 0.8.0, numpy 2.4.6, pycocotools 2.0.11, Python 3.11, x86-64
 #
 # safetensors.numpy.save and save_file write an array's memory as it lies under the array's shape, whatever its strides.
-# An array in Fortran order comes back with its values permuted: no error, no warning. Up to 0.7.0 the values were right;
-# safetensors.torch refuses such a tensor ("You are trying to save a non contiguous tensor"). The docstring asks for
-# "contiguous and dense" arrays, and numpy calls an array in Fortran order contiguous too.
-# Masks from pycocotools.mask.decode are in Fortran order, so a set of masks stored this way is scrambled.
-# np.ascontiguousarray before saving avoids it.
+# An array in Fortran order comes back with its values permuted: no error, no warning. Up to 0.7.0 the values were
+# right; safetensors.torch refuses such a tensor ("You are trying to save a non contiguous tensor"). The docstring asks
+# for "contiguous and dense" arrays, and numpy calls an array in Fortran order contiguous too. Masks from
+# pycocotools.mask.decode are in Fortran order, so a set of masks stored this way is scrambled. np.ascontiguousarray
+# before saving avoids it.
 #
 # Seen:
 #   0.8.0: [[0, 1, 2], [3, 4, 5]] in Fortran order is read back as [[0, 3, 1], [4, 2, 5]]
@@ -17,7 +17,7 @@ dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 python3 -m venv "$dir/venv"
 python="$dir/venv/bin/python"
-"$python" -m pip install --quiet numpy==2.4.6 pycocotools==2.0.11 safetensors==0.8.0
+"$python" -m pip install --quiet --no-compile numpy==2.4.6 pycocotools==2.0.11 safetensors==0.8.0
 cat > "$dir/check.py" <<'EOF'
 import sys
 
@@ -40,5 +40,5 @@ print(f'{version}: a mask decoded by pycocotools is read back equal: {equal}')
 sys.exit(equal or back.tolist() != [[0, 3, 1], [4, 2, 5]])
 EOF
 "$python" "$dir/check.py"
-"$python" -m pip install --quiet safetensors==0.7.0
+"$python" -m pip install --quiet --no-compile safetensors==0.7.0
 "$python" "$dir/check.py"

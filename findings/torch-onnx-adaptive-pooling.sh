@@ -1,9 +1,9 @@
 #!/bin/sh
 # torch 2.13.0 (CPU), onnx 1.23.2, onnxscript 0.7.2, onnxruntime 1.31.1, numpy 2.4.6, Python 3.11, x86-64
 #
-# torch.onnx.export(dynamo=True) takes adaptive_avg_pool2d with dynamic height and width without a word. The graph is right
-# at the size that it was traced with. At others it gives wrong averages, or stops with an index out of range, although
-# its inputs are declared to be of any size. UPerNet's and PSPNet's pooling heads are made of this operator.
+# torch.onnx.export(dynamo=True) takes adaptive_avg_pool2d with dynamic height and width without a word. The graph is
+# right at the size that it was traced with. At others it gives wrong averages, or stops with an index out of range,
+# although its inputs are declared to be of any size. UPerNet's and PSPNet's pooling heads are made of this operator.
 # torch.export's own program is right at every size.
 #
 # Seen, traced at 17 x 19, pooled to 3 x 3, the values from 0 to 1 along the width (largest difference from PyTorch):

@@ -1,10 +1,10 @@
 #!/bin/sh
 # torch 2.13.0 (CPU), onnx 1.23.2, onnxscript 0.7.2, onnxruntime 1.31.1, numpy 2.4.6, Python 3.11, x86-64
 #
-# Where a size is dynamic, torch.onnx.export(dynamo=True) writes Python's floor division of sizes as a division that rounds
-# towards zero. The usual idiom for rounding up, -(-size // 4), then rounds down: a graph that pads images to a multiple
-# of 4 crops them instead. The export succeeds; torch.export's own program is right, and so is the division of tensors of integers.
-# (size + 3) // 4 has no negative numbers and avoids it.
+# Where a size is dynamic, torch.onnx.export(dynamo=True) writes Python's floor division of sizes as a division that
+# rounds towards zero. The usual idiom for rounding up, -(-size // 4), then rounds down: a graph that pads images to a
+# multiple of 4 crops them instead. The export succeeds; torch.export's own program is right, and so is the division of
+# tensors of integers. (size + 3) // 4 has no negative numbers and avoids it.
 #
 # Seen, an image of 17 x 19 padded to multiples of 4 by -(-size // 4) * 4:
 #   PyTorch (20, 20), torch.export (20, 20), onnxruntime (16, 16)

@@ -8,6 +8,7 @@ applied at most once in a process and is reported through the logger ``ssm_backb
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import functools
 import importlib
@@ -120,7 +121,8 @@ def _mend_checkpoint_loading() -> None:
     # NumPy 1 wrote the module as numpy.core, NumPy 2 writes numpy._core; either may read the other's checkpoints.
     for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
         allowed |= {f'{module}._reconstruct': multiarray._reconstruct, f'{module}.scalar': multiarray.scalar}
-    allowed['builtins.getattr'] = _history_buffer_method
+    # How NumPy stores bytes in old pickles, which torch allows by itself from 2.5 on.
+    allowed |= {'_codecs.encode': codecs.encode, 'builtins.getattr': _history_buffer_method}
     allow_in_checkpoints(allowed)
     logger.debug("mmengine's HistoryBuffer and NumPy numbers may be read from checkpoints (weights_only=True).")
 
