@@ -220,3 +220,16 @@ def _in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
         return out.bfloat16() if out.is_floating_point() else out
 
     return computed_in_float32
+
+
+@contextlib.contextmanager
+def without_pil_limit() -> Iterator[None]:
+    """Lift PIL's own bound on pixels; here the only bound is the one that was asked for."""
+    from PIL import Image
+
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit

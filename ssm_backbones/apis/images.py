@@ -6,7 +6,6 @@ import glob
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -16,6 +15,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 
 from ssm_backbones.apis.checks import check_data
+from ssm_backbones.compat import without_pil_limit
 from ssm_backbones.utils.errors import CommandError
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
@@ -105,7 +105,7 @@ def check_readable(path: str, max_pixels: int) -> None:
 
     try:
         data = Path(path).read_bytes()
-        with _without_pil_limit(), Image.open(path) as image:
+        with without_pil_limit(), Image.open(path) as image:
             kind, (width, height) = image.format, image.size
     except UnidentifiedImageError:
         raise UnreadableImage('no image, or damaged' if data else 'the file is empty') from None
@@ -121,19 +121,6 @@ def check_readable(path: str, max_pixels: int) -> None:
     )
     if cut_off:
         raise UnreadableImage('the file is cut off: its end is missing')
-
-
-@contextmanager
-def _without_pil_limit() -> Iterator[None]:
-    """Lift PIL's own bound on pixels; here the only bound is the one that was asked for."""
-    from PIL import Image
-
-    limit = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
 
 
 def _of_split(split: str, cfg: Config) -> list[InputImage]:
