@@ -169,7 +169,7 @@ def _globals_in(path: Path) -> Iterator[str]:
             try:
                 for opcode, argument, _ in pickletools.genops(file):
                     if opcode.name == 'GLOBAL':
-                        yield argument.replace(' ', '.')
+                        yield str(argument).replace(' ', '.')
                     elif opcode.name == 'STACK_GLOBAL':
                         yield '.'.join(strings[-2:])
                     elif isinstance(argument, str):
