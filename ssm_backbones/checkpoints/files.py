@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import os
 import pickle
-import re
+import pickletools
 import urllib.error
 import urllib.parse
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ssm_backbones.utils.torch_compat import allow_in_checkpoints
 # first is read as the dictionary that it is. They are allowed once and for all: readings take place within each other.
 allow_in_checkpoints({'yacs.config.CfgNode': OrderedDict, 'argparse.Namespace': argparse.Namespace})
 _AGAIN = 'Get the file again.'
+_PICKLES = 5
 # What a fault of a program raises. Damaged bytes can look like one, but not in an archive with the right checksums.
 _FAULTS = (AttributeError, TypeError, NameError, ImportError, NotImplementedError, MemoryError)
 
@@ -106,7 +108,7 @@ def _read(path: Path, name: str) -> dict[str, Any]:
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
-        raise CheckpointError(_explain_refusal(name, str(error))) from error
+        raise CheckpointError(_explain_refusal(path, name)) from error
     except Exception as error:
         if isinstance(error, _FAULTS) and zipfile.is_zipfile(path):
             raise
@@ -141,13 +143,39 @@ def _check_archive(path: Path, name: str) -> None:
             raise CheckpointError(f'{name} is damaged: the checksum of {damaged} in it is wrong. {_AGAIN}')
 
 
-def _explain_refusal(name: str, message: str) -> str:
-    asked = re.search(r'(?:Unsupported global: |unsupported )GLOBAL ([\w.]+)', message)
-    if asked:
-        return (f'{name} is refused: reading it would run or build {asked[1]}, and weights alone need no code '
+def _explain_refusal(path: Path, name: str) -> str:
+    allowed = {entry[1] if isinstance(entry, tuple) else f'{entry.__module__}.{entry.__qualname__}'
+               for entry in torch.serialization.get_safe_globals()}
+    asked = next((found for found in _globals_in(path)
+                  if found not in allowed and not found.startswith(('torch.', 'collections.'))), None)
+    if asked is not None:
+        return (f'{name} is refused: reading it would run or build {asked}, and weights alone need no code '
                 '(it was read with weights_only=True, and nothing of it was loaded).')
-    reason = message.rpartition('WeightsUnpickler error: ')[2].strip().partition('\n')[0]
-    return f'{name} is refused: it holds more than weights, or is damaged ({reason}); nothing of it was loaded.'
+    return f'{name} is refused: it holds more than weights, or is damaged; nothing of it was loaded.'
+
+
+def _globals_in(path: Path) -> Iterator[str]:
+    """The classes and functions that a checkpoint's pickles ask for, in their order, as far as they can be parsed."""
+    with contextlib.ExitStack() as stack:
+        if zipfile.is_zipfile(path):
+            archive = stack.enter_context(zipfile.ZipFile(path))
+            files = [stack.enter_context(archive.open(entry)) for entry in archive.namelist()
+                     if entry.endswith('data.pkl')]
+        else:
+            # The old format is several pickles in a row, and the numbers behind them.
+            files = [stack.enter_context(open(path, 'rb'))] * _PICKLES
+        for file in files:
+            strings: list[str] = []
+            try:
+                for opcode, argument, _ in pickletools.genops(file):
+                    if opcode.name == 'GLOBAL':
+                        yield str(argument).replace(' ', '.')
+                    elif opcode.name == 'STACK_GLOBAL':
+                        yield '.'.join(strings[-2:])
+                    elif isinstance(argument, str):
+                        strings.append(argument)
+            except Exception:  # whatever damaged bytes raise
+                return
 
 
 def _download(url: str) -> Path:

@@ -102,12 +102,12 @@ def test_what_is_no_checkpoint_is_refused(case, tmp_path):
     assert not destination.exists() and not list(tmp_path.glob('.*'))
 
 
-@pytest.mark.parametrize('form', ['zip', 'legacy', 'pickle'])
+@pytest.mark.parametrize('form', ['zip', 'legacy', 'pickle', 'new pickle'])
 def test_code_is_refused_with_its_name_and_not_run(form, tmp_path):
     source, trap = tmp_path / 'source.pth', tmp_path / 'trap'
     checkpoint = {'model': classifier(), 'config': Code(str(trap))}
-    if form == 'pickle':
-        source.write_bytes(pickle.dumps({'config': Code(str(trap))}, protocol=2))
+    if 'pickle' in form:
+        source.write_bytes(pickle.dumps({'config': Code(str(trap))}, protocol=2 if form == 'pickle' else 4))
     else:
         torch.save(checkpoint, source, _use_new_zipfile_serialization=form == 'zip')
     model = VMamba('test')

@@ -71,7 +71,7 @@ def test_a_model_s_own_weights_fit(wrap, whole, model, saved) -> None:
     assert len(checkpoint['state_dict']) >= len(saved)
 
 
-MISFITS = {
+MISMATCHES = {
     'empty': (lambda held: {}, r'backbone.patch_embed.first.conv.weight \(8, 3, 3, 3\) is missing'),
     'in front': (lambda held: {f'x{name}': tensor for name, tensor in held.items()}, 'is missing'),
     'missing': (lambda held: without(held, 'backbone.stages.1.blocks.0.mixer.D'),
@@ -86,9 +86,9 @@ MISFITS = {
 
 
 @pytest.mark.parametrize('whole', [True, False])
-@pytest.mark.parametrize('misfit', MISFITS)
-def test_misfits_of_the_backbone_are_named(misfit, whole, model, saved) -> None:
-    change, message = MISFITS[misfit]
+@pytest.mark.parametrize('mismatch', MISMATCHES)
+def test_mismatches_of_the_backbone_are_named(mismatch, whole, model, saved) -> None:
+    change, message = MISMATCHES[mismatch]
     with pytest.raises(CommandError, match=rf'file\.pth does not fit the (model|backbone) of the config: .*{message}'):
         load(model, dict(state_dict=change(saved)), whole)
 
@@ -256,6 +256,16 @@ def test_the_authors_classifiers_are_converted(whole, caplog) -> None:
     torch.testing.assert_close(checkpoint['state_dict']['head.fc.weight'], official['classifier.head.weight'])
     (line,) = caplog.messages
     assert line == "file.pth: the authors' classifier, VMamba, arch='test', is converted to our names."
+
+
+@pytest.mark.parametrize('out_indices', [(3,), (0, 1, 2, 3), (1, 3)])
+def test_the_authors_classifiers_start_pyramids_without_their_norm(out_indices) -> None:
+    model = Model(dict(out_indices=out_indices), classes=10)
+    official = classifier()
+    load(model, dict(model=official), whole=False)
+    expected = official['classifier.norm.weight'] if out_indices == (3,) else torch.ones(128)
+    assert torch.equal(model.backbone.norm3.weight, expected)
+    assert torch.equal(model.backbone.stages[0].blocks[0].norm1.bias, official['layers.0.blocks.0.norm.bias'])
 
 
 def test_the_authors_detectors_are_converted() -> None:
