@@ -41,9 +41,9 @@ def train_steps(model: nn.Module, images: Tensor, labels: Tensor, steps: int) ->
 
 if __name__ == '__main__':
     torch.manual_seed(0)
-    pictures = torch.randn(2, 3, 128, 96)
-    bright = (F.avg_pool2d(pictures.mean(1, keepdim=True), 9, 1, 4)[:, 0] > 0).long()
+    images = torch.randn(2, 3, 128, 96)
+    bright = (F.avg_pool2d(images.mean(1, keepdim=True), 9, 1, 4)[:, 0] > 0).long()
     segmentor = Segmentor('vmamba-tiny', classes=2)
     print(segmentor.backbone.feature_info)
-    for step, value in enumerate(train_steps(segmentor, pictures, bright, steps=10)):
+    for step, value in enumerate(train_steps(segmentor, images, bright, steps=10)):
         print(f'step {step}: loss {value:.3f}')

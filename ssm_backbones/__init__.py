@@ -3,10 +3,10 @@
 ``custom_imports = dict(imports=['ssm_backbones'])`` in a config makes them available by ``type=``.
 """
 
-from ssm_backbones.compat import apply_mends
+from ssm_backbones.compat import apply_patches
 
-# Before anything else: the mends let the host libraries import and resume.
-apply_mends()
+# Before anything else: the patches let the host libraries import and resume.
+apply_patches()
 
 from ssm_backbones.backbones import V2M, Mamba2D, VMamba  # noqa: E402
 from ssm_backbones.checkpoints import load_official  # noqa: E402

@@ -1,4 +1,4 @@
-"""``python -m ssm_backbones``: one page on what is installed, what serves which device, and what needs mending.
+"""``python -m ssm_backbones``: one page on what is installed, what serves which device, and what needs fixing.
 
 Where the package itself cannot be imported, since PyTorch or mmengine is missing, the same page is printed by Python on
 its folder, ``python path/to/ssm_backbones``, which imports nothing first.

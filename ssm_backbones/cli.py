@@ -62,7 +62,7 @@ def test_main(argv: Sequence[str] | None = None) -> int:
         '--out', help='dump the predictions: a .pkl file (mmpretrain, mmdet), a folder of label maps (mmseg)'
     )
     parser.add_argument('--show', action='store_true', help='show the predictions in windows')
-    parser.add_argument('--show-dir', help='save pictures with the predictions drawn on them in this folder')
+    parser.add_argument('--show-dir', help='save images with the predictions drawn on them in this folder')
     parser.add_argument('--wait-time', type=float, default=2.0, help='seconds that each window stays (default: 2)')
     parser.add_argument('--tta', action='store_true', help="test-time augmentation: the config's, or else flipping")
     _add_common_arguments(parser)

@@ -1,8 +1,8 @@
-"""Mends for clashes between the libraries this package stands on.
+"""Patches for clashes between the libraries this package stands on.
 
 ``import ssm_backbones`` applies them, since a config's ``custom_imports`` is the earliest moment at which a plugin runs
 inside mmdet's, mmseg's or mmpretrain's own tools; the command lines in ``tools/`` therefore import this package before
-any host library. Nothing here imports a host library or torchvision. Each mend looks first whether it is needed, is
+any host library. Nothing here imports a host library or torchvision. Each patch looks first whether it is needed, is
 applied at most once in a process and is reported through the logger ``ssm_backbones.compat``.
 """
 
@@ -44,15 +44,15 @@ _TORCHVISION_SCHEMAS = (
 _NUMERIC_DTYPES = '? b B h H i I l L q Q e f d g'.split()
 
 
-def apply_mends() -> None:
-    """Apply every mend that the installed versions need. Cheap, and harmless when called again."""
-    _mend_torchvision_import()
-    _mend_checkpoint_loading()
-    _mend_mmseg_bases()
+def apply_patches() -> None:
+    """Apply every patch that the installed versions need. Cheap, and harmless when called again."""
+    _patch_torchvision_import()
+    _patch_checkpoint_loading()
+    _patch_mmseg_bases()
 
 
 @functools.cache
-def _mend_mmseg_bases() -> None:
+def _patch_mmseg_bases() -> None:
     """Let configs inherit ``mmseg::`` ones where mmseg comes from the fork ``onedl-mmsegmentation``.
 
     mmengine looks for the distribution ``mmsegmentation``, whose name differs from its module's; the other libraries of
@@ -68,7 +68,7 @@ def _mend_mmseg_bases() -> None:
 
 
 @functools.cache
-def _mend_torchvision_import() -> None:
+def _patch_torchvision_import() -> None:
     """Let ``import torchvision`` succeed where its compiled library does not fit the installed torch.
 
     The usual case is torchvision's CUDA wheel beside a CPU-only torch: the import then ends in
@@ -108,7 +108,7 @@ def _find_torchvision_library() -> str | None:
 
 
 @functools.cache
-def _mend_checkpoint_loading() -> None:
+def _patch_checkpoint_loading() -> None:
     """Let ``torch.load`` read the checkpoints of mmengine's runner with ``weights_only=True``, torch 2.6's default.
 
     Beside tensors they hold the message hub: ``HistoryBuffer``, which pickles its statistics methods by ``getattr``,
@@ -134,8 +134,8 @@ def _history_buffer_method(owner: Any, name: str) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def naming_unreadable_files() -> Iterator[None]:
-    """While active, a picture or label map that cannot be read ends in a :class:`CommandError` that names the file.
+def name_unreadable_files() -> Iterator[None]:
+    """While active, an image or label map that cannot be read ends in a :class:`CommandError` that names the file.
 
     The libraries' loading transforms let a decoder's error pass without the file's name, or say nothing at all of a
     file that decodes to nothing; DataLoader workers, which are forked meanwhile, inherit the naming.

@@ -3,7 +3,7 @@
 The convention (:data:`CONVENTION`) is that of mmengine's counter, which is the field's: it is the one in which the
 papers and the host libraries print their figures. A test holds the two counters equal. This one differs in two ways.
 It watches the operators that are dispatched instead of tracing the model for TorchScript, so that it runs on the meta
-device, where a picture of 512x2048 costs no arithmetic (a trace leaves out what is computed in vain, and this does
+device, where an image of 512x2048 costs no arithmetic (a trace leaves out what is computed in vain, and this does
 not); and it knows the scans, which :func:`mmengine_handles` teaches mmengine's own counter.
 """
 
@@ -44,7 +44,7 @@ Formula = Callable[[Sequence[Any], Any], int]
 
 @dataclass(frozen=True)
 class Complexity:
-    """What a model holds and computes for one picture.
+    """What a model holds and computes for one image.
 
     Attributes:
         params: numbers in all parameters.
@@ -102,19 +102,19 @@ def count_complexity(model: nn.Module, call: Callable[[], Any]) -> Complexity:
 
 
 def config_complexity(cfg: Config, height: int, width: int) -> Complexity:
-    """Count a whole model from an mmpretrain, mmdet or mmseg config, for one picture.
+    """Count a whole model from an mmpretrain, mmdet or mmseg config, for one image.
 
     Each library's model does what that library's own counting tool has it do, ``mode='tensor'``: a classifier up to its
     logits, a segmentor with its decode head (auxiliary heads hold parameters and are not run), a detector with all its
-    heads, on as many proposals as its first stage gives for a picture of noise: 1000 with mmdet's settings.
+    heads, on as many proposals as its first stage gives for an image of noise: 1000 with mmdet's settings.
 
     Args:
         cfg: from :func:`ssm_backbones.apis.config.load_config`.
-        height: of the picture as the model gets it, padding included.
+        height: of the image as the model gets it, padding included.
         width: likewise.
 
     Raises:
-        CommandError: if the picture has no pixels, or the model cannot be built or run.
+        CommandError: if the image has no pixels, or the model cannot be built or run.
     """
     if min(height, width) < 1:
         raise CommandError(f'--shape takes at least 1 pixel each way, got {height} {width}')
@@ -122,7 +122,7 @@ def config_complexity(cfg: Config, height: int, width: int) -> Complexity:
     try:
         return _COUNTERS[scope](_build(cfg), height, width)
     except (KeyError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-        raise CommandError(f'the model of this config cannot be counted on a picture of {height}x{width}: '
+        raise CommandError(f'the model of this config cannot be counted on an image of {height}x{width}: '
                            f'{type(error).__name__}: {str(error).strip().splitlines()[0]}') from error
 
 

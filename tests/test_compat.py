@@ -1,4 +1,4 @@
-"""The mends for clashes between the libraries."""
+"""The patches for clashes between the libraries."""
 
 import importlib.metadata
 import os
@@ -15,7 +15,7 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer, MessageHub
 from ssm_backbones.torch_compat import release
 
-from ssm_backbones import compat  # importing the package applies the mends
+from ssm_backbones import compat  # importing the package applies the patches
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -123,8 +123,9 @@ def test_a_torchvision_that_does_not_fit_torch_breaks_the_import(tmp_path) -> No
     assert 'torchvision::nms does not exist' in result.stderr
 
 
-def test_a_torchvision_that_does_not_fit_torch_is_mended(tmp_path) -> None:
-    code = 'import ssm_backbones.compat as c; c.apply_mends(); c.apply_mends(); import torchvision; print("imported")'
+def test_a_torchvision_that_does_not_fit_torch_is_patched(tmp_path) -> None:
+    code = ('import ssm_backbones.compat as c; [c.apply_patches() for _ in range(2)]; '
+            'import torchvision; print("imported")')
     result = run_beside_broken_torchvision(tmp_path, code)
     assert result.stdout.strip() == 'imported', result.stderr
     assert result.stderr.count("torchvision's compiled operators do not load") == 1
@@ -145,5 +146,5 @@ def test_mmseg_of_another_distribution_is_found_by_its_module(monkeypatch) -> No
 
     monkeypatch.setattr(importlib.metadata, 'distribution', distribution)
     monkeypatch.setitem(MODULE2PACKAGE, 'mmseg', 'mmsegmentation')
-    compat._mend_mmseg_bases.__wrapped__()
+    compat._patch_mmseg_bases.__wrapped__()
     assert MODULE2PACKAGE['mmseg'] == 'mmseg'

@@ -337,7 +337,7 @@ def test_what_cannot_be_counted_is_said():
     with pytest.raises(CommandError, match='at least 1 pixel each way, got 0 5'):
         config_complexity(cfg, 0, 5)
     cfg.model.head.in_channels = 7
-    with pytest.raises(CommandError, match='cannot be counted on a picture of 32x32: RuntimeError'):
+    with pytest.raises(CommandError, match='cannot be counted on an image of 32x32: RuntimeError'):
         config_complexity(cfg, 32, 32)
 
 

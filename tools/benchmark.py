@@ -52,10 +52,10 @@ def _parser() -> argparse.ArgumentParser:
     models = parser.add_argument_group('whole models')
     models.add_argument('config', nargs='*', metavar='CONFIG', help='config files of mmpretrain, mmdet or mmseg')
     models.add_argument('--shape', type=int, nargs=2, action='append', default=[], metavar=('H', 'W'),
-                        help='height and width of the pictures; once for each resolution')
+                        help='height and width of the images; once for each resolution')
     models.add_argument('--compare', nargs='+', default=[], metavar='CONFIG',
                         help='configs that each CONFIG is set against: measured in turns with it, as ratios')
-    models.add_argument('--batch-size', type=int, default=1, metavar='N', help='pictures at once (default: 1)')
+    models.add_argument('--batch-size', type=int, default=1, metavar='N', help='images at once (default: 1)')
     models.add_argument('--train', action='store_true', help='also a training step: losses, gradients and update')
     models.add_argument('--backbone', action='store_true', help='the backbones alone')
     models.add_argument('--amp', action='store_true', help='compute in bfloat16 autocast')
@@ -81,7 +81,7 @@ def _check(args: argparse.Namespace) -> None:
         if path and not path.absolute().parent.is_dir():
             raise CommandError(f'--{option}: the folder {path.absolute().parent} does not exist')
     if args.plot and args.plot.suffix != '.png':
-        raise CommandError(f'--plot {args.plot}: the picture is a PNG, so the name must end in .png')
+        raise CommandError(f'--plot {args.plot}: the image is a PNG, so the name must end in .png')
     if args.config and (args.list or args.only):
         raise CommandError('--list and --only are for comparisons by name; give them without CONFIG')
     if not args.config:

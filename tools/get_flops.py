@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument('config', help='config file of mmpretrain, mmdet or mmseg')
     parser.add_argument('--shape', type=int, nargs=2, metavar=('H', 'W'), required=True,
-                        help='height and width of the picture as the model gets it, padding included')
+                        help='height and width of the image as the model gets it, padding included')
     parser.add_argument('--per-layer', type=int, nargs='?', const=math.inf, metavar='DEPTH',
                         help='print a line for each module, down to DEPTH dots in its name; without it, all')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE',
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         complexity = config_complexity(load_config(args.config, args.cfg_options), height, width)
         if args.per_layer is not None:
             print(complexity.as_table(None if math.isinf(args.per_layer) else args.per_layer) + '\n')
-        print(f'config: {args.config}\npicture: {height}x{width} (height x width)')
+        print(f'config: {args.config}\nimage: {height}x{width} (height x width)')
         print(f'parameters: {human(complexity.params)} ({complexity.params})')
         print(f'FLOPs: {human(complexity.flops)} ({complexity.flops})\n{CONVENTION}')
 

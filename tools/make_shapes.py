@@ -16,9 +16,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     defaults = ShapesOptions()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('root', nargs='?', default='data/shapes', help="folder for the formats' folders")
-    parser.add_argument('--seed', type=int, default=defaults.seed, help='another seed gives other pictures')
-    parser.add_argument('--train', type=int, default=defaults.train, help='pictures to train on, for each format')
-    parser.add_argument('--val', type=int, default=defaults.val, help='pictures to evaluate on, for each format')
+    parser.add_argument('--seed', type=int, default=defaults.seed, help='another seed gives other images')
+    parser.add_argument('--train', type=int, default=defaults.train, help='images to train on, for each format')
+    parser.add_argument('--val', type=int, default=defaults.val, help='images to evaluate on, for each format')
     parser.add_argument(
         '--size', type=int, nargs=2, metavar=('H', 'W'), default=list(defaults.size), help='height and width in pixels'
     )
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         nargs=2,
         metavar=('H', 'W'),
         default=argparse.SUPPRESS,
-        help='draw the height and width of each picture between --size and these',
+        help='draw the height and width of each image between --size and these',
     )
     parser.add_argument('--formats', nargs='+', metavar='FORMAT', default=list(FORMATS), help='which formats')
     parser.add_argument('--overwrite', action='store_true', help='replace what was made before')

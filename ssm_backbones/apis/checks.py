@@ -19,7 +19,7 @@ from ssm_backbones.utils.errors import CommandError
 def check_data(cfg: Config, modes: Sequence[str]) -> None:
     """Check that the files and folders that the datasets and evaluators of ``modes`` name exist.
 
-    Annotation files, picture folders and data roots on the local disk are looked up; files behind another storage
+    Annotation files, image folders and data roots on the local disk are looked up; files behind another storage
     backend are not, nor are datasets that download themselves.
 
     Args:

@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.structures import InstanceData, PixelData
 from torch import Tensor, nn
 
-# Objects of a picture, about as many as COCO's pictures have.
+# Objects of an image, about as many as COCO's images have.
 OBJECTS = 8
 # Candidates for each detection that the config allows, before overlapping ones are dropped.
 _CANDIDATES = 5
@@ -26,10 +26,10 @@ def made_up_batch(
     Args:
         cfg: the config, for its library and the number of classes.
         model: its model, for the number of channels.
-        batch_size: pictures.
+        batch_size: images.
         height: of each.
         width: of each.
-        device: where the pictures are made.
+        device: where the images are made.
     """
     generator = torch.Generator().manual_seed(0)
     channels = getattr(getattr(model, 'backbone', None), 'in_channels', 3)
@@ -52,7 +52,7 @@ def let_detections_through(model: nn.Module, predict: Callable[[], Any]) -> floa
     measured. One prediction is made to see the scores.
 
     Returns:
-        Detections for each picture, or None where the model has no such second stage.
+        Detections for each image, or None where the model has no such second stage.
     """
     head = getattr(getattr(model, 'roi_head', None), 'bbox_head', None)
     settings = getattr(getattr(model, 'roi_head', None), 'test_cfg', None)
@@ -62,15 +62,15 @@ def let_detections_through(model: nn.Module, predict: Callable[[], Any]) -> floa
     scores: list[Tensor] = []
     hook = last.register_forward_hook(lambda module, inputs, outputs: scores.append(outputs[0]))
     try:
-        pictures = len(predict())
+        images = len(predict())
     finally:
         hook.remove()
     if not getattr(last.loss_cls, 'use_sigmoid', False):
         of_objects = torch.cat(scores).float().softmax(-1)[:, :-1].flatten()
-        count = min(_CANDIDATES * settings.max_per_img * pictures, of_objects.numel())
+        count = min(_CANDIDATES * settings.max_per_img * images, of_objects.numel())
         if count:
             settings.score_thr = of_objects.topk(count).values[-1].item()
-    return sum(len(each.pred_instances) for each in predict()) / pictures
+    return sum(len(each.pred_instances) for each in predict()) / images
 
 
 def _numbers_of_classes(settings: Any) -> Iterator[int]:
@@ -101,7 +101,7 @@ def _detected(meta: Mapping[str, Any], classes: int, generator: torch.Generator)
     height, width = meta['img_shape']
     low, extent = torch.rand(2, OBJECTS, 2, generator=generator)
     scale = torch.tensor([width, height])
-    # A quarter to half of the picture each way.
+    # A quarter to half of the image each way.
     first = 0.5 * low * scale
     boxes = torch.cat([first, first + (0.25 + 0.25 * extent) * scale], dim=1)
     masks = np.zeros((OBJECTS, height, width), dtype=np.uint8)

@@ -60,7 +60,7 @@ class Comparison:
             floor. It raises :class:`Unavailable` where this machine lacks what it needs.
         pairs: the ratios to report.
         devices: types of the devices that it is meant for.
-        images: pictures that a call computes, where it computes pictures.
+        images: how many images a call computes, where it computes images.
     """
 
     name: str

@@ -24,19 +24,19 @@ TARGET = 1.1
 
 @dataclass(frozen=True)
 class ExportComparison:
-    """The time of a picture in ``tools/export_features.py``, from file to files, against that in the backbone alone.
+    """The time of an image in ``tools/export_features.py``, from file to files, against that in the backbone alone.
 
     The export is what a user starts. Its beginning (building, loading and hashing the model, starting the readers) is
-    the same for any number of pictures, so that its time is taken from the first batch's last file to the last one's.
+    the same for any number of images, so that its time is taken from the first batch's last file to the last one's.
 
     Attributes:
         name: for the table and for ``--only``.
         summary: what is done, in a few words.
         config: path of the config below ``configs``.
-        size: side of the pictures.
-        batch_size: pictures computed at once.
+        size: side of the images.
+        batch_size: images computed at once.
         batches: exported and computed in a turn.
-        workers: processes that read pictures.
+        workers: processes that read images.
         devices: types of the devices that it is meant for.
     """
 
@@ -60,7 +60,7 @@ def measure_export(each: ExportComparison, settings: Settings) -> dict[str, Any]
     """Measure the export and the backbone in turns, every second turn in the opposite order.
 
     Returns:
-        As :func:`~ssm_backbones.benchmark.comparison.measure_comparison` does; times are those of one picture.
+        As :func:`~ssm_backbones.benchmark.comparison.measure_comparison` does; times are those of one image.
     """
     device = torch.device(settings.device)
     times: dict[str, list[float]] = {'export': [], 'backbone': []}
@@ -84,7 +84,7 @@ def measure_export(each: ExportComparison, settings: Settings) -> dict[str, Any]
 
 
 class _Turns:
-    """Pictures and a checkpoint in a folder, and the two ways to their features."""
+    """Images and a checkpoint in a folder, and the two ways to their features."""
 
     def __init__(self, each: ExportComparison, folder: Path, device: torch.device) -> None:
         from ssm_backbones.apis.config import load_config
@@ -99,7 +99,7 @@ class _Turns:
         self.extractor = extractor.to(device)
         self.images = torch.randn(each.batch_size, 3, each.size, each.size, device=device)
         self.count = 0
-        draw_pictures(folder / 'pictures', each.batch_size * (each.batches + 1), each.size)
+        draw_images(folder / 'images', each.batch_size * (each.batches + 1), each.size)
         seconds(self._forward, 1, device)
 
     def _forward(self) -> tuple[Tensor, ...]:
@@ -107,30 +107,30 @@ class _Turns:
             return self.extractor(self.images)
 
     def backbone(self) -> float:
-        """Seconds of a picture in the backbone."""
+        """Seconds of an image in the backbone."""
         return seconds(self._forward, self.each.batches, self.device) / self.each.batch_size
 
     def export(self) -> float:
-        """Seconds of a picture in an export."""
+        """Seconds of an image in an export."""
         from ssm_backbones.features.export import ExportOptions, export_features
 
         self.count += 1
         out = self.folder / f'export{self.count}'
         options = ExportOptions(
-            self.config, str(self.checkpoint), str(self.folder / 'pictures'), str(out), device=str(self.device),
+            self.config, str(self.checkpoint), str(self.folder / 'images'), str(out), device=str(self.device),
             batch_size=self.each.batch_size, workers=self.each.workers,
         )
         export_features(options)
-        return seconds_per_picture([path.stat().st_mtime for path in out.rglob('*.safetensors')], self.each.batch_size)
+        return seconds_per_image([path.stat().st_mtime for path in out.rglob('*.safetensors')], self.each.batch_size)
 
 
-def seconds_per_picture(written: Sequence[float], batch_size: int) -> float:
-    """Seconds from picture to picture behind the first batch, from the times when the files were written."""
+def seconds_per_image(written: Sequence[float], batch_size: int) -> float:
+    """Seconds from image to image behind the first batch, from the times when the files were written."""
     written = sorted(written)
     return (written[-1] - written[batch_size - 1]) / (len(written) - batch_size)
 
 
-def draw_pictures(folder: Path, count: int, size: int) -> None:
+def draw_images(folder: Path, count: int, size: int) -> None:
     """Write JPEG files of a soft pattern, about as large as photographs of that size."""
     import numpy as np
     from PIL import Image

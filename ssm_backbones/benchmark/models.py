@@ -2,7 +2,7 @@
 
 What is timed is the libraries' own work on a prepared batch: ``model(..., mode='predict')`` with all that the model
 does to its predictions, and for a training step ``mode='loss'``, the backward pass and the update by the config's own
-optimizer. Pictures are noise with made-up annotations, weights are as initialised; reading and normalising pictures is
+optimizer. Images are noise with made-up annotations, weights are as initialised; reading and normalising images is
 outside the clock.
 """
 
@@ -46,8 +46,8 @@ class ModelOptions:
     Attributes:
         configs: config files.
         against: config files that each of them is set against.
-        shapes: heights and widths of the pictures.
-        batch_size: pictures at once.
+        shapes: heights and widths of the images.
+        batch_size: images at once.
         train: also a training step.
         backbone: the backbone alone, without neck and heads; its training step has no update.
         amp: compute in bfloat16 autocast.
@@ -65,7 +65,7 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         if not self.shapes:
-            raise CommandError('--shape H W says how large the pictures are; give it once for each resolution.')
+            raise CommandError('--shape H W says how large the images are; give it once for each resolution.')
         for height, width in self.shapes:
             if min(height, width) < 1:
                 raise CommandError(f'--shape takes at least 1 pixel each way, got {height} {width}')
@@ -134,7 +134,7 @@ class Subject:
     def _preprocess(self, batch: dict[str, Any], height: int, width: int, train: bool) -> dict[str, Any]:
         preprocessor = self.model.data_preprocessor
         if getattr(preprocessor, 'size', None) is not None:
-            # mmseg's training pads smaller pictures to the crop's size; what is asked for is what is measured.
+            # mmseg's training pads smaller images to the crop's size; what is asked for is what is measured.
             preprocessor.size = (height, width)
         return preprocessor(batch, train)
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ssm_backbones.utils.files import whole_file
+from ssm_backbones.utils.files import atomic_file
 
 _COLOURS = ('#3c82f0', '#e63c3c', '#3cbe50', '#aa50dc', '#f5be28', '#8a8f9a')
 _STYLES = ('-', '--')
@@ -14,7 +14,7 @@ _QUANTITIES = (('images_per_s', 'images a second', 1), ('peak_bytes', 'peak memo
 
 
 def draw_models(records: Sequence[Mapping[str, Any]], heading: str) -> Any:
-    """Two panels with a curve for each model and pass: images a second and peak memory over the picture's size.
+    """Two panels with a curve for each model and pass: images a second and peak memory over the image's size.
 
     Args:
         records: ``Report.models``.
@@ -51,7 +51,7 @@ def draw_models(records: Sequence[Mapping[str, Any]], heading: str) -> Any:
         axes.yaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
         axes.set_xticks([pixels for pixels, _ in sizes], [name for _, name in sizes], rotation=30)
         axes.minorticks_off()
-        axes.set(xlabel='picture, height x width', ylabel=label)
+        axes.set(xlabel='image, height x width', ylabel=label)
         axes.grid(alpha=0.3, which='both')
     figure.axes[0].legend(fontsize=8)
     return figure
@@ -59,5 +59,5 @@ def draw_models(records: Sequence[Mapping[str, Any]], heading: str) -> Any:
 
 def plot_models(records: Sequence[Mapping[str, Any]], heading: str, path: str | os.PathLike[str]) -> None:
     """Write :func:`draw_models` as a PNG, in one step: a file that is there is a whole one."""
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         draw_models(records, heading).savefig(partial, format='png')

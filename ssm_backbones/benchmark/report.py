@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ssm_backbones.utils.files import write_whole
+from ssm_backbones.utils.files import write_atomic
 
 
 @dataclass
@@ -59,12 +59,12 @@ class Report:
             parts.append(markdown(('scaling', 'image', 'ms', 'per pixel', 'peak MiB', 'per pixel'), rows, text=(0, 1)))
         if self.models:
             rows = [_model_row(each) for each in self.models]
-            parts.append(markdown(('model', 'pass', 'picture', 'batch', 'ms', 'images/s', 'peak MiB'), rows,
+            parts.append(markdown(('model', 'pass', 'image', 'batch', 'ms', 'images/s', 'peak MiB'), rows,
                                   text=(0, 1, 2)))
         if self.ratios:
             rows = [(each['model'], each['against'], each['what'], _size(each), f'{each["time_ratio"]:.3g}',
                      f'{each["memory_ratio"]:.3g}') for each in self.ratios]
-            parts.append(markdown(('model', 'against', 'pass', 'picture', 'time ratio', 'memory ratio'), rows,
+            parts.append(markdown(('model', 'against', 'pass', 'image', 'time ratio', 'memory ratio'), rows,
                                   text=(0, 1, 2, 3)))
         for what, entries in (('skipped', self.skipped), ('failed', self.failed)):
             if entries:
@@ -79,7 +79,7 @@ def machine_line(machine: Mapping[str, Any]) -> str:
 
 def write_json(report: Any, path: str | Path) -> None:
     """Write a report (anything with ``as_dict``), in one step: a file that is there is a whole one."""
-    write_whole(path, json.dumps(report.as_dict(), indent=2) + '\n')
+    write_atomic(path, json.dumps(report.as_dict(), indent=2) + '\n')
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int]) -> str:

@@ -161,7 +161,7 @@ def adapt_stem(weight: Tensor, in_channels: int) -> Tensor:
 
     Channel i of the new image is treated as channel ``i % C`` of the old one, and the weight is scaled by
     ``C / in_channels``, so that channels of equal content are answered as before (exactly, where C divides
-    ``in_channels``). A single channel gets the sum of the old ones: it is answered as a grey picture was.
+    ``in_channels``). A single channel gets the sum of the old ones: it is answered as a grey image was.
 
     Args:
         weight: (C_out, C, kernel, kernel), floating-point.

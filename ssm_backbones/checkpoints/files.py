@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ssm_backbones.utils.errors import CommandError
-from ssm_backbones.utils.files import whole_file
+from ssm_backbones.utils.files import atomic_file
 from ssm_backbones.utils.torch_compat import allow_in_checkpoints
 
 # Trainers of the Swin and timm lines store their settings beside the weights. Neither class has code to run: the
@@ -80,7 +80,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]
     destination = Path(path).expanduser().resolve()
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(destination) as temporary:
+        with atomic_file(destination) as temporary:
             torch.save(dict(checkpoint), temporary)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f'{path} cannot be written: {error}') from error
@@ -194,7 +194,7 @@ def _download(url: str) -> Path:
             # The processes of a distributed run arrive together; the first one downloads.
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.exists():
-                with whole_file(path) as temporary:
+                with atomic_file(path) as temporary:
                     torch.hub.download_url_to_file(url, str(temporary), progress=os.isatty(2))
     except (OSError, urllib.error.URLError, RuntimeError) as error:
         raise CheckpointError(f'{url} cannot be downloaded: {error}') from error

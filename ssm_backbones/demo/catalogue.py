@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from ssm_backbones.demo.pictures import show_classes, show_detections, show_label_maps
+from ssm_backbones.demo.images import show_classes, show_detections, show_label_maps
 from ssm_backbones.shapes.options import ShapesOptions
 
 
@@ -22,9 +22,9 @@ class Task:
         options: what is generated.
         figures: the figures to report: shown name by logged name.
         scale: factor that makes fractions of the logged figures.
-        samples: glob pattern, below the data's folder, of the few held-out pictures whose feature maps are shown.
+        samples: glob pattern, below the data's folder, of the few held-out images whose feature maps are shown.
         dump: name of what ``tools/test.py --out`` writes: a file, or a folder of label maps.
-        show: draws held-out pictures with truth and prediction: ``show(cfg, dump, heading, path)``.
+        show: draws held-out images with truth and prediction: ``show(cfg, dump, heading, path)``.
     """
 
     summary: str

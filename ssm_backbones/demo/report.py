@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 from ssm_backbones.demo.catalogue import DEMOS
-from ssm_backbones.utils.files import write_whole
+from ssm_backbones.utils.files import write_atomic
 
 REPORT = 'report.html'
 RESULTS = 'results.json'
-# File, heading, and what is to be seen; a picture that a run has not made is left out.
-_PICTURES = (
-    ('predictions.png', 'Predictions', 'Held-out pictures: the truth beside what the model finds.'),
-    ('curves.png', 'Training', 'Losses on the training pictures, metrics on the held-out ones.'),
+# File, heading, and what is to be seen; an image that a run has not made is left out.
+_IMAGES = (
+    ('predictions.png', 'Predictions', 'Held-out images: the truth beside what the model finds.'),
+    ('curves.png', 'Training', 'Losses on the training images, metrics on the held-out ones.'),
     (
         'erf.png',
         'Effective receptive field',
@@ -77,7 +77,7 @@ def write_report(folder: str | Path) -> Path:
     """Write ``report.html`` about every finished demo below a folder.
 
     Args:
-        folder: with a folder ``<family>-<task>`` for each demo, which holds ``results.json`` and pictures.
+        folder: with a folder ``<family>-<task>`` for each demo, which holds ``results.json`` and images.
 
     Returns:
         Where the page is.
@@ -96,11 +96,11 @@ def write_report(folder: str | Path) -> Path:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<title>ssm_backbones: demos</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n'
         '<h1>ssm_backbones: demos</h1>\n'
-        '<p>Small models, trained from nothing on generated pictures, for a look at what the backbones do.</p>\n'
+        '<p>Small models, trained from nothing on generated images, for a look at what the backbones do.</p>\n'
         f'<nav>{links if len(runs) > 1 else ""}</nav>\n' + '\n'.join(sections) + '\n</body>\n</html>\n'
     )
     path = folder / REPORT
-    write_whole(path, page)
+    write_atomic(path, page)
     return path
 
 
@@ -111,15 +111,15 @@ def _section(family: str, task: str, run: Path) -> str:
         f'<li><b>{results["figures"][name]:.3f}</b><span>{html.escape(shown)}</span></li>'
         for name, shown in demo.task.figures.items()
     )
-    pictures = ''.join(
+    images = ''.join(
         f'<h3>{heading}</h3>\n<p>{text}</p>\n<img alt="{heading}" src="{_inline(run / name)}">\n'
-        for name, heading, text in _PICTURES
+        for name, heading, text in _IMAGES
         if (run / name).is_file()
     )
     seconds = {name: f'{value:.1f} s' for name, value in results['seconds'].items()}
     return (
         f'<section id="{family}-{task}">\n<h2>{family}: {demo.task.summary}</h2>\n'
-        f'<p><code>{html.escape(demo.config)}</code></p>\n<ul class="figures">{figures}</ul>\n{pictures}'
+        f'<p><code>{html.escape(demo.config)}</code></p>\n<ul class="figures">{figures}</ul>\n{images}'
         f'<h3>Time</h3>\n{_table(seconds)}<h3>Versions</h3>\n{_table(results["versions"])}</section>'
     )
 
@@ -132,7 +132,7 @@ def _table(rows: Mapping[str, str]) -> str:
 
 
 def _inline(path: Path) -> str:
-    """A picture as a data URL, as JPEG and not wider than the page can show."""
+    """An image as a data URL, as JPEG and not wider than the page can show."""
     from PIL import Image
 
     buffer = io.BytesIO()

@@ -17,13 +17,13 @@ from mmengine.config import Config
 
 from ssm_backbones.apis.config import load_config
 from ssm_backbones.demo.catalogue import DEMOS, Demo
-from ssm_backbones.demo.pictures import show_features
+from ssm_backbones.demo.images import show_features
 from ssm_backbones.demo.report import RESULTS, describe_run, write_report
 from ssm_backbones.engine.runner import TestOptions, test
 from ssm_backbones.shapes.generate import MANIFEST, make_shapes
 from ssm_backbones.utils.errors import CommandError
-from ssm_backbones.utils.files import write_whole
-from ssm_backbones.utils.signals import ending_on_signals
+from ssm_backbones.utils.files import write_atomic
+from ssm_backbones.utils.signals import interrupt_on_sigterm
 from ssm_backbones.visualization import draw_erf_before_and_after
 from ssm_backbones.visualization.curves import read_history, save_curves
 
@@ -75,7 +75,7 @@ def run_demo(family: str = 'vmamba', task: str = 'det', fresh: bool = False) -> 
     figures = json.loads(results.read_text(encoding='utf-8'))['figures']
     page = write_report(out.parent)
     reached = _in_words(demo, figures)
-    _say(f'{reached} on held-out pictures; see {page}, and predictions.png, curves.png and model.pth in {out}{os.sep}')
+    _say(f'{reached} on held-out images; see {page}, and predictions.png, curves.png and model.pth in {out}{os.sep}')
     return figures
 
 
@@ -116,7 +116,7 @@ def _train(config: str, cfg: Config, work_dir: Path) -> None:
 
 def _run(command: Sequence[str]) -> int:
     """Run a command, which does not outlive this process where it is asked to end; return the exit status."""
-    with ending_on_signals():
+    with interrupt_on_sigterm():
         process = subprocess.Popen(command)
         try:
             return process.wait()
@@ -142,15 +142,15 @@ def _evaluate_and_show(demo: Demo, cfg: Config, out: Path, heading: str, times: 
     times.lap('evaluation')
     figures = {name: task.scale * float(metrics[name]) for name in task.figures}
     heading = f'{heading}: {_in_words(demo, figures)}'
-    task.show(cfg, dump, f'{heading} on held-out pictures', out / 'predictions.png')
+    task.show(cfg, dump, f'{heading} on held-out images', out / 'predictions.png')
     save_curves(read_history(out / 'train'), task.figures, heading, out / 'curves.png', task.scale)
     samples = Path('data/shapes', task.data_format, task.samples)
     show_features(demo.config, checkpoint, str(samples), out / 'features', out / 'features.png')
     draw_erf_before_and_after(cfg, checkpoint, sorted(glob.glob(str(samples))), out / 'erf.png')
-    times.lap('pictures')
+    times.lap('images')
     shutil.copyfile(checkpoint, out / 'model.pth')
     results = {'figures': figures, 'seconds': times.seconds, 'versions': describe_run()}
-    write_whole(out / RESULTS, json.dumps(results, indent=2) + '\n')
+    write_atomic(out / RESULTS, json.dumps(results, indent=2) + '\n')
 
 
 class Times:

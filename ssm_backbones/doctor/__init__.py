@@ -1,4 +1,4 @@
-"""``python -m ssm_backbones``: what is installed, what serves which device, and what needs mending, on one page.
+"""``python -m ssm_backbones``: what is installed, what serves which device, and what needs fixing, on one page.
 
 Nothing but the standard library is imported before the page is being made, and relatively: it is printed where the
 package that it belongs to cannot be imported as well.

@@ -55,7 +55,7 @@ def stack_lines(found: Mapping[str, str]) -> list[Line]:
     lines = [Line('stack', name)]
     if 'onedl-mmsegmentation' in found:
         text = "mmengine looks for a distribution mmsegmentation, the fork's has another name"
-        lines.append(Line("fork's name", f'{text}; mended by ssm_backbones/compat.py'))
+        lines.append(Line("fork's name", f'{text}; patched by ssm_backbones/compat.py'))
     return lines
 
 
@@ -74,7 +74,7 @@ def package_line() -> Line:
     try:
         package = importlib.import_module('ssm_backbones')
     except Exception as error:
-        return Line('ssm_backbones', f'does not import: {short(error)}', 'mend what is broken above', broken=True)
+        return Line('ssm_backbones', f'does not import: {short(error)}', 'fix what is broken above', broken=True)
     return Line('ssm_backbones', f'imports, from {Path(package.__file__ or "").parent}')
 
 
@@ -90,7 +90,7 @@ def loading_line(torch: Any) -> Line:
     except Exception as error:
         text = f"weights_only=True refuses mmengine's checkpoints: {short(error, 120)}"
         return Line(name, text, 'import ssm_backbones first (custom_imports), which allows them', broken=True)
-    return Line(name, "weights_only=True takes mmengine's checkpoints; mended by ssm_backbones/compat.py")
+    return Line(name, "weights_only=True takes mmengine's checkpoints; patched by ssm_backbones/compat.py")
 
 
 def host_lines(found: Mapping[str, str], names: Sequence[str] = PROBED) -> list[Line]:
@@ -146,7 +146,7 @@ def _host_line(name: str, version: str | None, answer: Mapping[str, Any] | None)
         text = f'{version}: `{answer["doing"]}` fails: {answer["error"]}'
         return Line(name, text, _remedy(name, answer['error']), broken=True)
     if name == 'torchvision' and answer['note']:
-        text = f"{version}, whose operators do not load ({answer['note']}); mended by ssm_backbones/compat.py"
+        text = f"{version}, whose operators do not load ({answer['note']}); patched by ssm_backbones/compat.py"
         remedy = "for the operators too, which no config here needs: the torchvision of torch's own release and build"
         return Line(name, f'{text} for its Python parts', remedy)
     if name == 'mmcv' and answer['note']:

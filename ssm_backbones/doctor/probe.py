@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import ssm_backbones  # noqa: F401 (its mends come first, as in a config)
+import ssm_backbones  # noqa: F401 (its patches come first, as in a config)
 from ssm_backbones import compat
 from ssm_backbones.doctor.line import short
 
@@ -55,7 +55,7 @@ def probe(name: str) -> dict[str, Any]:
 
 
 def _library_mismatch() -> str | None:
-    """Why torchvision's compiled library does not load, if so; then it imports by the mend alone."""
+    """Why torchvision's compiled library does not load, if so; then it imports by the patch alone."""
     library = compat._find_torchvision_library()
     if library is None:
         return None

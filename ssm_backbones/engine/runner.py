@@ -1,7 +1,7 @@
 """Training and testing of mmpretrain, mmdet and mmseg configs: what ``tools/train.py`` and ``tools/test.py`` do.
 
 One pair of functions serves the three libraries. A config says which one it belongs to by its ``default_scope``; what
-its own command lines do beyond mmengine's runner (how pictures are drawn, how predictions are dumped, what ``--tta``
+its own command lines do beyond mmengine's runner (how images are drawn, how predictions are dumped, what ``--tta``
 means, dataloader defaults) is done here for that library.
 """
 
@@ -24,7 +24,7 @@ from mmengine.runner import Runner
 from ssm_backbones.apis.checks import check_checkpoint, check_data, check_init_cfg
 from ssm_backbones.apis.config import load_config
 from ssm_backbones.checkpoints.files import read_checkpoint
-from ssm_backbones.compat import naming_unreadable_files
+from ssm_backbones.compat import name_unreadable_files
 from ssm_backbones.engine.checkpoint_hook import LoadCheckpointHook
 from ssm_backbones.engine.cpu_distributed import CPUDistributedDataParallel
 from ssm_backbones.utils.errors import CommandError
@@ -66,7 +66,7 @@ class TestOptions:
         work_dir: As in :class:`TrainOptions`.
         out: Where predictions are dumped: a ``.pkl`` file for mmdet and mmpretrain, a folder of label maps for mmseg.
         show: Show every prediction in a window.
-        show_dir: Folder for pictures with the predictions drawn on them, by each library's own rule for its place.
+        show_dir: Folder for images with the predictions drawn on them, by each library's own rule for its place.
         wait_time: Seconds that each window stays.
         tta: Test-time augmentation.
         cfg_options: Values that replace the config's, by dotted key.
@@ -92,7 +92,7 @@ def train(options: TrainOptions) -> Runner:
 
     Raises:
         CommandError: If the config, its data, a checkpoint or the machine does not allow it; the message says how to
-            mend it. Nothing has been written then, unless a file turned out unreadable during the training.
+            fix it. Nothing has been written then, unless a file turned out unreadable during the training.
     """
     cfg = load_config(options.config, options.cfg_options)
     _set_work_dir(cfg, options.config, options.work_dir)
@@ -110,7 +110,7 @@ def train(options: TrainOptions) -> Runner:
     start = cfg.get('load_from')
     _check_start(start, 'load_from' if options.resume is None else '--resume' if cfg.resume else 'load_from')
     _prepare_launch(cfg, options.launcher)
-    with naming_unreadable_files():
+    with name_unreadable_files():
         runner = _build_runner(cfg)
         if note:
             runner.logger.info(note)
@@ -146,7 +146,7 @@ def test(options: TestOptions) -> dict[str, float]:
     if options.out is not None and scope == 'mmseg':
         cfg.test_evaluator.output_dir = options.out
         cfg.test_evaluator.keep_results = True
-    with naming_unreadable_files():
+    with name_unreadable_files():
         runner = _build_runner(cfg)
         unused = _parts_without_a_test(scope, options.tta)
         runner.register_hook(LoadCheckpointHook(options.checkpoint, whole=True, unused=unused))
@@ -277,7 +277,7 @@ def _enable_drawing(cfg: Config, options: TestOptions) -> None:
         )
     if cfg.default_scope == 'mmpretrain':
         if options.tta:
-            raise CommandError('mmpretrain cannot draw augmented pictures; give --show or --show-dir without --tta.')
+            raise CommandError('mmpretrain cannot draw augmented images; give --show or --show-dir without --tta.')
         hook.update(enable=True, show=options.show, wait_time=options.wait_time, out_dir=options.show_dir, interval=1)
         return
     hook.draw = True

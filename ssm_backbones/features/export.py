@@ -34,7 +34,7 @@ from ssm_backbones.features.placement import PlacedPipeline, Placement, Placemen
 from ssm_backbones.features.store import DTYPES, FeatureStore, Record
 from ssm_backbones.utils.errors import CommandError
 from ssm_backbones.utils.files import locked
-from ssm_backbones.utils.signals import ending_on_signals
+from ssm_backbones.utils.signals import interrupt_on_sigterm
 from ssm_backbones.utils.torch_compat import OutOfMemoryError
 
 # Images that wait for others of their size, in batches: a bound on memory, beyond which batches are left unfilled.
@@ -247,7 +247,7 @@ def _run(extractor: FeatureExtractor, dataset: _Images, store: FeatureStore, lev
         pin_memory=device.type == 'cuda',
     )
     # One thread writes while the next batch is computed; it is the only one that touches the store.
-    with _progress(len(dataset), rank) as advance, ThreadPoolExecutor(1) as writer, ending_on_signals():
+    with _progress(len(dataset), rank) as advance, ThreadPoolExecutor(1) as writer, interrupt_on_sigterm():
         pending: list[Future] = []
         try:
             for batch in batches(readable(loader), options.batch_size):

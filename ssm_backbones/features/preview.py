@@ -13,7 +13,7 @@ import numpy as np
 from ssm_backbones.apis.images import UnreadableImage
 from ssm_backbones.features.dataset import FeatureDataset
 from ssm_backbones.features.store import PREVIEWS, Record
-from ssm_backbones.utils.files import file_name, whole_file, writing
+from ssm_backbones.utils.files import atomic_file, file_name, writing
 from ssm_backbones.visualization.colours import pca_colours
 
 _SIDE, _GAP, _BAR = 320, 12, 44
@@ -60,7 +60,7 @@ def draw_preview(dataset: FeatureDataset, index: int, path: str | os.PathLike[st
         sheet.paste(panel, (x, _GAP + _BAR - 4))
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(target) as partial:
+    with atomic_file(target) as partial:
         sheet.save(partial, format='PNG')
 
 

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ssm_backbones.utils.errors import CommandError
-from ssm_backbones.utils.files import PARTIAL_NAME, file_name, whole_file, write_whole, writing
+from ssm_backbones.utils.files import PARTIAL_NAME, atomic_file, file_name, write_atomic, writing
 
 # 2: records say where an input lies on the original image (:class:`~ssm_backbones.features.placement.Placement`).
 FORMAT = 'ssm_backbones.features/2'
@@ -66,7 +66,7 @@ class FeatureStore:
             if path.exists():
                 self._check_settings(read_settings(self.folder))
             else:
-                write_whole(path, json.dumps(self._settings, indent=1) + '\n')
+                write_atomic(path, json.dumps(self._settings, indent=1) + '\n')
             for left in self._left():
                 left.unlink()
 
@@ -116,7 +116,7 @@ class FeatureStore:
         self._waiting.clear()
         with writing(self.folder):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(path) as partial:
+            with atomic_file(path) as partial:
                 save_file(tensors, str(partial), metadata={'format': FORMAT, 'images': json.dumps(records)})
 
     def write_index(self, order: Sequence[str]) -> int:
@@ -132,7 +132,7 @@ class FeatureStore:
         ids = [id for id in order if id in records]
         ids += sorted(records.keys() - set(ids))
         with writing(self.folder):
-            write_whole(self.folder / INDEX, ''.join(json.dumps(records[id]) + '\n' for id in ids))
+            write_atomic(self.folder / INDEX, ''.join(json.dumps(records[id]) + '\n' for id in ids))
         return len(ids)
 
     def write_unreadable(self, failures: Sequence[Mapping[str, str]]) -> None:
@@ -144,7 +144,7 @@ class FeatureStore:
         path = self.folder / UNREADABLE
         with writing(self.folder):
             if failures:
-                write_whole(path, ''.join(json.dumps(failure) + '\n' for failure in failures))
+                write_atomic(path, ''.join(json.dumps(failure) + '\n' for failure in failures))
             else:
                 path.unlink(missing_ok=True)
 

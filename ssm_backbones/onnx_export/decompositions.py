@@ -129,7 +129,7 @@ def wavefront_scan(
 
 
 def replacements() -> dict[Any, Callable[..., Any]]:
-    """For :class:`ssm_backbones.onnx_export.override.Replacing`: what to call for each scan."""
+    """For :class:`ssm_backbones.onnx_export.override.FunctionOverrideMode`: what to call for each scan."""
     return {torch.ops.cuda_ops.route_scan: route_scan, torch.ops.cuda_ops.wavefront_scan: wavefront_scan}
 
 

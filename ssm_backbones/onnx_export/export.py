@@ -31,10 +31,10 @@ from ssm_backbones.apis.config import load_config
 from ssm_backbones.apis.model import build_extractor, build_model, preprocessor_config
 from ssm_backbones.onnx_export import decompositions as scans
 from ssm_backbones.onnx_export import pooling
-from ssm_backbones.onnx_export.override import Replacing
+from ssm_backbones.onnx_export.override import FunctionOverrideMode
 from ssm_backbones.utils.errors import CommandError
-from ssm_backbones.utils.files import whole_file, writing
-from ssm_backbones.utils.signals import ending_on_signals
+from ssm_backbones.utils.files import atomic_file, writing
+from ssm_backbones.utils.signals import interrupt_on_sigterm
 
 TOLERANCE = 1e-4
 PARTS = {'backbone': None, 'classifier': 'mmpretrain', 'segmentor': 'mmseg'}
@@ -143,7 +143,7 @@ def export_onnx(options: OnnxOptions) -> OnnxResult:
     path = Path(options.out or f'{Path(options.config).stem}_{part}.onnx')
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise CommandError(f'--out {path}: {"it is a folder" if path.is_dir() else "its folder does not exist"}.')
-    with ending_on_signals(), writing(path), whole_file(path) as partial:
+    with interrupt_on_sigterm(), writing(path), atomic_file(path) as partial:
         module, channels = _module(cfg, options.checkpoint, part)
         images = torch.randn(options.batch_size, channels, height, width, generator=torch.Generator().manual_seed(0))
         opset, nodes = _write(module, images, partial, options, _notes(cfg, part))
@@ -182,7 +182,7 @@ def write_onnx(module: nn.Module, images: Tensor, path: str | os.PathLike[str], 
         shapes = ({0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC},)
     count = len(_as_tuple(_run(module, images)))
     with torch.no_grad(), _quiet():
-        with Replacing({**scans.replacements(), **pooling.replacements()}):
+        with FunctionOverrideMode({**scans.replacements(), **pooling.replacements()}):
             program = torch.export.export(module, (images,), dynamic_shapes=shapes, strict=False)
         exported = torch.onnx.export(
             program,

@@ -8,7 +8,7 @@ from typing import Any
 from torch.overrides import TorchFunctionMode
 
 
-class Replacing(TorchFunctionMode):
+class FunctionOverrideMode(TorchFunctionMode):
     """While it is active, calls of some of PyTorch's functions and operators go to others.
 
     Also while ``torch.export`` traces a module: the program then holds what the replacements consist of. Decomposing

@@ -36,5 +36,5 @@ def _weights(x: Tensor, dim: int, cells: int) -> Tensor:
 
 
 def replacements() -> dict[Any, Callable[..., Any]]:
-    """Map the pooling to its replacement, for :class:`ssm_backbones.onnx_export.override.Replacing`."""
+    """Map the pooling to its replacement, for :class:`ssm_backbones.onnx_export.override.FunctionOverrideMode`."""
     return {F.adaptive_avg_pool2d: adaptive_average_pool}

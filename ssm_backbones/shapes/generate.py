@@ -96,7 +96,7 @@ def _write(target: Path, options: ShapesOptions, report: Callable[[str], None]) 
     for leftover in (partial, old):
         if leftover.exists():
             shutil.rmtree(leftover)
-    report(f'{target}: writing {options.train} + {options.val} pictures')
+    report(f'{target}: writing {options.train} + {options.val} images')
     started = time.monotonic()
     partial.mkdir()
     try:

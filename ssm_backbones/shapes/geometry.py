@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ssm_backbones.shapes.classes import CLASSES
-from ssm_backbones.shapes.rng import Dice, unit_vector
+from ssm_backbones.shapes.rng import ImageRng, unit_vector
 
 Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]
 Point = tuple[float, float]
@@ -35,16 +35,16 @@ class Shape:
     distance: Distance
 
 
-def make_shape(dice: Dice, label: int, x: float, y: float, radius: float) -> Shape:
+def make_shape(rng: ImageRng, label: int, x: float, y: float, radius: float) -> Shape:
     """A shape of class `label` about (x, y), of random rotation and proportions."""
     name = CLASSES[label]
     if name == 'disc':
         distance = _circle(x, y, radius)
     elif name == 'ring':
-        distance = _ring(x, y, radius, radius * dice.uniform(0.48, 0.62))
+        distance = _ring(x, y, radius, radius * rng.uniform(0.48, 0.62))
     else:
-        corners = _CORNERS[name](dice)
-        cos, sin = dice.direction()
+        corners = _CORNERS[name](rng)
+        cos, sin = rng.direction()
         distance = polygon_distance(
             [(x + radius * (cos * u - sin * v), y + radius * (sin * u + cos * v)) for u, v in corners]
         )
@@ -102,17 +102,17 @@ def _ring(cx: float, cy: float, outer: float, inner: float) -> Distance:
     return distance
 
 
-def _rectangle(dice: Dice) -> list[Point]:
-    cos, sin = unit_vector(dice.uniform(26.0, 45.0))
+def _rectangle(rng: ImageRng) -> list[Point]:
+    cos, sin = unit_vector(rng.uniform(26.0, 45.0))
     return [(cos, sin), (-cos, sin), (-cos, -sin), (cos, -sin)]
 
 
-def _triangle(dice: Dice) -> list[Point]:
-    return [unit_vector(120.0 * corner + dice.uniform(-12.0, 12.0)) for corner in range(3)]
+def _triangle(rng: ImageRng) -> list[Point]:
+    return [unit_vector(120.0 * corner + rng.uniform(-12.0, 12.0)) for corner in range(3)]
 
 
-def _star(dice: Dice) -> list[Point]:
-    inner = dice.uniform(0.40, 0.48)
+def _star(rng: ImageRng) -> list[Point]:
+    inner = rng.uniform(0.40, 0.48)
     corners = []
     for tip in range(5):
         corners.append(unit_vector(72.0 * tip))
@@ -121,9 +121,9 @@ def _star(dice: Dice) -> list[Point]:
     return corners
 
 
-def _cross(dice: Dice) -> list[Point]:
+def _cross(rng: ImageRng) -> list[Point]:
     # The twelve corners are the four ends of each arm and the four notches between the arms.
-    cos, sin = unit_vector(dice.uniform(15.0, 20.0))
+    cos, sin = unit_vector(rng.uniform(15.0, 20.0))
     corners = []
     for ax, ay in ((1, 0), (0, 1), (-1, 0), (0, -1)):
         corners.append((cos * ax + sin * ay, cos * ay - sin * ax))
@@ -132,7 +132,7 @@ def _cross(dice: Dice) -> list[Point]:
     return corners
 
 
-_CORNERS: dict[str, Callable[[Dice], list[Point]]] = {
+_CORNERS: dict[str, Callable[[ImageRng], list[Point]]] = {
     'rectangle': _rectangle,
     'triangle': _triangle,
     'star': _star,

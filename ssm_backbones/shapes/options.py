@@ -14,10 +14,10 @@ class ShapesOptions:
     """What a generated data set depends on, and nothing else does it depend on.
 
     Attributes:
-        seed: 0 <= seed < 2**32; another seed gives other pictures.
-        train, val: pictures in each split, 1 to 1,000,000. More of them leave the first ones as they are.
+        seed: 0 <= seed < 2**32; another seed gives other images.
+        train, val: images in each split, 1 to 1,000,000. More of them leave the first ones as they are.
         size: (height, width) in pixels, each 64 to 4096.
-        max_size: (height, width), at least `size`; the sides of each picture are drawn from `size` to `max_size`.
+        max_size: (height, width), at least `size`; the sides of each image are drawn from `size` to `max_size`.
             None means that all are of one size.
 
     Raises:
@@ -42,11 +42,11 @@ class ShapesOptions:
 
     @property
     def largest(self) -> tuple[int, int]:
-        """The greatest (height, width) that a picture may have."""
+        """The greatest (height, width) that an image may have."""
         return self.size if self.max_size is None else self.max_size
 
     def count(self, split: str) -> int:
-        """Pictures in the split 'train' or 'val'."""
+        """Images in the split 'train' or 'val'."""
         return {'train': self.train, 'val': self.val}[split]
 
     def as_json(self) -> dict[str, int | list[int]]:

@@ -1,4 +1,4 @@
-"""Reproducible random numbers: one independent stream for each picture."""
+"""Reproducible random numbers: one independent stream for each image."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import numpy as np
 T = TypeVar('T')
 
 
-class Dice:
-    """Random draws for one picture.
+class ImageRng:
+    """Random draws for one image.
 
     Everything is derived from uniform doubles, whose stream numpy keeps stable, and no draw depends on other
-    pictures. Transcendental functions are rounded, so that another libm gives the same picture.
+    images. Transcendental functions are rounded, so that another libm gives the same image.
 
     Args:
         seed: 0 <= seed < 2**32.
-        key: non-negative integers that name the picture, such as (kind, split, index).
+        key: non-negative integers that name the image, such as (kind, split, index).
     """
 
     def __init__(self, seed: int, key: Sequence[int]) -> None:

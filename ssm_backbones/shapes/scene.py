@@ -1,4 +1,4 @@
-"""Draws one picture: shapes over a background, with the truth about each visible part."""
+"""Draws one image: shapes over a background, with the truth about each visible part."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 from ssm_backbones.shapes.classes import CLASSES
 from ssm_backbones.shapes.geometry import Distance, Shape, make_shape, segment_distance
 from ssm_backbones.shapes.outline import trace
-from ssm_backbones.shapes.rng import Dice
+from ssm_backbones.shapes.rng import ImageRng
 from ssm_backbones.shapes.texture import TEXTURES, Colour, muted_colour, pick_colour, shift_colour, texture, value_noise
 
 SPLITS: tuple[str, ...] = ('train', 'val')
 
 # Smallest visible share of a shape, area of a visible part, and side of the box around what is visible (pixels).
 _MIN_SHARE, _MIN_PART, _MIN_SIDE = 0.55, 16, 9
-# Diameters of the circle around a shape, as shares of the picture's shorter side.
+# Diameters of the circle around a shape, as shares of the image's shorter side.
 _DIAMETERS = (0.15, 0.58)
 _MEMBER_DIAMETERS = (0.05, 0.065)
 _OBJECTS = (2, 7)
@@ -41,7 +41,7 @@ class Instance:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and its truth.
+    """An image and its truth.
 
     Attributes:
         image: uint8 (height, width, 3), RGB.
@@ -55,20 +55,20 @@ class Scene:
 
 
 def draw_scene(seed: int, split: str, index: int, size: tuple[int, int], max_size: tuple[int, int]) -> Scene:
-    """A picture of several objects that hide one another in part.
+    """An image of several objects that hide one another in part.
 
     Args:
         seed: 0 <= seed < 2**32.
         split: "train" or "val"; they share no random stream.
-        index: number of the picture in its split, from 0. A picture does not depend on how many are made.
+        index: number of the image in its split, from 0. An image does not depend on how many are made.
         size, max_size: least and greatest (height, width) in pixels; each side is drawn between them.
     """
-    dice = Dice(seed, (0, SPLITS.index(split), index))
-    height, width = (dice.integer(low, high) for low, high in zip(size, max_size, strict=True))
-    canvas = _Canvas(dice, height, width)
-    for _ in range(dice.integer(*_OBJECTS)):
+    rng = ImageRng(seed, (0, SPLITS.index(split), index))
+    height, width = (rng.integer(low, high) for low, high in zip(size, max_size, strict=True))
+    canvas = _Canvas(rng, height, width)
+    for _ in range(rng.integer(*_OBJECTS)):
         canvas.add_object()
-    if dice.chance(_CROWD_CHANCE):
+    if rng.chance(_CROWD_CHANCE):
         canvas.add_crowd()
     return canvas.finish()
 
@@ -76,61 +76,61 @@ def draw_scene(seed: int, split: str, index: int, size: tuple[int, int], max_siz
 def draw_portrait(
     seed: int, split: str, index: int, label: int, size: tuple[int, int], max_size: tuple[int, int]
 ) -> Scene:
-    """A picture of one large object of class `label`; the other arguments are those of `draw_scene`."""
-    dice = Dice(seed, (1, SPLITS.index(split), index))
-    height, width = (dice.integer(low, high) for low, high in zip(size, max_size, strict=True))
-    canvas = _Canvas(dice, height, width)
+    """An image of one large object of class `label`; the other arguments are those of `draw_scene`."""
+    rng = ImageRng(seed, (1, SPLITS.index(split), index))
+    height, width = (rng.integer(low, high) for low, high in zip(size, max_size, strict=True))
+    canvas = _Canvas(rng, height, width)
     canvas.add_main_object(label)
     return canvas.finish()
 
 
 class _Canvas:
-    """Composes a picture from front to back, so that each object's visible part is known when it is placed."""
+    """Composes an image from front to back, so that each object's visible part is known when it is placed."""
 
-    def __init__(self, dice: Dice, height: int, width: int) -> None:
-        self.dice, self.height, self.width = dice, height, width
+    def __init__(self, rng: ImageRng, height: int, width: int) -> None:
+        self.rng, self.height, self.width = rng, height, width
         self.shorter = min(height, width)
         self.image = np.zeros((height, width, 3))
         self.transmittance = np.ones((height, width))
         self.occupied = np.zeros((height, width), dtype=bool)
         self.instances: list[Instance] = []
         self.shapes: list[Shape] = []
-        self.colours: list[Colour] = [muted_colour(dice)]
+        self.colours: list[Colour] = [muted_colour(rng)]
 
     def add_object(self) -> None:
         """Puts one object behind all others; it is left out where 30 draws find no place that shows enough of it."""
-        dice = self.dice
-        label = dice.integer(0, len(CLASSES) - 1)
-        radius = 0.5 * self.shorter * dice.log_uniform(*_DIAMETERS)
+        rng = self.rng
+        label = rng.integer(0, len(CLASSES) - 1)
+        radius = 0.5 * self.shorter * rng.log_uniform(*_DIAMETERS)
         for _ in range(30):
-            shape = make_shape(dice, label, *self._position(radius), radius)
+            shape = make_shape(rng, label, *self._position(radius), radius)
             if self._place(shape):
                 return
 
     def add_main_object(self, label: int) -> None:
         """Puts one large object about the middle."""
-        dice = self.dice
-        radius = 0.5 * self.shorter * dice.uniform(0.45, 0.9)
+        rng = self.rng
+        radius = 0.5 * self.shorter * rng.uniform(0.45, 0.9)
         room_x, room_y = 0.5 * self.width - 0.9 * radius, 0.5 * self.height - 0.9 * radius
         placed = False
         while not placed:
-            x = 0.5 * self.width + dice.uniform(-room_x, room_x)
-            y = 0.5 * self.height + dice.uniform(-room_y, room_y)
-            placed = self._place(make_shape(dice, label, x, y, radius))
+            x = 0.5 * self.width + rng.uniform(-room_x, room_x)
+            y = 0.5 * self.height + rng.uniform(-room_y, room_y)
+            placed = self._place(make_shape(rng, label, x, y, radius))
 
     def add_crowd(self) -> None:
         """Puts a dense group of tiny objects of one class behind all others, where at least eight of them show."""
-        dice = self.dice
-        label = dice.integer(0, len(CLASSES) - 1)
+        rng = self.rng
+        label = rng.integer(0, len(CLASSES) - 1)
         spread = 0.13 * self.shorter
-        x, y = dice.uniform(spread, self.width - spread), dice.uniform(spread, self.height - spread)
+        x, y = rng.uniform(spread, self.width - spread), rng.uniform(spread, self.height - spread)
         taken = self.occupied.copy()
         members = []
         for _ in range(60):
-            cos, sin = dice.direction()
-            reach = spread * math.sqrt(dice.uniform())
-            radius = 0.5 * self.shorter * dice.uniform(*_MEMBER_DIAMETERS)
-            member = make_shape(dice, label, x + reach * cos, y + reach * sin, radius)
+            cos, sin = rng.direction()
+            reach = spread * math.sqrt(rng.uniform())
+            radius = 0.5 * self.shorter * rng.uniform(*_MEMBER_DIAMETERS)
+            member = make_shape(rng, label, x + reach * cos, y + reach * sin, radius)
             window, distance = self._evaluate(member.distance, member.x, member.y, radius)
             inside = distance < 0
             if inside.any() and not (inside & taken[window]).any():
@@ -139,40 +139,40 @@ class _Canvas:
         if len(members) < 8:
             return
         mask = np.zeros_like(self.occupied)
-        colour = pick_colour(dice, self.colours, 0.3)
+        colour = pick_colour(rng, self.colours, 0.3)
         for window, distance in members:
             mask[window] |= distance < 0
-            self._paint(window, distance, shift_colour(dice, colour, 0.08))
+            self._paint(window, distance, shift_colour(rng, colour, 0.08))
         self.occupied |= mask
         self.instances.append(Instance(label, mask, crowd=True))
 
     def finish(self) -> Scene:
         """Adds clutter, background, light and noise behind and over the objects."""
-        dice, height, width = self.dice, self.height, self.width
+        rng, height, width = self.rng, self.height, self.width
         before = self.transmittance.copy()
-        for _ in range(dice.integer(0, 4)):
+        for _ in range(rng.integer(0, 4)):
             self._add_line()
-        for _ in range(dice.integer(0, 10)):
+        for _ in range(rng.integer(0, 10)):
             self._add_dot()
-        for _ in range(dice.integer(0, 3)):
+        for _ in range(rng.integer(0, 3)):
             self._add_blob()
         clutter = (self.transmittance < 0.5 * before) & ~self.occupied
         image = self.image + self.transmittance[:, :, None] * self._background()
-        cos, sin = dice.direction()
+        cos, sin = rng.direction()
         x, y = np.arange(width)[None, :] / width - 0.5, np.arange(height)[:, None] / height - 0.5
-        image *= (1.0 + dice.uniform(0.0, 0.3) * (x * cos + y * sin))[:, :, None]
-        image += dice.uniform(0.0, 0.12) * (dice.array(height, width, 1) + dice.array(height, width, 1) - 1.0)
+        image *= (1.0 + rng.uniform(0.0, 0.3) * (x * cos + y * sin))[:, :, None]
+        image += rng.uniform(0.0, 0.12) * (rng.array(height, width, 1) + rng.array(height, width, 1) - 1.0)
         image = np.floor(np.clip(image, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
         return Scene(image, self.instances, clutter)
 
     def _position(self, radius: float) -> tuple[float, float]:
-        dice = self.dice
-        if self.shapes and dice.chance(0.45):
-            other = dice.choice(self.shapes)
-            cos, sin = dice.direction()
-            reach = (radius + other.radius) * dice.uniform(0.35, 0.95)
+        rng = self.rng
+        if self.shapes and rng.chance(0.45):
+            other = rng.choice(self.shapes)
+            cos, sin = rng.direction()
+            reach = (radius + other.radius) * rng.uniform(0.35, 0.95)
             return other.x + reach * cos, other.y + reach * sin
-        return dice.uniform(0.0, self.width), dice.uniform(0.0, self.height)
+        return rng.uniform(0.0, self.width), rng.uniform(0.0, self.height)
 
     def _place(self, shape: Shape) -> bool:
         # Draws the shape and notes its visible part, if enough of it can be seen.
@@ -195,7 +195,7 @@ class _Canvas:
             for other, colour in zip(self.shapes, self.colours[1:], strict=True)
             if _reach(other, shape) < 1.1 * (other.radius + shape.radius)
         ]
-        colour = pick_colour(self.dice, [self.colours[0], *near], 0.35)
+        colour = pick_colour(self.rng, [self.colours[0], *near], 0.35)
         self.shapes.append(shape)
         self.colours.append(colour)
         self._paint(window, distance, colour)
@@ -205,21 +205,21 @@ class _Canvas:
     def _evaluate(
         self, distance: Distance, x: float, y: float, radius: float
     ) -> tuple[tuple[slice, slice], np.ndarray]:
-        # Signed distances within the part of the picture that the shape can touch.
+        # Signed distances within the part of the image that the shape can touch.
         rows = slice(max(0, math.floor(y - radius) - 1), max(0, min(self.height, math.ceil(y + radius) + 1)))
         columns = slice(max(0, math.floor(x - radius) - 1), max(0, min(self.width, math.ceil(x + radius) + 1)))
         grid_x, grid_y = np.arange(columns.start, columns.stop), np.arange(rows.start, rows.stop)
         return (rows, columns), distance(grid_x[None, :] + 0.5, grid_y[:, None] + 0.5)
 
     def _paint(self, window: tuple[slice, slice], distance: np.ndarray, colour: Colour) -> None:
-        dice = self.dice
+        rng = self.rng
         height, width = distance.shape
-        second = shift_colour(dice, colour, dice.uniform(0.12, 0.3))
-        period = max(4.0, dice.uniform(0.12, 0.3) * max(height, width))
+        second = shift_colour(rng, colour, rng.uniform(0.12, 0.3))
+        period = max(4.0, rng.uniform(0.12, 0.3) * max(height, width))
         self._blend(
             window,
             np.clip(0.5 - distance, 0.0, 1.0),
-            texture(dice, dice.choice(TEXTURES), height, width, (colour, second), period),
+            texture(rng, rng.choice(TEXTURES), height, width, (colour, second), period),
         )
 
     def _blend(self, window: tuple[slice, slice], opacity: np.ndarray, colour: np.ndarray) -> None:
@@ -228,30 +228,30 @@ class _Canvas:
         self.transmittance[window] = passed * (1.0 - opacity)
 
     def _add_line(self) -> None:
-        dice = self.dice
-        start = (dice.uniform(0.0, self.width), dice.uniform(0.0, self.height))
-        end = (dice.uniform(0.0, self.width), dice.uniform(0.0, self.height))
-        thickness = 0.01 * self.shorter * dice.uniform(0.7, 1.5)
+        rng = self.rng
+        start = (rng.uniform(0.0, self.width), rng.uniform(0.0, self.height))
+        end = (rng.uniform(0.0, self.width), rng.uniform(0.0, self.height))
+        thickness = 0.01 * self.shorter * rng.uniform(0.7, 1.5)
         radius = 0.5 * math.hypot(end[0] - start[0], end[1] - start[1]) + thickness
         centre = 0.5 * (start[0] + end[0]), 0.5 * (start[1] + end[1])
         window, distance = self._evaluate(segment_distance(start, end, thickness), *centre, radius)
         opacity = np.clip(0.5 - distance, 0.0, 1.0) * min(1.0, thickness)
-        self._blend(window, opacity, np.array(muted_colour(dice)))
+        self._blend(window, opacity, np.array(muted_colour(rng)))
 
     def _add_dot(self) -> None:
-        dice = self.dice
-        x, y = dice.uniform(0.0, self.width), dice.uniform(0.0, self.height)
-        thickness = 0.01 * self.shorter * dice.uniform(1.0, 2.5)
+        rng = self.rng
+        x, y = rng.uniform(0.0, self.width), rng.uniform(0.0, self.height)
+        thickness = 0.01 * self.shorter * rng.uniform(1.0, 2.5)
         window, distance = self._evaluate(segment_distance((x, y), (x, y), thickness), x, y, thickness)
-        self._blend(window, np.clip(0.5 - distance, 0.0, 1.0), np.array(muted_colour(dice)))
+        self._blend(window, np.clip(0.5 - distance, 0.0, 1.0), np.array(muted_colour(rng)))
 
     def _add_blob(self) -> None:
         # A smear without an edge, stretched along a random direction.
-        dice = self.dice
-        x, y = dice.uniform(0.0, self.width), dice.uniform(0.0, self.height)
-        cos, sin = dice.direction()
-        radius = self.shorter * dice.uniform(0.08, 0.25)
-        stretch = dice.uniform(1.0, 3.0)
+        rng = self.rng
+        x, y = rng.uniform(0.0, self.width), rng.uniform(0.0, self.height)
+        cos, sin = rng.direction()
+        radius = self.shorter * rng.uniform(0.08, 0.25)
+        stretch = rng.uniform(1.0, 3.0)
 
         def squared(grid_x: np.ndarray, grid_y: np.ndarray) -> np.ndarray:
             along = (grid_x - x) * cos + (grid_y - y) * sin
@@ -260,27 +260,27 @@ class _Canvas:
 
         window, share = self._evaluate(squared, x, y, radius)
         falloff = np.clip(1.0 - share, 0.0, 1.0)
-        self._blend(window, dice.uniform(0.4, 0.9) * falloff * falloff, np.array(muted_colour(dice)))
+        self._blend(window, rng.uniform(0.4, 0.9) * falloff * falloff, np.array(muted_colour(rng)))
 
     def _background(self) -> np.ndarray:
-        dice, height, width = self.dice, self.height, self.width
+        rng, height, width = self.rng, self.height, self.width
         field = self._background_texture(self.colours[0])
-        if dice.chance(0.35):
+        if rng.chance(0.35):
             # A second surface beyond a wavy border.
-            cos, sin = dice.direction()
+            cos, sin = rng.direction()
             x, y = np.arange(width)[None, :] - 0.5 * width, np.arange(height)[:, None] - 0.5 * height
-            wave = (value_noise(dice, height, width, 0.3 * self.shorter) - 0.5) * 0.4 * self.shorter
-            side = x * cos + y * sin + wave + dice.uniform(-0.3, 0.3) * self.shorter
+            wave = (value_noise(rng, height, width, 0.3 * self.shorter) - 0.5) * 0.4 * self.shorter
+            side = x * cos + y * sin + wave + rng.uniform(-0.3, 0.3) * self.shorter
             weight = np.clip(0.5 + side, 0.0, 1.0)[:, :, None]
-            other = self._background_texture(shift_colour(dice, self.colours[0], dice.uniform(0.08, 0.2)))
+            other = self._background_texture(shift_colour(rng, self.colours[0], rng.uniform(0.08, 0.2)))
             field = field + weight * (other - field)
         return field
 
     def _background_texture(self, colour: Colour) -> np.ndarray:
-        dice = self.dice
-        second = shift_colour(dice, colour, dice.uniform(0.05, 0.16))
-        period = max(4.0, self.shorter * dice.uniform(0.05, 0.3))
-        return texture(dice, dice.choice(TEXTURES), self.height, self.width, (colour, second), period)
+        rng = self.rng
+        second = shift_colour(rng, colour, rng.uniform(0.05, 0.16))
+        period = max(4.0, self.shorter * rng.uniform(0.05, 0.3))
+        return texture(rng, rng.choice(TEXTURES), self.height, self.width, (colour, second), period)
 
 
 def _full_area(shape: Shape) -> int:

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ssm_backbones.shapes.rng import Dice
+from ssm_backbones.shapes.rng import ImageRng
 
 Colour = tuple[float, float, float]
 TEXTURES: tuple[str, ...] = ('flat', 'stripes', 'checker', 'noise', 'gradient')
 
 
-def pick_colour(dice: Dice, unlike: Sequence[Colour], gap: float) -> Colour:
+def pick_colour(rng: ImageRng, unlike: Sequence[Colour], gap: float) -> Colour:
     """A vivid RGB colour (0..1) at least `gap` from each of `unlike`, or the farthest of 12 draws."""
     best: Colour = (0.0, 0.0, 0.0)
     best_gap = -1.0
     for _ in range(12):
-        colour = colorsys.hsv_to_rgb(dice.uniform(), dice.uniform(0.3, 1.0), dice.uniform(0.25, 1.0))
+        colour = colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.3, 1.0), rng.uniform(0.25, 1.0))
         nearest = min((_gap(colour, other) for other in unlike), default=gap)
         if nearest >= gap:
             return colour
@@ -27,20 +27,20 @@ def pick_colour(dice: Dice, unlike: Sequence[Colour], gap: float) -> Colour:
     return best
 
 
-def muted_colour(dice: Dice) -> Colour:
+def muted_colour(rng: ImageRng) -> Colour:
     """A weakly saturated RGB colour (0..1), for backgrounds."""
-    return colorsys.hsv_to_rgb(dice.uniform(), dice.uniform(0.0, 0.45), dice.uniform(0.15, 0.9))
+    return colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.0, 0.45), rng.uniform(0.15, 0.9))
 
 
-def shift_colour(dice: Dice, colour: Colour, amount: float) -> Colour:
+def shift_colour(rng: ImageRng, colour: Colour, amount: float) -> Colour:
     """The colour made lighter or darker by `amount`, whichever has room, with its channels a little apart."""
     step = amount if sum(colour) < 1.5 else -amount
-    red, green, blue = (min(1.0, max(0.0, channel + step * dice.uniform(0.7, 1.3))) for channel in colour)
+    red, green, blue = (min(1.0, max(0.0, channel + step * rng.uniform(0.7, 1.3))) for channel in colour)
     return red, green, blue
 
 
 def texture(
-    dice: Dice, kind: str, height: int, width: int, colours: tuple[Colour, Colour], period: float
+    rng: ImageRng, kind: str, height: int, width: int, colours: tuple[Colour, Colour], period: float
 ) -> np.ndarray:
     """A field of two colours.
 
@@ -58,9 +58,9 @@ def texture(
         return np.broadcast_to(first, (height, width, 3))
     x, y = np.arange(width)[None, :] + 0.5, np.arange(height)[:, None] + 0.5
     if kind == 'noise':
-        weight = value_noise(dice, height, width, period)
+        weight = value_noise(rng, height, width, period)
     else:
-        cos, sin = dice.direction()
+        cos, sin = rng.direction()
         along, across = x * cos + y * sin, y * cos - x * sin
         if kind == 'stripes':
             weight = 0.5 + 0.5 * _wave(along, period)
@@ -74,11 +74,11 @@ def texture(
     return first + weight[:, :, None] * (second - first)
 
 
-def value_noise(dice: Dice, height: int, width: int, cell: float) -> np.ndarray:
+def value_noise(rng: ImageRng, height: int, width: int, cell: float) -> np.ndarray:
     """Smooth noise, float64 (height, width) in [0, 1]: a random grid of the given cell size, interpolated linearly."""
     rows, row_weight = _grid_positions(height, cell)
     columns, column_weight = _grid_positions(width, cell)
-    grid = dice.array(int(rows[-1]) + 2, int(columns[-1]) + 2)
+    grid = rng.array(int(rows[-1]) + 2, int(columns[-1]) + 2)
     above, below = grid[rows], grid[rows + 1]
     lines = above + row_weight[:, None] * (below - above)
     left, right = lines[:, columns], lines[:, columns + 1]

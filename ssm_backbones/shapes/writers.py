@@ -1,4 +1,4 @@
-"""Write generated pictures in the layouts of COCO, ADE20K and ImageNet."""
+"""Write generated images in the layouts of COCO, ADE20K and ImageNet."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ssm_backbones.shapes.options import ShapesOptions
 from ssm_backbones.shapes.outline import compress_counts, polygons, run_lengths, trace
 from ssm_backbones.shapes.scene import SPLITS, Instance, Scene, draw_portrait, draw_scene
 
-# Room for the annotation ids of a picture, and for the picture ids of a split: ids do not depend on the counts.
-_IDS_PER_PICTURE, _IDS_PER_SPLIT = 100, 1_000_000
+# Room for the annotation ids of an image, and for the image ids of a split: ids do not depend on the counts.
+_IDS_PER_IMAGE, _IDS_PER_SPLIT = 100, 1_000_000
 
 
 def write_coco(folder: Path, options: ShapesOptions) -> None:
@@ -27,8 +27,8 @@ def write_coco(folder: Path, options: ShapesOptions) -> None:
     """
     (folder / 'annotations').mkdir()
     for offset, split in enumerate(SPLITS):
-        pictures = folder / f'{split}2017'
-        pictures.mkdir()
+        images = folder / f'{split}2017'
+        images.mkdir()
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
         for index in range(options.count(split)):
@@ -36,7 +36,7 @@ def write_coco(folder: Path, options: ShapesOptions) -> None:
             height, width = scene.clutter.shape
             image_id = offset * _IDS_PER_SPLIT + index + 1
             name = f'{image_id:012d}.jpg'
-            _save_picture(scene.image, pictures / name)
+            _save_image(scene.image, images / name)
             images.append(
                 {
                     'license': 1,
@@ -48,7 +48,7 @@ def write_coco(folder: Path, options: ShapesOptions) -> None:
                 }
             )
             for number, instance in enumerate(scene.instances):
-                annotations.append(coco_annotation(instance, image_id, image_id * _IDS_PER_PICTURE + number))
+                annotations.append(coco_annotation(instance, image_id, image_id * _IDS_PER_IMAGE + number))
         content = {
             'info': {
                 'description': f'Generated shapes, {split}, seed {options.seed}',
@@ -98,19 +98,19 @@ def coco_annotation(instance: Instance, image_id: int, annotation_id: int) -> di
 
 
 def write_ade20k(folder: Path, options: ShapesOptions) -> None:
-    """Write the same pictures as `write_coco` with label maps, in ADE20K's layout.
+    """Write the same images as `write_coco` with label maps, in ADE20K's layout.
 
     `images/{training,validation}/*.jpg` and `annotations/{training,validation}/*.png`, the latter as `label_map` has
     them.
     """
     for split, name in zip(SPLITS, ('training', 'validation'), strict=True):
-        pictures, maps = folder / 'images' / name, folder / 'annotations' / name
-        pictures.mkdir(parents=True)
+        images, maps = folder / 'images' / name, folder / 'annotations' / name
+        images.mkdir(parents=True)
         maps.mkdir(parents=True)
         for index in range(options.count(split)):
             scene = draw_scene(options.seed, split, index, options.size, options.largest)
             stem = f'ADE_{split}_{index + 1:08d}'
-            _save_picture(scene.image, pictures / f'{stem}.jpg')
+            _save_image(scene.image, images / f'{stem}.jpg')
             Image.fromarray(label_map(scene)).save(maps / f'{stem}.png', compress_level=6)
 
 
@@ -124,7 +124,7 @@ def label_map(scene: Scene) -> np.ndarray:
 
 
 def write_imagenet(folder: Path, options: ShapesOptions) -> None:
-    """Write pictures of one object each in ImageNet's layout: `{train,val}/WNID/*.JPEG`.
+    """Write images of one object each in ImageNet's layout: `{train,val}/WNID/*.JPEG`.
 
     Classes take turns, so that all are as frequent. `LOC_synset_mapping.txt` says which folder is which class.
     """
@@ -134,7 +134,7 @@ def write_imagenet(folder: Path, options: ShapesOptions) -> None:
         for index in range(options.count(split)):
             label = index % len(CLASSES)
             scene = draw_portrait(options.seed, split, index, label, options.size, options.largest)
-            _save_picture(scene.image, folder / split / WNIDS[label] / f'{WNIDS[label]}_{split}_{index + 1:08d}.JPEG')
+            _save_image(scene.image, folder / split / WNIDS[label] / f'{WNIDS[label]}_{split}_{index + 1:08d}.JPEG')
     lines = [f'{wnid} {name}\n' for wnid, name in zip(WNIDS, CLASSES, strict=True)]
     (folder / 'LOC_synset_mapping.txt').write_text(''.join(lines), encoding='utf-8')
 
@@ -147,6 +147,6 @@ WRITERS: dict[str, Callable[[Path, ShapesOptions], None]] = {
 """The formats by name; each writer fills an empty folder."""
 
 
-def _save_picture(image: np.ndarray, path: Path) -> None:
+def _save_image(image: np.ndarray, path: Path) -> None:
     # All settings are spelt out: the bytes must not follow a default of another Pillow.
     Image.fromarray(image).save(path, format='JPEG', quality=95, subsampling=0, optimize=False, progressive=False)

@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 from ssm_backbones.utils.errors import CommandError
 
 PARTIAL_NAME = re.compile(r'\.[0-9a-f]{32}\.part')
-"""What :func:`whole_file` calls a file that is being written; a process that was killed leaves it behind."""
+"""What :func:`atomic_file` calls a file that is being written; a process that was killed leaves it behind."""
 
 
 @contextmanager
-def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """An empty new file to write to instead of ``path``.
 
     It takes that name if the block succeeds, in place of a file that has it, and is removed otherwise. It has the
@@ -43,13 +43,13 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
-def write_whole(path: str | os.PathLike[str], text: str) -> None:
+def write_atomic(path: str | os.PathLike[str], text: str) -> None:
     """Write a text, UTF-8, as a whole file.
 
     Raises:
-        OSError: As of :func:`whole_file`.
+        OSError: As of :func:`atomic_file`.
     """
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         partial.write_text(text, encoding='utf-8')
 
 

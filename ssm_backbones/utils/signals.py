@@ -9,7 +9,7 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def ending_on_signals() -> Iterator[None]:
+def interrupt_on_sigterm() -> Iterator[None]:
     """Treat being asked to end (SIGTERM) like Ctrl-C meanwhile, so that what cleans up or finishes files is run."""
 
     def interrupt(number: int, frame: Any) -> None:

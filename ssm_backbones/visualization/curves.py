@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ssm_backbones.utils.files import whole_file
+from ssm_backbones.utils.files import atomic_file
 
 
 @dataclass
@@ -112,5 +112,5 @@ def save_curves(
         axes.spines[['top', 'right']].set_visible(False)
         if axes.lines:
             axes.legend(frameon=False, fontsize=9)
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         figure.savefig(partial, format='png')

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ssm_backbones.utils.files import whole_file
+from ssm_backbones.utils.files import atomic_file
 from ssm_backbones.visualization.receptive_field import ReceptiveField
 from ssm_backbones.visualization.scan_response import ScanResponse
 
@@ -216,5 +216,5 @@ def _mark(axes: Any, centre: tuple[float, float]) -> None:
 
 
 def _save(figure: Any, path: str | os.PathLike[str]) -> None:
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         figure.savefig(partial, format='png')

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ssm_backbones.utils.files import whole_file
+from ssm_backbones.utils.files import atomic_file
 
 _INK, _PAPER, _MUTED = (32, 36, 44), (255, 255, 255), (120, 126, 138)
 
@@ -179,5 +179,5 @@ def save_contact_sheet(
         x, y = gap + index % columns * step_x, top + bar + index // columns * step_y
         for side, image in enumerate(pair):
             sheet.paste(Image.fromarray(image), (x + side * (width + 4), y))
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         sheet.save(partial, format='PNG')

@@ -39,7 +39,7 @@ def each(cases):
 
 
 def map_shape(name, index, size):
-    """The shape (C, H, W) of one of the maps of a picture of this size."""
+    """The shape (C, H, W) of one of the maps of an image of this size."""
     if name == 'v2m-plain':
         return 16, *(math.ceil(s / 16) for s in size)
     if name == 'mamba2d-mixed':

@@ -287,7 +287,7 @@ def transposed_state(state, width):
     return turned
 
 
-def test_a_transposed_picture_gives_transposed_maps_where_both_neighbours_are_alike():
+def test_a_transposed_image_gives_transposed_maps_where_both_neighbours_are_alike():
     model = small_model().double()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -306,7 +306,7 @@ def test_a_transposed_picture_gives_transposed_maps_where_both_neighbours_are_al
     assert not torch.allclose(model(x.transpose(2, 3))[0].transpose(2, 3), model(x)[0])
 
 
-def test_a_reversed_scan_sees_the_picture_turned_round():
+def test_a_reversed_scan_sees_the_image_turned_round():
     layer = randomised(ScanMixer(6, 3, 2))
     twin = randomised(ScanMixer(6, 3, 2, reverse=True))
     twin.load_state_dict({name: t.flip(2, 3) if t.ndim == 4 else t for name, t in layer.state_dict().items()})
@@ -315,7 +315,7 @@ def test_a_reversed_scan_sees_the_picture_turned_round():
     assert not torch.allclose(layer(x.flip(1, 2)).flip(1, 2), layer(x))
 
 
-def test_small_pictures_are_those_with_zeros_added():
+def test_small_images_are_those_with_zeros_added():
     model = small_model().eval()
     x = torch.randn(1, 3, 2, 9)
     for m, p in zip(model(x), model(F.pad(x, (0, 0, 0, 1))), strict=True):

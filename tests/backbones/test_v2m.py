@@ -115,7 +115,7 @@ def test_plain_returns_its_last_block_unless_told_otherwise():
 
 @pytest.mark.parametrize('pyramid', ['single', 'multi'])
 def test_pyramids_train_end_to_end(pyramid):
-    """Each level learns to tell, at its own stride, where a picture is bright."""
+    """Each level learns to tell, at its own stride, where an image is bright."""
     model = V2M('test', pyramid=pyramid, img_size=64)
     heads = nn.ModuleList(nn.Conv2d(channels, 1, 1) for channels in model.out_channels)
     optimizer = torch.optim.AdamW([*model.parameters(), *heads.parameters()], lr=1e-2)
@@ -244,7 +244,7 @@ def test_position_embeddings_are_resized_bicubically():
         grid_size = tuple(math.ceil(s / 16) for s in size)
         expected = F.interpolate(grid.pos_embed.permute(0, 3, 1, 2), grid_size, mode='bicubic', align_corners=False)
         torch.testing.assert_close(grid(torch.randn(1, 3, *size)).permute(0, 3, 1, 2), expected)
-    # A ramp along W stays one, and covers the same picture.
+    # A ramp along W stays one, and covers the same image.
     with torch.no_grad():
         grid.pos_embed.copy_(torch.arange(8.)[None, None, :, None].expand_as(grid.pos_embed))
     resized = grid.position_embedding(5, 16)[0]
@@ -303,7 +303,7 @@ def test_other_tensors_in_a_position_embedding_s_place_are_refused(saved, log):
     assert not log
 
 
-def test_a_mirrored_picture_gives_mirrored_maps_once_the_plain_stem_is_mirrored():
+def test_a_mirrored_image_gives_mirrored_maps_once_the_plain_stem_is_mirrored():
     model = V2M('test', img_size=(64, 48)).double()
     twin = copy.deepcopy(model)
     twin.patch_embed.projection.weight.data = model.patch_embed.projection.weight.data.flip(3)
@@ -313,7 +313,7 @@ def test_a_mirrored_picture_gives_mirrored_maps_once_the_plain_stem_is_mirrored(
     assert not torch.allclose(model(x.flip(3))[0].flip(3), model(x)[0])
 
 
-def test_a_mirrored_picture_gives_mirrored_maps_once_the_windows_are_mirrored():
+def test_a_mirrored_image_gives_mirrored_maps_once_the_windows_are_mirrored():
     model = V2M('test-hier').double()
     twin = copy.deepcopy(model)
     twin.load_state_dict({name: t.flip(2, 3) if t.ndim == 4 else t for name, t in model.state_dict().items()})

@@ -155,7 +155,7 @@ def permuted_routes(state, order):
     return permuted
 
 
-def test_a_transposed_picture_gives_transposed_maps_once_rows_and_columns_are_swapped():
+def test_a_transposed_image_gives_transposed_maps_once_rows_and_columns_are_swapped():
     model = VMamba('test').double()
     twin = copy.deepcopy(model)
     state = permuted_routes(model.state_dict(), [1, 0, 3, 2])
@@ -166,7 +166,7 @@ def test_a_transposed_picture_gives_transposed_maps_once_rows_and_columns_are_sw
     assert not torch.allclose(model(x.transpose(2, 3))[0].transpose(2, 3), model(x)[0])
 
 
-def test_a_picture_turned_upside_down_gives_turned_maps_once_the_routes_are_reversed():
+def test_an_image_turned_upside_down_gives_turned_maps_once_the_routes_are_reversed():
     layer = random_ss2d(2, True)
     twin = copy.deepcopy(layer)
     state = permuted_routes(layer.state_dict(), [2, 3, 0, 1])

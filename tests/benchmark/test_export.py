@@ -5,19 +5,19 @@ from pathlib import Path
 import pytest
 
 from ssm_backbones.benchmark import Settings, export
-from ssm_backbones.benchmark.export import ExportComparison, measure_export, seconds_per_picture
+from ssm_backbones.benchmark.export import ExportComparison, measure_export, seconds_per_image
 
 
 def test_the_first_batch_does_not_count() -> None:
-    # Four pictures of the first batch after a long start, then one each half a second.
-    assert seconds_per_picture([12.0, 10.0, 10.1, 9.9, 10.0, 10.5, 11.0, 11.5], batch_size=4) == (12.0 - 10.1) / 4
+    # Four images of the first batch after a long start, then one each half a second.
+    assert seconds_per_image([12.0, 10.0, 10.1, 9.9, 10.0, 10.5, 11.0, 11.5], batch_size=4) == (12.0 - 10.1) / 4
 
 
 def test_export_against_the_backbone(write_config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, 'config_file', lambda name: str(write_config(name)))
     exported: list[int] = []
-    timed = export.seconds_per_picture
-    monkeypatch.setattr(export, 'seconds_per_picture',
+    timed = export.seconds_per_image
+    monkeypatch.setattr(export, 'seconds_per_image',
                         lambda written, batch: exported.append(len(written)) or timed(written, batch))
     small = ExportComparison('export/small', 'a small one', 'mmpretrain', size=32, batch_size=2, batches=2, workers=0)
     result = measure_export(small, Settings(repeats=2))

@@ -105,7 +105,7 @@ def test_records_agree_with_each_other(configs: dict[str, str]) -> None:
     for model in (ours, theirs):
         for what in (models.INFERENCE, models.TRAINING):
             small, large = records[model, what, 64], records[model, what, 160]
-            # The stem's first map, 8 channels at half the side, of two pictures, is there in any case.
+            # The stem's first map, 8 channels at half the side, of two images, is there in any case.
             assert large['peak_bytes'] > small['peak_bytes'] + 2 * 8 * (80**2 - 32**2) * 4
         # Gradients and what the backward pass needs.
         assert records[model, models.TRAINING, 160]['peak_bytes'] > records[model, models.INFERENCE, 160]['peak_bytes']
@@ -137,9 +137,9 @@ def test_curves_are_the_records() -> None:
 def test_command_measures_and_draws(
     tool: ModuleType, configs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    picture, record = tmp_path / 'out.png', tmp_path / 'out.json'
+    image, record = tmp_path / 'out.png', tmp_path / 'out.json'
     arguments = [configs['mmpretrain'], '--shape', '64', '64', '--shape', '32', '64', '--backbone', '--amp',
-                 '--repeats', '1', '--plot', str(picture), '--json', str(record)]
+                 '--repeats', '1', '--plot', str(image), '--json', str(record)]
     assert tool.main(arguments) == 0
     table, progress = capsys.readouterr()
     report = json.loads(record.read_text())
@@ -147,8 +147,8 @@ def test_command_measures_and_draws(
     assert [(each['height'], each['width']) for each in report['models']] == [(64, 64), (32, 64)]
     assert f'| {Path(configs["mmpretrain"]).stem} | inference | 32x64   |     1 |' in table
     assert 'measuring inference at 32x64' in progress
-    with Image.open(picture) as image:
-        assert image.format == 'PNG' and image.width > 1000
+    with Image.open(image) as drawn:
+        assert drawn.format == 'PNG' and drawn.width > 1000
     assert sorted(path.name for path in tmp_path.iterdir()) == ['out.json', 'out.png']
 
 
@@ -213,7 +213,7 @@ def test_what_fails_after_its_warm_up_does_not_take_along_the_others(
     ('arguments', 'message'),
     (
         (['nowhere.py', '--shape', '8', '8'], 'nowhere.py does not exist'),
-        (['{config}'], '--shape H W says how large the pictures are'),
+        (['{config}'], '--shape H W says how large the images are'),
         (['{config}', '--shape', '0', '8'], 'at least 1 pixel each way, got 0 8'),
         (['{config}', '--shape', '8', '8', '--batch-size', '0'], '--batch-size must be at least 1, got 0'),
         (['{config}', '--shape', '8', '8', '--device', 'cuda:99'], "the device 'cuda:99' cannot be used"),

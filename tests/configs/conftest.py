@@ -38,15 +38,15 @@ def _imagenet(source: Path, target: Path) -> None:
     for label in range(IMAGENET_CLASSES):
         (target / 'train' / f'n{label + 1:08d}').mkdir(parents=True)
     for wnid in WNIDS:
-        for picture in (source / 'train' / wnid).iterdir():
-            picture.rename(target / 'train' / wnid / picture.name)
+        for image in (source / 'train' / wnid).iterdir():
+            image.rename(target / 'train' / wnid / image.name)
     (target / 'val').mkdir()
     (target / 'meta').mkdir()
     lines = []
-    for picture in sorted((source / 'val').glob('*/*.JPEG')):
+    for image in sorted((source / 'val').glob('*/*.JPEG')):
         name = f'ILSVRC2012_val_{len(lines) + 1:08d}.JPEG'
-        lines.append(f'{name} {WNIDS.index(picture.parent.name)}\n')
-        picture.rename(target / 'val' / name)
+        lines.append(f'{name} {WNIDS.index(image.parent.name)}\n')
+        image.rename(target / 'val' / name)
     (target / 'meta' / 'val.txt').write_text(''.join(lines))
     shutil.rmtree(source)
 

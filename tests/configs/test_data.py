@@ -41,7 +41,7 @@ def check_coco(train: dict[str, Any], test: dict[str, Any], cfg: ConfigDict) -> 
 
 
 def check_ade20k(train: dict[str, Any], test: dict[str, Any], cfg: ConfigDict) -> None:
-    # Smaller crops, of pictures that were scaled down, are padded in the batch.
+    # Smaller crops, of images that were scaled down, are padded in the batch.
     assert tuple(train['inputs'].shape[1:]) == tuple(train['data_samples'].gt_sem_seg.shape)
     assert max(train['inputs'].shape[1:]) <= 512
     # 0 means "other" in the files and is ignored; the first class is 0 here.

@@ -92,9 +92,9 @@ def test_names_follow_openmmlab(name) -> None:
     arch = cfg.model.backbone.arch
     assert re.search(rf"(^|_){name.partition('/')[0]}-{arch}(_|$)", backbone)
     batch = re.search(r'_(\d+)xb(\d+)[-_]', stem)
-    gpus, pictures = map(int, batch.groups()) if batch else (8, 2)
-    assert cfg.train_dataloader.batch_size == pictures
-    assert cfg.auto_scale_lr.base_batch_size == gpus * pictures
+    gpus, images = map(int, batch.groups()) if batch else (8, 2)
+    assert cfg.train_dataloader.batch_size == images
+    assert cfg.auto_scale_lr.base_batch_size == gpus * images
     schedule = {'_1x_': 12, '-12e_': 12, '-3x_': 36, '-160k_': 160000, '_in1k': 300}
     (length,) = [value for key, value in schedule.items() if key in stem]
     assert length == cfg.train_cfg.get('max_epochs', cfg.train_cfg.get('max_iters'))

@@ -124,7 +124,7 @@ def test_checkpoints_of_a_long_training_do_not_fill_the_disk(name) -> None:
 
 
 @pytest.mark.parametrize('name', CLS)
-def test_imagenet_pictures(name) -> None:
+def test_imagenet_images(name) -> None:
     """Beside the fields that are published, the pipelines are mmpretrain's for Swin."""
     cfg, swin = config(name), host('imagenet')
     train, test = (pipeline(cfg[f'{mode}_dataloader'].dataset.pipeline) for mode in ('train', 'test'))

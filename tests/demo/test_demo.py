@@ -145,7 +145,7 @@ def test_other_tasks(checkout, capfd, task, last, shown) -> None:
     assert (out / 'train' / last).is_file()
     assert all(0 <= value <= 1 for value in figures.values())
     reached = ', '.join(f'{name} {value:.3f}' for name, value in zip(shown, figures.values(), strict=True))
-    assert capfd.readouterr().out.splitlines()[-1].startswith(f'{reached} on held-out pictures')
+    assert capfd.readouterr().out.splitlines()[-1].startswith(f'{reached} on held-out images')
     for name in ('predictions.png', 'curves.png'):
         assert np.asarray(Image.open(out / name)).std() > 0
 

@@ -105,11 +105,11 @@ def test_page_looks_right_in_a_browser(tmp_path) -> None:
     tops = []
     for colour in COLOURS.values():
         rows, columns = np.nonzero(np.abs(seen - colour).max(axis=2) < 12)
-        # All of the picture, as wide as the text and in its proportions.
+        # All of the image, as wide as the text and in its proportions.
         width, height = np.ptp(columns) + 1, np.ptp(rows) + 1
         assert 800 < width < 900 and abs(width / height - 2000 / 600) < 0.1
         tops.append(rows.min())
     assert tops == sorted(tops)
-    # Words in dark ink above the first picture, on paper.
+    # Words in dark ink above the first image, on paper.
     head = seen[: tops[0]]
     assert (head.max(axis=2) < 90).sum() > 500 and (head.min(axis=2) > 240).mean() > 0.7

@@ -165,7 +165,7 @@ def test_checkpointing_keeps_a_fraction_and_changes_no_gradient(make):
 
 
 class Batches(torch.utils.data.Dataset):
-    """Six pictures for a segmentor."""
+    """Six images for a segmentor."""
 
     def __init__(self):
         torch.manual_seed(0)

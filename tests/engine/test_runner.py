@@ -62,10 +62,10 @@ def test_evaluates_dumps_and_draws(trained, test, tmp_path) -> None:
     metrics = test(trained.config, trained.checkpoint, tmp_path / 'test', out=str(out), show_dir=str(shown))
     assert METRICS[trained.host] <= set(metrics)
     assert all(0 <= metrics[name] <= 100 for name in METRICS[trained.host])
-    # mmdet keeps a picture's own name, the others write PNG.
-    pictures = sorted(path for path in shown.rglob('*') if path.suffix in ('.png', '.jpg'))
-    assert len(pictures) == 4
-    assert np.asarray(Image.open(pictures[0])).std() > 0
+    # mmdet keeps an image's own name, the others write PNG.
+    images = sorted(path for path in shown.rglob('*') if path.suffix in ('.png', '.jpg'))
+    assert len(images) == 4
+    assert np.asarray(Image.open(images[0])).std() > 0
     if trained.host == 'mmseg':
         maps = [np.asarray(Image.open(path)) for path in sorted(out.iterdir())]
         assert len(maps) == 4
@@ -103,7 +103,7 @@ def test_amp_computes_in_bfloat16_on_cpus(host, train, write_config, read_losses
         assert runs[amp]
         assert all(parameter.dtype == torch.float32 for parameter in runner.model.parameters())
     assert all(math.isfinite(loss) for loss in runs[True])
-    # The first loss comes from the same weights and pictures: rounding tells it apart, and no more than rounding.
+    # The first loss comes from the same weights and images: rounding tells it apart, and no more than rounding.
     assert runs[True][0] != runs[False][0]
     assert runs[True][0] == pytest.approx(runs[False][0], rel=0.03)
 

@@ -53,7 +53,7 @@ def test_linear_head_on_exported_features(tmp_path, capsys) -> None:
         out = str(tmp_path / split)
         export_features(ExportOptions(str(config), str(tmp_path / 'model.pth'), split, out, dtype='fp16', workers=0))
     example = load('linear_segmentation')
-    # Few pictures and a backbone that knows nothing: what shows is whether the head fits what it was shown.
+    # Few images and a backbone that knows nothing: what shows is whether the head fits what it was shown.
     score = example.main([str(tmp_path / 'train'), str(tmp_path / 'train'), '--epochs', '30'])
     losses = re.search(r'^loss (\S+) -> (\S+),', capsys.readouterr().out, re.MULTILINE)
     assert losses and float(losses[2]) < 0.5 * float(losses[1])

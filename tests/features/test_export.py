@@ -300,7 +300,7 @@ def test_unreadable_images_do_not_stop_the_rest(tool, models, tmp_path, capsys, 
     assert 'error: 6 images could not be exported' in error
     assert [record['id'] for record in FeatureDataset(out).records] == ['good.jpg']
     assert len((out / 'unreadable.jsonl').read_text().splitlines()) == 6
-    # Mended, they are exported by the next run alone.
+    # Fixed, they are exported by the next run alone.
     for name in ('cut.jpg', 'empty.png', 'text.jpg', 'sub/cut.png', 'huge.png', 'damaged.png'):
         (folder / name).write_bytes(whole if name.endswith('png') else good)
     assert tool.main(command) == 0

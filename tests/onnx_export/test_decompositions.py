@@ -5,12 +5,12 @@ import torch
 
 import cuda_ops
 from ssm_backbones.onnx_export import decompositions as scans
-from ssm_backbones.onnx_export.override import Replacing
+from ssm_backbones.onnx_export.override import FunctionOverrideMode
 
 SIZES = [(1, 1), (1, 5), (6, 1), (3, 4), (5, 3), (7, 7)]
 
 
-class Rewritten(Replacing):
+class Rewritten(FunctionOverrideMode):
     """Calls the rewritten scans in the place of the registered ones, and counts them."""
 
     def __init__(self):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ssm_backbones.onnx_export.override import Replacing
+from ssm_backbones.onnx_export.override import FunctionOverrideMode
 from ssm_backbones.onnx_export.pooling import adaptive_average_pool, replacements
 
 
@@ -18,7 +18,7 @@ def test_adaptive_average_pool(size, cells) -> None:
 def test_no_pooling_is_left_in_a_program_of_open_sizes() -> None:
     module = torch.nn.AdaptiveAvgPool2d(3)
     open_sizes = ({2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC},)
-    with Replacing(replacements()):
+    with FunctionOverrideMode(replacements()):
         program = torch.export.export(module, (torch.randn(2, 4, 9, 7),), dynamic_shapes=open_sizes, strict=False)
     assert not any('pool' in str(node.target) for node in program.graph.nodes)
     x = torch.randn(2, 4, 2, 5)

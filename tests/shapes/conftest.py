@@ -10,7 +10,7 @@ from ssm_backbones.shapes.options import ShapesOptions
 
 @pytest.fixture(scope='session')
 def options() -> ShapesOptions:
-    """Enough pictures for all kinds of annotation, in sizes that differ."""
+    """Enough images for all kinds of annotation, in sizes that differ."""
     return ShapesOptions(seed=7, train=40, val=12, size=(96, 128), max_size=(128, 171))
 
 

@@ -98,14 +98,14 @@ def test_coco_truth_as_prediction_scores_one(root: Path, kind: str) -> None:
     assert evaluation.stats[0] == pytest.approx(1.0)
 
 
-def test_pictures_are_the_scenes(root: Path, options: ShapesOptions) -> None:
+def test_images_are_the_scenes(root: Path, options: ShapesOptions) -> None:
     for index, scene in enumerate(_scenes(options, 'val')):
         name = f'coco/val2017/{1_000_001 + index:012d}.jpg'
         with Image.open(root / name) as file:
             assert file.format == 'JPEG'
-            picture = np.asarray(file.convert('RGB')).astype(float)
-        # What JPEG loses of the noise, at this quality; other pictures differ by tens.
-        assert np.abs(picture - scene.image).mean() < 4.0
+            image = np.asarray(file.convert('RGB')).astype(float)
+        # What JPEG loses of the noise, at this quality; other images differ by tens.
+        assert np.abs(image - scene.image).mean() < 4.0
         same = root / f'ade20k/images/validation/ADE_val_{index + 1:08d}.jpg'
         assert same.read_bytes() == (root / name).read_bytes()
 
@@ -115,10 +115,10 @@ def test_ade20k_label_maps_agree_with_the_instances(
     root: Path, options: ShapesOptions, split: str, folder: str
 ) -> None:
     scenes = _scenes(options, split)
-    pictures = sorted((root / 'ade20k/images' / folder).iterdir())
+    images = sorted((root / 'ade20k/images' / folder).iterdir())
     maps = sorted((root / 'ade20k/annotations' / folder).iterdir())
     assert len(maps) == len(scenes)
-    assert [path.stem for path in maps] == [path.stem for path in pictures]
+    assert [path.stem for path in maps] == [path.stem for path in images]
     seen = set()
     for path, scene in zip(maps, scenes, strict=True):
         with Image.open(path) as file:

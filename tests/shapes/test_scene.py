@@ -1,4 +1,4 @@
-"""The pictures themselves: the same each time, right about what is visible, and fit to learn from."""
+"""The images themselves: the same each time, right about what is visible, and fit to learn from."""
 
 import hashlib
 
@@ -8,7 +8,7 @@ import pytest
 from ssm_backbones.shapes import CLASSES
 from ssm_backbones.shapes.geometry import make_shape
 from ssm_backbones.shapes.outline import trace
-from ssm_backbones.shapes.rng import Dice
+from ssm_backbones.shapes.rng import ImageRng
 from ssm_backbones.shapes.scene import Scene, _Canvas, draw_portrait, draw_scene
 from ssm_backbones.shapes.texture import TEXTURES, texture
 
@@ -27,7 +27,7 @@ def _digest(scene: Scene) -> str:
     return digest.hexdigest()[:16]
 
 
-def test_pictures_are_those_that_the_version_stands_for() -> None:
+def test_images_are_those_that_the_version_stands_for() -> None:
     # If they are meant to change, raise shapes.VERSION and renew the digests.
     scenes = [_digest(draw_scene(0, 'train', index, SIZE, (160, 200))) for index in range(3)]
     assert scenes == ['378b1f5e8d156670', 'ddea2f8701995b59', 'ebc0080e828b2b69']
@@ -35,7 +35,7 @@ def test_pictures_are_those_that_the_version_stands_for() -> None:
     assert portraits == ['5773a887f39addad', '7720526cfecc8231', 'be8ddbfe59cbf4ce']
 
 
-def test_seed_split_and_index_each_give_another_picture() -> None:
+def test_seed_split_and_index_each_give_another_image() -> None:
     keys = [(0, 'train', 0), (1, 'train', 0), (0, 'val', 0), (0, 'train', 1)]
     digests = {_digest(draw_scene(*key, SIZE, SIZE)) for key in keys}
     assert len(digests) == len(keys)
@@ -80,7 +80,7 @@ def test_there_is_variety(scenes: list[Scene]) -> None:
 
 
 def test_a_mask_lies_on_its_object() -> None:
-    # An object differs from what surrounds it: the picture changes more across a mask's border than within.
+    # An object differs from what surrounds it: the image changes more across a mask's border than within.
     within, across = [], []
     for index in range(30):
         scene = draw_scene(1, 'train', index, SIZE, SIZE)
@@ -100,7 +100,7 @@ def test_each_mask_is_its_shape_less_the_shapes_before_it() -> None:
     y, x = np.mgrid[0:height, 0:width] + 0.5
     hidden_pixels = 0
     for index in range(20):
-        canvas = _Canvas(Dice(5, (index,)), height, width)
+        canvas = _Canvas(ImageRng(5, (index,)), height, width)
         for _ in range(7):
             canvas.add_object()
         before = np.zeros(SIZE, dtype=bool)
@@ -140,7 +140,7 @@ def test_shapes_fill_their_circle_and_have_their_area(label: int) -> None:
     }[CLASSES[label]]
     y, x = np.mgrid[0:400, 0:400] + 0.5
     for index in range(10):
-        shape = make_shape(Dice(0, (index,)), label, 200.3, 199.1, 150.0)
+        shape = make_shape(ImageRng(0, (index,)), label, 200.3, 199.1, 150.0)
         inside = shape.distance(x, y) < 0
         share = inside.sum() / (np.pi * 150.0**2)
         assert low - 0.01 <= share <= high + 0.01
@@ -151,7 +151,7 @@ def test_shapes_fill_their_circle_and_have_their_area(label: int) -> None:
 def test_distances_are_euclidean() -> None:
     y, x = np.mgrid[0:60, 0:60] + 0.5
     for label in range(len(CLASSES)):
-        shape = make_shape(Dice(3, (label,)), label, 30.0, 30.0, 20.0)
+        shape = make_shape(ImageRng(3, (label,)), label, 30.0, 30.0, 20.0)
         distance = shape.distance(x, y)
         fine_y, fine_x = np.mgrid[0:60:0.25, 0:60:0.25] + 0.125
         inside = shape.distance(fine_x, fine_y) < 0
@@ -164,7 +164,7 @@ def test_distances_are_euclidean() -> None:
 @pytest.mark.parametrize('kind', TEXTURES)
 def test_textures_lie_between_their_colours(kind: str) -> None:
     first, second = (0.2, 0.5, 0.9), (0.6, 0.1, 0.8)
-    field = texture(Dice(0, (0,)), kind, 40, 50, (first, second), 9.0)
+    field = texture(ImageRng(0, (0,)), kind, 40, 50, (first, second), 9.0)
     assert field.shape == (40, 50, 3)
     weight = (field - first) / (np.array(second) - first)
     np.testing.assert_allclose(weight, weight[:, :, :1].repeat(3, axis=2), atol=1e-9)
@@ -174,4 +174,4 @@ def test_textures_lie_between_their_colours(kind: str) -> None:
 
 def test_an_unknown_texture_is_an_error() -> None:
     with pytest.raises(ValueError, match="'plaid'"):
-        texture(Dice(0, (0,)), 'plaid', 4, 4, ((0.0,) * 3, (1.0,) * 3), 4.0)
+        texture(ImageRng(0, (0,)), 'plaid', 4, 4, ((0.0,) * 3, (1.0,) * 3), 4.0)

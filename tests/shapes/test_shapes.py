@@ -29,13 +29,13 @@ def test_the_same_bytes_each_time(root: Path, options: ShapesOptions, tmp_path: 
     assert _files(tmp_path) == _files(root)
 
 
-def test_a_picture_does_not_depend_on_how_many_there_are(root: Path, options: ShapesOptions, tmp_path: Path) -> None:
+def test_an_image_does_not_depend_on_how_many_there_are(root: Path, options: ShapesOptions, tmp_path: Path) -> None:
     fewer = ShapesOptions(options.seed, train=5, val=3, size=options.size, max_size=options.max_size)
     make_shapes(tmp_path, fewer)
     all_files, some_files = _files(root), _files(tmp_path)
-    pictures = [name for name in some_files if not name.endswith(('.json', '.lock'))]
-    assert len(pictures) == 8 * 4 + 1
-    assert all(some_files[name] == all_files[name] for name in pictures)
+    images = [name for name in some_files if not name.endswith(('.json', '.lock'))]
+    assert len(images) == 8 * 4 + 1
+    assert all(some_files[name] == all_files[name] for name in images)
     for split in ('train', 'val'):
         few, many = (
             json.loads((folder / f'coco/annotations/instances_{split}2017.json').read_text())['annotations']
@@ -112,7 +112,7 @@ def test_an_interruption_leaves_nothing(
     if there_before:
         make_shapes(tmp_path, FEW, ['coco'])
     before = _files(tmp_path)
-    save, saved = writers._save_picture, []
+    save, saved = writers._save_image, []
 
     def save_three(image: object, path: Path) -> None:
         if len(saved) == 3:
@@ -120,7 +120,7 @@ def test_an_interruption_leaves_nothing(
         saved.append(path)
         save(image, path)
 
-    monkeypatch.setattr(writers, '_save_picture', save_three)
+    monkeypatch.setattr(writers, '_save_image', save_three)
     with pytest.raises(type(error)):
         make_shapes(tmp_path, FEW, ['coco'], overwrite=there_before)
     assert len(saved) == 3
@@ -167,7 +167,7 @@ def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
     lines: list[str] = []
     options = ShapesOptions(train=600, val=1, size=(64, 64))
     assert make_shapes(tmp_path, options, ['coco'], report=lines.append) == {'coco': False}
-    assert first.communicate()[0].splitlines()[0] == f'{tmp_path / "coco"}: writing 600 + 1 pictures'
+    assert first.communicate()[0].splitlines()[0] == f'{tmp_path / "coco"}: writing 600 + 1 images'
     assert first.returncode == 0
     assert 'waiting for another process' in lines[0]
 

@@ -139,16 +139,16 @@ def test_missing_checkpoints(write_config, tmp_path, work_dir, capsys) -> None:
 
 @pytest.mark.parametrize(
     ('content', 'worker'),
-    [(b'no picture', False), (b'', False), (b'no picture', True), (None, False)],
+    [(b'no image', False), (b'', False), (b'no image', True), (None, False)],
     ids=['broken', 'empty', 'broken, read by a worker', 'missing'],
 )
-def test_unreadable_picture(content, worker, shapes, tmp_path, work_dir, write_config, capsys) -> None:
+def test_unreadable_image(content, worker, shapes, tmp_path, work_dir, write_config, capsys) -> None:
     data = tmp_path / 'data'
     shutil.copytree(shapes, data)
     annotations = json.loads((data / 'coco/annotations/instances_train2017.json').read_text())
     for image in annotations['images']:
-        picture = data / 'coco/train2017' / image['file_name']
-        picture.unlink() if content is None else picture.write_bytes(content)
+        image = data / 'coco/train2017' / image['file_name']
+        image.unlink() if content is None else image.write_bytes(content)
     config = write_config('mmdet', f'train_dataloader = dict(num_workers={int(worker)})', data)
     error = fails(capsys, run_train([str(config), '--work-dir', str(work_dir)]))
     assert error.startswith(f'error: image {data}/coco/train2017/') and 'cannot be read' in error
@@ -159,7 +159,7 @@ def test_unreadable_label_map(shapes, tmp_path, work_dir, write_config, capsys) 
     data = tmp_path / 'data'
     shutil.copytree(shapes, data)
     for path in (data / 'ade20k/annotations/training').iterdir():
-        path.write_bytes(b'no picture')
+        path.write_bytes(b'no image')
     error = fails(capsys, run_train([str(write_config('mmseg', data=data)), '--work-dir', str(work_dir)]))
     assert error.startswith(f'error: label map {data}/ade20k/annotations/training/')
 

@@ -22,7 +22,7 @@ def main(tool):
 def test_prints_parameters_flops_and_the_convention(main, capsys):
     assert main([CONFIG, '--shape', '224', '224']) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-5:] == [f'config: {CONFIG}', 'picture: 224x224 (height x width)', 'parameters: 30.25 M (30249064)',
+    assert lines[-5:] == [f'config: {CONFIG}', 'image: 224x224 (height x width)', 'parameters: 30.25 M (30249064)',
                           lines[-2], CONVENTION]
     assert re.fullmatch(r'FLOPs: 4\.90 G \(489\d{7}\)', lines[-2])
 

@@ -22,7 +22,7 @@ def test_dist_train_and_test_share_the_work(write_config, environment, tmp_path,
     )
     (log,) = work_dir.glob('*/vis_data/scalars.json')
     records = [json.loads(line) for line in log.read_text().splitlines()]
-    # Twelve pictures in batches of four, for two processes.
+    # Twelve images in batches of four, for two processes.
     assert [record['iter'] for record in records] == [1, 2]
     out = tmp_path / 'predictions.pkl'
     command = [TOOLS / 'dist_test.sh', config, work_dir / 'epoch_1.pth', '2', '--work-dir', work_dir, '--out', out]

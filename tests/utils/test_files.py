@@ -6,7 +6,7 @@ import resource
 
 import pytest
 
-from ssm_backbones.utils.files import PARTIAL_NAME, whole_file, write_whole
+from ssm_backbones.utils.files import PARTIAL_NAME, atomic_file, write_atomic
 
 
 def test_a_file_takes_its_place_in_the_end_with_a_new_file_s_permissions(tmp_path) -> None:
@@ -14,14 +14,14 @@ def test_a_file_takes_its_place_in_the_end_with_a_new_file_s_permissions(tmp_pat
     path.write_text('old')
     before = os.umask(0o027)
     try:
-        with whole_file(path) as partial:
+        with atomic_file(path) as partial:
             partial.write_text('new')
             assert partial.parent == tmp_path and PARTIAL_NAME.fullmatch(partial.name)
             assert path.read_text() == 'old'
     finally:
         os.umask(before)
     assert path.read_text() == 'new' and path.stat().st_mode & 0o777 == 0o640
-    write_whole(str(path), 'größer\n')
+    write_atomic(str(path), 'größer\n')
     assert path.read_bytes() == 'größer\n'.encode()
     assert list(tmp_path.iterdir()) == [path]
 
@@ -30,7 +30,7 @@ def test_a_file_takes_its_place_in_the_end_with_a_new_file_s_permissions(tmp_pat
 def test_what_failed_leaves_nothing_behind_and_what_was_there_alone(failure, tmp_path) -> None:
     path = tmp_path / 'file'
     path.write_text('old')
-    with pytest.raises(failure), whole_file(path) as partial:
+    with pytest.raises(failure), atomic_file(path) as partial:
         partial.write_text('half')
         raise failure
     assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]
@@ -42,7 +42,7 @@ def test_a_full_disk(tmp_path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
     try:
         with pytest.raises(OSError, match='File too large'):
-            write_whole(tmp_path / 'file', 'more than ten bytes')
+            write_atomic(tmp_path / 'file', 'more than ten bytes')
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())
@@ -51,10 +51,10 @@ def test_a_full_disk(tmp_path) -> None:
 def test_places_that_cannot_be_written_to_show_before_the_work_by_the_name_that_was_asked_for(tmp_path) -> None:
     (tmp_path / 'file').touch()
     for path, number in [(tmp_path / 'none' / 'x', errno.ENOENT), (tmp_path / 'file' / 'x', errno.ENOTDIR)]:
-        with pytest.raises(OSError, match=f"'{path}'") as caught, whole_file(path):
+        with pytest.raises(OSError, match=f"'{path}'") as caught, atomic_file(path):
             pytest.fail('the block ran')
         assert caught.value.errno == number
     (tmp_path / 'folder').mkdir()
     with pytest.raises(IsADirectoryError, match="/folder'"):
-        write_whole(tmp_path / 'folder', 'text')
+        write_atomic(tmp_path / 'folder', 'text')
     assert sorted(path.name for path in tmp_path.iterdir()) == ['file', 'folder']

@@ -1,5 +1,5 @@
-# The ImageNet configs' recipe on small pictures: smaller parts, a shorter schedule, and labels as they are, since a few
-# hundred steps have no use for mixed pictures. A family adds its backbone.
+# The ImageNet configs' recipe on small images: smaller parts, a shorter schedule, and labels as they are, since a few
+# hundred steps have no use for mixed images. A family adds its backbone.
 _base_ = [
     '../models/classifier.py',
     '../datasets/shapes_classification.py',

@@ -1,4 +1,4 @@
-# The COCO configs' recipe on small pictures: smaller parts and a shorter schedule. A family adds its backbone.
+# The COCO configs' recipe on small images: smaller parts and a shorter schedule. A family adds its backbone.
 _base_ = [
     'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
     '../datasets/shapes_instance.py',

@@ -1,4 +1,4 @@
-# The ADE20K configs' recipe on small pictures: smaller parts and a shorter schedule. A family adds its backbone.
+# The ADE20K configs' recipe on small images: smaller parts and a shorter schedule. A family adds its backbone.
 _base_ = [
     'mmseg::_base_/models/upernet_swin.py',
     '../datasets/shapes_semantic.py',

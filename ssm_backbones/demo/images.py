@@ -1,4 +1,4 @@
-"""Held-out pictures with the truth beside what a model predicts, for each task."""
+"""Held-out images with the truth beside what a model predicts, for each task."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ssm_backbones.visualization.sheets import (
     save_contact_sheet,
 )
 
-SHOWN_PICTURES = 12
+SHOWN_IMAGES = 12
 SHOWN_SCORE = 0.5
 # What the label maps' loaders ignore.
 _IGNORED = 255
@@ -33,7 +33,7 @@ def show_detections(cfg: Config, dump: Path, heading: str, path: Path) -> None:
         cfg: an mmdet config whose test set is in COCO's format.
         dump: what ``tools/test.py --out`` wrote for it.
         heading: the heading of the sheet.
-        path: the picture to write.
+        path: the image to write.
     """
     from pycocotools import mask as rle
     from pycocotools.coco import COCO
@@ -43,7 +43,7 @@ def show_detections(cfg: Config, dump: Path, heading: str, path: Path) -> None:
     truth = COCO(os.path.join(dataset.data_root, dataset.ann_file))
     labels = {category: label for label, category in enumerate(truth.getCatIds(catNms=list(classes)))}
     pairs = []
-    for prediction in sorted(_unpickle(dump), key=lambda item: item['img_id'])[:SHOWN_PICTURES]:
+    for prediction in sorted(_unpickle(dump), key=lambda item: item['img_id'])[:SHOWN_IMAGES]:
         image = _read(prediction['img_path'])
         annotations = truth.loadAnns(truth.getAnnIds(imgIds=prediction['img_id'], iscrowd=False))
         boxes = np.array([annotation['bbox'] for annotation in annotations], dtype=float).reshape(-1, 4)
@@ -72,7 +72,7 @@ def show_label_maps(cfg: Config, dump: Path, heading: str, path: Path) -> None:
     classes, palette = dataset.metainfo.classes, dataset.metainfo.palette
     root, prefix = Path(dataset.data_root), dataset.data_prefix
     pairs = []
-    for found in sorted(dump.glob('*.png'))[:SHOWN_PICTURES]:
+    for found in sorted(dump.glob('*.png'))[:SHOWN_IMAGES]:
         image = _read(root / prefix.img_path / f'{found.stem}.jpg')
         # Stored one higher than they count: 0 is ADE20K's "other", which becomes 255, the ignored label.
         maps = [_read_labels(file) - 1 for file in (root / prefix.seg_map_path / found.name, found)]
@@ -87,30 +87,30 @@ def show_classes(cfg: Config, dump: Path, heading: str, path: Path) -> None:
     classes: Sequence[str] = cfg.test_dataloader.dataset.metainfo.classes
     predictions = _unpickle(dump)
     # Evenly over the set, which is sorted by class.
-    chosen = np.linspace(0, len(predictions) - 1, min(SHOWN_PICTURES, len(predictions))).round().astype(int)
+    chosen = np.linspace(0, len(predictions) - 1, min(SHOWN_IMAGES, len(predictions))).round().astype(int)
     pairs = []
     for prediction in (predictions[index] for index in chosen):
         truth = int(prediction['gt_label'][0])
         image = _read(prediction['img_path']).repeat(2, axis=0).repeat(2, axis=1)
         pairs.append((image, draw_scores(prediction['pred_score'].numpy(), truth, classes, image.shape[:2])))
-    save_contact_sheet(pairs, ('held-out picture', 'scores (outlined: the truth)'), heading, path, columns=3)
+    save_contact_sheet(pairs, ('held-out image', 'scores (outlined: the truth)'), heading, path, columns=3)
 
 
-def show_features(config: str, checkpoint: Path, pictures: str, export: Path, path: Path) -> None:
-    """Export the backbone's maps of some pictures, and draw each level's principal components beside them.
+def show_features(config: str, checkpoint: Path, images: str, export: Path, path: Path) -> None:
+    """Export the backbone's maps of some images, and draw each level's principal components beside them.
 
     Args:
         config: the config file.
         checkpoint: the model's.
-        pictures: glob pattern.
+        images: glob pattern.
         export: folder to export to.
-        path: the picture to write.
+        path: the image to write.
     """
     from PIL import Image
 
     from ssm_backbones.features.export import ExportOptions, export_features
 
-    export_features(ExportOptions(config, str(checkpoint), pictures, str(export), workers=0, preview=True))
+    export_features(ExportOptions(config, str(checkpoint), images, str(export), workers=0, preview=True))
     rows = [Image.open(file) for file in sorted((export / PREVIEWS).rglob('*.png'))]
     sheet = Image.new('RGB', (max(row.width for row in rows), sum(row.height for row in rows)), (255, 255, 255))
     top = 0
