@@ -27,8 +27,8 @@ def write_coco(folder: Path, options: ShapesOptions) -> None:
     """
     (folder / 'annotations').mkdir()
     for offset, split in enumerate(SPLITS):
-        images = folder / f'{split}2017'
-        images.mkdir()
+        image_folder = folder / f'{split}2017'
+        image_folder.mkdir()
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
         for index in range(options.count(split)):
@@ -36,7 +36,7 @@ def write_coco(folder: Path, options: ShapesOptions) -> None:
             height, width = scene.clutter.shape
             image_id = offset * _IDS_PER_SPLIT + index + 1
             name = f'{image_id:012d}.jpg'
-            _save_image(scene.image, images / name)
+            _save_image(scene.image, image_folder / name)
             images.append(
                 {
                     'license': 1,
