@@ -13,9 +13,9 @@ import pytest
 import torch
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer, MessageHub
-from ssm_backbones.torch_compat import release
 
 from ssm_backbones import compat  # importing the package applies the patches
+from ssm_backbones.utils.torch_compat import release
 
 ROOT = Path(__file__).resolve().parents[1]
 

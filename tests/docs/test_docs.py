@@ -1,18 +1,26 @@
-"""The pages under docs/: every block of Python is run, as it stands."""
+"""README.md and the pages under docs/: every block of Python is run, and every config trains."""
 
+import json
+import math
 import re
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+from mmdet.datasets import CocoDataset
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, DefaultScope
+from PIL import Image
+from torch import nn
 
 from ssm_backbones import V2M, Mamba2D, VMamba
 from ssm_backbones.apis.config import load_config
 from ssm_backbones.checkpoints import convert_checkpoint
+from ssm_backbones.engine.runner import TrainOptions, train
 from ssm_backbones.flops import config_complexity
+from ssm_backbones.shapes.generate import make_shapes
+from ssm_backbones.shapes.options import ShapesOptions
 from tests.checkpoints.layouts import (
     MAMBA2D,
     VMAMBA,
@@ -21,20 +29,31 @@ from tests.checkpoints.layouts import (
     vmamba_classifier,
     vmamba_pyramid,
 )
+from tests.configs.recipes import PUBLISHED, TASKS
+from tests.configs.small_runs import RecordSteps, narrow_heads, shrink
 
-PAGE = Path(__file__).resolve().parents[2] / 'docs' / 'use_with_other_heads.md'
-BLOCKS = re.findall(r'^```python\n(.*?)^```$', PAGE.read_text(encoding='utf-8'), re.MULTILINE | re.DOTALL)
-CONFIGS = [block for block in BLOCKS if block.startswith('_base_')]
-SCRIPTS = [block for block in BLOCKS if not block.startswith('_base_')]
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / 'docs' / 'use_with_other_heads.md'
+BLOCKS = {f'{path.stem}-{number}': block for path in [ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md'))]
+          for number, block in enumerate(re.findall(r'^```python\n(.*?)^```$', path.read_text(encoding='utf-8'),
+                                                    re.MULTILINE | re.DOTALL))}
+CONFIGS = [name for name, block in BLOCKS.items() if block.startswith('_base_')]
+PARTS = [name for name, block in BLOCKS.items() if block.startswith('backbone=')]
+SCRIPTS = [name for name in BLOCKS if name not in CONFIGS + PARTS]
+EPOCHS = 5
+# The small arch that takes the full one's place, and its channels.
+SMALL = {'VMamba': [16, 32, 64, 128], 'Mamba2D': [16, 24, 32, 64]}
+SCAN_PARAMETERS = ('A_log', 'D', 'dt_bias')
 
 
-def title(block):
-    return re.sub(r'\W+', '-', block[:60])
+@pytest.fixture(scope='module', autouse=True)
+def _quick_starts(quick_starts):
+    """For every run."""
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """A folder with stand-ins for the files that the page names."""
+    """A folder with stand-ins for the files that the pages name: weights, and data of the same layouts."""
     folder = tmp_path_factory.mktemp('docs')
     torch.manual_seed(0)
 
@@ -49,27 +68,68 @@ def folder(tmp_path_factory):
     official = {f'backbone.{name}': tensor for name, tensor in shrunk(vmamba_pyramid(**VMAMBA['tiny-s1l8'])).items()}
     detector, _ = convert_checkpoint({'state_dict': {**official, 'neck.weight': torch.ones(2)}})
     torch.save(detector, folder / 'my_detector.pth')
+
+    shapes, data = folder / 'shapes', folder / 'data'
+    make_shapes(shapes, ShapesOptions(seed=1, train=4, val=2, size=(96, 96), max_size=(96, 128)))
+    (data / 'ade').mkdir(parents=True)
+    (shapes / 'imagenet').rename(data / 'my_classes')
+    (shapes / 'coco').rename(data / 'coco')
+    mine = ['cat', 'dog', 'bird']
+    names = mine + [name for name in CocoDataset.METAINFO['classes'] if name not in mine]
+    for path in data.glob('coco/annotations/*.json'):
+        content = json.loads(path.read_text())
+        content['categories'] = [dict(id=number, name=name) for number, name in enumerate(names, 1)]
+        path.write_text(json.dumps(content))
+    (shapes / 'ade20k').rename(data / 'ade' / 'ADEChallengeData2016')
+    for path in data.glob('ade/ADEChallengeData2016/images/*/*.jpg'):
+        Image.open(path).convert('RGBA').save(path.with_suffix('.png'))
     return folder
 
 
-def test_there_are_blocks_of_both_kinds():
-    assert len(CONFIGS) == 7 and len(SCRIPTS) == 2
+def read(name, monkeypatch, folder):
+    """A config block as a file of its own, whose weights lie in the working folder instead of behind a URL."""
+    monkeypatch.chdir(folder)
+    Path('my_config.py').write_text(re.sub(r"'https://\S+/", "'", BLOCKS[name]))
+    return load_config('my_config.py')
 
 
-@pytest.mark.parametrize('block', SCRIPTS, ids=title)
-def test_scripts_run(block, folder, monkeypatch):
+def test_there_are_blocks_of_every_kind():
+    assert [len(CONFIGS), len(PARTS), len(SCRIPTS)] == [8, 1, 3]
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_scripts_run_and_train(name, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     namespace = {'__name__': 'snippet'}
-    exec(compile(block, str(PAGE), 'exec'), namespace)
-    if 'loss' in namespace:
-        assert torch.isfinite(namespace['loss'])
+    exec(compile(BLOCKS[name], name, 'exec'), namespace)
+    if 'optimizer' not in namespace:
+        assert 'loss' not in namespace
+        return
+    losses = [float(line) for line in capsys.readouterr().out.splitlines() if re.fullmatch(r'\d+\.\d+', line)]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    optimizer, model = namespace['optimizer'], namespace['model']
+    assert isinstance(optimizer, torch.optim.AdamW)
+    check_groups(model, {name: group for group in optimizer.param_groups for name, parameter in
+                         model.named_parameters() if any(parameter is each for each in group['params'])},
+                 lr=PUBLISHED['vmamba']['recipes']['coco']['lr'],
+                 decay=PUBLISHED['vmamba']['recipes']['coco']['weight_decay'])
 
 
-@pytest.mark.parametrize('block', CONFIGS, ids=title)
-def test_configs_build_run_and_load_their_weights(block, folder, monkeypatch):
+@pytest.mark.parametrize('name', PARTS)
+def test_parts_of_configs_build(name, folder, monkeypatch):
     monkeypatch.chdir(folder)
-    (folder / 'my_config.py').write_text(block)
-    cfg = load_config('my_config.py')
+    config = eval(f'dict({BLOCKS[name]})')['backbone']
+    config['init_cfg']['checkpoint'] = 'vssm1_tiny_0230s_ckpt_epoch_264.pth'
+    model = import_module('mmengine.registry').MODELS.build(config)
+    before = model.stages[0].blocks[0].mixer.in_proj.weight.clone()
+    model.init_weights()
+    assert not before.equal(model.stages[0].blocks[0].mixer.in_proj.weight)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_configs_build_run_and_load_their_weights(name, folder, monkeypatch):
+    cfg = read(name, monkeypatch, folder)
+    block = BLOCKS[name]
     # On small pictures: the heads fit the maps.
     assert config_complexity(cfg, 128, 96).flops > 0
 
@@ -79,17 +139,115 @@ def test_configs_build_run_and_load_their_weights(block, folder, monkeypatch):
         before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
         backbone.init_weights()
         changed = {name for name, tensor in backbone.state_dict().items() if not torch.equal(tensor, before[name])}
-        anew = set() if 'my_detector' in block or cfg.default_scope == 'mmpretrain' else {'norm0', 'norm1', 'norm2'}
+        whole = 'my_detector' in block or cfg.default_scope == 'mmpretrain'
+        anew = set() if whole else {'norm0', 'norm1', 'norm2', 'norm3'}
         assert {name for name in before if name.partition('.')[0] not in anew} == changed
-        with torch.device('meta'):
-            model = registry.build(cfg.model)
-        wrapper = build_optim_wrapper(model, cfg.optim_wrapper.to_dict() | dict(type='OptimWrapper'))
-        hooks = [HOOKS.build(hook) for hook in cfg.get('custom_hooks', [])]
-    rates = {group['lr'] for group in wrapper.optimizer.param_groups}
-    if 'layer_decay_rate' in block:
-        # The second stage's first block, of 14, is the lowest that is not frozen.
-        assert min(rates) == pytest.approx(1e-4 * 0.9**12) and max(rates) == 1e-4
-        assert [type(hook).__name__ for hook in hooks] == ['EMAHook']
+        if 'layer_decay_rate' in block:
+            with torch.device('meta'):
+                model = registry.build(cfg.model)
+            wrapper = build_optim_wrapper(model, cfg.optim_wrapper.to_dict() | dict(type='OptimWrapper'))
+            rates = {group['lr'] for group in wrapper.optimizer.param_groups}
+            # The second stage's first block, of 14, is the lowest that is not frozen.
+            assert min(rates) == pytest.approx(1e-4 * 0.9**12) and max(rates) == 1e-4
+
+
+def check_groups(model, groups, lr, decay):
+    """Every parameter learns at the recipe's rate, and decays as in the recipe or, as it says, not at all."""
+    assert groups.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    norms = {f'backbone.{name}.' for name, module in model.backbone.named_modules() if isinstance(module, nn.LayerNorm)}
+    for name, group in groups.items():
+        owner, leaf = name.rpartition('.')[::2]
+        assert group['lr'] == pytest.approx(lr(name) if callable(lr) else lr), name
+        if f'{owner}.' in norms or leaf in SCAN_PARAMETERS:
+            assert group['weight_decay'] == 0, name
+        elif model.get_parameter(name).ndim > 1:
+            assert group['weight_decay'] == decay, name
+
+
+def small(cfg):
+    """The same config with the small arch of the family in the place of the full one, whose weights are not loaded.
+
+    Necks, heads, pictures, batches and schedules are smaller, too. Without warm-up, at whose rates nothing would fall.
+    """
+    shrink(cfg, epochs=EPOCHS, side=96)
+    if cfg.default_scope != 'mmpretrain':
+        narrow_heads(cfg.model, 32)
+    backbone, widths = cfg.model.backbone, SMALL[cfg.model.backbone.type]
+    backbone.arch = 'test'
+    out_indices = backbone.get('out_indices', (0, 1, 2, 3))
+    channels = [widths[i] for i in ([out_indices] if isinstance(out_indices, int) else out_indices)]
+    if cfg.default_scope == 'mmpretrain':
+        cfg.model.head.in_channels = channels[-1]
+        cfg.train_dataloader.dataset.pop('indices')
+    elif cfg.default_scope == 'mmdet':
+        cfg.model.neck.in_channels = channels
+    else:
+        cfg.model.decode_head.in_channels = channels
+        if 'auxiliary_head' in cfg.model:
+            cfg.model.auxiliary_head.in_channels = channels[2]
+    return cfg
+
+
+def run(cfg, tmp_path):
+    cfg.dump(tmp_path / 'small.py')
+    runner = train(TrainOptions(str(tmp_path / 'small.py'), work_dir=str(tmp_path / 'work')))
+    (record,) = [hook for hook in runner.hooks if isinstance(hook, RecordSteps)]
+    return runner, record
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_configs_train(name, folder, monkeypatch, tmp_path):
+    cfg = read(name, monkeypatch, folder)
+    recipe = PUBLISHED[cfg.model.backbone.type.lower()]['recipes'][TASKS[cfg.default_scope]]
+    assert 'init_cfg' in cfg.model.backbone and 'auto_scale_lr' in cfg
+    base = recipe['lr'] * cfg.auto_scale_lr.base_batch_size / recipe['batch']
+
+    def lr(name):
+        if 'SegformerHead' in cfg.model.get('decode_head', dict(type=''))['type'] and name.startswith('decode_head.'):
+            return 10 * base
+        if 'layer_decay_rate' in cfg.optim_wrapper.get('paramwise_cfg', {}) and name.startswith('backbone.'):
+            layer, layers = runner.model.backbone.get_layer_depth(name, 'backbone.')
+            return base * 0.9 ** (layers - 1 - layer)
+        return base
+
+    runner, record = run(small(cfg), tmp_path)
+    assert record.optimizer == 'AdamW'
+    check_groups(runner.model, record.groups, lr, recipe['weight_decay'])
+    # Several processes would stop at a parameter without a gradient.
+    assert record.groups.keys() == record.touched
+    assert len(record.losses) >= 2 * EPOCHS and record.end < record.start
+
+
+def test_the_block_of_four_channels_serves_grey_images(folder, monkeypatch, tmp_path):
+    (name,) = [name for name in CONFIGS if 'in_channels=4' in BLOCKS[name]]
+    text, count = re.subn(r'in_channels=4', 'in_channels=1', BLOCKS[name])
+    assert count == 2
+    text = text.replace("'unchanged'", "'grayscale'")
+    text = re.sub(r'mean=\[.*?\], std=\[.*?\]', 'mean=[120.0], std=[58.0]', text)
+    monkeypatch.setitem(BLOCKS, name, text)
+    cfg = read(name, monkeypatch, folder)
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        import_module('mmseg.registry').MODELS.build(cfg.model.backbone).init_weights()
+    _, record = run(small(cfg), tmp_path)
+    assert len(record.losses) == 2 * EPOCHS
+
+
+@pytest.mark.parametrize('name', [name for name in CONFIGS if 'EMAHook' in BLOCKS[name]])
+def test_averages_forget_the_untrained_heads(name, folder, monkeypatch):
+    """Of 1000 pictures in batches of two, within the config's epochs; the page says how long it takes."""
+    cfg = read(name, monkeypatch, folder)
+    (hook,) = [HOOKS.build({key: value for key, value in hook.items() if key != 'priority'})
+               for hook in cfg.custom_hooks]
+    model = nn.Linear(1, 1)
+    average = import_module('mmengine.registry').MODELS.build(dict(hook.ema_cfg, model=model))
+    iterations = cfg.train_cfg.max_epochs * 1000 // 2
+    assert (1 - average.momentum) ** iterations < 1e-3
+    said = re.search(r'below 1 % after\s+(\d+) iterations with (\S+), but after (\d+) (\d+) with (\S+), VMamba',
+                     PAGE.read_text(encoding='utf-8'))
+    assert float(said[2]) == average.momentum
+    assert 1 - float(said[5]) == PUBLISHED['vmamba']['recipes']['imagenet']['ema']
+    for iterations, momentum in ((said[1], said[2]), (said[3] + said[4], said[5])):
+        assert int(iterations) == pytest.approx(math.log(0.01) / math.log1p(-float(momentum)), rel=0.01)
 
 
 def test_the_table_of_channels_is_right():
