@@ -35,7 +35,7 @@ test: lint
 	@$(IN_VENV) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 
 kernels:
-	@$(PYTHON) cuda_ops/kernel_report.py $(if $(ARCHS),--archs "$(ARCHS)")
+	@$(PYTHON) tools/kernel_report.py $(if $(ARCHS),--archs "$(ARCHS)")
 
 clean:
 	rm -rf build dist *.egg-info cuda_ops/_C.so* cuda_ops/_build_info.json* .mypy_cache .pytest_cache .ruff_cache

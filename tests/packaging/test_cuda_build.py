@@ -18,8 +18,8 @@ NO_NVCC = pytest.mark.skipif(shutil.which('nvcc') is None, reason='there is no n
 
 @pytest.fixture(scope='module')
 def report() -> ModuleType:
-    """cuda_ops/kernel_report.py, by its path as ``make kernels`` runs it."""
-    spec = importlib.util.spec_from_file_location('kernel_report', ROOT / 'cuda_ops' / 'kernel_report.py')
+    """tools/kernel_report.py, by its path as ``make kernels`` runs it."""
+    spec = importlib.util.spec_from_file_location('kernel_report', ROOT / 'tools' / 'kernel_report.py')
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -92,10 +92,11 @@ def test_kernels_keep_to_their_registers(built: tuple[Path, str], report: Module
 @pytest.mark.parametrize('count, spills', [(4, False), (400, True)])
 def test_the_report_fails_for_a_kernel_that_spills(root: Path, tmp_path: Path, count: int, spills: bool) -> None:
     """The command line, with one small kernel in place of the package's own, which takes it seconds."""
-    for name in ('kernel_report.py', '_build.py'):
-        shutil.copy(root / 'cuda_ops' / name, tmp_path)
-    source = tmp_path / 'csrc' / 'cuda' / 'small.cu'
+    source = tmp_path / 'cuda_ops' / 'csrc' / 'cuda' / 'small.cu'
     source.parent.mkdir(parents=True)
+    for name in ('tools/kernel_report.py', 'cuda_ops/_build.py'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(root / name, tmp_path / name)
     index = '' if not spills else ' * x[0]'
     source.write_text(f"""
 namespace cuda_ops {{
@@ -106,7 +107,7 @@ __global__ void small(float* x) {{
 }}
 }}  // namespace cuda_ops
 """)
-    result = subprocess.run([sys.executable, str(tmp_path / 'kernel_report.py'), '--archs', '9.0'],
+    result = subprocess.run([sys.executable, str(tmp_path / 'tools' / 'kernel_report.py'), '--archs', '9.0'],
                             capture_output=True, text=True, timeout=600)
     assert re.search(r'^\| small \| \d+ \|', result.stdout, re.MULTILINE), result.stdout + result.stderr
     assert (result.returncode, f'1 kernels compiled, {int(spills)} spill' in result.stdout) == (int(spills), True)
@@ -128,7 +129,7 @@ def test_the_compiler_at_hand_works_and_knows_its_architectures(build: ModuleTyp
     ('8.0 sm_90', "--archs has the entry 'sm_90'"),
 ])
 def test_the_report_refuses_what_the_compiler_does_not_know(root: Path, archs: str, message: str) -> None:
-    result = subprocess.run([sys.executable, str(root / 'cuda_ops' / 'kernel_report.py'), '--archs', archs],
+    result = subprocess.run([sys.executable, str(root / 'tools' / 'kernel_report.py'), '--archs', archs],
                             capture_output=True, text=True, timeout=60)
     assert result.returncode == 2 and re.match(f'error: {message}', result.stderr), result.stderr
 

@@ -1,4 +1,4 @@
-"""``make kernels``: what the compiler makes of every CUDA kernel, for every architecture.
+"""Compile every CUDA kernel for every architecture, and print registers, shared memory and spills (``make kernels``).
 
 Needs nvcc alone, neither torch nor a GPU. Each ``.cu`` file is compiled for each architecture by itself;
 registers, shared memory, stack and spills are read from the assembler's report. Every kernel works on a fixed number of
@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-_CSRC = Path(__file__).resolve().parent / 'csrc'
+_PACKAGE = Path(__file__).resolve().parents[1] / 'cuda_ops'
+_CSRC = _PACKAGE / 'csrc'
 _TYPES = {'f': 'float32', '6__half': 'float16', '13__nv_bfloat16': 'bfloat16'}
 
 
@@ -135,9 +136,10 @@ def _build_module() -> ModuleType:
     # By its path: importing the package would import torch.
     if 'cuda_ops_build' in sys.modules:
         return sys.modules['cuda_ops_build']
-    spec = importlib.util.spec_from_file_location('cuda_ops_build', Path(__file__).with_name('_build.py'))
-    if spec is None or spec.loader is None:
-        raise RuntimeError('cuda_ops/_build.py cannot be loaded')
+    path = _PACKAGE / '_build.py'
+    spec = importlib.util.spec_from_file_location('cuda_ops_build', path)
+    if not path.exists() or spec is None or spec.loader is None:
+        sys.exit(f'error: {path} is not there; run this in a checkout')
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
