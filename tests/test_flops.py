@@ -161,18 +161,22 @@ def test_hierarchical_v2m_is_of_the_papers_size(arch):
     assert counted.flops / 1e9 == pytest.approx(flops, rel=0.02)
 
 
-README = (CONFIGS.parent / 'README.md').read_text(encoding='utf-8')
-ROWS = re.findall(r'^\| \[.*?\]\(configs/(.*?)\.py\) \| ([\d.]+) \| ([\d.]+) \|', README, re.MULTILINE)
+ROWS = [
+    (f'{page.parent.name}/{name}', params, flops)
+    for page in sorted(CONFIGS.glob('*/README.md'))
+    for name, params, flops in re.findall(
+        r'^\| \[(.*?)\]\(.*?\.py\) \| ([\d.]+) \| ([\d.]+) \|', page.read_text(encoding='utf-8'), re.MULTILINE)
+]
 # Half a minute for one figure.
 UNCOUNTED = {'vmamba/cascade-mask-rcnn_vmamba-tiny_fpn_1x_coco'}
 
 
-def test_readme_s_table_is_read_in_full():
+def test_the_families_tables_are_read_in_full():
     assert sorted(name for name, *_ in ROWS) == ZOO
 
 
 @pytest.mark.parametrize(('name', 'params', 'flops'), ROWS, ids=[row[0] for row in ROWS])
-def test_readme_s_figures_are_measured(name, params, flops):
+def test_the_families_figures_are_measured(name, params, flops):
     if name in UNCOUNTED:
         assert params == f'{sum(parameter.numel() for parameter in model(name).parameters()) / 1e6:.1f}'
         return

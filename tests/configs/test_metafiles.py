@@ -5,9 +5,8 @@ import re
 import pytest
 import yaml
 
-from tests.configs.catalogue import DEMOS, METAFILES, NAMES, ROOT, ZOO, config, entries
+from tests.configs.catalogue import DEMOS, FOLDER, METAFILES, NAMES, ROOT, ZOO, config, entries
 
-README = (ROOT / 'README.md').read_text(encoding='utf-8')
 TASKS = {
     'mmpretrain': {('Image Classification', 'ImageNet-1k', ('Top 1 Accuracy',))},
     'mmdet': {('Object Detection', 'COCO', ('box AP',)), ('Instance Segmentation', 'COCO', ('mask AP',))},
@@ -101,13 +100,15 @@ def test_names_follow_openmmlab(name) -> None:
 
 
 @pytest.mark.parametrize('name', ZOO)
-def test_readme_s_table_gives_the_entry_s_figures(name) -> None:
+def test_the_family_s_readme_gives_the_entry_s_figures(name) -> None:
     entry = entries()[name]
-    (row,) = [line for line in README.splitlines() if line.startswith(f"| [{entry['Name']}](configs/{name}.py) |")]
+    family, _, stem = name.partition('/')
+    readme = (FOLDER / family / 'README.md').read_text(encoding='utf-8')
+    (row,) = [line for line in readme.splitlines() if line.startswith(f'| [{stem}]({stem}.py) |')]
     parameters, flops, metrics, weights = [cell.strip() for cell in row.split('|')[2:-1]]
     # tests/test_flops.py counts them.
     assert 5 < float(parameters) < 130 and 1 < float(flops) < 2000
     published = [str(value) for result in entry.get('Results', []) for value in result['Metrics'].values()]
     assert metrics == (' / '.join(published) or '–')
-    file = entry['Weights'].rpartition('/')[2]
-    assert weights == (f'`{file}`' if file else '–')
+    url = entry['Weights']
+    assert weights == (f'[`{url.rpartition("/")[2]}`]({url})' if url else '–')

@@ -94,7 +94,7 @@ def read(name, monkeypatch, folder):
 
 
 def test_there_are_blocks_of_every_kind():
-    assert [len(CONFIGS), len(PARTS), len(SCRIPTS)] == [8, 1, 3]
+    assert [len(CONFIGS), len(PARTS), len(SCRIPTS)] == [8, 1, 4]
 
 
 @pytest.mark.parametrize('name', SCRIPTS)
