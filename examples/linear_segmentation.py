@@ -36,8 +36,10 @@ class LinearHead(nn.Module):
     def forward(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
         scores = [level(norm(value)) for level, norm, value in zip(self.levels, self.norms, maps, strict=True)]
         # Each cell over its square of pixels: of odd sizes, the last ones reach beyond.
-        large = [F.interpolate(each, scale_factor=stride, mode='bilinear')[..., :size[0], :size[1]]
-                 for each, stride in zip(scores, self.strides, strict=True)]
+        large = [
+            F.interpolate(each, scale_factor=stride, mode='bilinear')[..., : size[0], : size[1]]
+            for each, stride in zip(scores, self.strides, strict=True)
+        ]
         return sum(large)
 
 

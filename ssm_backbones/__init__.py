@@ -17,5 +17,14 @@ from ssm_backbones.utils.configs import config_file  # noqa: E402
 
 allow_inheritance()
 
-__all__ = ['BFloat16OptimWrapper', 'LayerDecayOptimWrapperConstructor', 'Mamba2D', 'V2M', 'VMamba', 'config_file',
-           'create_backbone', 'list_backbones', 'load_official']
+__all__ = [
+    'BFloat16OptimWrapper',
+    'LayerDecayOptimWrapperConstructor',
+    'Mamba2D',
+    'V2M',
+    'VMamba',
+    'config_file',
+    'create_backbone',
+    'list_backbones',
+    'load_official',
+]

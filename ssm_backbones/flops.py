@@ -62,8 +62,11 @@ class Complexity:
 
     def as_table(self, depth: int | None = None) -> str:
         """A line for each module that was called, down to ``depth`` dots in its name, in the order of the model."""
-        names = [name for name in self.params_by_module
-                 if name in self.flops_by_module and (depth is None or name.count('.') < depth)]
+        names = [
+            name
+            for name in self.params_by_module
+            if name in self.flops_by_module and (depth is None or name.count('.') < depth)
+        ]
         rows = [('module', 'params', 'FLOPs', 'share')]
         for name in names:
             level = name.count('.') + 1 if name else 0
@@ -71,8 +74,11 @@ class Complexity:
             flops = self.flops_by_module[name]
             rows.append((label, human(self.params_by_module[name]), human(flops), f'{flops / max(self.flops, 1):.1%}'))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        return '\n'.join(f'{row[0]:<{widths[0]}}  ' + '  '.join(
-            f'{text:>{width}}' for text, width in zip(row[1:], widths[1:], strict=True)) for row in rows)
+        return '\n'.join(
+            f'{row[0]:<{widths[0]}}  '
+            + '  '.join(f'{text:>{width}}' for text, width in zip(row[1:], widths[1:], strict=True))
+            for row in rows
+        )
 
 
 def human(number: int) -> str:
@@ -122,8 +128,10 @@ def config_complexity(cfg: Config, height: int, width: int) -> Complexity:
     try:
         return _COUNTERS[scope](_build(cfg), height, width)
     except (KeyError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-        raise CommandError(f'the model of this config cannot be counted on an image of {height}x{width}: '
-                           f'{type(error).__name__}: {str(error).strip().splitlines()[0]}') from error
+        raise CommandError(
+            f'the model of this config cannot be counted on an image of {height}x{width}: '
+            f'{type(error).__name__}: {str(error).strip().splitlines()[0]}'
+        ) from error
 
 
 def mmengine_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:

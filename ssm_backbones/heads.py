@@ -56,8 +56,10 @@ class Mamba2DClsHead(ClsHead):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if f'{prefix}norm.weight' in state_dict:
             # Theirs has the norm behind the mean outside of the head: the linear layers alone would be loaded.
-            raise CheckpointError("Mamba2DClsHead is given the authors' classifier, by their names; convert the file "
-                                  'with tools/convert_checkpoint.py.')
+            raise CheckpointError(
+                "Mamba2DClsHead is given the authors' classifier, by their names; convert the file "
+                'with tools/convert_checkpoint.py.'
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def pre_logits(self, feats: tuple[Tensor, ...]) -> Tensor:

@@ -124,8 +124,9 @@ def test_a_torchvision_that_does_not_fit_torch_breaks_the_import(tmp_path) -> No
 
 
 def test_a_torchvision_that_does_not_fit_torch_is_patched(tmp_path) -> None:
-    code = ('import ssm_backbones.compat as c; [c.apply_patches() for _ in range(2)]; '
-            'import torchvision; print("imported")')
+    code = (
+        'import ssm_backbones.compat as c; [c.apply_patches() for _ in range(2)]; import torchvision; print("imported")'
+    )
     result = run_beside_broken_torchvision(tmp_path, code)
     assert result.stdout.strip() == 'imported', result.stderr
     assert result.stderr.count("torchvision's compiled operators do not load") == 1

@@ -18,8 +18,10 @@ MOMENTA = (0.3, None)
 def whole_batch() -> tuple[Tensor, Tensor]:
     """Inputs, and the weights of the loss."""
     generator = torch.Generator().manual_seed(1)
-    return (3 + 2 * torch.randn(sum(PARTS), 3, 2, 5, generator=generator, dtype=torch.float64),
-            torch.randn(sum(PARTS), 3, 2, 5, generator=generator, dtype=torch.float64))
+    return (
+        3 + 2 * torch.randn(sum(PARTS), 3, 2, 5, generator=generator, dtype=torch.float64),
+        torch.randn(sum(PARTS), 3, 2, 5, generator=generator, dtype=torch.float64),
+    )
 
 
 def norm(kind: type[nn.Module] = nn.SyncBatchNorm, momentum: float | None = 0.3) -> nn.Module:
@@ -80,7 +82,8 @@ def test_every_layer_is_replaced_and_keeps_its_tensors() -> None:
     before = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     shared = share_batch_norms(model)
     assert [type(module) for module in shared.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)] == [
-        SharedBatchNorm] * 3
+        SharedBatchNorm
+    ] * 3
     after = {**dict(shared.named_parameters()), **dict(shared.named_buffers())}
     assert after.keys() == before.keys() and all(after[name] is before[name] for name in before)
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)

@@ -78,8 +78,17 @@ def test_own_weights(name, wrap, tmp_path) -> None:
         assert torch.equal(value, state[key]), key
 
 
-PREFIXES = ['_orig_mod.', 'backbone._orig_mod.', '_orig_mod.backbone.', 'model.backbone.', 'net.', 'student.backbone.',
-            'module._orig_mod.', 'module.', 'module.backbone.']
+PREFIXES = [
+    '_orig_mod.',
+    'backbone._orig_mod.',
+    '_orig_mod.backbone.',
+    'model.backbone.',
+    'net.',
+    'student.backbone.',
+    'module._orig_mod.',
+    'module.',
+    'module.backbone.',
+]
 
 
 @pytest.mark.parametrize('prefix', PREFIXES)

@@ -75,8 +75,10 @@ def detector(name):
     behind = repr({key: value for key, value in cfg.model.to_dict().items() if key != 'backbone'})
     if behind not in HEADS:
         whole = config_complexity(cfg, 800, 1280)
-        HEADS[behind] = (whole.params - whole.params_by_module['backbone'],
-                         whole.flops - whole.flops_by_module['backbone'])
+        HEADS[behind] = (
+            whole.params - whole.params_by_module['backbone'],
+            whole.flops - whole.flops_by_module['backbone'],
+        )
     params, flops = HEADS[behind]
     return counted.params + params, counted.flops + flops
 
@@ -96,8 +98,10 @@ def test_vmamba_classifiers_have_the_published_figures(arch):
 def test_the_skip_of_the_scans_is_all_that_vmambas_classifiers_differ_by(arch):
     # The authors' formula for a route is 9*L*E*N + L*E, the last term for D * u.
     settings = VMamba.ARCHS[VMamba.ALIASES.get(arch, arch)]
-    skips = sum(4 * depth * (56 // 2**i) ** 2 * int(settings['ssm_ratio'] * settings['embed_dims']) * 2**i
-                for i, depth in enumerate(settings['depths']))
+    skips = sum(
+        4 * depth * (56 // 2**i) ** 2 * int(settings['ssm_ratio'] * settings['embed_dims']) * 2**i
+        for i, depth in enumerate(settings['depths'])
+    )
     assert f'{(classifier(arch).flops + skips) / 1e9:.2f}' == f'{VMAMBA[arch][0][1]:.2f}'
 
 
@@ -165,7 +169,8 @@ ROWS = [
     (f'{page.parent.name}/{name}', params, flops)
     for page in sorted(CONFIGS.glob('*/README.md'))
     for name, params, flops in re.findall(
-        r'^\| \[(.*?)\]\(.*?\.py\) \| ([\d.]+) \| ([\d.]+) \|', page.read_text(encoding='utf-8'), re.MULTILINE)
+        r'^\| \[(.*?)\]\(.*?\.py\) \| ([\d.]+) \| ([\d.]+) \|', page.read_text(encoding='utf-8'), re.MULTILINE
+    )
 ]
 # Half a minute for one figure.
 UNCOUNTED = {'vmamba/cascade-mask-rcnn_vmamba-tiny_fpn_1x_coco'}
@@ -192,8 +197,9 @@ def test_the_families_figures_are_measured(name, params, flops):
 
 SMALL = {
     'VMamba': dict(type='VMamba', arch='test'),
-    'VMamba-v0': dict(type='VMamba', arch=dict(embed_dims=16, depths=[1, 1, 2, 1], d_state=2, ssm_ratio=2.0,
-                                               version='v0')),
+    'VMamba-v0': dict(
+        type='VMamba', arch=dict(embed_dims=16, depths=[1, 1, 2, 1], d_state=2, ssm_ratio=2.0, version='v0')
+    ),
     'V2M-hier': dict(type='V2M', arch='test-hier'),
     'V2M': dict(type='V2M', arch='test', pyramid='multi'),
     'Mamba2D': dict(type='Mamba2D', arch='test'),
@@ -208,9 +214,15 @@ def small(scope, family, model):
 
 def classification(family):
     widths = WIDTHS.get(family, [16, 32, 64, 128])
-    cfg = small('mmpretrain', family, dict(
-        type='ImageClassifier', neck=dict(type='GlobalAveragePooling'),
-        head=dict(type='LinearClsHead', num_classes=10, in_channels=widths[3])))
+    cfg = small(
+        'mmpretrain',
+        family,
+        dict(
+            type='ImageClassifier',
+            neck=dict(type='GlobalAveragePooling'),
+            head=dict(type='LinearClsHead', num_classes=10, in_channels=widths[3]),
+        ),
+    )
     # mmengine leaves out what is computed in vain, as the other maps are here.
     cfg.model.backbone.update(out_indices=-1)
     cfg.model.backbone.pop('pyramid', None)
@@ -220,19 +232,39 @@ def classification(family):
 def segmentation(family):
     widths = WIDTHS.get(family, [16, 32, 64, 128])
     head = dict(channels=8, num_classes=5, norm_cfg=dict(type='SyncBN'), align_corners=False)
-    return small('mmseg', family, dict(
-        type='EncoderDecoder', data_preprocessor=dict(type='SegDataPreProcessor'),
-        decode_head=dict(type='UPerHead', in_channels=widths, in_index=[0, 1, 2, 3], pool_scales=(1, 2, 3, 6), **head),
-        auxiliary_head=dict(type='FCNHead', in_channels=widths[2], in_index=2, num_convs=1, **head)))
+    return small(
+        'mmseg',
+        family,
+        dict(
+            type='EncoderDecoder',
+            data_preprocessor=dict(type='SegDataPreProcessor'),
+            decode_head=dict(
+                type='UPerHead', in_channels=widths, in_index=[0, 1, 2, 3], pool_scales=(1, 2, 3, 6), **head
+            ),
+            auxiliary_head=dict(type='FCNHead', in_channels=widths[2], in_index=2, num_convs=1, **head),
+        ),
+    )
 
 
 def detection(family):
     widths = WIDTHS.get(family, [16, 32, 64, 128])
-    cfg = Config(dict(model=load_config(CONFIGS / '_base_/models/mask-rcnn_vmamba_fpn.py', dict(
-        default_scope='mmdet')).model.to_dict(), default_scope='mmdet'))
-    cfg.merge_from_dict(dict(model=dict(
-        backbone=dict(_delete_=True, **SMALL[family]), neck=dict(in_channels=widths),
-        test_cfg=dict(rpn=dict(nms_pre=40, max_per_img=20)))))
+    cfg = Config(
+        dict(
+            model=load_config(
+                CONFIGS / '_base_/models/mask-rcnn_vmamba_fpn.py', dict(default_scope='mmdet')
+            ).model.to_dict(),
+            default_scope='mmdet',
+        )
+    )
+    cfg.merge_from_dict(
+        dict(
+            model=dict(
+                backbone=dict(_delete_=True, **SMALL[family]),
+                neck=dict(in_channels=widths),
+                test_cfg=dict(rpn=dict(nms_pre=40, max_per_img=20)),
+            )
+        )
+    )
     return cfg
 
 
@@ -289,7 +321,12 @@ def test_a_table_by_hand():
     model.to('meta').eval()
     counted = count_complexity(model, lambda: model(torch.empty(3, 4, device='meta')))
     assert counted.flops_by_module == {
-        '': 96 + 120 + 210, '0': 96 + 120, '0.fc': 3 * 4 * 8, '0.norm': 3 * 8 * 5, '1': 5 * 7 * 3 * 2}
+        '': 96 + 120 + 210,
+        '0': 96 + 120,
+        '0.fc': 3 * 4 * 8,
+        '0.norm': 3 * 8 * 5,
+        '1': 5 * 7 * 3 * 2,
+    }
     assert (counted.params, counted.flops) == (40 + 18 + 16 + 35, 426)
     assert counted.as_table().splitlines() == [
         'module    params  FLOPs   share',
@@ -330,8 +367,10 @@ def test_weights_are_neither_loaded_nor_asked_for():
 
 
 def test_the_channels_of_the_config_are_used():
-    three, four = (load_config(CONFIGS / 'vmamba/vmamba-tiny_8xb128_in1k.py', options)
-                   for options in ({}, {'model.backbone.in_channels': 4}))
+    three, four = (
+        load_config(CONFIGS / 'vmamba/vmamba-tiny_8xb128_in1k.py', options)
+        for options in ({}, {'model.backbone.in_channels': 4})
+    )
     more = config_complexity(four, 64, 64).flops - config_complexity(three, 64, 64).flops
     assert more == 32 * 32 * 48 * 9
 
@@ -345,7 +384,9 @@ def test_what_cannot_be_counted_is_said():
         config_complexity(cfg, 32, 32)
 
 
-@pytest.mark.parametrize(('number', 'text'), [
-    (0, '0'), (999, '999'), (1500, '1.50 K'), (30249064, '30.25 M'), (4898623488, '4.90 G'), (2 * 10**12, '2.00 T')])
+@pytest.mark.parametrize(
+    ('number', 'text'),
+    [(0, '0'), (999, '999'), (1500, '1.50 K'), (30249064, '30.25 M'), (4898623488, '4.90 G'), (2 * 10**12, '2.00 T')],
+)
 def test_numbers_for_people(number, text):
     assert human(number) == text

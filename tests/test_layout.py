@@ -12,8 +12,25 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = 'ssm_backbones'
 # From the ground floor up: a room imports from those before it alone, so that there is no circle.
 ROOMS = [
-    'utils', 'compat', 'layers', 'backbones', 'checkpoints', 'factory', 'heads', 'apis', 'flops', 'engine', 'shapes',
-    'visualization', 'features', 'datasets', 'onnx_export', 'benchmark', 'demo', 'doctor', 'cli',
+    'utils',
+    'compat',
+    'layers',
+    'backbones',
+    'checkpoints',
+    'factory',
+    'heads',
+    'apis',
+    'flops',
+    'engine',
+    'shapes',
+    'visualization',
+    'features',
+    'datasets',
+    'onnx_export',
+    'benchmark',
+    'demo',
+    'doctor',
+    'cli',
 ]
 # These are imported when a tool runs, not when the package is.
 HOST_LIBRARIES = {'mmdet', 'mmseg', 'mmpretrain', 'mmcv'}

@@ -103,8 +103,10 @@ def test_limit_of_graphs() -> None:
 
 
 def test_newer_functions_are_used_here_alone() -> None:
-    newer = re.compile(r'torch\.(compiler\.is_exporting|OutOfMemoryError|serialization\.(add_)?safe_globals'
-                       r'|_dynamo\.config\.recompile_limit)')
+    newer = re.compile(
+        r'torch\.(compiler\.is_exporting|OutOfMemoryError|serialization\.(add_)?safe_globals'
+        r'|_dynamo\.config\.recompile_limit)'
+    )
     files = [path for folder in ('ssm_backbones', 'cuda_ops', 'tools') for path in (ROOT / folder).rglob('*.py')]
     assert len(files) > 100
     found = {path.name for path in files if newer.search(path.read_text(encoding='utf-8'))}

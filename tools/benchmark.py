@@ -47,29 +47,58 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     defaults = Settings()
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     models = parser.add_argument_group('whole models')
     models.add_argument('config', nargs='*', metavar='CONFIG', help='config files of mmpretrain, mmdet or mmseg')
-    models.add_argument('--shape', type=int, nargs=2, action='append', default=[], metavar=('H', 'W'),
-                        help='height and width of the images; once for each resolution')
-    models.add_argument('--compare', nargs='+', default=[], metavar='CONFIG',
-                        help='configs that each CONFIG is set against: measured in turns with it, as ratios')
+    models.add_argument(
+        '--shape',
+        type=int,
+        nargs=2,
+        action='append',
+        default=[],
+        metavar=('H', 'W'),
+        help='height and width of the images; once for each resolution',
+    )
+    models.add_argument(
+        '--compare',
+        nargs='+',
+        default=[],
+        metavar='CONFIG',
+        help='configs that each CONFIG is set against: measured in turns with it, as ratios',
+    )
     models.add_argument('--batch-size', type=int, default=1, metavar='N', help='images at once (default: 1)')
     models.add_argument('--train', action='store_true', help='also a training step: losses, gradients and update')
     models.add_argument('--backbone', action='store_true', help='the backbones alone')
     models.add_argument('--amp', action='store_true', help='compute in bfloat16 autocast')
     models.add_argument('--plot', type=Path, metavar='PNG', help='draw throughput and memory against resolution')
-    models.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE',
-                        help='replace settings of every config, by dotted key')
+    models.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        default={},
+        metavar='KEY=VALUE',
+        help='replace settings of every config, by dotted key',
+    )
     named = parser.add_argument_group('comparisons by name, without CONFIG')
     named.add_argument('--list', action='store_true', help='list them and stop')
-    named.add_argument('--only', nargs='+', metavar='NAME', default=[],
-                       help='which to run, by name or pattern such as "vmamba-tiny/*" (default: all for the device)')
+    named.add_argument(
+        '--only',
+        nargs='+',
+        metavar='NAME',
+        default=[],
+        help='which to run, by name or pattern such as "vmamba-tiny/*" (default: all for the device)',
+    )
     parser.add_argument('--json', type=Path, metavar='PATH', help='write everything measured to this file')
     parser.add_argument('--threads', type=int, metavar='N', help="threads of the CPU (default: torch's choice)")
-    parser.add_argument('--repeats', type=int, metavar='N', default=defaults.repeats,
-                        help=f'turns of every measurement (default: {defaults.repeats})')
+    parser.add_argument(
+        '--repeats',
+        type=int,
+        metavar='N',
+        default=defaults.repeats,
+        help=f'turns of every measurement (default: {defaults.repeats})',
+    )
     parser.add_argument('--device', default=defaults.device, help=f'cpu, cuda or cuda:1 (default: {defaults.device})')
     parser.add_argument('--seconds', type=float, metavar='N', help='begin nothing more after so many seconds')
     return parser
@@ -85,8 +114,11 @@ def _check(args: argparse.Namespace) -> None:
     if args.config and (args.list or args.only):
         raise CommandError('--list and --only are for comparisons by name; give them without CONFIG')
     if not args.config:
-        given = [name for name in ('shape', 'compare', 'train', 'backbone', 'amp', 'plot', 'cfg_options')
-                 if getattr(args, name)]
+        given = [
+            name
+            for name in ('shape', 'compare', 'train', 'backbone', 'amp', 'plot', 'cfg_options')
+            if getattr(args, name)
+        ]
         if given:
             raise CommandError(f'--{given[0].replace("_", "-")} is for whole models; name a CONFIG before it')
 

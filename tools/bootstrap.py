@@ -30,14 +30,21 @@ GIGABYTES_PER_JOB = 1.5
 STACKS = {'openmmlab': ['mmengine', 'mmcv'], 'onedl': ['onedl-mmengine', 'onedl-mmcv']}
 # What failed commands print, and the remedy.
 CAUSES = [
-    (r'No space left on device|Errno 28\b|Disk quota exceeded', 'the disk is full; free some space (3 GB are '
-     'needed, 10 with a torch for CUDA)'),
-    (r'Killed signal terminated program|internal compiler error: Killed|virtual memory exhausted|MemoryError',
-     'not enough memory to compile; close other programs or compile one file at a time with MAX_JOBS=1'),
-    (r'NewConnectionError|ConnectTimeout|ReadTimeout|Failed to establish a new connection|name resolution'
-     r'|Connection (refused|reset|broken|timed out)|ProxyError|SSLError|CERTIFICATE_VERIFY_FAILED|Max retries exceeded'
-     r'|(50[234]|429) (Server|Client) Error', 'the package index cannot be reached; check the network (a proxy goes '
-     'into HTTPS_PROXY, another index into PIP_INDEX_URL)'),
+    (
+        r'No space left on device|Errno 28\b|Disk quota exceeded',
+        'the disk is full; free some space (3 GB are needed, 10 with a torch for CUDA)',
+    ),
+    (
+        r'Killed signal terminated program|internal compiler error: Killed|virtual memory exhausted|MemoryError',
+        'not enough memory to compile; close other programs or compile one file at a time with MAX_JOBS=1',
+    ),
+    (
+        r'NewConnectionError|ConnectTimeout|ReadTimeout|Failed to establish a new connection|name resolution'
+        r'|Connection (refused|reset|broken|timed out)|ProxyError|SSLError|CERTIFICATE_VERIFY_FAILED'
+        r'|Max retries exceeded|(50[234]|429) (Server|Client) Error',
+        'the package index cannot be reached; check the network (a proxy goes '
+        'into HTTPS_PROXY, another index into PIP_INDEX_URL)',
+    ),
 ]
 
 
@@ -55,8 +62,10 @@ def check_python(include):
     if not os.path.exists(os.path.join(include, 'Python.h')):
         missing.append('file {}/Python.h'.format(include))
     if missing:
-        raise SetupError('{0} has no {1}; install it, on Debian and Ubuntu with `apt install python{2}.{3}-venv '
-                         'python{2}.{3}-dev`'.format(sys.executable, ' and no '.join(missing), *sys.version_info[:2]))
+        raise SetupError(
+            '{0} has no {1}; install it, on Debian and Ubuntu with `apt install python{2}.{3}-venv '
+            'python{2}.{3}-dev`'.format(sys.executable, ' and no '.join(missing), *sys.version_info[:2])
+        )
 
 
 def find_compiler(environ):
@@ -64,15 +73,24 @@ def find_compiler(environ):
     wanted = [shlex.split(environ['CXX'])] if environ.get('CXX') else [['c++'], ['g++'], ['clang++']]
     found = next((command for command in wanted if shutil.which(command[0], path=environ.get('PATH'))), None)
     if found is None:
-        raise SetupError('no C++ compiler found (looked for {}); install one, for example with `apt install g++` or '
-                         '`dnf install gcc-c++`, or name it in CXX'.format(
-                             ', '.join(command[0] for command in wanted)))
+        raise SetupError(
+            'no C++ compiler found (looked for {}); install one, for example with `apt install g++` or '
+            '`dnf install gcc-c++`, or name it in CXX'.format(', '.join(command[0] for command in wanted))
+        )
     program = '#include <optional>\nint main() { return std::optional<int>(0).value(); }\n'
-    probe = subprocess.run([*found, '-std=c++17', '-fsyntax-only', '-x', 'c++', '-'], input=program, env=environ,
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+    probe = subprocess.run(
+        [*found, '-std=c++17', '-fsyntax-only', '-x', 'c++', '-'],
+        input=program,
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        universal_newlines=True,
+    )
     if probe.returncode:
-        raise SetupError('the C++ compiler {} cannot compile C++17; install a newer one (GCC 9 or Clang 10 at least) '
-                         'or name another in CXX'.format(' '.join(found)))
+        raise SetupError(
+            'the C++ compiler {} cannot compile C++17; install a newer one (GCC 9 or Clang 10 at least) '
+            'or name another in CXX'.format(' '.join(found))
+        )
     return found
 
 
@@ -115,8 +133,16 @@ def run_logged(argv, log, environ, keep=()):
         stream.write('$ {}\n'.format(' '.join(map(shlex.quote, argv))).encode())
         stream.flush()
         start = stream.tell()
-        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, cwd=ROOT,
-                                   env=environ, start_new_session=True, pass_fds=keep)
+        process = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env=environ,
+            start_new_session=True,
+            pass_fds=keep,
+        )
     began = time.monotonic()
     try:
         while process.poll() is None:
@@ -172,8 +198,11 @@ class Setup:
 
         ours = any(os.path.exists(os.path.join(self.venv, name)) for name in ('pyvenv.cfg', '.setup'))
         if os.path.lexists(self.venv) and not ours and not (os.path.isdir(self.venv) and not os.listdir(self.venv)):
-            raise SetupError('{} exists and is no virtual environment; remove it or name another folder with '
-                             'VENV=...'.format(self.venv))
+            raise SetupError(
+                '{} exists and is no virtual environment; remove it or name another folder with VENV=...'.format(
+                    self.venv
+                )
+            )
         os.makedirs(self.state_folder, exist_ok=True)
         with open(os.path.join(self.state_folder, 'lock'), 'w') as self.lock:
             try:
@@ -188,14 +217,19 @@ class Setup:
         with contextlib.suppress(OSError, ValueError), open(self.state_file) as stream:
             state = json.load(stream)
         if state.get('stack', self.stack) != self.stack:
-            raise SetupError('{} holds the {} packages, and {} ones go by the same names; use another folder, for '
-                             'example VENV=.venv-{}'.format(self.venv, state['stack'], self.stack, self.stack))
+            raise SetupError(
+                '{} holds the {} packages, and {} ones go by the same names; use another folder, for '
+                'example VENV=.venv-{}'.format(self.venv, state['stack'], self.stack, self.stack)
+            )
         version, running = self._version(), '{}.{}'.format(*sys.version_info[:2])
         if version is None:
             state = {}
         elif self.same_python and version != running:
-            raise SetupError('{} has Python {}, and PYTHON is {}; remove the folder, or use another with '
-                             'VENV=...'.format(self.venv, version, running))
+            raise SetupError(
+                '{} has Python {}, and PYTHON is {}; remove the folder, or use another with VENV=...'.format(
+                    self.venv, version, running
+                )
+            )
         stamps = state.setdefault('stamps', {})
         steps = self.steps()
         key, due = '{} {}'.format(self.stack, version or running), []
@@ -233,23 +267,45 @@ class Setup:
         settings = [self.environ.get(name, '') for name in ('CXX', 'FORCE_CUDA', 'TORCH_CUDA_ARCH_LIST')]
         return [
             ('venv', 'virtual environment: a few seconds', self._make_venv, []),
-            ('tools', 'build tools: a few seconds', lambda: self._pip('-r', 'requirements/build.txt'),
-             [pins[0], self._content('requirements/build.txt')]),
-            ('torch', 'torch and torchvision: half a minute to several, by the network',
-             lambda: self._pip('-r', 'requirements/base.txt', 'torchvision', 'setuptools'),
-             [pins[0], self._content('requirements/base.txt')]),
-            ('mmcv', '{}: compiled here, since its authors publish no binary for this torch; some minutes, or seconds '
-             'where pip has kept the result of an earlier set-up'.format(STACKS[self.stack][-1]),
-             self._install_mmcv, [*pins, str(nvcc_version(self.environ))]),
-            ('libraries', 'detection, segmentation and classification libraries, and test tools: half a minute',
-             lambda: self._pip('--no-build-isolation', '-r', 'requirements/{}.txt'.format(self.stack),
-                               '-r', 'requirements/dev.txt'), [*pins, self._content('requirements/dev.txt')]),
-            ('ops', 'the ops, compiled: about a minute',
-             lambda: self._python('setup.py', 'build_ext', '--inplace'),
-             [self._content('cuda_ops/_build.py'), *settings]),
-            ('package', 'this package: a few seconds',
-             lambda: self._pip('--no-build-isolation', '--no-deps', '--verbose', '--editable', '.'),
-             [self._content('pyproject.toml'), self._content('setup.py'), ROOT]),
+            (
+                'tools',
+                'build tools: a few seconds',
+                lambda: self._pip('-r', 'requirements/build.txt'),
+                [pins[0], self._content('requirements/build.txt')],
+            ),
+            (
+                'torch',
+                'torch and torchvision: half a minute to several, by the network',
+                lambda: self._pip('-r', 'requirements/base.txt', 'torchvision', 'setuptools'),
+                [pins[0], self._content('requirements/base.txt')],
+            ),
+            (
+                'mmcv',
+                '{}: compiled here, since its authors publish no binary for this torch; some minutes, or seconds '
+                'where pip has kept the result of an earlier set-up'.format(STACKS[self.stack][-1]),
+                self._install_mmcv,
+                [*pins, str(nvcc_version(self.environ))],
+            ),
+            (
+                'libraries',
+                'detection, segmentation and classification libraries, and test tools: half a minute',
+                lambda: self._pip(
+                    '--no-build-isolation', '-r', 'requirements/{}.txt'.format(self.stack), '-r', 'requirements/dev.txt'
+                ),
+                [*pins, self._content('requirements/dev.txt')],
+            ),
+            (
+                'ops',
+                'the ops, compiled: about a minute',
+                lambda: self._python('setup.py', 'build_ext', '--inplace'),
+                [self._content('cuda_ops/_build.py'), *settings],
+            ),
+            (
+                'package',
+                'this package: a few seconds',
+                lambda: self._pip('--no-build-isolation', '--no-deps', '--verbose', '--editable', '.'),
+                [self._content('pyproject.toml'), self._content('setup.py'), ROOT],
+            ),
         ]
 
     def _check_machine(self, new):
@@ -283,8 +339,15 @@ class Setup:
             self._python('-c', CHECK_MMCV, str(int(use_cuda)))
         except StepFailed:
             say('      the {} that pip had kept was compiled for something else; compiling it anew'.format(mmcv))
-            self._pip('--no-build-isolation', '--verbose', '--no-cache-dir', '--force-reinstall', '--no-deps', mmcv,
-                      environ=environ)
+            self._pip(
+                '--no-build-isolation',
+                '--verbose',
+                '--no-cache-dir',
+                '--force-reinstall',
+                '--no-deps',
+                mmcv,
+                environ=environ,
+            )
             self._python('-c', CHECK_MMCV, str(int(use_cuda)))
         shutil.rmtree(os.path.join(self.state_folder, 'headers'))
 
@@ -321,9 +384,12 @@ class Setup:
         found = nvcc_version(self.environ)
         if found and found.partition('.')[0] == wanted.partition('.')[0]:
             return True
-        say('      There is a GPU, but {}: mmcv is compiled for the CPU alone. To train detectors on the GPU, install '
+        say(
+            '      There is a GPU, but {}: mmcv is compiled for the CPU alone. To train detectors on the GPU, install '
             'the CUDA toolkit {} and run this again.'.format(
-                'the CUDA toolkit is version {}'.format(found) if found else 'no CUDA toolkit (nvcc)', wanted))
+                'the CUDA toolkit is version {}'.format(found) if found else 'no CUDA toolkit (nvcc)', wanted
+            )
+        )
         return False
 
     def _ops_in_place(self):
@@ -341,21 +407,35 @@ class Setup:
                 torch = "__version__ = '{}'\n".format(info.get('torch')) in stream.read()
         except (OSError, ValueError):
             return False
-        return (torch and os.path.exists(os.path.join(folder, '_C.so'))
-                and info.get('source_hash') == build.source_hash())
+        return (
+            torch and os.path.exists(os.path.join(folder, '_C.so')) and info.get('source_hash') == build.source_hash()
+        )
 
     def _version(self):
         """Version of the environment's Python, such as 3.11; None where it or its pip does not run."""
         ask = 'import pip, sys; print(*sys.version_info[:2], sep=".")'
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            return subprocess.check_output([self.python, '-c', ask], stderr=subprocess.DEVNULL, env=self.environ,
-                                           universal_newlines=True).strip()
+            return subprocess.check_output(
+                [self.python, '-c', ask], stderr=subprocess.DEVNULL, env=self.environ, universal_newlines=True
+            ).strip()
         return None
 
     def _pip(self, *arguments, environ=None):
-        command = [self.python, '-m', 'pip', 'install', '--no-user', '--no-input', '--disable-pip-version-check',
-                   '--progress-bar', 'off', '-c', 'requirements/constraints.txt',
-                   '-c', 'requirements/{}.txt'.format(self.stack)]
+        command = [
+            self.python,
+            '-m',
+            'pip',
+            'install',
+            '--no-user',
+            '--no-input',
+            '--disable-pip-version-check',
+            '--progress-bar',
+            'off',
+            '-c',
+            'requirements/constraints.txt',
+            '-c',
+            'requirements/{}.txt'.format(self.stack),
+        ]
         return self.run([*command, *arguments], self.log, environ or self.environ, (self.lock.fileno(),))
 
     def _python(self, *arguments):
@@ -366,8 +446,10 @@ class Setup:
             return stream.read()
 
 
-CHECK_MMCV = ('import sys, mmcv.ops; built = mmcv.ops.get_compiling_cuda_version(); '
-              'sys.exit(sys.argv[1] == "1" and built == "not available")')
+CHECK_MMCV = (
+    'import sys, mmcv.ops; built = mmcv.ops.get_compiling_cuda_version(); '
+    'sys.exit(sys.argv[1] == "1" and built == "not available")'
+)
 
 
 def nvcc_version(environ):
@@ -402,8 +484,10 @@ def main(argv=None):
         if os.name != 'posix':
             raise SetupError('Linux or macOS is needed; on Windows use its Linux subsystem (WSL)')
         if sys.version_info[:2] < MINIMUM_PYTHON:
-            raise SetupError('Python 3.10 or newer is needed, and {} is Python {}.{}; install a newer one and name it, '
-                             'for example `make PYTHON=python3.12 ...`'.format(sys.executable, *sys.version_info[:2]))
+            raise SetupError(
+                'Python 3.10 or newer is needed, and {} is Python {}.{}; install a newer one and name it, '
+                'for example `make PYTHON=python3.12 ...`'.format(sys.executable, *sys.version_info[:2])
+            )
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, interrupt)

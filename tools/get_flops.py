@@ -19,12 +19,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         'Nothing is downloaded, and no weights are loaded.',
     )
     parser.add_argument('config', help='config file of mmpretrain, mmdet or mmseg')
-    parser.add_argument('--shape', type=int, nargs=2, metavar=('H', 'W'), required=True,
-                        help='height and width of the image as the model gets it, padding included')
-    parser.add_argument('--per-layer', type=int, nargs='?', const=math.inf, metavar='DEPTH',
-                        help='print a line for each module, down to DEPTH dots in its name; without it, all')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE',
-                        help='replace settings of the config, by dotted key')
+    parser.add_argument(
+        '--shape',
+        type=int,
+        nargs=2,
+        metavar=('H', 'W'),
+        required=True,
+        help='height and width of the image as the model gets it, padding included',
+    )
+    parser.add_argument(
+        '--per-layer',
+        type=int,
+        nargs='?',
+        const=math.inf,
+        metavar='DEPTH',
+        help='print a line for each module, down to DEPTH dots in its name; without it, all',
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        default={},
+        metavar='KEY=VALUE',
+        help='replace settings of the config, by dotted key',
+    )
     args = parser.parse_args(argv)
 
     def run() -> None:

@@ -46,7 +46,7 @@ def readable_name(symbol: str) -> str:
     rest, names = symbol.removeprefix('_ZN'), []
     while match := re.match(r'\d+', rest):
         end = match.end() + int(match.group())
-        names.append(rest[match.end():end])
+        names.append(rest[match.end() : end])
         rest = rest[end:]
     name = names[-1] if names else symbol
     if not rest.startswith('I'):
@@ -54,7 +54,7 @@ def readable_name(symbol: str) -> str:
     arguments, rest = [], rest[1:]
     while match := re.match(r'(f|6__half|13__nv_bfloat16)|L[ib](\d+)E', rest):
         arguments.append(_TYPES[match.group(1)] if match.group(1) else match.group(2))
-        rest = rest[match.end():]
+        rest = rest[match.end() :]
     return f'{name}<{", ".join(arguments)}>'
 
 
@@ -65,7 +65,7 @@ def parse(log: str) -> list[Usage]:
         ValueError: if there is no report in ``log``, or one that is not understood.
     """
     usages = []
-    for entry in re.split(r"(?=ptxas info\s*: Compiling entry function )", log)[1:]:
+    for entry in re.split(r'(?=ptxas info\s*: Compiling entry function )', log)[1:]:
         head = re.match(r"ptxas info\s*: Compiling entry function '(\S+)' for '(\S+)'", entry)
         memory = re.search(r'(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads', entry)
         registers = re.search(r'Used (\d+) registers', entry)
@@ -73,15 +73,25 @@ def parse(log: str) -> list[Usage]:
             raise ValueError(f'this report of ptxas is not understood: {entry[:300]!r}')
         shared = re.search(r'(\d+) bytes smem', entry)
         stack, stores, loads = map(int, memory.groups())
-        usages.append(Usage(readable_name(head.group(1)), head.group(2), int(registers.group(1)),
-                            int(shared.group(1)) if shared else 0, stack, stores, loads))
+        usages.append(
+            Usage(
+                readable_name(head.group(1)),
+                head.group(2),
+                int(registers.group(1)),
+                int(shared.group(1)) if shared else 0,
+                stack,
+                stores,
+                loads,
+            )
+        )
     if not usages:
         raise ValueError(f'there is no report of ptxas in {log[:300]!r}')
     return usages
 
 
-def compile_reports(nvcc: Path, archs: Sequence[str], host: Sequence[str] = (), csrc: Path = _CSRC,
-                    jobs: int = 1) -> list[Usage]:
+def compile_reports(
+    nvcc: Path, archs: Sequence[str], host: Sequence[str] = (), csrc: Path = _CSRC, jobs: int = 1
+) -> list[Usage]:
     """Compile every ``.cu`` file for every architecture.
 
     Args:
@@ -97,8 +107,19 @@ def compile_reports(nvcc: Path, archs: Sequence[str], host: Sequence[str] = (), 
     flags = _build_module().NVCC_FLAGS
 
     def compile_one(source: Path, arch: str, folder: str) -> list[Usage]:
-        argv = [str(nvcc), *host, *flags, f'-gencode=arch=compute_{arch},code=sm_{arch}', f'-I{csrc}', '-Xptxas', '-v',
-                '-c', str(source), '-o', str(Path(folder, f'{source.stem}.{arch}.o'))]
+        argv = [
+            str(nvcc),
+            *host,
+            *flags,
+            f'-gencode=arch=compute_{arch},code=sm_{arch}',
+            f'-I{csrc}',
+            '-Xptxas',
+            '-v',
+            '-c',
+            str(source),
+            '-o',
+            str(Path(folder, f'{source.stem}.{arch}.o')),
+        ]
         result = subprocess.run(argv, capture_output=True, text=True)
         log = result.stdout + result.stderr
         if result.returncode:
@@ -106,8 +127,11 @@ def compile_reports(nvcc: Path, archs: Sequence[str], host: Sequence[str] = (), 
         return parse(log) if 'entry function' in log else []
 
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        tasks = [pool.submit(compile_one, source, arch, folder)
-                 for source in sorted((csrc / 'cuda').glob('*.cu')) for arch in archs]
+        tasks = [
+            pool.submit(compile_one, source, arch, folder)
+            for source in sorted((csrc / 'cuda').glob('*.cu'))
+            for arch in archs
+        ]
         return [usage for task in tasks for usage in task.result()]
 
 
@@ -117,14 +141,27 @@ def table(usages: Sequence[Usage]) -> str:
     by_kernel: dict[str, dict[str, Usage]] = {}
     for usage in usages:
         by_kernel.setdefault(usage.kernel, {})[usage.arch] = usage
-    header = ['kernel', *(f'registers {arch}' for arch in archs), 'static shared', 'stack', 'spill stores',
-              'spill loads']
+    header = [
+        'kernel',
+        *(f'registers {arch}' for arch in archs),
+        'static shared',
+        'stack',
+        'spill stores',
+        'spill loads',
+    ]
     rows = [header, ['---', *['---:'] * (len(header) - 1)]]
     for kernel in sorted(by_kernel, key=_in_order):
         of_arch = by_kernel[kernel]
-        rows.append([kernel, *(str(of_arch[arch].registers) if arch in of_arch else '' for arch in archs),
-                     *(str(max(getattr(usage, name) for usage in of_arch.values()))
-                       for name in ('shared', 'stack', 'spill_stores', 'spill_loads'))])
+        rows.append(
+            [
+                kernel,
+                *(str(of_arch[arch].registers) if arch in of_arch else '' for arch in archs),
+                *(
+                    str(max(getattr(usage, name) for usage in of_arch.values()))
+                    for name in ('shared', 'stack', 'spill_stores', 'spill_loads')
+                ),
+            ]
+        )
     return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
 
 
@@ -175,8 +212,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table(usages))
     spilled = [usage for usage in usages if usage.spills]
     for usage in spilled:
-        print(f'error: {usage.kernel} on {usage.arch} has a stack of {usage.stack} bytes and spills '
-              f'{usage.spill_stores} bytes', file=sys.stderr)
+        print(
+            f'error: {usage.kernel} on {usage.arch} has a stack of {usage.stack} bytes and spills '
+            f'{usage.spill_stores} bytes',
+            file=sys.stderr,
+        )
     print(f'{len(usages)} kernels compiled, {len(spilled)} spill')
     return 1 if spilled else 0
 

@@ -60,7 +60,7 @@ def precompile(folder, header, compiler, flags):
 def main(folder, header, *rest):
     """Become the compiler."""
     end = rest.index('--')
-    compiler, arguments = rest[:end], rest[end + 1:]
+    compiler, arguments = rest[:end], rest[end + 1 :]
     command = [*compiler, *arguments]
     flags = shared_flags(arguments)
     if flags is not None:

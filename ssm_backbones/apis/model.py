@@ -160,6 +160,11 @@ def _load_strictly(module: nn.Module, checkpoint: str, part: str = '') -> None:
     held = own_weights(read_checkpoint(checkpoint))
     tensors = without_wrappers(held, [f'{prefix}{name}' for name in module.state_dict()], checkpoint)
     inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    load_tensors(module, inside, lambda mismatches: (
-        f'{checkpoint} does not fit the model of the config: {explain(mismatches, prefix)}. '
-        'Name the checkpoint that was trained with this config.'))
+    load_tensors(
+        module,
+        inside,
+        lambda mismatches: (
+            f'{checkpoint} does not fit the model of the config: {explain(mismatches, prefix)}. '
+            'Name the checkpoint that was trained with this config.'
+        ),
+    )

@@ -69,9 +69,17 @@ class SSMBackbone(BaseModule):
     # An nn.ModuleList, whose items would otherwise count as plain modules instead of stages.
     stages: Any
 
-    def __init__(self, *, num_features: Sequence[int], in_channels: int = 3, out_indices: int | Sequence[int] = -1,
-                 frozen_stages: int = -1, with_cp: bool = False, norm_eval: bool = False,
-                 init_cfg: dict | list[dict] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        num_features: Sequence[int],
+        in_channels: int = 3,
+        out_indices: int | Sequence[int] = -1,
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        norm_eval: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
         super().__init__(init_cfg)
         self.num_features = tuple(num_features)
         self.in_channels = check_integer('in_channels', in_channels, minimum=1)
@@ -149,8 +157,9 @@ class SSMBackbone(BaseModule):
         """
         norm = getattr(self, f'norm{stage}', None)
         if norm is None:
-            raise RuntimeError(f'{type(self).__name__} has no norm{stage}: its constructor has to end with '
-                               'self._init_output_norms()')
+            raise RuntimeError(
+                f'{type(self).__name__} has no norm{stage}: its constructor has to end with self._init_output_norms()'
+            )
         return norm
 
     def drop_class_tokens(self, x: Tensor) -> Tensor:
@@ -183,13 +192,17 @@ class SSMBackbone(BaseModule):
         if not isinstance(x, Tensor):
             raise TypeError(f'{name} takes a tensor of images (B, {self.in_channels}, H, W), got {type(x).__name__}')
         if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f'{name} takes images of shape (B, {self.in_channels}, H, W), got {tuple(x.shape)}; '
-                             'in_channels sets the number of channels')
+            raise ValueError(
+                f'{name} takes images of shape (B, {self.in_channels}, H, W), got {tuple(x.shape)}; '
+                'in_channels sets the number of channels'
+            )
         if x.shape[2] == 0 or x.shape[3] == 0:
             raise ValueError(f'{name} takes images of at least 1x1 pixels, got shape {tuple(x.shape)}')
         if not x.is_floating_point():
-            raise TypeError(f'{name} takes floating-point images, got {x.dtype}; normalise them first, as the data '
-                            'preprocessor of mmpretrain, mmdet and mmseg does')
+            raise TypeError(
+                f'{name} takes floating-point images, got {x.dtype}; normalise them first, as the data '
+                'preprocessor of mmpretrain, mmdet and mmseg does'
+            )
 
     def train(self, mode: bool = True) -> 'SSMBackbone':
         """Switch the mode of everything but the frozen stages, which stay in evaluation mode."""
@@ -205,7 +218,7 @@ class SSMBackbone(BaseModule):
         """The modules that ``frozen_stages`` covers."""
         if self.frozen_stages >= 0:
             yield self.patch_embed
-        for i, stage in enumerate(self.stages[:max(self.frozen_stages, 0)]):
+        for i, stage in enumerate(self.stages[: max(self.frozen_stages, 0)]):
             yield stage
             if i in self.out_indices:
                 yield self.output_norm(i)
@@ -227,7 +240,7 @@ class SSMBackbone(BaseModule):
         """
         depths = self.depths
         num_layers = sum(depths) + 2
-        parts = param_name[len(prefix):].split('.')
+        parts = param_name[len(prefix) :].split('.')
         if not param_name.startswith(prefix) or parts[0] not in ('patch_embed', 'stages'):
             return num_layers - 1, num_layers
         if parts[0] == 'patch_embed':
@@ -235,11 +248,16 @@ class SSMBackbone(BaseModule):
         stage = int(parts[1])
         if parts[2] == 'blocks':
             return sum(depths[:stage]) + int(parts[3]) + 1, num_layers
-        return sum(depths[:stage + 1]), num_layers
+        return sum(depths[: stage + 1]), num_layers
 
 
-def resolve_arch(family: str, arch: str | Mapping[str, Any], archs: Mapping[str, Mapping[str, Any]],
-                 aliases: Mapping[str, str], keys: Sequence[str]) -> dict[str, Any]:
+def resolve_arch(
+    family: str,
+    arch: str | Mapping[str, Any],
+    archs: Mapping[str, Mapping[str, Any]],
+    aliases: Mapping[str, str],
+    keys: Sequence[str],
+) -> dict[str, Any]:
     """The settings that ``arch`` stands for: a row of the family's table by its name or alias, or a dict of its own.
 
     Args:
@@ -258,16 +276,19 @@ def resolve_arch(family: str, arch: str | Mapping[str, Any], archs: Mapping[str,
         if name not in archs:
             known = [*aliases, *archs]
             close = difflib.get_close_matches(arch, known, n=1)
-            raise ValueError(f'{family} has no arch {arch!r}{f" (did you mean {close[0]!r}?)" if close else ""}. '
-                             f'Known: {", ".join(known)}; or pass a dict with the keys {", ".join(keys)}')
+            raise ValueError(
+                f'{family} has no arch {arch!r}{f" (did you mean {close[0]!r}?)" if close else ""}. '
+                f'Known: {", ".join(known)}; or pass a dict with the keys {", ".join(keys)}'
+            )
         return dict(archs[name])
     if not isinstance(arch, Mapping):
         raise TypeError(f"{family}'s arch is a name or a dict, got {type(arch).__name__}: {arch!r}")
     missing = [key for key in keys if key not in arch]
     unknown = [str(key) for key in arch if key not in keys]
     if missing or unknown:
-        faults = [f'{what} {", ".join(found)}' for what, found in (('lacks', missing), ('has unknown', unknown))
-                  if found]
+        faults = [
+            f'{what} {", ".join(found)}' for what, found in (('lacks', missing), ('has unknown', unknown)) if found
+        ]
         raise ValueError(f"{family}'s arch dict {' and '.join(faults)}; its keys are {', '.join(keys)}")
     return dict(arch)
 
@@ -282,8 +303,9 @@ def resolve_out_indices(out_indices: int | Sequence[int], num_stages: int) -> tu
     given = [out_indices] if isinstance(out_indices, int) else out_indices
     if isinstance(given, str) or not isinstance(given, Sequence):
         raise TypeError(f'out_indices takes an integer or a sequence of integers, got {out_indices!r}')
-    indices = tuple(check_integer('out_indices', i, minimum=-num_stages, maximum=num_stages - 1) % num_stages
-                    for i in given)
+    indices = tuple(
+        check_integer('out_indices', i, minimum=-num_stages, maximum=num_stages - 1) % num_stages for i in given
+    )
     if not indices:
         raise ValueError('out_indices is empty; name at least one stage')
     if len(set(indices)) < len(indices):

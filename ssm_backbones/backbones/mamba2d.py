@@ -72,8 +72,7 @@ class Mamba2DBlock(nn.Module):
 class NormedStage(Stage):
     """A stage that ends in a LayerNorm: what it returns is both the feature map and the next stage's input."""
 
-    def __init__(self, channels: int, blocks: Sequence[nn.Module], downsample: nn.Module | None,
-                 with_cp: bool) -> None:
+    def __init__(self, channels: int, blocks: Sequence[nn.Module], downsample: nn.Module | None, with_cp: bool) -> None:
         super().__init__(blocks, downsample, with_cp)
         self.norm = nn.LayerNorm(channels)
 
@@ -133,9 +132,17 @@ class Mamba2D(SSMBackbone):
     }
     _ARCH_KEYS = ('embed_dims', 'depths', 'mixers', 'd_state')
 
-    def __init__(self, arch: str | Mapping[str, Any] = 'tiny', in_channels: int = 3,
-                 out_indices: int | Sequence[int] = (0, 1, 2, 3), drop_path_rate: float = 0.0, frozen_stages: int = -1,
-                 with_cp: bool = False, norm_eval: bool = False, init_cfg: dict | list[dict] | None = None) -> None:
+    def __init__(
+        self,
+        arch: str | Mapping[str, Any] = 'tiny',
+        in_channels: int = 3,
+        out_indices: int | Sequence[int] = (0, 1, 2, 3),
+        drop_path_rate: float = 0.0,
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        norm_eval: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
         if isinstance(arch, Mapping):
             arch = dict(mixers=None, d_state=16) | dict(arch)
         settings = resolve_arch('Mamba2D', arch, self.ARCHS, {}, self._ARCH_KEYS)
@@ -146,14 +153,23 @@ class Mamba2D(SSMBackbone):
             raise ValueError(f'embed_dims and depths must name the same stages, got {widths} and {depths}')
         mixers = _check_mixers(settings['mixers'], widths)
 
-        super().__init__(num_features=widths, in_channels=in_channels, out_indices=out_indices,
-                         frozen_stages=frozen_stages, with_cp=with_cp, norm_eval=norm_eval, init_cfg=init_cfg)
+        super().__init__(
+            num_features=widths,
+            in_channels=in_channels,
+            out_indices=out_indices,
+            frozen_stages=frozen_stages,
+            with_cp=with_cp,
+            norm_eval=norm_eval,
+            init_cfg=init_cfg,
+        )
         rates = drop_path_schedule(drop_path_rate, depths)
         self.patch_embed = Mamba2DStem(self.in_channels, widths[0])
         self.stages = nn.ModuleList()
         for i in range(self.num_built_stages):
-            blocks = [Mamba2DBlock(widths[i], _mixer(mixers[i], widths[i], d_state, reverse=j % 2 == 1), rates[i][j])
-                      for j in range(depths[i])]
+            blocks = [
+                Mamba2DBlock(widths[i], _mixer(mixers[i], widths[i], d_state, reverse=j % 2 == 1), rates[i][j])
+                for j in range(depths[i])
+            ]
             last = i + 1 == self.num_built_stages
             downsample = None if last else ChannelLastConv2d(widths[i], widths[i + 1], 3, stride=2, padding=1)
             self.stages.append(NormedStage(widths[i], blocks, downsample, with_cp))
@@ -172,14 +188,17 @@ def _check_mixers(mixers: Sequence[str] | None, widths: Sequence[int]) -> tuple[
     if isinstance(mixers, str) or not isinstance(mixers, Sequence):
         raise TypeError(f"mixers takes a sequence of 'scan' and 'attention', one for each stage, got {mixers!r}")
     if len(mixers) != stages:
-        raise ValueError(f"mixers must name one of 'scan' and 'attention' for each of the {stages} stages, "
-                         f'got {list(mixers)}')
+        raise ValueError(
+            f"mixers must name one of 'scan' and 'attention' for each of the {stages} stages, got {list(mixers)}"
+        )
     for mixer, width in zip(mixers, widths, strict=True):
         if mixer not in ('scan', 'attention'):
             raise ValueError(f"a stage's mixer is 'scan' or 'attention', got {mixer!r}")
         if mixer == 'attention' and width % HEAD_DIM:
-            raise ValueError(f'attention needs a multiple of {HEAD_DIM} channels, got embed_dims {list(widths)}; '
-                             "change them, or the stage's mixer to 'scan'")
+            raise ValueError(
+                f'attention needs a multiple of {HEAD_DIM} channels, got embed_dims {list(widths)}; '
+                "change them, or the stage's mixer to 'scan'"
+            )
     return tuple(mixers)
 
 

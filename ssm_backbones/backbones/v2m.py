@@ -102,24 +102,43 @@ class PlainV2M(V2M):
 
     patch_embed: TokenGrid
 
-    def __init__(self, arch: str | Mapping[str, Any] = 'tiny', img_size: int | Sequence[int] = 224,
-                 cls_token: str = 'mean', out_type: str = 'featmap', pyramid: str | None = None, in_channels: int = 3,
-                 out_indices: int | Sequence[int] | None = None, drop_path_rate: float = 0.0, frozen_stages: int = -1,
-                 with_cp: bool = False, norm_eval: bool = False, init_cfg: dict | list[dict] | None = None) -> None:
+    def __init__(
+        self,
+        arch: str | Mapping[str, Any] = 'tiny',
+        img_size: int | Sequence[int] = 224,
+        cls_token: str = 'mean',
+        out_type: str = 'featmap',
+        pyramid: str | None = None,
+        in_channels: int = 3,
+        out_indices: int | Sequence[int] | None = None,
+        drop_path_rate: float = 0.0,
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        norm_eval: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
         settings = resolve_v2m_arch(arch, 'plain')
         embed_dims = check_integer('embed_dims', settings['embed_dims'], minimum=1)
         d_state = check_integer('d_state', settings['d_state'], minimum=1)
         depth = check_integer('depth', settings['depth'], minimum=1)
         if out_type not in ('featmap', 'cls_token'):
             raise ValueError(f"out_type is 'featmap' or 'cls_token', got {out_type!r}")
-        super().__init__(num_features=[embed_dims] * depth, in_channels=in_channels,
-                         out_indices=_blocks_of_pyramid(pyramid, out_type, out_indices, depth),
-                         frozen_stages=frozen_stages, with_cp=with_cp, norm_eval=norm_eval, init_cfg=init_cfg)
+        super().__init__(
+            num_features=[embed_dims] * depth,
+            in_channels=in_channels,
+            out_indices=_blocks_of_pyramid(pyramid, out_type, out_indices, depth),
+            frozen_stages=frozen_stages,
+            with_cp=with_cp,
+            norm_eval=norm_eval,
+            init_cfg=init_cfg,
+        )
         self.out_type = out_type
         self.patch_embed = TokenGrid(in_channels, embed_dims, PATCH_SIZE, _grid_size(img_size), cls_token)
         rates = drop_path_schedule(drop_path_rate, [depth])[0]
-        self.stages = nn.ModuleList(Stage([PlainBlock(embed_dims, d_state, depth, rate)], with_cp=with_cp)
-                                    for rate in rates[:self.num_built_stages])
+        self.stages = nn.ModuleList(
+            Stage([PlainBlock(embed_dims, d_state, depth, rate)], with_cp=with_cp)
+            for rate in rates[: self.num_built_stages]
+        )
         self.pyramid = None if pyramid is None else SimplePyramid(embed_dims)
         self._init_output_norms()
 
@@ -188,8 +207,9 @@ class PlainBlock(nn.Module):
     def __init__(self, channels: int, d_state: int, depth: int, drop_path: float = 0.0) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(channels, eps=1e-5)
-        self.mixer = PlainV2MMixer(channels, INNER_RATIO * channels, d_state, dt_rank=math.ceil(channels / 16),
-                                   depth=depth)
+        self.mixer = PlainV2MMixer(
+            channels, INNER_RATIO * channels, d_state, dt_rank=math.ceil(channels / 16), depth=depth
+        )
         self.residual = Residual(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -210,9 +230,17 @@ class HierarchicalV2M(V2M, VSSBackbone):
         init_cfg: mmengine's initialisation config.
     """
 
-    def __init__(self, arch: str | Mapping[str, Any] = 'hier-small', in_channels: int = 3,
-                 out_indices: int | Sequence[int] = (0, 1, 2, 3), drop_path_rate: float = 0.0, frozen_stages: int = -1,
-                 with_cp: bool = False, norm_eval: bool = False, init_cfg: dict | list[dict] | None = None) -> None:
+    def __init__(
+        self,
+        arch: str | Mapping[str, Any] = 'hier-small',
+        in_channels: int = 3,
+        out_indices: int | Sequence[int] = (0, 1, 2, 3),
+        drop_path_rate: float = 0.0,
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        norm_eval: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
         settings = resolve_v2m_arch(arch, 'hierarchical')
         embed_dims = check_integer('embed_dims', settings['embed_dims'], minimum=2)
         d_state = check_integer('d_state', settings['d_state'], minimum=1)
@@ -220,12 +248,22 @@ class HierarchicalV2M(V2M, VSSBackbone):
         ssm_ratio = check_ssm_ratio(settings['ssm_ratio'], embed_dims)
 
         def mixer(channels: int) -> nn.Module:
-            return HierarchicalV2MMixer(channels, int(ssm_ratio * channels), d_state, dt_rank=math.ceil(channels / 16),
-                                        depth=sum(depths))
+            return HierarchicalV2MMixer(
+                channels, int(ssm_ratio * channels), d_state, dt_rank=math.ceil(channels / 16), depth=sum(depths)
+            )
 
-        super().__init__(embed_dims=embed_dims, depths=depths, mixer=mixer, drop_path_rate=drop_path_rate,
-                         in_channels=in_channels, out_indices=out_indices, frozen_stages=frozen_stages,
-                         with_cp=with_cp, norm_eval=norm_eval, init_cfg=init_cfg)
+        super().__init__(
+            embed_dims=embed_dims,
+            depths=depths,
+            mixer=mixer,
+            drop_path_rate=drop_path_rate,
+            in_channels=in_channels,
+            out_indices=out_indices,
+            frozen_stages=frozen_stages,
+            with_cp=with_cp,
+            norm_eval=norm_eval,
+            init_cfg=init_cfg,
+        )
 
 
 def resolve_v2m_arch(arch: str | Mapping[str, Any], layout: str | None = None) -> dict[str, Any]:
@@ -238,8 +276,9 @@ def resolve_v2m_arch(arch: str | Mapping[str, Any], layout: str | None = None) -
     keys = _ARCH_KEYS['plain']
     if isinstance(arch, Mapping):
         if arch.get('layout') not in _ARCH_KEYS:
-            raise ValueError("V2M's arch dict has the layout 'plain' or 'hierarchical', got "
-                             f'{arch.get("layout")!r} in {dict(arch)}')
+            raise ValueError(
+                f"V2M's arch dict has the layout 'plain' or 'hierarchical', got {arch.get('layout')!r} in {dict(arch)}"
+            )
         keys = _ARCH_KEYS[arch['layout']]
     settings = resolve_arch('V2M', arch, V2M.ARCHS, {}, keys)
     if layout not in (None, settings['layout']):
@@ -256,8 +295,9 @@ def _grid_size(img_size: int | Sequence[int]) -> tuple[int, int]:
     return height, width
 
 
-def _blocks_of_pyramid(pyramid: str | None, out_type: str, out_indices: int | Sequence[int] | None,
-                       depth: int) -> tuple[int, ...]:
+def _blocks_of_pyramid(
+    pyramid: str | None, out_type: str, out_indices: int | Sequence[int] | None, depth: int
+) -> tuple[int, ...]:
     """The blocks whose maps are used, checked against the pyramid."""
     if pyramid not in (None, 'single', 'multi'):
         raise ValueError(f"pyramid is None, 'single' or 'multi', got {pyramid!r}")

@@ -60,8 +60,16 @@ class VSSBackbone(SSMBackbone):
         options: of :class:`~ssm_backbones.backbones.base.SSMBackbone`.
     """
 
-    def __init__(self, *, embed_dims: int, depths: Sequence[int], mixer: Callable[[int], nn.Module],
-                 drop_path_rate: float, first_release: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        embed_dims: int,
+        depths: Sequence[int],
+        mixer: Callable[[int], nn.Module],
+        drop_path_rate: float,
+        first_release: bool = False,
+        **options: Any,
+    ) -> None:
         widths = [embed_dims * 2**i for i in range(len(depths))]
         super().__init__(num_features=widths, **options)
         rates = drop_path_schedule(drop_path_rate, depths)
@@ -73,12 +81,14 @@ class VSSBackbone(SSMBackbone):
             self.patch_embed = ConvStem(self.in_channels, embed_dims)
         self.stages = nn.ModuleList()
         for i in range(self.num_built_stages):
-            blocks = [VSSBlock(widths[i], mixer(widths[i]), mlp=not first_release, drop_path=rate)
-                      for rate in rates[i]]
+            blocks = [VSSBlock(widths[i], mixer(widths[i]), mlp=not first_release, drop_path=rate) for rate in rates[i]]
             downsample: nn.Module | None = None
             if i + 1 < self.num_built_stages:
-                downsample = (PatchMerging(widths[i], widths[i + 1]) if first_release else
-                              ConvNorm(widths[i], widths[i + 1], kernel_size=3, stride=2, padding=1))
+                downsample = (
+                    PatchMerging(widths[i], widths[i + 1])
+                    if first_release
+                    else ConvNorm(widths[i], widths[i + 1], kernel_size=3, stride=2, padding=1)
+                )
             self.stages.append(Stage(blocks, downsample, self.with_cp))
         self._init_output_norms()
 
@@ -86,8 +96,9 @@ class VSSBackbone(SSMBackbone):
 def check_ssm_ratio(ssm_ratio: float, embed_dims: int) -> float:
     """The inner width of the scans over the channels, which has to give a whole number of channels."""
     if not ssm_ratio > 0 or ssm_ratio * embed_dims % 1:
-        raise ValueError('ssm_ratio must be positive and give a whole number of channels, '
-                         f'got {ssm_ratio!r} of {embed_dims}')
+        raise ValueError(
+            f'ssm_ratio must be positive and give a whole number of channels, got {ssm_ratio!r} of {embed_dims}'
+        )
     return ssm_ratio
 
 
@@ -135,9 +146,17 @@ class VMamba(VSSBackbone):
     ALIASES: ClassVar[dict[str, str]] = {'tiny': 'tiny-s1l8', 'small': 'small-s2l15', 'base': 'base-s2l15'}
     _ARCH_KEYS = ('embed_dims', 'depths', 'd_state', 'ssm_ratio', 'version')
 
-    def __init__(self, arch: str | Mapping[str, Any] = 'tiny', in_channels: int = 3,
-                 out_indices: int | Sequence[int] = (0, 1, 2, 3), drop_path_rate: float = 0.0, frozen_stages: int = -1,
-                 with_cp: bool = False, norm_eval: bool = False, init_cfg: dict | list[dict] | None = None) -> None:
+    def __init__(
+        self,
+        arch: str | Mapping[str, Any] = 'tiny',
+        in_channels: int = 3,
+        out_indices: int | Sequence[int] = (0, 1, 2, 3),
+        drop_path_rate: float = 0.0,
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        norm_eval: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
         settings = resolve_arch('VMamba', arch, self.ARCHS, self.ALIASES, self._ARCH_KEYS)
         version = settings['version']
         if version not in ('v0', 'v2'):
@@ -149,9 +168,25 @@ class VMamba(VSSBackbone):
         first_release = version == 'v0'
 
         def mixer(channels: int) -> nn.Module:
-            return SS2D(channels, inner_channels=int(ssm_ratio * channels), d_state=d_state,
-                        dt_rank=math.ceil(channels / 16), gate=first_release, conv_bias=first_release)
+            return SS2D(
+                channels,
+                inner_channels=int(ssm_ratio * channels),
+                d_state=d_state,
+                dt_rank=math.ceil(channels / 16),
+                gate=first_release,
+                conv_bias=first_release,
+            )
 
-        super().__init__(embed_dims=embed_dims, depths=depths, mixer=mixer, drop_path_rate=drop_path_rate,
-                         first_release=first_release, in_channels=in_channels, out_indices=out_indices,
-                         frozen_stages=frozen_stages, with_cp=with_cp, norm_eval=norm_eval, init_cfg=init_cfg)
+        super().__init__(
+            embed_dims=embed_dims,
+            depths=depths,
+            mixer=mixer,
+            drop_path_rate=drop_path_rate,
+            first_release=first_release,
+            in_channels=in_channels,
+            out_indices=out_indices,
+            frozen_stages=frozen_stages,
+            with_cp=with_cp,
+            norm_eval=norm_eval,
+            init_cfg=init_cfg,
+        )

@@ -36,12 +36,21 @@ def made_up_batch(
     channels = channels if isinstance(channels, int) else 3
     # Every head must know the label, so the one with the fewest classes decides.
     classes = min(_numbers_of_classes(cfg.model), default=1)
-    images = [torch.randint(256, (channels, height, width), dtype=torch.uint8, generator=generator).to(device)
-              for _ in range(batch_size)]
+    images = [
+        torch.randint(256, (channels, height, width), dtype=torch.uint8, generator=generator).to(device)
+        for _ in range(batch_size)
+    ]
     sample = {'mmpretrain': _classified, 'mmdet': _detected, 'mmseg': _segmented}[cfg.default_scope]
     size = (height, width)
-    meta = dict(img_path='', img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size,
-                scale_factor=(1.0, 1.0), flip=False)
+    meta = dict(
+        img_path='',
+        img_shape=size,
+        ori_shape=size,
+        pad_shape=size,
+        batch_input_shape=size,
+        scale_factor=(1.0, 1.0),
+        flip=False,
+    )
     return dict(inputs=images, data_samples=[sample(meta, classes, generator) for _ in range(batch_size)])
 
 

@@ -27,8 +27,14 @@ BACKBONES: dict[str, dict[str, Any]] = {
     'v2m-tiny': dict(type='V2M', arch='tiny'),
     'swin-tiny': dict(type='mmpretrain.SwinTransformer', arch='tiny', img_size=224, drop_path_rate=0.0),
     'convnext-tiny': dict(type='mmpretrain.ConvNeXt', arch='tiny', drop_path_rate=0.0),
-    'deit-tiny': dict(type='mmpretrain.VisionTransformer', arch='deit-tiny', img_size=224, patch_size=16,
-                      out_type='featmap', drop_path_rate=0.0),
+    'deit-tiny': dict(
+        type='mmpretrain.VisionTransformer',
+        arch='deit-tiny',
+        img_size=224,
+        patch_size=16,
+        out_type='featmap',
+        drop_path_rate=0.0,
+    ),
 }
 
 
@@ -43,7 +49,7 @@ def build_backbone(name: str, device: torch.device) -> nn.Module:
     try:
         importlib.import_module(f'{library}.models' if library else 'ssm_backbones')
     except ImportError as error:
-        raise Unavailable(f'{name} is {library}\'s, which cannot be imported: {error}') from error
+        raise Unavailable(f"{name} is {library}'s, which cannot be imported: {error}") from error
     return MODELS.build(dict(config)).to(device)
 
 

@@ -15,8 +15,7 @@ from ssm_backbones.benchmark.memory import peak_bytes, peak_bytes_in_new_process
 from ssm_backbones.benchmark.timing import Call, Clock, Settings, measure_in_turns, warm_up
 from ssm_backbones.benchmark.unavailable import Unavailable, reason
 
-__all__ = ['Comparison', 'Floor', 'Pair', 'Scaling', 'Unavailable', 'measure_comparison', 'measure_scaling',
-           'ratios']
+__all__ = ['Comparison', 'Floor', 'Pair', 'Scaling', 'Unavailable', 'measure_comparison', 'measure_scaling', 'ratios']
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,7 @@ class Scaling:
     devices: tuple[str, ...] = ('cpu', 'cuda')
 
 
-def measure_comparison(
-    comparison: Comparison, settings: Settings, clock: Clock = time.perf_counter
-) -> dict[str, Any]:
+def measure_comparison(comparison: Comparison, settings: Settings, clock: Clock = time.perf_counter) -> dict[str, Any]:
     """Measure a comparison.
 
     Args:

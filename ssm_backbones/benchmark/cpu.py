@@ -35,8 +35,11 @@ def backbone_comparisons(
         passes = 'forward+backward' if train else 'forward'
         entries = {entry: partial(backbone_call, entry, batch, 224, train) for entry in (name, *against)}
         pairs = (Pair(name, against[0], training if train else forward), *(Pair(name, each) for each in against[1:]))
-        comparisons.append(Comparison(f'{name}/{passes}/batch-{batch}', f'{passes} at 224x224, batch {batch}', entries,
-                                      pairs, images=batch))
+        comparisons.append(
+            Comparison(
+                f'{name}/{passes}/batch-{batch}', f'{passes} at 224x224, batch {batch}', entries, pairs, images=batch
+            )
+        )
     return comparisons
 
 
@@ -97,8 +100,14 @@ def wavefront_comparisons(states: int, shape: Shape = (1, 56, 56, 64), target: f
             'diagonals': partial(by_diagonals, train),
             'copy': partial(copy, train),
         }
-        pairs = (Pair('cuda_ops', 'exponentials', None if train else target), Pair('cuda_ops', 'diagonals'),
-                 Pair('cuda_ops', 'copy'))
-        comparisons.append(Comparison(f'wavefront/{passes}/n{states}', f'{passes} at {shape}, N={states}', entries,
-                                      pairs, devices=('cpu',)))
+        pairs = (
+            Pair('cuda_ops', 'exponentials', None if train else target),
+            Pair('cuda_ops', 'diagonals'),
+            Pair('cuda_ops', 'copy'),
+        )
+        comparisons.append(
+            Comparison(
+                f'wavefront/{passes}/n{states}', f'{passes} at {shape}, N={states}', entries, pairs, devices=('cpu',)
+            )
+        )
     return comparisons

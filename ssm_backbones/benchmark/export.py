@@ -51,8 +51,9 @@ class ExportComparison:
 
 
 EXPORTS = [
-    ExportComparison('export/vmamba-tiny', 'feature export at 224x224, batch 8, float32 files',
-                     'vmamba/vmamba-tiny_8xb128_in1k.py'),
+    ExportComparison(
+        'export/vmamba-tiny', 'feature export at 224x224, batch 8, float32 files', 'vmamba/vmamba-tiny_8xb128_in1k.py'
+    ),
 ]
 
 
@@ -73,14 +74,21 @@ def measure_export(each: ExportComparison, settings: Settings) -> dict[str, Any]
                     times[label].append(turns.export() if label == 'export' else turns.backbone())
                 order.reverse()
     except (CommandError, RuntimeError, OSError) as error:
-        return dict(name=each.name, summary=each.summary, pairs=[], entries={}, skipped={},
-                    failed={'export': reason(error)})
+        return dict(
+            name=each.name, summary=each.summary, pairs=[], entries={}, skipped={}, failed={'export': reason(error)}
+        )
     entries = {
         label: dict(median_s=statistics.median(values), times_s=values, images_per_s=1 / statistics.median(values))
         for label, values in times.items()
     }
-    return dict(name=each.name, summary=each.summary, entries=entries, skipped={}, failed={},
-                pairs=[ratios(Pair('export', 'backbone', TARGET), entries)])
+    return dict(
+        name=each.name,
+        summary=each.summary,
+        entries=entries,
+        skipped={},
+        failed={},
+        pairs=[ratios(Pair('export', 'backbone', TARGET), entries)],
+    )
 
 
 class _Turns:
@@ -117,8 +125,13 @@ class _Turns:
         self.count += 1
         out = self.folder / f'export{self.count}'
         options = ExportOptions(
-            self.config, str(self.checkpoint), str(self.folder / 'images'), str(out), device=str(self.device),
-            batch_size=self.each.batch_size, workers=self.each.workers,
+            self.config,
+            str(self.checkpoint),
+            str(self.folder / 'images'),
+            str(out),
+            device=str(self.device),
+            batch_size=self.each.batch_size,
+            workers=self.each.workers,
         )
         export_features(options)
         return seconds_per_image([path.stat().st_mtime for path in out.rglob('*.safetensors')], self.each.batch_size)

@@ -115,9 +115,13 @@ def scan_comparisons(job: ScanJob, image: str, stage: str) -> list[Comparison]:
             # No states are stored without a backward pass.
             pairs.append(Pair('cuda_ops', 'diagonals', 1 / 5, memory_target=1 / 8 if train else None))
         comparisons.append(
-            Comparison(f'gpu/{job.op}/{job.model}/{stage}/{image}/{_passes(train)}',
-                       f'{_passes(train)} at {shape}, N={job.states}, bfloat16', entries, tuple(pairs),
-                       devices=('cuda',))
+            Comparison(
+                f'gpu/{job.op}/{job.model}/{stage}/{image}/{_passes(train)}',
+                f'{_passes(train)} at {shape}, N={job.states}, bfloat16',
+                entries,
+                tuple(pairs),
+                devices=('cuda',),
+            )
         )
     return comparisons
 
@@ -179,8 +183,10 @@ def factors_comparisons(shape: Shape, rank: int) -> list[Comparison]:
         Comparison(
             f'gpu/cross-scan-factors/{"x".join(map(str, shape))}/rank-{rank}/{_passes(train)}',
             f'{_passes(train)} at {shape}, N=1, step sizes of rank {rank}, bfloat16',
-            {'in the scan': partial(_of_factors, _scan_of_factors, shape, rank, train),
-             'before': partial(_of_factors, _scan_after_product, shape, rank, train)},
+            {
+                'in the scan': partial(_of_factors, _scan_of_factors, shape, rank, train),
+                'before': partial(_of_factors, _scan_after_product, shape, rank, train),
+            },
             (Pair('in the scan', 'before', 1.0, memory_target=1.0),),
             devices=('cuda',),
         )
@@ -188,13 +194,15 @@ def factors_comparisons(shape: Shape, rank: int) -> list[Comparison]:
     ]
 
 
-def _scan_of_factors(x: Tensor, factors: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor,
-                     weight: Tensor) -> Tensor:
+def _scan_of_factors(
+    x: Tensor, factors: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor, weight: Tensor
+) -> Tensor:
     return cuda_ops.cross_selective_scan(x, factors, A, B, C, D, bias, delta_weight=weight)
 
 
-def _scan_after_product(x: Tensor, factors: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor,
-                        weight: Tensor) -> Tensor:
+def _scan_after_product(
+    x: Tensor, factors: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor, weight: Tensor
+) -> Tensor:
     return cuda_ops.cross_selective_scan(x, step_sizes(factors, weight), A, B, C, D, bias)
 
 

@@ -205,11 +205,16 @@ def measure_models(
     begin = time.monotonic()
     subjects = {name: Subject(path, options, device) for name, path in _names(options).items()}
     names = [*subjects]
-    pairs = [(name, other) for name in names[:len(options.configs)] for other in names[len(options.configs):]]
+    pairs = [(name, other) for name in names[: len(options.configs)] for other in names[len(options.configs) :]]
     report = Report(
         describe_machine(settings.device),
-        dict(repeats=settings.repeats, device=settings.device, batch_size=options.batch_size, amp=options.amp,
-             of='backbone' if options.backbone else 'model'),
+        dict(
+            repeats=settings.repeats,
+            device=settings.device,
+            batch_size=options.batch_size,
+            amp=options.amp,
+            of='backbone' if options.backbone else 'model',
+        ),
     )
     for training in (False, True) if options.train else (False,):
         what = TRAINING if training else INFERENCE

@@ -35,16 +35,25 @@ def draw_models(records: Sequence[Mapping[str, Any]], heading: str) -> Any:
     figure.suptitle(heading, fontsize=11)
     models = list(dict.fromkeys(record['model'] for record in records))
     passes = list(dict.fromkeys(record['what'] for record in records))
-    sizes = sorted({(record['height'] * record['width'], f'{record["height"]}x{record["width"]}')
-                    for record in records})
+    sizes = sorted(
+        {(record['height'] * record['width'], f'{record["height"]}x{record["width"]}') for record in records}
+    )
     for axes, (key, label, unit) in zip(figure.subplots(1, 2), _QUANTITIES, strict=True):
         for number, model in enumerate(models):
             for style, what in zip(_STYLES, passes, strict=False):
-                points = sorted((record['height'] * record['width'], record[key] / unit) for record in records
-                                if (record['model'], record['what']) == (model, what))
+                points = sorted(
+                    (record['height'] * record['width'], record[key] / unit)
+                    for record in records
+                    if (record['model'], record['what']) == (model, what)
+                )
                 if points:
-                    axes.plot(*zip(*points, strict=True), style, marker='o', color=_COLOURS[number % len(_COLOURS)],
-                              label=f'{model}, {what}')
+                    axes.plot(
+                        *zip(*points, strict=True),
+                        style,
+                        marker='o',
+                        color=_COLOURS[number % len(_COLOURS)],
+                        label=f'{model}, {what}',
+                    )
         axes.set_xscale('log')
         axes.set_yscale('log')
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -42,8 +42,10 @@ class Report:
         """What the models were measured on, and how, in a line."""
         precision = 'bfloat16 autocast' if self.settings['amp'] else 'float32'
         processor = self.machine.get('GPU') or f'{self.machine["CPU"]}, {self.machine["threads"]} threads'
-        return (f'{self.settings["of"]}, batch {self.settings["batch_size"]}, {precision}, {processor}, '
-                f'torch {self.machine["torch"]}')
+        return (
+            f'{self.settings["of"]}, batch {self.settings["batch_size"]}, {precision}, {processor}, '
+            f'torch {self.machine["torch"]}'
+        )
 
     def as_table(self) -> str:
         """Markdown: the machine in a line, the comparisons, the scalings, and what is missing."""
@@ -59,13 +61,24 @@ class Report:
             parts.append(markdown(('scaling', 'image', 'ms', 'per pixel', 'peak MiB', 'per pixel'), rows, text=(0, 1)))
         if self.models:
             rows = [_model_row(each) for each in self.models]
-            parts.append(markdown(('model', 'pass', 'image', 'batch', 'ms', 'images/s', 'peak MiB'), rows,
-                                  text=(0, 1, 2)))
+            parts.append(
+                markdown(('model', 'pass', 'image', 'batch', 'ms', 'images/s', 'peak MiB'), rows, text=(0, 1, 2))
+            )
         if self.ratios:
-            rows = [(each['model'], each['against'], each['what'], _size(each), f'{each["time_ratio"]:.3g}',
-                     f'{each["memory_ratio"]:.3g}') for each in self.ratios]
-            parts.append(markdown(('model', 'against', 'pass', 'image', 'time ratio', 'memory ratio'), rows,
-                                  text=(0, 1, 2, 3)))
+            rows = [
+                (
+                    each['model'],
+                    each['against'],
+                    each['what'],
+                    _size(each),
+                    f'{each["time_ratio"]:.3g}',
+                    f'{each["memory_ratio"]:.3g}',
+                )
+                for each in self.ratios
+            ]
+            parts.append(
+                markdown(('model', 'against', 'pass', 'image', 'time ratio', 'memory ratio'), rows, text=(0, 1, 2, 3))
+            )
         for what, entries in (('skipped', self.skipped), ('failed', self.failed)):
             if entries:
                 parts.append('\n'.join(f'{what}: {each["name"]}: {each["reason"]}' for each in entries))
@@ -110,13 +123,25 @@ def _comparison_rows(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
         if 'memory_ratio' in pair:
             goal = _goal(pair['memory_target'], pair['memory_met'])
             memory = f'{mebibytes(ours["peak_bytes"])} / {mebibytes(theirs["peak_bytes"])} MiB{goal and ", " + goal}'
-        rows.append((comparison['name'], pair['entry'], milliseconds(ours['median_s']), pair['against'],
-                     milliseconds(theirs['median_s']), f'{pair["ratio"]:.3g}', _goal(pair['target'], pair['met']),
-                     memory))
+        rows.append(
+            (
+                comparison['name'],
+                pair['entry'],
+                milliseconds(ours['median_s']),
+                pair['against'],
+                milliseconds(theirs['median_s']),
+                f'{pair["ratio"]:.3g}',
+                _goal(pair['target'], pair['met']),
+                memory,
+            )
+        )
     # What lacks its counterpart on this machine still has a time.
     alone = entries.keys() - {label for pair in comparison['pairs'] for label in (pair['entry'], pair['against'])}
-    rows += [(comparison['name'], label, milliseconds(entry['median_s']), '', '', '', '', '')
-             for label, entry in entries.items() if label in alone]
+    rows += [
+        (comparison['name'], label, milliseconds(entry['median_s']), '', '', '', '', '')
+        for label, entry in entries.items()
+        if label in alone
+    ]
     return rows
 
 
@@ -125,8 +150,15 @@ def _goal(target: float | None, met: bool | None) -> str:
 
 
 def _model_row(record: Mapping[str, Any]) -> tuple[str, ...]:
-    return (record['model'], record['what'], _size(record), str(record['batch_size']),
-            milliseconds(record['latency_s']), f'{record["images_per_s"]:.4g}', mebibytes(record['peak_bytes']))
+    return (
+        record['model'],
+        record['what'],
+        _size(record),
+        str(record['batch_size']),
+        milliseconds(record['latency_s']),
+        f'{record["images_per_s"]:.4g}',
+        mebibytes(record['peak_bytes']),
+    )
 
 
 def _size(record: Mapping[str, Any]) -> str:
@@ -134,5 +166,11 @@ def _size(record: Mapping[str, Any]) -> str:
 
 
 def _size_row(scaling: Mapping[str, Any], size: Mapping[str, Any]) -> tuple[str, ...]:
-    return (scaling['name'], f'{size["size"]}x{size["size"]}', milliseconds(size['median_s']),
-            f'{size["time_per_pixel"]:.2f}', mebibytes(size['peak_bytes']), f'{size["peak_per_pixel"]:.2f}')
+    return (
+        scaling['name'],
+        f'{size["size"]}x{size["size"]}',
+        milliseconds(size['median_s']),
+        f'{size["time_per_pixel"]:.2f}',
+        mebibytes(size['peak_bytes']),
+        f'{size["peak_per_pixel"]:.2f}',
+    )

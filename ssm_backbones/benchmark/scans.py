@@ -110,7 +110,7 @@ def exponentials_call(count: int, device: torch.device) -> Call:
         Unavailable: if the op library is not compiled, or on another device.
     """
     if device.type != 'cpu':
-        raise Unavailable('the function whose speed is measured is the CPU kernels\'')
+        raise Unavailable("the function whose speed is measured is the CPU kernels'")
     if not _library.STATUS.compiled:
         raise Unavailable(f'the exponential to measure is in the compiled library, and {_library.STATUS.reason}')
     x = torch.linspace(-20, 0, 1024 * torch.get_num_threads())

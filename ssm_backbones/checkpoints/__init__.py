@@ -18,6 +18,16 @@ from ssm_backbones.checkpoints.loading import load_backbone, load_official
 from ssm_backbones.checkpoints.report import Report
 
 __all__ = [
-    'CheckpointError', 'OfficialPretrainedInit', 'Report', 'adapt_stem', 'convert_checkpoint', 'convert_file',
-    'load_backbone', 'load_official', 'read_checkpoint', 'restore_checkpoint', 'restore_file', 'write_checkpoint',
+    'CheckpointError',
+    'OfficialPretrainedInit',
+    'Report',
+    'adapt_stem',
+    'convert_checkpoint',
+    'convert_file',
+    'load_backbone',
+    'load_official',
+    'read_checkpoint',
+    'restore_checkpoint',
+    'restore_file',
+    'write_checkpoint',
 ]

@@ -35,8 +35,14 @@ RECORD = 'ssm_backbones'
 _TIED_TO_PARAMETERS = ('optimizer', 'ema_state_dict')
 
 
-def convert_checkpoint(checkpoint: Mapping[str, Any], *, source: str = 'the checkpoint', weights: str = 'auto',
-                       backbone_only: bool = False, in_channels: int | None = None) -> tuple[dict[str, Any], Report]:
+def convert_checkpoint(
+    checkpoint: Mapping[str, Any],
+    *,
+    source: str = 'the checkpoint',
+    weights: str = 'auto',
+    backbone_only: bool = False,
+    in_channels: int | None = None,
+) -> tuple[dict[str, Any], Report]:
     """Convert an official checkpoint into one that OpenMMLab's runners load.
 
     A classification checkpoint becomes an mmpretrain one (``backbone.*``, ``head.*``); in a detector's or segmentor's
@@ -59,9 +65,14 @@ def convert_checkpoint(checkpoint: Mapping[str, Any], *, source: str = 'the chec
     chosen = choose_weights(checkpoint, weights, FAMILIES, source)
     found, dialect = identify_official(chosen, source)
     bare = backbone_only or found.kind == BACKBONE
-    record = dict(model=describe(found.family, found.settings), kind=BACKBONE if bare else found.kind,
-                  settings=found.settings, dialect=dialect, prefix=chosen.prefix,
-                  path=list(chosen.path) if len(chosen.path) < 2 else [found.family.main_key])
+    record = dict(
+        model=describe(found.family, found.settings),
+        kind=BACKBONE if bare else found.kind,
+        settings=found.settings,
+        dialect=dialect,
+        prefix=chosen.prefix,
+        path=list(chosen.path) if len(chosen.path) < 2 else [found.family.main_key],
+    )
 
     report = start_report(found, source, chosen.label)
     leave_out_other_weights(chosen, report)
@@ -79,8 +90,9 @@ def convert_checkpoint(checkpoint: Mapping[str, Any], *, source: str = 'the chec
     return converted, report
 
 
-def restore_checkpoint(checkpoint: Mapping[str, Any], *,
-                       source: str = 'the checkpoint') -> tuple[dict[str, Any], Report]:
+def restore_checkpoint(
+    checkpoint: Mapping[str, Any], *, source: str = 'the checkpoint'
+) -> tuple[dict[str, Any], Report]:
     """Convert a checkpoint of ours, converted or trained, back to the official names, shapes and keys.
 
     What :func:`convert_checkpoint` noted in ``meta`` decides between the spellings that the authors have used. Without
@@ -106,8 +118,10 @@ def restore_checkpoint(checkpoint: Mapping[str, Any], *,
         layout = official_layout(naming, shapes_of(found.backbone), note['prefix'])
         layout |= official_layout(head_naming, shapes_of(found.head))
     except LookupError as error:
-        raise CheckpointError(f'{source}: {error.args[0]} in the spelling of {note["dialect"]}; a classifier has the '
-                              'output norm of the last stage alone.') from error
+        raise CheckpointError(
+            f'{source}: {error.args[0]} in the spelling of {note["dialect"]}; a classifier has the '
+            'output norm of the last stage alone.'
+        ) from error
     ours = {**found.backbone, **found.head}
     tensors = {name: ours[own].detach().reshape(shape) for name, (own, shape) in layout.items()} | found.rest
 
@@ -122,8 +136,9 @@ def restore_checkpoint(checkpoint: Mapping[str, Any], *,
     return restored, report
 
 
-def convert_file(source: str | os.PathLike[str], destination: str | os.PathLike[str], *, overwrite: bool = False,
-                 **options: Any) -> Report:
+def convert_file(
+    source: str | os.PathLike[str], destination: str | os.PathLike[str], *, overwrite: bool = False, **options: Any
+) -> Report:
     """:func:`convert_checkpoint` from a path or URL to a file; its options are passed on.
 
     Raises:
@@ -135,8 +150,9 @@ def convert_file(source: str | os.PathLike[str], destination: str | os.PathLike[
     return report
 
 
-def restore_file(source: str | os.PathLike[str], destination: str | os.PathLike[str], *,
-                 overwrite: bool = False) -> Report:
+def restore_file(
+    source: str | os.PathLike[str], destination: str | os.PathLike[str], *, overwrite: bool = False
+) -> Report:
     """:func:`restore_checkpoint` from a path or URL to a file.
 
     Raises:
@@ -181,8 +197,9 @@ def adapt_stem(weight: Tensor, in_channels: int) -> Tensor:
     return adapted.to(weight.dtype)
 
 
-def _passed_through(checkpoint: Mapping[str, Any], weights_at: set[str], whole: bool,
-                    report: Report) -> tuple[dict[str, Any], dict[str, Any]]:
+def _passed_through(
+    checkpoint: Mapping[str, Any], weights_at: set[str], whole: bool, report: Report
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """What else a file holds beside its weights, as far as it stays valid, and its ``meta``.
 
     Args:
@@ -212,9 +229,11 @@ def _note(checkpoint: Mapping[str, Any], found: Identified) -> dict[str, Any]:
     family = found.family
     only_last_norm = found.norms == (len(found.settings['depths']) - 1,)
     classifier = found.kind == CLASSIFIER or (found.kind == BACKBONE and only_last_norm)
-    default = dict(dialect=family.default_dialect(found.settings, classifier),
-                   prefix='backbone.' if found.kind == WHOLE else family.classifier_prefix,
-                   path=['state_dict' if found.kind == WHOLE else family.main_key])
+    default = dict(
+        dialect=family.default_dialect(found.settings, classifier),
+        prefix='backbone.' if found.kind == WHOLE else family.classifier_prefix,
+        path=['state_dict' if found.kind == WHOLE else family.main_key],
+    )
     meta = checkpoint.get('meta')
     noted = meta.get(RECORD) if isinstance(meta, Mapping) else None
     if not isinstance(noted, Mapping) or (noted.get('settings'), noted.get('kind')) != (found.settings, found.kind):

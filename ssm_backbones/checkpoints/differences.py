@@ -139,8 +139,9 @@ def _as_loaded(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, An
         twin = copy.copy(part)
         for kind in ('_parameters', '_buffers'):
             own = getattr(part, kind)
-            setattr(twin, kind, {name: tensor if tensor is None else copy.deepcopy(tensor)
-                                 for name, tensor in own.items()})
+            setattr(
+                twin, kind, {name: tensor if tensor is None else copy.deepcopy(tensor) for name, tensor in own.items()}
+            )
         twin._load_from_state_dict(below, prefix, {}, True, [], [], [])
         state.update(below)
     return state

@@ -80,8 +80,9 @@ class Family(ABC):
         Raises:
             ValueError: if no such backbone can be built.
         """
-        options: dict[str, Any] = dict(arch=dict(settings), in_channels=max(in_channels, 1),
-                                       out_indices=tuple(range(len(settings['depths']))))
+        options: dict[str, Any] = dict(
+            arch=dict(settings), in_channels=max(in_channels, 1), out_indices=tuple(range(len(settings['depths'])))
+        )
         with torch.device('meta'):
             model = self.model(**options)
         return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -114,8 +114,9 @@ def _read(path: Path, name: str) -> dict[str, Any]:
             raise
         # Damaged files raise whatever their bytes happen to mean: EOFError, OSError, RuntimeError, KeyError...
         reason = str(error).partition('\n')[0].partition('. ')[0] or type(error).__name__
-        raise CheckpointError(f'{name} is truncated, damaged or no PyTorch checkpoint ({path.stat().st_size} bytes): '
-                              f'{reason}. {_AGAIN}') from error
+        raise CheckpointError(
+            f'{name} is truncated, damaged or no PyTorch checkpoint ({path.stat().st_size} bytes): {reason}. {_AGAIN}'
+        ) from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f'{name} holds a {type(checkpoint).__name__}, not a dictionary of tensors.')
     return checkpoint
@@ -126,8 +127,10 @@ def _check_start(start: bytes, name: str) -> None:
         raise CheckpointError(f'{name} is empty. {_AGAIN}')
     text = start.removeprefix(b'\xef\xbb\xbf').lstrip().lower()
     if text.startswith(b'<'):
-        raise CheckpointError(f'{name} is a web page, not a checkpoint: what was saved is the page that led to the '
-                              'file, or an error page. Download the file itself.')
+        raise CheckpointError(
+            f'{name} is a web page, not a checkpoint: what was saved is the page that led to the '
+            'file, or an error page. Download the file itself.'
+        )
     if text.startswith(b'version https://git-lfs'):
         raise CheckpointError(f'{name} is the pointer of a Git LFS file, not the file. Fetch it with git lfs pull.')
     if not start.startswith((b'PK', b'\x80')):
@@ -144,13 +147,23 @@ def _check_archive(path: Path, name: str) -> None:
 
 
 def _explain_refusal(path: Path, name: str) -> str:
-    allowed = {entry[1] if isinstance(entry, tuple) else f'{entry.__module__}.{entry.__qualname__}'
-               for entry in torch.serialization.get_safe_globals()}
-    asked = next((found for found in _globals_in(path)
-                  if found not in allowed and not found.startswith(('torch.', 'collections.'))), None)
+    allowed = {
+        entry[1] if isinstance(entry, tuple) else f'{entry.__module__}.{entry.__qualname__}'
+        for entry in torch.serialization.get_safe_globals()
+    }
+    asked = next(
+        (
+            found
+            for found in _globals_in(path)
+            if found not in allowed and not found.startswith(('torch.', 'collections.'))
+        ),
+        None,
+    )
     if asked is not None:
-        return (f'{name} is refused: reading it would run or build {asked}, and weights alone need no code '
-                '(it was read with weights_only=True, and nothing of it was loaded).')
+        return (
+            f'{name} is refused: reading it would run or build {asked}, and weights alone need no code '
+            '(it was read with weights_only=True, and nothing of it was loaded).'
+        )
     return f'{name} is refused: it holds more than weights, or is damaged; nothing of it was loaded.'
 
 
@@ -159,8 +172,9 @@ def _globals_in(path: Path) -> Iterator[str]:
     with contextlib.ExitStack() as stack:
         if zipfile.is_zipfile(path):
             archive = stack.enter_context(zipfile.ZipFile(path))
-            files = [stack.enter_context(archive.open(entry)) for entry in archive.namelist()
-                     if entry.endswith('data.pkl')]
+            files = [
+                stack.enter_context(archive.open(entry)) for entry in archive.namelist() if entry.endswith('data.pkl')
+            ]
         else:
             # The old format is several pickles in a row, and the numbers behind them.
             files = [stack.enter_context(open(path, 'rb'))] * _PICKLES

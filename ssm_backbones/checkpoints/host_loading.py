@@ -27,8 +27,10 @@ from ssm_backbones.checkpoints.loading import remedy
 from ssm_backbones.checkpoints.locate import WeightSet, common_prefix, find_official, own_weights
 from ssm_backbones.layers.token_grid import TokenGrid
 
-_OFFICIAL_REMEDY = ("For a backbone, init_cfg=dict(type='OfficialPretrained', checkpoint=...) or load_official "
-                    'converts them; for a whole model, convert the file with tools/convert_checkpoint.py.')
+_OFFICIAL_REMEDY = (
+    "For a backbone, init_cfg=dict(type='OfficialPretrained', checkpoint=...) or load_official "
+    'converts them; for a whole model, convert the file with tools/convert_checkpoint.py.'
+)
 
 
 def convert_or_refuse(backbone: SSMBackbone, state_dict: dict[str, Any], prefix: str) -> None:
@@ -58,8 +60,9 @@ def convert_or_refuse(backbone: SSMBackbone, state_dict: dict[str, Any], prefix:
             state_dict.update({prefix + name: tensor for name, tensor in tensors.items()})
             return
         if official:
-            raise CheckpointError(f"the {type(backbone).__name__} is given the authors' tensors, by their names. "
-                                  f'{_OFFICIAL_REMEDY}')
+            raise CheckpointError(
+                f"the {type(backbone).__name__} is given the authors' tensors, by their names. {_OFFICIAL_REMEDY}"
+            )
     # Files of adapters hold nothing else; the parts of sharded models have no shapes to compare.
     special = any('lora_' in name for name in own) or any(is_model_wrapper(part) for part in backbone.modules())
     if special or not _mmengine_loads():
@@ -94,8 +97,11 @@ def check_pretrained(backbone: Mapping[str, Any], key: str) -> None:
         inside = {re.sub(r'^module\.', '', name): value for name, value in state.items()}
     with torch.device('meta'):
         model = MODELS.build({**backbone, 'type': backbone['type'].rpartition('.')[2], 'init_cfg': None})
-    mismatches = [mismatch for mismatch in _fit_known_parts(model, inside, everything=bool(prefix)).mismatches
-                  if not _is_resized(mismatch)]
+    mismatches = [
+        mismatch
+        for mismatch in _fit_known_parts(model, inside, everything=bool(prefix)).mismatches
+        if not _is_resized(mismatch)
+    ]
     if not mismatches:
         return
     where = f'{key}.init_cfg: {source}' + (f' (prefix={prefix!r})' if prefix else '')
@@ -119,11 +125,15 @@ def _converted(backbone: SSMBackbone, weights: WeightSet, prefix: str) -> Fit:
     held = describe(found.family, found.settings)
     result = fit(backbone, found.backbone)
     if result.mismatches:
-        raise CheckpointError(f'the checkpoint is of {held} and does not fit the {type(backbone).__name__} at '
-                              f'{prefix!r}: {explain(result.mismatches)}. {remedy(result.mismatches)}')
+        raise CheckpointError(
+            f'the checkpoint is of {held} and does not fit the {type(backbone).__name__} at '
+            f'{prefix!r}: {explain(result.mismatches)}. {remedy(result.mismatches)}'
+        )
     if found.family.norms_are_optional and not found.norms:
-        raise CheckpointError(f'the checkpoint is of {held} at {prefix!r}, but has no output norms (officially '
-                              'outnorm0 to outnorm3), without which ours would compute something else.')
+        raise CheckpointError(
+            f'the checkpoint is of {held} at {prefix!r}, but has no output norms (officially '
+            'outnorm0 to outnorm3), without which ours would compute something else.'
+        )
     print_log(f"The authors' {held} at {prefix!r} is converted to our names.", logger='current')
     return result
 
@@ -140,8 +150,7 @@ def _fit_known_parts(backbone: SSMBackbone, inside: Mapping[str, Any], everythin
 def _is_resized(mismatch: Mismatch) -> bool:
     """Whether loading resizes the tensor: a position embedding (1, h, w, C) of another grid."""
     found, expected = mismatch.found or (), mismatch.expected or ()
-    return (mismatch.name == 'patch_embed.pos_embed' and len(found) == len(expected) == 4
-            and found[::3] == expected[::3])
+    return mismatch.name == 'patch_embed.pos_embed' and len(found) == len(expected) == 4 and found[::3] == expected[::3]
 
 
 def _refuse(backbone: SSMBackbone, mismatches: list[Mismatch], held: Mapping[str, Any], where: str) -> str:
@@ -153,15 +162,21 @@ def _refuse(backbone: SSMBackbone, mismatches: list[Mismatch], held: Mapping[str
     weights = own_weights(held)
     front = common_prefix(weights, own)
     if front:
-        return (f"{where} does not fit the {name}: its names begin with {front!r}. Give prefix={front!r} beside the "
-                "checkpoint of type='Pretrained'.")
+        return (
+            f'{where} does not fit the {name}: its names begin with {front!r}. Give prefix={front!r} beside the '
+            "checkpoint of type='Pretrained'."
+        )
     if not own.keys().isdisjoint(weights):
-        return (f"{where} does not fit the {name}: its tensors lie under 'model', where mmengine does not look. Save "
-                "them under 'state_dict', or alone.")
-    return (f"{where} holds none of the {name}'s tensors, so that nothing of it would be loaded. Name a checkpoint of "
-            'this backbone; an official one has to be converted, for a whole model with tools/convert_checkpoint.py '
-            "and for a backbone by init_cfg=dict(type='OfficialPretrained', checkpoint=...). Other parts of a model "
-            "are loaded without it by PyTorch's load_state_dict(..., strict=False).")
+        return (
+            f"{where} does not fit the {name}: its tensors lie under 'model', where mmengine does not look. Save "
+            "them under 'state_dict', or alone."
+        )
+    return (
+        f"{where} holds none of the {name}'s tensors, so that nothing of it would be loaded. Name a checkpoint of "
+        'this backbone; an official one has to be converted, for a whole model with tools/convert_checkpoint.py '
+        "and for a backbone by init_cfg=dict(type='OfficialPretrained', checkpoint=...). Other parts of a model "
+        "are loaded without it by PyTorch's load_state_dict(..., strict=False)."
+    )
 
 
 def _mmengine_loads() -> bool:

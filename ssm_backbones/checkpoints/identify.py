@@ -79,8 +79,9 @@ def identify_official(weights: WeightSet, source: str) -> tuple[Identified, dict
     except KeyError as error:
         official = naming.official(error.args[0])
         lacking = prefix + official[0] if official else error.args[0]
-        raise CheckpointError(f'{source} is no complete {family.name}: it lacks {lacking}, which tells the variants '
-                              'apart.') from None
+        raise CheckpointError(
+            f'{source} is no complete {family.name}: it lacks {lacking}, which tells the variants apart.'
+        ) from None
     shapes, head_shapes = _expected(family, settings, kind, found, head, source)
     layout = official_layout(naming, shapes, prefix) | official_layout(head_naming, head_shapes)
     strict = {prefix + name: value for name, value in inside.items()}
@@ -112,13 +113,16 @@ def identify_ours(held: Mapping[str, Any], source: str) -> Identified:
     family = next((family for family in FAMILIES if family.is_ours(shapes_of(inside))), None)
     if family is None:
         names = ' and '.join(family.name for family in FAMILIES)
-        raise CheckpointError(f'{source} is no checkpoint of ours of a family with official names, {names}. '
-                              f'Its names begin with {shorten(list(held), ", ")}.')
+        raise CheckpointError(
+            f'{source} is no checkpoint of ours of a family with official names, {names}. '
+            f'Its names begin with {shorten(list(held), ", ")}.'
+        )
     try:
         settings = family.settings(shapes_of(inside))
     except KeyError as error:
-        raise CheckpointError(f'{source} is no complete {family.name}: it lacks {prefix}{error.args[0]}, which tells '
-                              'the variants apart.') from None
+        raise CheckpointError(
+            f'{source} is no complete {family.name}: it lacks {prefix}{error.args[0]}, which tells the variants apart.'
+        ) from None
     head_names = family.head_shapes(settings, 1)
     kind = CLASSIFIER if any(name in head_names for name in outside) else WHOLE if outside else BACKBONE
     head = outside if kind == CLASSIFIER else {}
@@ -129,7 +133,7 @@ def identify_ours(held: Mapping[str, Any], source: str) -> Identified:
 
 def describe(family: Family, settings: Mapping[str, Any]) -> str:
     """A family and the arch that fits, as one writes them in a config."""
-    return f"{family.name}, arch={family.arch(settings) or dict(settings)!r}"
+    return f'{family.name}, arch={family.arch(settings) or dict(settings)!r}'
 
 
 def _parted(held: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -143,23 +147,27 @@ def _translated(held: Mapping[str, Any], naming: Naming) -> dict[str, Any]:
     return {ours: value for name, value in held.items() if (ours := naming.ours(name)) is not None}
 
 
-def _expected(family: Family, settings: dict[str, Any], kind: str, found: Mapping[str, Any], head: Mapping[str, Any],
-              source: str) -> tuple[dict[str, Shape], dict[str, Shape]]:
+def _expected(
+    family: Family, settings: dict[str, Any], kind: str, found: Mapping[str, Any], head: Mapping[str, Any], source: str
+) -> tuple[dict[str, Shape], dict[str, Shape]]:
     """Our names and shapes of the backbone and of the classifier's head that these tensors have to be."""
     in_channels = _dimension(found.get(family.stem(found)), 1)
     try:
         shapes = family.backbone_shapes(settings, in_channels)
     except ValueError as error:
-        raise CheckpointError(f'{source} looks like a {family.name}, but like none that can be built, {settings}: '
-                              f'{error}.') from error
+        raise CheckpointError(
+            f'{source} looks like a {family.name}, but like none that can be built, {settings}: {error}.'
+        ) from error
     if family.norms_are_optional:
         norms = {f'norm{i}.' for i in range(len(settings['depths']))}
         present = {norm for norm in norms if any(name.startswith(norm) for name in found)}
         if kind == CLASSIFIER:
             present.add(f'norm{len(norms) - 1}.')
         elif kind == WHOLE and not present:
-            raise CheckpointError(f'{source}: its backbone, {describe(family, settings)}, has no output norms '
-                                  '(officially outnorm0 to outnorm3), without which ours would compute something else.')
+            raise CheckpointError(
+                f'{source}: its backbone, {describe(family, settings)}, has no output norms '
+                '(officially outnorm0 to outnorm3), without which ours would compute something else.'
+            )
         shapes = {name: shape for name, shape in shapes.items() if not name.startswith(tuple(norms - present))}
     if kind != CLASSIFIER:
         return shapes, {}
@@ -179,8 +187,10 @@ def _check(found: Mapping[str, Any], expected: Shapes, source: str, model: str) 
     for name in found:
         fault = _fault(found[name])
         if fault and name in expected:
-            raise CheckpointError(f'{source} is not exactly {model}: {name} is {fault}, expected a tensor '
-                                  f'{shape_text(expected[name])} of floating-point numbers.')
+            raise CheckpointError(
+                f'{source} is not exactly {model}: {name} is {fault}, expected a tensor '
+                f'{shape_text(expected[name])} of floating-point numbers.'
+            )
     if mismatches:
         raise CheckpointError(f'{source} is not exactly {model}: {explain(mismatches)}.')
 

@@ -24,8 +24,13 @@ class OfficialPretrainedInit:
             maps starts with new output norms for all of them, as in the authors' detectors and segmentors.
     """
 
-    def __init__(self, checkpoint: str, weights: str = 'auto', in_channels: int | None = None,
-                 classifier_norm: bool | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: str,
+        weights: str = 'auto',
+        in_channels: int | None = None,
+        classifier_norm: bool | None = None,
+    ) -> None:
         self.checkpoint = checkpoint
         self.weights = weights
         self.in_channels = in_channels
@@ -35,8 +40,9 @@ class OfficialPretrainedInit:
         classifier_norm = self.classifier_norm
         if classifier_norm is None:
             classifier_norm = isinstance(module, SSMBackbone) and returns_last_stage_alone(module)
-        report = load_official(module, self.checkpoint, weights=self.weights, in_channels=self.in_channels,
-                               classifier_norm=classifier_norm)
+        report = load_official(
+            module, self.checkpoint, weights=self.weights, in_channels=self.in_channels, classifier_norm=classifier_norm
+        )
         print_log(str(report), logger='current')
         if hasattr(module, '_params_init_info'):
             update_init_info(module, init_info=f'OfficialPretrained: load from {self.checkpoint}')

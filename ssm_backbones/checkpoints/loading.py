@@ -25,8 +25,7 @@ from ssm_backbones.checkpoints.report import (
 _CLASS_TOKEN = 'patch_embed.cls_token'
 
 
-def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor],
-                 refuse: Callable[[list[Mismatch]], str]) -> Fit:
+def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], refuse: Callable[[list[Mismatch]], str]) -> Fit:
     """Load tensors by a module's own names if they fit, as :func:`fit` says; nothing at all if not.
 
     Args:
@@ -43,8 +42,10 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor],
     if isinstance(module, SSMBackbone):
         integers = [name for name, tensor in found.tensors.items() if not tensor.is_floating_point()]
         if integers:
-            raise CheckpointError(f'{integers[0]} is of {found.tensors[integers[0]].dtype}, expected floating-point '
-                                  'numbers; quantised weights cannot be loaded.')
+            raise CheckpointError(
+                f'{integers[0]} is of {found.tensors[integers[0]].dtype}, expected floating-point '
+                'numbers; quantised weights cannot be loaded.'
+            )
     module.load_state_dict(found.tensors, strict=False)
     return found
 
@@ -70,15 +71,26 @@ def load_backbone(backbone: SSMBackbone, checkpoint: str | os.PathLike[str]) -> 
     if not any('.mixer.' in name for name in tensors):
         _load_official(backbone, held, source, in_channels=backbone.in_channels)
         return
-    found = load_tensors(backbone, tensors, lambda mismatches: (
-        f'{source} does not fit the {type(backbone).__name__} that was built: {explain(mismatches)}. '
-        f'{remedy(mismatches)}'))
+    found = load_tensors(
+        backbone,
+        tensors,
+        lambda mismatches: (
+            f'{source} does not fit the {type(backbone).__name__} that was built: {explain(mismatches)}. '
+            f'{remedy(mismatches)}'
+        ),
+    )
     if found.initial:
         print_log(f'{source} lacks {", ".join(found.initial)}: kept as initialised.', logger='current')
 
 
-def load_official(model: nn.Module, checkpoint: str | os.PathLike[str], *, weights: str = 'auto',
-                  in_channels: int | None = None, classifier_norm: bool = True) -> Report:
+def load_official(
+    model: nn.Module,
+    checkpoint: str | os.PathLike[str],
+    *,
+    weights: str = 'auto',
+    in_channels: int | None = None,
+    classifier_norm: bool = True,
+) -> Report:
     """Load the backbone of an official checkpoint into a model of this package, strictly.
 
     Whatever the checkpoint is of, a classifier, a detector or a segmentor, the backbone is taken from it. Parts of it
@@ -106,17 +118,27 @@ def load_official(model: nn.Module, checkpoint: str | os.PathLike[str], *, weigh
     return _load_official(model, read_checkpoint(checkpoint), str(checkpoint), weights, in_channels, classifier_norm)
 
 
-def _load_official(model: nn.Module, checkpoint: Mapping[str, Any], source: str, weights: str = 'auto',
-                   in_channels: int | None = None, classifier_norm: bool = True) -> Report:
+def _load_official(
+    model: nn.Module,
+    checkpoint: Mapping[str, Any],
+    source: str,
+    weights: str = 'auto',
+    in_channels: int | None = None,
+    classifier_norm: bool = True,
+) -> Report:
     if not any(isinstance(model, family.model) for family in FAMILIES):
         names = ' or '.join(family.name for family in FAMILIES)
-        raise CheckpointError(f'official checkpoints are loaded into a backbone, a {names}, not into a '
-                              f'{type(model).__name__}. Whole models: convert the file with '
-                              'tools/convert_checkpoint.py and name the result in load_from.')
+        raise CheckpointError(
+            f'official checkpoints are loaded into a backbone, a {names}, not into a '
+            f'{type(model).__name__}. Whole models: convert the file with '
+            'tools/convert_checkpoint.py and name the result in load_from.'
+        )
     assert isinstance(model, SSMBackbone), 'families are of backbones'
     if any(tensor.is_meta for tensor in model.state_dict().values()):
-        raise CheckpointError(f'the {type(model).__name__} is on the meta device, where nothing can be loaded; move it '
-                              "with to_empty(device='cpu') first.")
+        raise CheckpointError(
+            f'the {type(model).__name__} is on the meta device, where nothing can be loaded; move it '
+            "with to_empty(device='cpu') first."
+        )
     chosen = choose_weights(checkpoint, weights, FAMILIES, source)
     found, _ = identify_official(chosen, source)
     report = start_report(found, source, chosen.label)
@@ -126,8 +148,9 @@ def _load_official(model: nn.Module, checkpoint: Mapping[str, Any], source: str,
     if not classifier_norm:
         tensors = without_classifier_norm(found, tensors, report)
     loaded = load_tensors(model, tensors, lambda mismatches: _refuse_official(model, found, mismatches, source))
-    for name in sorted({name.rpartition('.blocks.')[0] or name.rpartition('.')[0]
-                        for name in tensors.keys() - loaded.tensors.keys()}):
+    for name in sorted(
+        {name.rpartition('.blocks.')[0] or name.rpartition('.')[0] for name in tensors.keys() - loaded.tensors.keys()}
+    ):
         report.left_out[name] = f'the model is built for out_indices={model.out_indices}'
     for name in loaded.initial:
         report.initial.setdefault(name, 'the checkpoint has no output norm for this stage')
@@ -156,27 +179,37 @@ def remedy(mismatches: Sequence[Mismatch]) -> str:
         (mismatch,) = mismatches
         # Class tokens take part in the scans, so that a backbone with other ones computes something else.
         if mismatch.name == _CLASS_TOKEN:
-            return ("Give the cls_token that the checkpoint was trained with: 'mean' has no such weight, the others "
-                    'have.')
+            return (
+                "Give the cls_token that the checkpoint was trained with: 'mean' has no such weight, the others have."
+            )
         if _is_of_other_images(mismatch):
-            return ('The checkpoint is for images of another number of channels: build the backbone with its '
-                    'in_channels, or change the weight in the file by ssm_backbones.checkpoints.adapt_stem.')
+            return (
+                'The checkpoint is for images of another number of channels: build the backbone with its '
+                'in_channels, or change the weight in the file by ssm_backbones.checkpoints.adapt_stem.'
+            )
     return 'Build the arch that the checkpoint is of.'
 
 
 def _is_of_other_images(mismatch: Mismatch) -> bool:
     found, expected = mismatch.found or (), mismatch.expected or ()
-    return (mismatch.name.startswith('patch_embed.') and len(found) == len(expected) == 4
-            and found[::2] + found[3:] == expected[::2] + expected[3:])
+    return (
+        mismatch.name.startswith('patch_embed.')
+        and len(found) == len(expected) == 4
+        and found[::2] + found[3:] == expected[::2] + expected[3:]
+    )
 
 
 def _refuse_official(model: SSMBackbone, found: Identified, mismatches: list[Mismatch], source: str) -> str:
     held = describe(found.family, found.settings)
     if [mismatch.name for mismatch in mismatches] == [found.stem] and _is_of_other_images(mismatches[0]):
-        return (f'{source} ({held}) is for images of {found.in_channels} channels, the model for {model.in_channels}; '
-                f'in_channels={model.in_channels} beside the checkpoint adapts the stem.')
-    return (f'{source} is a checkpoint of {held} and does not fit the model, {_describe_model(model)}. '
-            f'{len(mismatches)} tensors of the checkpoint differ: {explain(mismatches)}.')
+        return (
+            f'{source} ({held}) is for images of {found.in_channels} channels, the model for {model.in_channels}; '
+            f'in_channels={model.in_channels} beside the checkpoint adapts the stem.'
+        )
+    return (
+        f'{source} is a checkpoint of {held} and does not fit the model, {_describe_model(model)}. '
+        f'{len(mismatches)} tensors of the checkpoint differ: {explain(mismatches)}.'
+    )
 
 
 def _describe_model(model: SSMBackbone) -> str:

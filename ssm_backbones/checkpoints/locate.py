@@ -75,8 +75,10 @@ def choose_weights(checkpoint: Mapping[str, Any], wanted: str, families: Sequenc
     if len(chosen) != 1:
         held = ', '.join(f'{found.label}{" (averages)" if found.is_average else ""}' for found in sets)
         many = 'more than one set of' if chosen else 'no'
-        raise CheckpointError(f'{source} holds {many} weights for {wanted!r}; it holds {held}. Choose one of these '
-                              "names, 'auto', 'raw' or 'ema'.")
+        raise CheckpointError(
+            f'{source} holds {many} weights for {wanted!r}; it holds {held}. Choose one of these '
+            "names, 'auto', 'raw' or 'ema'."
+        )
     return replace(chosen[0], others=tuple(found for found in sets if found is not chosen[0]))
 
 
@@ -117,9 +119,11 @@ def without_wrappers(tensors: Mapping[str, Tensor], expected: Collection[str], s
     taken_off += sorted({repr(match[0]) for name in tensors for match in _WRAPPER.finditer(name)})
     if taken_off and cleaned.keys() != tensors.keys() or prefix:
         outside = [name for name in cleaned if not name.startswith(prefix)]
-        print_log(f'{source}: {" and ".join(taken_off)} is taken off the names of {len(inside)} tensors'
-                  + (f'; {len(outside)} others are left out: {shorten(outside, ", ")}.' if outside else '.'),
-                  logger='current')
+        print_log(
+            f'{source}: {" and ".join(taken_off)} is taken off the names of {len(inside)} tensors'
+            + (f'; {len(outside)} others are left out: {shorten(outside, ", ")}.' if outside else '.'),
+            logger='current',
+        )
     return inside
 
 
@@ -142,8 +146,10 @@ def common_prefix(names: Collection[str], expected: Collection[str], source: str
             return usual
     best = [prefix for prefix in best if not _AVERAGE.search(prefix)] or best
     if len(best) > 1:
-        raise CheckpointError(f'{source} holds the weights several times, under the prefixes '
-                              f'{", ".join(map(repr, best))}; save those to load in a file of their own.')
+        raise CheckpointError(
+            f'{source} holds the weights several times, under the prefixes '
+            f'{", ".join(map(repr, best))}; save those to load in a file of their own.'
+        )
     return best[0] if best else ''
 
 
@@ -160,8 +166,9 @@ def find_official(checkpoint: Mapping[str, Any], families: Sequence[Family]) -> 
                     found[match[1], match[2]] = family
         owned, outside = _share_out(mapping, {wrapper for wrapper, _ in found})
         for (wrapper, prefix), family in found.items():
-            yield WeightSet(family, path, wrapper, prefix, _is_average(checkpoint, path, wrapper), owned[wrapper],
-                            outside)
+            yield WeightSet(
+                family, path, wrapper, prefix, _is_average(checkpoint, path, wrapper), owned[wrapper], outside
+            )
 
 
 def _mappings(value: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
@@ -217,11 +224,15 @@ def _explain_unknown(checkpoint: Mapping[str, Any], families: Sequence[Family], 
         return f'{source} holds no tensors by name, but {keys}; it is no official checkpoint of {wanted}.'
     own = next((name for _, mapping in held for name in mapping if '.mixer.' in name), None)
     if own is not None:
-        front = own[:max(own.find('stages.'), 0)]
+        front = own[: max(own.find('stages.'), 0)]
         prefix = f', prefix={front!r}' if front else ''
-        return (f"{source} has this package's own names already: load it with init_cfg=dict(type='Pretrained', "
-                f'checkpoint=...{prefix}) or load_from, or convert it back with --to-official.')
+        return (
+            f"{source} has this package's own names already: load it with init_cfg=dict(type='Pretrained', "
+            f'checkpoint=...{prefix}) or load_from, or convert it back with --to-official.'
+        )
     path, mapping = max(held, key=lambda item: len(item[1]))
     names = ', '.join(list(mapping)[:3])
-    return (f'{source} is no official checkpoint of {wanted}: no tensor has the name of one of their blocks. Its '
-            f'{len(mapping)} tensors in {"/".join(path) or "the top"} begin with {names}.')
+    return (
+        f'{source} is no official checkpoint of {wanted}: no tensor has the name of one of their blocks. Its '
+        f'{len(mapping)} tensors in {"/".join(path) or "the top"} begin with {names}.'
+    )

@@ -40,8 +40,13 @@ class Report:
 def start_report(found: Identified, source: str, weights: str) -> Report:
     """What there is to say of an identified model before anything becomes of it."""
     sizes = {'backbone': len(found.backbone), 'head': len(found.head), 'passed through': len(found.rest)}
-    return Report(source, found.kind, describe(found.family, found.settings), weights,
-                  {where: number for where, number in sizes.items() if number})
+    return Report(
+        source,
+        found.kind,
+        describe(found.family, found.settings),
+        weights,
+        {where: number for where, number in sizes.items() if number},
+    )
 
 
 def leave_out_other_weights(weights: WeightSet, report: Report) -> None:

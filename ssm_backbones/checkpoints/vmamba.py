@@ -44,56 +44,75 @@ class VMambaFamily(Family):
             scan='stacked' if any(name.endswith(('.x_proj_weight', '.dt_projs_weight')) for name in names) else 'flat',
             names='first' if any('.self_attention.' in name for name in names) else 'current',
             norms='outnorm' if any(name.startswith('outnorm') for name in names) else 'classifier',
-            stages=count(names, r'layers\.(\d+)\.'))
+            stages=count(names, r'layers\.(\d+)\.'),
+        )
 
     def default_dialect(self, settings: Mapping[str, Any], classifier: bool) -> dict[str, Any]:
-        return dict(version=settings['version'], scan='stacked', names='current',
-                    norms='classifier' if classifier else 'outnorm', stages=len(settings['depths']))
+        return dict(
+            version=settings['version'],
+            scan='stacked',
+            names='current',
+            norms='classifier' if classifier else 'outnorm',
+            stages=len(settings['depths']),
+        )
 
     def naming(self, dialect: Mapping[str, Any]) -> Naming:
         first = dialect['names'] == 'first'
         op, mixer = f'{_BLOCK}.{"self_attention" if first else "op"}', f'{_OUR_BLOCK}.mixer'
         if dialect['scan'] == 'stacked':
-            projections = [Rule(f'{op}.x_proj_weight', f'{mixer}.x_proj.weight', by_route),
-                           Rule(f'{op}.dt_projs_weight', f'{mixer}.dt_weight')]
+            projections = [
+                Rule(f'{op}.x_proj_weight', f'{mixer}.x_proj.weight', by_route),
+                Rule(f'{op}.dt_projs_weight', f'{mixer}.dt_weight'),
+            ]
         else:
-            projections = [Rule(f'{op}.x_proj', f'{mixer}.x_proj'),
-                           Rule(f'{op}.dt_projs.weight', f'{mixer}.dt_weight', merged)]
+            projections = [
+                Rule(f'{op}.x_proj', f'{mixer}.x_proj'),
+                Rule(f'{op}.dt_projs.weight', f'{mixer}.dt_weight', merged),
+            ]
         if dialect['norms'] == 'classifier':
             norms = Rule('norm' if first else 'classifier.norm', f'norm{dialect["stages"] - 1}')
         else:
             norms = Rule('outnorm{s}', 'norm{s}')
-        return Naming([
-            *self._resampling(dialect['version'], first),
-            Rule(f'{_BLOCK}.{"ln_1" if first else "norm"}', f'{_OUR_BLOCK}.norm1'),
-            Rule(f'{_BLOCK}.norm2', f'{_OUR_BLOCK}.norm2'),
-            Rule(f'{_BLOCK}.mlp', f'{_OUR_BLOCK}.mlp'),
-            Rule(f'{op}.in_proj', f'{mixer}.in_proj'),
-            Rule(f'{op}.conv2d', f'{mixer}.conv'),
-            *projections,
-            Rule(f'{op}.dt_projs_bias', f'{mixer}.dt_bias'),
-            Rule(f'{op}.A_logs', f'{mixer}.A_log', merged),
-            Rule(f'{op}.Ds', f'{mixer}.D', merged),
-            Rule(f'{op}.out_norm', f'{mixer}.norm'),
-            Rule(f'{op}.out_proj', f'{mixer}.out_proj'),
-            norms,
-        ])
+        return Naming(
+            [
+                *self._resampling(dialect['version'], first),
+                Rule(f'{_BLOCK}.{"ln_1" if first else "norm"}', f'{_OUR_BLOCK}.norm1'),
+                Rule(f'{_BLOCK}.norm2', f'{_OUR_BLOCK}.norm2'),
+                Rule(f'{_BLOCK}.mlp', f'{_OUR_BLOCK}.mlp'),
+                Rule(f'{op}.in_proj', f'{mixer}.in_proj'),
+                Rule(f'{op}.conv2d', f'{mixer}.conv'),
+                *projections,
+                Rule(f'{op}.dt_projs_bias', f'{mixer}.dt_bias'),
+                Rule(f'{op}.A_logs', f'{mixer}.A_log', merged),
+                Rule(f'{op}.Ds', f'{mixer}.D', merged),
+                Rule(f'{op}.out_norm', f'{mixer}.norm'),
+                Rule(f'{op}.out_proj', f'{mixer}.out_proj'),
+                norms,
+            ]
+        )
 
     @staticmethod
     def _resampling(version: str, first: bool) -> list[Rule]:
         down, our_down = 'layers.{s}.downsample', 'stages.{s}.downsample'
         if version == 'v2':
-            return [Rule('patch_embed.0', 'patch_embed.first.conv'), Rule('patch_embed.2', 'patch_embed.first.norm'),
-                    Rule('patch_embed.5', 'patch_embed.second.conv'), Rule('patch_embed.7', 'patch_embed.second.norm'),
-                    Rule(f'{down}.1', f'{our_down}.conv'), Rule(f'{down}.3', f'{our_down}.norm')]
+            return [
+                Rule('patch_embed.0', 'patch_embed.first.conv'),
+                Rule('patch_embed.2', 'patch_embed.first.norm'),
+                Rule('patch_embed.5', 'patch_embed.second.conv'),
+                Rule('patch_embed.7', 'patch_embed.second.norm'),
+                Rule(f'{down}.1', f'{our_down}.conv'),
+                Rule(f'{down}.3', f'{our_down}.norm'),
+            ]
         if first:
             conv, norm, merging_norm, reduction = 'proj', 'norm', 'norm', 'reduction'
         else:
             conv, norm, merging_norm, reduction = '0', '2', '1', '2'
-        return [Rule(f'patch_embed.{conv}', 'patch_embed.projection.conv'),
-                Rule(f'patch_embed.{norm}', 'patch_embed.projection.norm'),
-                Rule(f'{down}.{merging_norm}', f'{our_down}.norm'),
-                Rule(f'{down}.{reduction}', f'{our_down}.reduction')]
+        return [
+            Rule(f'patch_embed.{conv}', 'patch_embed.projection.conv'),
+            Rule(f'patch_embed.{norm}', 'patch_embed.projection.norm'),
+            Rule(f'{down}.{merging_norm}', f'{our_down}.norm'),
+            Rule(f'{down}.{reduction}', f'{our_down}.reduction'),
+        ]
 
     def head_naming(self, dialect: Mapping[str, Any]) -> Naming:
         return Naming([Rule('head' if dialect['names'] == 'first' else 'classifier.head', 'head.fc')])

@@ -30,8 +30,7 @@ def examine() -> list[Section]:
     """All findings, by section."""
     torch, torch_line = machine.import_torch()
     found = hosts.installed()
-    base = [machine.python_line(), torch_line, machine.numpy_line(torch), hosts.mmengine_line(),
-            hosts.package_line()]
+    base = [machine.python_line(), torch_line, machine.numpy_line(torch), hosts.mmengine_line(), hosts.package_line()]
     if any(line.broken for line in base):
         tried = [Line('imports', 'not tried, for what is broken above')]
     else:
@@ -54,8 +53,11 @@ def backend_lines(torch: Any) -> list[Line]:
         if line.startswith(' ') or label == 'torch':
             continue
         slow = 'PyTorch reference' in text
-        lines.append(Line(label, text, 'slow; build the ops: make setup, or pip install -e . --no-build-isolation'
-                          if slow else ''))
+        lines.append(
+            Line(
+                label, text, 'slow; build the ops: make setup, or pip install -e . --no-build-isolation' if slow else ''
+            )
+        )
     return lines
 
 

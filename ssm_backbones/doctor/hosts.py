@@ -118,8 +118,14 @@ def _run(names: Sequence[str]) -> tuple[dict[str, dict[str, Any]], str]:
     command = [sys.executable, '-c', 'from ssm_backbones.doctor.probe import main; main()', *names]
     path = os.pathsep.join(filter(None, [os.environ.get('PYTHONPATH'), str(ROOT)]))
     try:
-        process = subprocess.run(command, capture_output=True, text=True, errors='replace', timeout=_SECONDS,
-                                 env={**os.environ, 'PYTHONPATH': path})
+        process = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors='replace',
+            timeout=_SECONDS,
+            env={**os.environ, 'PYTHONPATH': path},
+        )
         output, said, status = process.stdout, process.stderr, process.returncode
         end = f'the process died of {signal.Signals(-status).name}' if status < 0 else f'it ended with status {status}'
         last = said.strip().splitlines()[-1:] if status > 0 else []
@@ -139,19 +145,23 @@ def _host_line(name: str, version: str | None, answer: Mapping[str, Any] | None)
     if answer is None:
         if version is None:
             return Line(name, 'not installed')
-        return Line(name, f'{version} is installed, but there is no module {name}', f'pip install it anew; {_ANEW}',
-                    broken=True)
+        return Line(
+            name, f'{version} is installed, but there is no module {name}', f'pip install it anew; {_ANEW}', broken=True
+        )
     version = answer.get('version') or version or 'of unknown version'
     if 'error' in answer:
         text = f'{version}: `{answer["doing"]}` fails: {answer["error"]}'
         return Line(name, text, _remedy(name, answer['error']), broken=True)
     if name == 'torchvision' and answer['note']:
-        text = f"{version}, whose operators do not load ({answer['note']}); patched by ssm_backbones/compat.py"
+        text = f'{version}, whose operators do not load ({answer["note"]}); patched by ssm_backbones/compat.py'
         remedy = "for the operators too, which no config here needs: the torchvision of torch's own release and build"
         return Line(name, f'{text} for its Python parts', remedy)
     if name == 'mmcv' and answer['note']:
-        return Line(name, f'{version}, whose compiled operators do not load ({answer["note"]})',
-                    'mmdet and mmseg need them: install mmcv, not mmcv-lite, compiled against this torch')
+        return Line(
+            name,
+            f'{version}, whose compiled operators do not load ({answer["note"]})',
+            'mmdet and mmseg need them: install mmcv, not mmcv-lite, compiled against this torch',
+        )
     bounds = answer.get('bounds')
     return Line(name, f'{version}{f", takes mmcv >= {bounds[0]}, < {bounds[1]}" if bounds else ""}')
 

@@ -28,4 +28,4 @@ def short(error: BaseException | str, width: int = 300) -> str:
         said = str(error).strip()
         error = f'{type(error).__name__}: {said}' if said else type(error).__name__
     line = ' '.join(error.split())
-    return line if len(line) <= width else f'{line[:width - 3]}...'
+    return line if len(line) <= width else f'{line[: width - 3]}...'

@@ -41,8 +41,14 @@ def probe(name: str) -> dict[str, Any]:
         elif name == 'mmcv':
             found['note'] = _missing_ops()
         else:
-            found['bounds'] = next(((getattr(module, low), getattr(module, high)) for low, high in _BOUNDS
-                                    if hasattr(module, low) and hasattr(module, high)), None)
+            found['bounds'] = next(
+                (
+                    (getattr(module, low), getattr(module, high))
+                    for low, high in _BOUNDS
+                    if hasattr(module, low) and hasattr(module, high)
+                ),
+                None,
+            )
             for part in ('models', 'datasets'):
                 doing = f'import {name}.{part}'
                 importlib.import_module(f'{name}.{part}')

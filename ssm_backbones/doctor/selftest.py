@@ -50,25 +50,52 @@ def _cases() -> dict[str, tuple[Callable[..., Any], dict[str, Tensor]]]:
 
     grid, channels, states = (2, 19, 13), 21, 3
     x, length = normal(*grid, channels), grid[1] * grid[2]
-    lines = dict(x=x, delta=normal(*grid, channels), A=rates(channels, states), B=normal(*grid, states),
-                 C=normal(*grid, states), D=normal(channels))
+    lines = dict(
+        x=x,
+        delta=normal(*grid, channels),
+        A=rates(channels, states),
+        B=normal(*grid, states),
+        C=normal(*grid, states),
+        D=normal(channels),
+    )
     return {
         'cross_selective_scan': (
             cuda_ops.cross_selective_scan,
-            dict(x=x, delta=normal(*grid, 4, channels), A=rates(4, channels, states), B=normal(*grid, 4, states),
-                 C=normal(*grid, 4, states), D=normal(4, channels), delta_bias=normal(4, channels)),
+            dict(
+                x=x,
+                delta=normal(*grid, 4, channels),
+                A=rates(4, channels, states),
+                B=normal(*grid, 4, states),
+                C=normal(*grid, 4, states),
+                D=normal(4, channels),
+                delta_bias=normal(4, channels),
+            ),
         ),
         'line_scan': (lambda **given: cuda_ops.line_scan(**given, axis='column', reverse=True), lines),
         'selective_scan': (
             lambda **given: cuda_ops.selective_scan(**given, delta_softplus=True),
-            dict(u=normal(2, channels, length), delta=normal(2, channels, length), A=rates(channels, states),
-                 B=normal(2, states, length), C=normal(2, states, length), D=normal(channels)),
+            dict(
+                u=normal(2, channels, length),
+                delta=normal(2, channels, length),
+                A=rates(channels, states),
+                B=normal(2, states, length),
+                C=normal(2, states, length),
+                D=normal(channels),
+            ),
         ),
         'wavefront_scan': (
             lambda **given: cuda_ops.wavefront_scan(**given, reverse=True),
-            dict(x=x, delta_top=F.softplus(normal(*grid, channels)), delta_left=F.softplus(normal(*grid, channels)),
-                 A_top=rates(channels, states), A_left=rates(channels, states), B_top=normal(*grid, states),
-                 B_left=normal(*grid, states), C=normal(*grid, states), D=normal(channels)),
+            dict(
+                x=x,
+                delta_top=F.softplus(normal(*grid, channels)),
+                delta_left=F.softplus(normal(*grid, channels)),
+                A_top=rates(channels, states),
+                A_left=rates(channels, states),
+                B_top=normal(*grid, states),
+                B_left=normal(*grid, states),
+                C=normal(*grid, states),
+                D=normal(channels),
+            ),
         ),
     }
 

@@ -65,12 +65,20 @@ class LoadCheckpointHook(Hook):
             mismatches = [mismatch for mismatch in found.mismatches if not mismatch.name.startswith(self.unused)]
             self._refuse(mismatches, 'model', 'Name the checkpoint that was trained with this config.')
         elif isinstance(backbone, nn.Module):
-            inside = {name.removeprefix('backbone.'): tensor for name, tensor in weights.items()
-                      if name.startswith('backbone.')}
+            inside = {
+                name.removeprefix('backbone.'): tensor
+                for name, tensor in weights.items()
+                if name.startswith('backbone.')
+            }
             found = fit(backbone, inside, resize=self.convert)
             mismatches = [mismatch for mismatch in found.mismatches if not _is_foreign_output(mismatch, backbone)]
-            self._refuse(mismatches, 'backbone', 'Name a checkpoint of a model with this backbone; a bare backbone '
-                         "is loaded by model.backbone.init_cfg=dict(type='Pretrained', checkpoint=...).", 'backbone.')
+            self._refuse(
+                mismatches,
+                'backbone',
+                'Name a checkpoint of a model with this backbone; a bare backbone '
+                "is loaded by model.backbone.init_cfg=dict(type='Pretrained', checkpoint=...).",
+                'backbone.',
+            )
             found = found._replace(tensors={f'backbone.{name}': tensor for name, tensor in found.tensors.items()})
         else:
             return
@@ -84,23 +92,34 @@ class LoadCheckpointHook(Hook):
     def _convert(self, checkpoint: dict[str, Any], backbone: nn.Module | None, runner: Runner) -> None:
         converted, report = convert_checkpoint(checkpoint, source=self.source)
         runner.logger.info(f"{self.source}: the authors' {report.kind}, {report.model}, is converted to our names.")
-        if (report.kind == CLASSIFIER and not self.whole and isinstance(backbone, SSMBackbone)
-                and not returns_last_stage_alone(backbone)):
+        if (
+            report.kind == CLASSIFIER
+            and not self.whole
+            and isinstance(backbone, SSMBackbone)
+            and not returns_last_stage_alone(backbone)
+        ):
             norm = f'backbone.norm{len(backbone.num_features) - 1}.'
-            converted['state_dict'] = {name: tensor for name, tensor in converted['state_dict'].items()
-                                       if not name.startswith(norm)}
-            runner.logger.info(f"{self.source}: the classifier's output norm is left out; detectors and segmentors "
-                               'start with new ones.')
+            converted['state_dict'] = {
+                name: tensor for name, tensor in converted['state_dict'].items() if not name.startswith(norm)
+            }
+            runner.logger.info(
+                f"{self.source}: the classifier's output norm is left out; detectors and segmentors "
+                'start with new ones.'
+            )
         checkpoint.clear()
         checkpoint.update(converted)
 
     def _refuse(self, mismatches: list[Mismatch], what: str, advice: str, prefix: str = '') -> None:
         if mismatches:
-            raise CheckpointError(f'{self.source} does not fit the {what} of the config: '
-                                  f'{explain(mismatches, prefix)}. {advice}')
+            raise CheckpointError(
+                f'{self.source} does not fit the {what} of the config: {explain(mismatches, prefix)}. {advice}'
+            )
 
 
 def _is_foreign_output(mismatch: Mismatch, backbone: nn.Module) -> bool:
     """Whether a host library's backbone has, or lacks, an output norm, as its classifiers and detectors differ."""
-    return (not isinstance(backbone, SSMBackbone) and mismatch.kind != 'shape'
-            and OUTPUT.fullmatch(mismatch.name.partition('.')[0]) is not None)
+    return (
+        not isinstance(backbone, SSMBackbone)
+        and mismatch.kind != 'shape'
+        and OUTPUT.fullmatch(mismatch.name.partition('.')[0]) is not None
+    )

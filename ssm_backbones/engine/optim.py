@@ -22,8 +22,15 @@ from ssm_backbones.compat import let_mmcv_take_bfloat16
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _RATES_AND_GAINS = ('A_log', 'D', 'dt_bias', 'scale')
 _EMBEDDINGS = ('pos_embed', 'cls_token')
-_OPTIONS = ('layer_decay_rate', 'norm_decay_mult', 'bias_decay_mult', 'flat_decay_mult', 'scan_decay_mult',
-            'embedding_decay_mult', 'custom_keys')
+_OPTIONS = (
+    'layer_decay_rate',
+    'norm_decay_mult',
+    'bias_decay_mult',
+    'flat_decay_mult',
+    'scan_decay_mult',
+    'embedding_decay_mult',
+    'custom_keys',
+)
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -65,8 +72,9 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         options: dict[str, Any] = self.paramwise_cfg
         unknown = [key for key in options if key not in _OPTIONS]
         if unknown:
-            raise ValueError(f'paramwise_cfg of {type(self).__name__} has no {", ".join(unknown)}; it takes '
-                             f'{", ".join(_OPTIONS)}')
+            raise ValueError(
+                f'paramwise_cfg of {type(self).__name__} has no {", ".join(unknown)}; it takes {", ".join(_OPTIONS)}'
+            )
         rate = options.get('layer_decay_rate')
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 1:
             raise ValueError(f'paramwise_cfg needs layer_decay_rate, above 0 and at most 1, got {rate!r}')
@@ -80,8 +88,9 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         """The optimiser wrapper of a model, or of one wrapped for many devices."""
         return super().__call__(model.module if is_model_wrapper(model) else model)
 
-    def add_params(self, params: list[dict], module: nn.Module, prefix: str = '',
-                   is_dcn_module: int | float | None = None) -> None:
+    def add_params(
+        self, params: list[dict], module: nn.Module, prefix: str = '', is_dcn_module: int | float | None = None
+    ) -> None:
         """Append a group to ``params`` for each learning rate and weight decay that parameters of the model have.
 
         Frozen parameters are left out; one that stands in several places is taken once.
@@ -105,8 +114,11 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 group['params'].append(parameter)
                 group['param_names'].append(name)
         params.extend(groups.values())
-        lines = [f'lr {group["lr"]:.3g}, weight decay {group.get("weight_decay")}: {len(group["params"])} tensors, '
-                 f'{group["param_names"][0]} and so on' for group in groups.values()]
+        lines = [
+            f'lr {group["lr"]:.3g}, weight decay {group.get("weight_decay")}: {len(group["params"])} tensors, '
+            f'{group["param_names"][0]} and so on'
+            for group in groups.values()
+        ]
         print_log('\n  '.join(['Layer-wise learning rates:', *lines]), logger='current')
 
     def _custom(self, name: str) -> dict[str, float]:
@@ -133,13 +145,18 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
 def _find_backbone(model: nn.Module) -> tuple[str, Any]:
     """The prefix of its parameters' names, and the backbone."""
-    found = [(name, module) for name, module in model.named_modules()
-             if hasattr(module, 'get_layer_depth')
-             and (isinstance(module, SSMBackbone) or name.rpartition('.')[2] == 'backbone')]
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if hasattr(module, 'get_layer_depth')
+        and (isinstance(module, SSMBackbone) or name.rpartition('.')[2] == 'backbone')
+    ]
     if len(found) != 1:
         names = ', '.join(name for name, _ in found) or 'none'
-        raise ValueError(f'a {type(model).__name__} with layer-wise learning rates needs exactly one backbone that has '
-                         f'get_layer_depth, as those of this package have; found: {names}')
+        raise ValueError(
+            f'a {type(model).__name__} with layer-wise learning rates needs exactly one backbone that has '
+            f'get_layer_depth, as those of this package have; found: {names}'
+        )
     name, backbone = found[0]
     return f'{name}.' if name else '', backbone
 

@@ -128,8 +128,12 @@ class FeatureDataset(Dataset):
         edges = []
         for name, stride in zip(self.levels, self.strides(), strict=True):
             height, width = self._covered(record, name) if self.crop else _level(record, name)['shape'][1:]
-            edges.append((record['offset_y'] + record['scale_y'] * stride * np.arange(height + 1.0),
-                          record['offset_x'] + record['scale_x'] * stride * np.arange(width + 1.0)))
+            edges.append(
+                (
+                    record['offset_y'] + record['scale_y'] * stride * np.arange(height + 1.0),
+                    record['offset_x'] + record['scale_x'] * stride * np.arange(width + 1.0),
+                )
+            )
         return tuple(edges)
 
     def to_input(self, index: int, image: np.ndarray, fill: float = 0) -> np.ndarray:
@@ -156,8 +160,10 @@ class FeatureDataset(Dataset):
         rows = np.floor(record['offset_y'] + record['scale_y'] * (np.arange(top, bottom) + 0.5))
         columns = np.floor(record['offset_x'] + record['scale_x'] * (np.arange(left, right) + 0.5))
         # Records are rounded, so that the edge of a pixel may lie beyond the image by a thousandth.
-        rows, columns = (np.clip(places, 0, size - 1).astype(int)
-                         for places, size in zip((rows, columns), record['original_size'], strict=True))
+        rows, columns = (
+            np.clip(places, 0, size - 1).astype(int)
+            for places, size in zip((rows, columns), record['original_size'], strict=True)
+        )
         result[top:bottom, left:right] = image[np.ix_(rows, columns)]
         return result
 

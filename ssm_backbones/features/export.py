@@ -224,8 +224,16 @@ def batches(samples: Iterable[_Sample], batch_size: int) -> Iterator[list[_Sampl
     yield from waiting.values()
 
 
-def _run(extractor: FeatureExtractor, dataset: _Images, store: FeatureStore, levels: Sequence[Mapping[str, Any]],
-         options: ExportOptions, device: torch.device, rank: int, mark: str) -> list[dict[str, str]]:
+def _run(
+    extractor: FeatureExtractor,
+    dataset: _Images,
+    store: FeatureStore,
+    levels: Sequence[Mapping[str, Any]],
+    options: ExportOptions,
+    device: torch.device,
+    rank: int,
+    mark: str,
+) -> list[dict[str, str]]:
     failures: list[dict[str, str]] = []
 
     def readable(samples: Iterable[_Sample]) -> Iterator[_Sample]:
@@ -291,8 +299,14 @@ def _store(store: FeatureStore, computed: _Computed) -> None:
 
 
 @torch.inference_mode()
-def _compute(extractor: FeatureExtractor, batch: Sequence[_Sample], levels: Sequence[Mapping[str, Any]],
-             options: ExportOptions, device: torch.device, mark: str) -> _Computed:
+def _compute(
+    extractor: FeatureExtractor,
+    batch: Sequence[_Sample],
+    levels: Sequence[Mapping[str, Any]],
+    options: ExportOptions,
+    device: torch.device,
+    mark: str,
+) -> _Computed:
     data = [sample.data for sample in batch if sample.data is not None]
     # A GPU is handed work without waiting for it: pixels go there as bytes, maps come back behind the computation.
     inputs = [each['inputs'].to(device, non_blocking=True) for each in data]
@@ -318,21 +332,23 @@ def _compute(extractor: FeatureExtractor, batch: Sequence[_Sample], levels: Sequ
     for sample, each in zip(batch, data, strict=True):
         assert sample.placement is not None, 'what could be read has a place'
         meta = each['data_samples'].metainfo
-        records.append(dict(
-            id=sample.image.id,
-            path=os.path.abspath(sample.image.path),
-            original_size=list(meta['ori_shape'][:2]),
-            input_size=list(each['inputs'].shape[1:]),
-            padded_size=list(images.shape[2:]),
-            **asdict(sample.placement),
-            dtype=options.dtype,
-            levels=[
-                dict(name=level['name'], stride=level['stride'], shape=list(moved[level['name']].shape[1:]))
-                for level in levels
-            ],
-            fingerprint=mark,
-            **sample.image.extra,
-        ))
+        records.append(
+            dict(
+                id=sample.image.id,
+                path=os.path.abspath(sample.image.path),
+                original_size=list(meta['ori_shape'][:2]),
+                input_size=list(each['inputs'].shape[1:]),
+                padded_size=list(images.shape[2:]),
+                **asdict(sample.placement),
+                dtype=options.dtype,
+                levels=[
+                    dict(name=level['name'], stride=level['stride'], shape=list(moved[level['name']].shape[1:]))
+                    for level in levels
+                ],
+                fingerprint=mark,
+                **sample.image.extra,
+            )
+        )
     return _Computed(records, moved, largest, arrived)
 
 

@@ -138,7 +138,7 @@ class PlacedPipeline:
         rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
         if not len(rows):
             raise self._error('nothing of the image is left, or its values are changed')
-        block = followed[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+        block = followed[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         if not (abs(block[:, :, 2] - _MARK) < 1).all():
             raise self._error('they rotate or distort the image, or change its values')
         across, down = block[:, :, 0], block[:, :, 1]

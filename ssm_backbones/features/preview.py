@@ -38,15 +38,18 @@ def draw_preview(dataset: FeatureDataset, index: int, path: str | os.PathLike[st
     size = (max(round(width * scale), 1), max(round(height * scale), 1))
     original = _read(record['path'])
     if list(original.shape[:2]) != record['original_size']:
-        raise UnreadableImage(f'it has {original.shape[0]} rows and {original.shape[1]} columns now, and had '
-                              f'{record["original_size"][0]} and {record["original_size"][1]} when it was exported')
+        raise UnreadableImage(
+            f'it has {original.shape[0]} rows and {original.shape[1]} columns now, and had '
+            f'{record["original_size"][0]} and {record["original_size"][1]} when it was exported'
+        )
     note = f'{width} x {height}, of {original.shape[1]} x {original.shape[0]}'
     panels = [(_as_given(original, record, size), 'input', note)]
     for level, value in zip(record['levels'], dataset.maps(index, crop=True), strict=True):
         # The last cells may reach beyond an odd input.
         seen = (0, 0, width / level['stride'], height / level['stride'])
         colours = Image.fromarray(pca_colours(value)).transform(
-            size, Image.Transform.EXTENT, seen, Image.Resampling.NEAREST, fillcolor=_MUTED)
+            size, Image.Transform.EXTENT, seen, Image.Resampling.NEAREST, fillcolor=_MUTED
+        )
         channels, rows, columns = level['shape']
         title = f'{level["name"]}, stride {level["stride"]}'
         panels.append((colours, title, f'{channels} channels, {columns} x {rows}'))

@@ -196,8 +196,15 @@ def init_lecun_normal(conv: nn.Conv2d) -> None:
 
 
 @torch.no_grad()
-def init_scan_parameters(A_log: Tensor, D: Tensor, dt_weight: Tensor, dt_bias: Tensor, dt_min: float = 1e-3,
-                         dt_max: float = 1e-1, dt_floor: float = 1e-4) -> None:
+def init_scan_parameters(
+    A_log: Tensor,
+    D: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    dt_min: float = 1e-3,
+    dt_max: float = 1e-1,
+    dt_floor: float = 1e-4,
+) -> None:
     """Initialise a recurrence's parameters as Mamba does (arXiv 2312.00752, section 3.6).
 
     ``A = -(1..N)``, ``D = 1``, and step sizes whose softplus is log-uniform in [dt_min, dt_max].

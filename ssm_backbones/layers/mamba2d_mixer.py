@@ -104,9 +104,20 @@ class ScanMixer(nn.Module):
         """Mix a map (B, H, W, C) into one of the same shape."""
         u = F.gelu(self.in_proj(x))
         dt_top, dt_left, B_top, B_left, C = self.x_proj(u).split(
-            (self.dt_rank, self.dt_rank, self.d_state, self.d_state, self.d_state), dim=-1)
-        y = cuda_ops.wavefront_scan(u, self.top.delta(dt_top), self.left.delta(dt_left), self.top.A, self.left.A,
-                                    B_top, B_left, C, self.D, reverse=self.reverse)
+            (self.dt_rank, self.dt_rank, self.d_state, self.d_state, self.d_state), dim=-1
+        )
+        y = cuda_ops.wavefront_scan(
+            u,
+            self.top.delta(dt_top),
+            self.left.delta(dt_left),
+            self.top.A,
+            self.left.A,
+            B_top,
+            B_left,
+            C,
+            self.D,
+            reverse=self.reverse,
+        )
         return self.out_proj(F.gelu(y)) + self.local(x)
 
     def extra_repr(self) -> str:

@@ -23,16 +23,19 @@ class SimplePyramid(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         if channels % 4:
-            raise ValueError(f'the finest map of the pyramid has a quarter of the width, which must divide by 4, '
-                             f'got {channels}')
+            raise ValueError(
+                f'the finest map of the pyramid has a quarter of the width, which must divide by 4, got {channels}'
+            )
         half, quarter = channels // 2, channels // 4
         self.out_channels = (quarter, half, channels, channels)
-        self.levels = nn.ModuleList([
-            nn.Sequential(Deconv(channels, half), nn.LayerNorm(half), nn.GELU(), Deconv(half, quarter)),
-            Deconv(channels, half),
-            nn.Identity(),
-            HalvingMaxPool(),
-        ])
+        self.levels = nn.ModuleList(
+            [
+                nn.Sequential(Deconv(channels, half), nn.LayerNorm(half), nn.GELU(), Deconv(half, quarter)),
+                Deconv(channels, half),
+                nn.Identity(),
+                HalvingMaxPool(),
+            ]
+        )
         self.norms = nn.ModuleList(nn.LayerNorm(width) for width in self.out_channels)
 
     def forward(self, maps: Sequence[Tensor], height: int, width: int) -> tuple[Tensor, ...]:
@@ -44,7 +47,7 @@ class SimplePyramid(nn.Module):
         outputs = []
         for x, stride, level, norm in zip(maps, STRIDES, self.levels, self.norms, strict=True):
             # Not -(-height // stride), which PyTorch's exporter to ONNX rounds towards zero.
-            x = level(x)[:, :(height + stride - 1) // stride, :(width + stride - 1) // stride]
+            x = level(x)[:, : (height + stride - 1) // stride, : (width + stride - 1) // stride]
             outputs.append(feature_map(norm(x)))
         return tuple(outputs)
 

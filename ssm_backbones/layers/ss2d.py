@@ -34,15 +34,24 @@ class SS2D(nn.Module):
         conv_bias: whether the depthwise convolution has a bias.
     """
 
-    def __init__(self, channels: int, inner_channels: int, d_state: int, dt_rank: int, *, gate: bool = False,
-                 conv_bias: bool = False) -> None:
+    def __init__(
+        self,
+        channels: int,
+        inner_channels: int,
+        d_state: int,
+        dt_rank: int,
+        *,
+        gate: bool = False,
+        conv_bias: bool = False,
+    ) -> None:
         super().__init__()
         self.d_state = d_state
         self.dt_rank = dt_rank
         self.gate = gate
         self.in_proj = Pointwise(channels, inner_channels * (2 if gate else 1), bias=False)
-        self.conv = ChannelLastConv2d(inner_channels, inner_channels, 3, padding=1, groups=inner_channels,
-                                      bias=conv_bias)
+        self.conv = ChannelLastConv2d(
+            inner_channels, inner_channels, 3, padding=1, groups=inner_channels, bias=conv_bias
+        )
         self.x_proj = Pointwise(inner_channels, ROUTES * (dt_rank + 2 * d_state), bias=False)
         self.dt_weight = nn.Parameter(torch.empty(ROUTES, inner_channels, dt_rank))
         self.dt_bias = nn.Parameter(torch.empty(ROUTES, inner_channels))
@@ -65,15 +74,19 @@ class SS2D(nn.Module):
             x = self.in_proj(x)
         x = F.silu(self.conv(x))
 
-        delta, B, C = (self.x_proj(x).unflatten(-1, (ROUTES, self.dt_rank + 2 * self.d_state))
-                       .split((self.dt_rank, self.d_state, self.d_state), dim=-1))
+        delta, B, C = (
+            self.x_proj(x)
+            .unflatten(-1, (ROUTES, self.dt_rank + 2 * self.d_state))
+            .split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        )
         dt_weight: Tensor | None = self.dt_weight
         if not route_scan.takes_low_rank(x, self.d_state, self.dt_rank):
             # One batched product over the routes, left in the order in which it comes: (4, B*H*W, E).
             delta = torch.bmm(delta.flatten(0, 2).transpose(0, 1), self.dt_weight.transpose(1, 2))
             delta, dt_weight = delta.view(ROUTES, *x.shape).permute(1, 2, 3, 0, 4), None
-        y = cuda_ops.cross_selective_scan(x, delta, self.A, B, C, self.D, self.dt_bias, delta_softplus=True,
-                                          delta_weight=dt_weight)
+        y = cuda_ops.cross_selective_scan(
+            x, delta, self.A, B, C, self.D, self.dt_bias, delta_softplus=True, delta_weight=dt_weight
+        )
 
         y = self.norm(y)
         if z is not None:

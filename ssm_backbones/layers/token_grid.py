@@ -33,8 +33,9 @@ class TokenGrid(PatchEmbed):
 
     projection: ChannelLastConv2d
 
-    def __init__(self, in_channels: int, embed_dims: int, patch_size: int, grid_size: tuple[int, int],
-                 cls_token: str = 'mean') -> None:
+    def __init__(
+        self, in_channels: int, embed_dims: int, patch_size: int, grid_size: tuple[int, int], cls_token: str = 'mean'
+    ) -> None:
         super().__init__(in_channels, embed_dims, patch_size, norm=False)
         if cls_token not in CLS_TOKENS:
             raise ValueError(f'cls_token is one of {", ".join(map(repr, CLS_TOKENS))}, got {cls_token!r}')
@@ -76,13 +77,21 @@ class TokenGrid(PatchEmbed):
         """
         name = f'{prefix}pos_embed'
         saved, shape = state_dict.get(name), self.pos_embed.shape
-        if (not isinstance(saved, Tensor) or not saved.is_floating_point() or saved.ndim != 4 or saved.shape == shape
-                or saved.shape[::3] != shape[::3] or saved.numel() == 0):
+        if (
+            not isinstance(saved, Tensor)
+            or not saved.is_floating_point()
+            or saved.ndim != 4
+            or saved.shape == shape
+            or saved.shape[::3] != shape[::3]
+            or saved.numel() == 0
+        ):
             return
         with torch.no_grad():
             state_dict[name] = _resize(saved.float(), shape[1], shape[2]).to(saved.dtype)
-        print_log(f'{name} is resized from {saved.shape[1]}x{saved.shape[2]} to {shape[1]}x{shape[2]} patches.',
-                  logger='current')
+        print_log(
+            f'{name} is resized from {saved.shape[1]}x{saved.shape[2]} to {shape[1]}x{shape[2]} patches.',
+            logger='current',
+        )
 
     def _load_from_state_dict(self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any) -> None:
         # Called by torch and by mmengine alike, which loads state dicts its own way; both pass a copy.
@@ -105,8 +114,8 @@ class TokenGrid(PatchEmbed):
         if self.cls_token is None:
             return x
         row, column = self.crossing(x.shape[1] - 1, x.shape[2] - 1)
-        x = torch.cat([x[:, :row], x[:, row + 1:]], dim=1)
-        return torch.cat([x[:, :, :column], x[:, :, column + 1:]], dim=2)
+        x = torch.cat([x[:, :row], x[:, row + 1 :]], dim=1)
+        return torch.cat([x[:, :, :column], x[:, :, column + 1 :]], dim=2)
 
 
 def _resize(positions: Tensor, height: int, width: int) -> Tensor:

@@ -66,13 +66,15 @@ class V2MMixer(nn.Module):
 
     def scan_rows(self, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, from_right: bool) -> Tensor:
         """s of the module's equations, along W and away from the left or right edge; A is that of both passes."""
-        return cuda_ops.line_scan(x, delta, A[ROW], B, None, self.D[ROW], self.dt_bias[ROW], axis='row',
-                                  reverse=from_right)
+        return cuda_ops.line_scan(
+            x, delta, A[ROW], B, None, self.D[ROW], self.dt_bias[ROW], axis='row', reverse=from_right
+        )
 
     def scan_columns(self, x: Tensor, delta: Tensor, A: Tensor, C: Tensor, from_bottom: bool) -> Tensor:
         """y of the module's equations, along H and away from the top or bottom edge; A is that of both passes."""
-        return cuda_ops.line_scan(x, delta, A[COLUMN], None, C, self.D[COLUMN], self.dt_bias[COLUMN], axis='column',
-                                  reverse=from_bottom)
+        return cuda_ops.line_scan(
+            x, delta, A[COLUMN], None, C, self.D[COLUMN], self.dt_bias[COLUMN], axis='column', reverse=from_bottom
+        )
 
 
 class PlainV2MMixer(V2MMixer):
@@ -87,8 +89,9 @@ class PlainV2MMixer(V2MMixer):
         d_conv: length of the causal convolutions.
     """
 
-    def __init__(self, channels: int, inner_channels: int, d_state: int, dt_rank: int, depth: int = 1,
-                 d_conv: int = 4) -> None:
+    def __init__(
+        self, channels: int, inner_channels: int, d_state: int, dt_rank: int, depth: int = 1, d_conv: int = 4
+    ) -> None:
         super().__init__(channels, inner_channels, d_state, dt_rank, depth)
         self.row_conv = CausalConv(inner_channels, d_conv, axis='row')
         self.column_conv = CausalConv(inner_channels, d_conv, axis='column')

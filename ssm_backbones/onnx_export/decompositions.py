@@ -61,8 +61,17 @@ def _(left: Tensor, top: Tensor, inflow: Tensor) -> Tensor:
 
 
 def route_scan(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Tensor | None, D: Tensor | None,
-    delta_bias: Tensor | None, routes: list[int], per_line: bool, delta_softplus: bool, chunk: int,
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor | None,
+    C: Tensor | None,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    routes: list[int],
+    per_line: bool,
+    delta_softplus: bool,
+    chunk: int,
     delta_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``cuda_ops::route_scan`` for inference; arguments and results as there, but empty states.
@@ -101,8 +110,17 @@ def route_scan(
 
 
 def wavefront_scan(
-    x: Tensor, delta_top: Tensor, delta_left: Tensor, A_top: Tensor, A_left: Tensor, B_top: Tensor, B_left: Tensor,
-    C: Tensor, D: Tensor | None, reverse: bool, chunk: int,
+    x: Tensor,
+    delta_top: Tensor,
+    delta_left: Tensor,
+    A_top: Tensor,
+    A_left: Tensor,
+    B_top: Tensor,
+    B_left: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    reverse: bool,
+    chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``cuda_ops::wavefront_scan`` for inference; arguments and results as there, but empty states."""
     height, width = x.shape[1], x.shape[2]

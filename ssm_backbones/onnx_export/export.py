@@ -159,8 +159,13 @@ def export_onnx(options: OnnxOptions) -> OnnxResult:
     return OnnxResult(str(path), part, opset, nodes, *names, differences, seconds)
 
 
-def write_onnx(module: nn.Module, images: Tensor, path: str | os.PathLike[str], dynamic: bool = False,
-               notes: Mapping[str, str] | None = None) -> tuple[int, int]:
+def write_onnx(
+    module: nn.Module,
+    images: Tensor,
+    path: str | os.PathLike[str],
+    dynamic: bool = False,
+    notes: Mapping[str, str] | None = None,
+) -> tuple[int, int]:
     """Write a module that takes images as ONNX, its scans as standard operators.
 
     Args:
@@ -310,8 +315,9 @@ def _times(session: Any, module: nn.Module, images: Tensor) -> dict[str, float]:
     return best
 
 
-def _write(module: nn.Module, images: Tensor, path: Path, options: OnnxOptions,
-           notes: Mapping[str, str]) -> tuple[int, int]:
+def _write(
+    module: nn.Module, images: Tensor, path: Path, options: OnnxOptions, notes: Mapping[str, str]
+) -> tuple[int, int]:
     """:func:`write_onnx`, and what PyTorch cannot export told in a line."""
     try:
         return write_onnx(module, images, path, options.dynamic, notes)

@@ -55,7 +55,7 @@ def write_atomic(path: str | os.PathLike[str], text: str) -> None:
 
 def file_name(id: str) -> str:
     """Make the name of an image's file below ``features``: its id, without what a file system would misunderstand."""
-    parts = [quote(part, safe=' ()[]{}+,=@~!$&\'') for part in id.split('/')]
+    parts = [quote(part, safe=" ()[]{}+,=@~!$&'") for part in id.split('/')]
     # A name may have 255 bytes, and a part of one must not lead elsewhere.
     parts = [part.replace('.', '%2E') if part.strip('.') == '' else part for part in parts]
     long = max(len(part) for part in parts) > 200 or '' in parts

@@ -15,8 +15,9 @@ KINDS = ('norm', 'mean', 'pca')
 
 
 @torch.no_grad()
-def activation_maps(model: SSMBackbone, image: Tensor, stages: Sequence[int], kind: str = 'norm',
-                    channels: Sequence[int] | None = None) -> dict[int, np.ndarray]:
+def activation_maps(
+    model: SSMBackbone, image: Tensor, stages: Sequence[int], kind: str = 'norm', channels: Sequence[int] | None = None
+) -> dict[int, np.ndarray]:
     """Compute the activation maps of chosen stages of a backbone for an image.
 
     Args:
@@ -44,8 +45,10 @@ def activation_maps(model: SSMBackbone, image: Tensor, stages: Sequence[int], ki
     for number in numbers:
         for channel in channels or ():
             if not 0 <= channel < model.num_features[number]:
-                raise ValueError(f'channel {channel} does not exist: stage {number} has channels 0 to '
-                                 f'{model.num_features[number] - 1}.')
+                raise ValueError(
+                    f'channel {channel} does not exist: stage {number} has channels 0 to '
+                    f'{model.num_features[number] - 1}.'
+                )
     with evaluating(model):
         maps = stage_maps(model, image.reshape(1, *image.shape[-3:]), numbers)
     found = {}

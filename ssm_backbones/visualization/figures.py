@@ -98,9 +98,17 @@ def visualize(options: VisualizeOptions) -> Iterator[Path]:
         if options.figure == 'erf':
             suffix = '' if options.stage is None else f'-stage{options.stage}'
             path = file or folder / f'{Path(options.config).stem}_erf{suffix}.png'
-            draw_erf_before_and_after(cfg, options.checkpoint, [image.path for image in images], path,
-                                      stage=options.stage, size=size, seed=options.seed, device=device,
-                                      max_pixels=options.max_pixels)
+            draw_erf_before_and_after(
+                cfg,
+                options.checkpoint,
+                [image.path for image in images],
+                path,
+                stage=options.stage,
+                size=size,
+                seed=options.seed,
+                device=device,
+                max_pixels=options.max_pixels,
+            )
             yield path
             return
         extractor = build_extractor(cfg, options.checkpoint)
@@ -114,11 +122,18 @@ def visualize(options: VisualizeOptions) -> Iterator[Path]:
             yield draw(backbone, given, stem, file, _title(cfg, backbone), options)
 
 
-def draw_erf_before_and_after(cfg: Config, checkpoint: str | os.PathLike[str],
-                              images: Sequence[str | os.PathLike[str]], path: str | os.PathLike[str], *,
-                              stage: int | None = None, size: tuple[int, int] | None = None, seed: int = 0,
-                              device: str | torch.device = 'cpu',
-                              max_pixels: int = MAX_PIXELS) -> tuple[ReceptiveField, ReceptiveField]:
+def draw_erf_before_and_after(
+    cfg: Config,
+    checkpoint: str | os.PathLike[str],
+    images: Sequence[str | os.PathLike[str]],
+    path: str | os.PathLike[str],
+    *,
+    stage: int | None = None,
+    size: tuple[int, int] | None = None,
+    seed: int = 0,
+    device: str | torch.device = 'cpu',
+    max_pixels: int = MAX_PIXELS,
+) -> tuple[ReceptiveField, ReceptiveField]:
     """Draw the effective receptive fields of a config's backbone with random and with trained weights into a PNG file.
 
     Args:
@@ -160,29 +175,42 @@ def draw_erf_before_and_after(cfg: Config, checkpoint: str | os.PathLike[str],
         before, after = (receptive_field(backbone, given, number) for backbone in backbones)
         count = f'mean of {len(given)} images' if len(given) > 1 else 'one image'
         place = f'{backbones[0].stage_names[number]}, stride {backbones[0].stage_strides[number]}'
-        heading = (f'Effective receptive field: {_title(cfg, backbones[0])}\n{place}; '
-                   f'{count} of {_size(given[0])}')
+        heading = f'Effective receptive field: {_title(cfg, backbones[0])}\n{place}; {count} of {_size(given[0])}'
         draw_receptive_fields({'before training': before, 'after training': after}, path, heading)
     return before, after
 
 
-def _draw_activation(backbone: SSMBackbone, given: Given, stem: Path, file: Path | None, title: str,
-                     options: VisualizeOptions) -> Path:
+def _draw_activation(
+    backbone: SSMBackbone, given: Given, stem: Path, file: Path | None, title: str, options: VisualizeOptions
+) -> Path:
     numbers = [resolve_stage(backbone, stage) for stage in options.stages or spread_stages(backbone)]
     maps = activation_maps(backbone, given.image, numbers, options.kind, options.channels)
     path = file or stem.with_name(f'{stem.name}_activation.png')
     named = {backbone.stage_names[number]: value for number, value in maps.items()}
-    what = 'channels' if options.channels is not None else {
-        'norm': 'norm over the channels', 'mean': 'mean magnitude', 'pca': 'three principal components as colours',
-    }[options.kind]
-    draw_activation_maps(given.shown, named, [backbone.stage_strides[number] for number in maps], path,
-                         f'Activation maps: {title}\n{what}',
-                         'value' if options.channels is not None else _UNITS[options.kind], options.channels)
+    what = (
+        'channels'
+        if options.channels is not None
+        else {
+            'norm': 'norm over the channels',
+            'mean': 'mean magnitude',
+            'pca': 'three principal components as colours',
+        }[options.kind]
+    )
+    draw_activation_maps(
+        given.shown,
+        named,
+        [backbone.stage_strides[number] for number in maps],
+        path,
+        f'Activation maps: {title}\n{what}',
+        'value' if options.channels is not None else _UNITS[options.kind],
+        options.channels,
+    )
     return path
 
 
-def _draw_response(backbone: SSMBackbone, given: Given, stem: Path, file: Path | None, title: str,
-                   options: VisualizeOptions) -> Path:
+def _draw_response(
+    backbone: SSMBackbone, given: Given, stem: Path, file: Path | None, title: str, options: VisualizeOptions
+) -> Path:
     pixel = None if options.point is None else (options.point[1], options.point[0])
     found = scan_response(backbone, given.image, options.stage, options.block, pixel, options.sense)
     stage = backbone.stage_names[found.stage]
@@ -190,10 +218,18 @@ def _draw_response(backbone: SSMBackbone, given: Given, stem: Path, file: Path |
     block = f', block {found.block}' if blocks > 1 else ''
     place = (stage + block).replace(', ', '-').replace(' ', '')
     path = file or stem.with_name(f'{stem.name}_scan-response-{place}.png')
-    sense = 'what the marked pixel reads of the others' if found.sense == 'reads' else (
-        'what the marked pixel feeds to the others')
-    draw_scan_response(given.shown, found, backbone.stage_strides[found.stage], path,
-                       f'Scan response: {title}\n{stage}{block}: {sense}')
+    sense = (
+        'what the marked pixel reads of the others'
+        if found.sense == 'reads'
+        else ('what the marked pixel feeds to the others')
+    )
+    draw_scan_response(
+        given.shown,
+        found,
+        backbone.stage_strides[found.stage],
+        path,
+        f'Scan response: {title}\n{stage}{block}: {sense}',
+    )
     return path
 
 
@@ -202,7 +238,7 @@ def _images(options: VisualizeOptions, cfg: Config) -> list[InputImage]:
         raise CommandError(f'--limit must be at least 1, got {options.limit}.')
     if options.max_pixels < 1:
         raise CommandError(f'--max-pixels must be at least 1, got {options.max_pixels}.')
-    return [image for given in options.img for image in find_images(given, cfg)][:options.limit]
+    return [image for given in options.img for image in find_images(given, cfg)][: options.limit]
 
 
 def _names(images: Sequence[InputImage]) -> list[str]:
@@ -212,8 +248,10 @@ def _names(images: Sequence[InputImage]) -> list[str]:
         stem, suffix = os.path.splitext(image.id)
         name = file_name(stem if suffix.lower() in SUFFIXES else image.id).replace('/', '_')
         if name in names:
-            raise CommandError(f'{names[name]} and {image.path} would be drawn into one file, as both are called '
-                               f'{name}; draw them one after the other, with another --out.')
+            raise CommandError(
+                f'{names[name]} and {image.path} would be drawn into one file, as both are called '
+                f'{name}; draw them one after the other, with another --out.'
+            )
         names[name] = image.path
     return list(names)
 
@@ -226,8 +264,9 @@ def _file(out: str, figures: int) -> Path | None:
     if suffix != '.png':
         raise CommandError(f'--out {out}: figures are PNG files; name a file that ends in .png, or a folder.')
     if figures > 1:
-        raise CommandError(f'--out {out} is the name of one file, and {figures} figures are drawn, one for each image; '
-                           'name a folder.')
+        raise CommandError(
+            f'--out {out} is the name of one file, and {figures} figures are drawn, one for each image; name a folder.'
+        )
     return Path(out)
 
 
@@ -245,8 +284,9 @@ def _folder(out: str) -> Path:
 def _backbone(extractor: FeatureExtractor) -> SSMBackbone:
     backbone = extractor.backbone
     if not isinstance(backbone, SSMBackbone):
-        raise CommandError(f"the config's backbone is a {type(backbone).__name__}; figures are of VMamba, V2M and "
-                           'Mamba2D alone.')
+        raise CommandError(
+            f"the config's backbone is a {type(backbone).__name__}; figures are of VMamba, V2M and Mamba2D alone."
+        )
     return backbone
 
 

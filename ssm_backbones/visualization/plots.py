@@ -52,8 +52,17 @@ def draw_receptive_fields(fields: Mapping[str, ReceptiveField], path: str | os.P
         row, column = field.centre
         for share, style in zip(SHARES, ('-', '--'), strict=True):
             side = field.side(share)
-            axes.add_patch(Rectangle((column - side / 2, row - side / 2), side, side, fill=False, edgecolor='white',
-                                     linewidth=1.3, linestyle=style))
+            axes.add_patch(
+                Rectangle(
+                    (column - side / 2, row - side / 2),
+                    side,
+                    side,
+                    fill=False,
+                    edgecolor='white',
+                    linewidth=1.3,
+                    linestyle=style,
+                )
+            )
         height, width = field.field.shape
         sides = ', '.join(f'{share:.0%} in {field.side(share):g} px' for share in SHARES)
         axes.set_title(f'{name}\n{sides}', fontsize=11)
@@ -67,8 +76,16 @@ def draw_receptive_fields(fields: Mapping[str, ReceptiveField], path: str | os.P
     bar.ax.tick_params(labelsize=8)
     for share, style in zip(SHARES, ('-', '--'), strict=True):
         curves.axhline(share, color='#b0b5c0', linewidth=1, linestyle=style, zorder=0)
-        curves.annotate(f'{share:.0%}', (1, share), xycoords=('axes fraction', 'data'), fontsize=8, color='#787e8a',
-                        xytext=(-2, 2), textcoords='offset points', ha='right')
+        curves.annotate(
+            f'{share:.0%}',
+            (1, share),
+            xycoords=('axes fraction', 'data'),
+            fontsize=8,
+            color='#787e8a',
+            xytext=(-2, 2),
+            textcoords='offset points',
+            ha='right',
+        )
     curves.set_title('share of the contribution\nwithin a centred square', fontsize=11)
     curves.set(xlabel='side of the square (pixels)', ylim=(0, 1.02), xlim=(0, None))
     curves.grid(alpha=0.25)
@@ -77,9 +94,15 @@ def draw_receptive_fields(fields: Mapping[str, ReceptiveField], path: str | os.P
     _save(figure, path)
 
 
-def draw_activation_maps(image: np.ndarray, maps: Mapping[str, np.ndarray], strides: Sequence[int],
-                         path: str | os.PathLike[str], heading: str, unit: str = '',
-                         channels: Sequence[int] | None = None) -> None:
+def draw_activation_maps(
+    image: np.ndarray,
+    maps: Mapping[str, np.ndarray],
+    strides: Sequence[int],
+    path: str | os.PathLike[str],
+    heading: str,
+    unit: str = '',
+    channels: Sequence[int] | None = None,
+) -> None:
     """Draw activation maps over an image: a column for each stage, and a row for each channel where some are chosen.
 
     Args:
@@ -99,7 +122,7 @@ def draw_activation_maps(image: np.ndarray, maps: Mapping[str, np.ndarray], stri
     rows = 1 if channels is None else len(channels)
     figure, panels = _figure(len(maps) + 1, image.shape[0] / image.shape[1], heading, rows=rows)
     for row in range(rows):
-        first, *others = panels[row * (len(maps) + 1):(row + 1) * (len(maps) + 1)]
+        first, *others = panels[row * (len(maps) + 1) : (row + 1) * (len(maps) + 1)]
         if row == 0:
             _show_image(first, image, f'model input, {image.shape[1]}x{image.shape[0]}')
         else:
@@ -115,9 +138,15 @@ def draw_activation_maps(image: np.ndarray, maps: Mapping[str, np.ndarray], stri
             if signed:
                 high = max(abs(low), abs(high))
                 low = -high
-            drawn = axes.imshow(value, cmap='RdBu_r' if signed else 'turbo', vmin=low, vmax=high,
-                                alpha=0.85 if colours else 0.62, interpolation='nearest',
-                                extent=_extent(value, stride))
+            drawn = axes.imshow(
+                value,
+                cmap='RdBu_r' if signed else 'turbo',
+                vmin=low,
+                vmax=high,
+                alpha=0.85 if colours else 0.62,
+                interpolation='nearest',
+                extent=_extent(value, stride),
+            )
             _fit(axes, image)
             if not colours:
                 bar = figure.colorbar(drawn, ax=axes, fraction=0.046, pad=0.03, extend='both')
@@ -128,8 +157,9 @@ def draw_activation_maps(image: np.ndarray, maps: Mapping[str, np.ndarray], stri
     _save(figure, path)
 
 
-def draw_scan_response(image: np.ndarray, response: ScanResponse, stride: int, path: str | os.PathLike[str],
-                       heading: str) -> None:
+def draw_scan_response(
+    image: np.ndarray, response: ScanResponse, stride: int, path: str | os.PathLike[str], heading: str
+) -> None:
     """Draw a pixel's response through a scan: the image, all paths together, and each alone, on one scale.
 
     Weights are relative to the largest of another pixel, on a logarithmic scale; the pixel's own, in which the skip
@@ -147,15 +177,21 @@ def draw_scan_response(image: np.ndarray, response: ScanResponse, stride: int, p
     row, column = response.point
     panels_of = {'all together': response.total} if len(response.names) > 1 else {}
     panels_of |= dict(zip(response.names, response.paths, strict=True))
-    largest = max([np.delete(value.ravel(), row * value.shape[1] + column).max(initial=0)
-                   for value in panels_of.values()])
+    largest = max(
+        [np.delete(value.ravel(), row * value.shape[1] + column).max(initial=0) for value in panels_of.values()]
+    )
     largest = largest or 1.0
     per_row = 3 if len(panels_of) > 2 else len(panels_of) + 1
-    figure, panels = _figure(per_row, image.shape[0] / image.shape[1], heading,
-                             rows=-(-(len(panels_of) + 1) // per_row))
+    figure, panels = _figure(
+        per_row, image.shape[0] / image.shape[1], heading, rows=-(-(len(panels_of) + 1) // per_row)
+    )
     centre = ((column + 0.5) * stride - 0.5, (row + 0.5) * stride - 0.5)
-    _show_image(panels[0], image, f'model input, and the pixel at row {row}, column {column}\nof a map of '
-                  f'{response.total.shape[1]}x{response.total.shape[0]}')
+    _show_image(
+        panels[0],
+        image,
+        f'model input, and the pixel at row {row}, column {column}\nof a map of '
+        f'{response.total.shape[1]}x{response.total.shape[0]}',
+    )
     _mark(panels[0], centre)
     drawn, norm = None, LogNorm(_FAINTEST, 1)
     for axes, (name, value) in zip(panels[1:], panels_of.items(), strict=False):
@@ -167,7 +203,7 @@ def draw_scan_response(image: np.ndarray, response: ScanResponse, stride: int, p
         _fit(axes, image)
         axes.set_title(f'{name}\nitself: {relative[row, column]:.3g}', fontsize=11)
         axes.tick_params(labelsize=8)
-    for axes in panels[1 + len(panels_of):]:
+    for axes in panels[1 + len(panels_of) :]:
         axes.axis('off')
     bar = figure.colorbar(drawn, ax=panels, fraction=0.03, pad=0.02, extend='max')
     bar.set_label("weight relative to the largest of another pixel's", fontsize=9)

@@ -47,8 +47,13 @@ class ImageReader:
         CommandError: If the config has no test pipeline, or the size is not positive.
     """
 
-    def __init__(self, cfg: Config, extractor: FeatureExtractor, size: tuple[int, int] | None = None,
-                 max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(
+        self,
+        cfg: Config,
+        extractor: FeatureExtractor,
+        size: tuple[int, int] | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
         self.extractor, self.max_pixels = extractor, max_pixels
         pipeline = test_pipeline(cfg)
         if size is not None:
@@ -75,7 +80,7 @@ class ImageReader:
             raise CommandError(f'image {path} cannot be read: {reason}') from error
         inputs = data['inputs']
         image = self.extractor.preprocess(dict(inputs=[inputs], data_samples=[data['data_samples']]))
-        return Given(as_rgb(inputs), image[:, :, :inputs.shape[1], :inputs.shape[2]])
+        return Given(as_rgb(inputs), image[:, :, : inputs.shape[1], : inputs.shape[2]])
 
 
 def as_rgb(inputs: Tensor) -> np.ndarray:

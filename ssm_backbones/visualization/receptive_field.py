@@ -55,8 +55,9 @@ class ReceptiveField:
         return float(sides[min(int(np.searchsorted(shares, share - 1e-9)), len(sides) - 1)])
 
 
-def effective_receptive_field(model: nn.Module, images: Tensor | Iterable[Tensor],
-                              stage: int | None = None) -> np.ndarray:
+def effective_receptive_field(
+    model: nn.Module, images: Tensor | Iterable[Tensor], stage: int | None = None
+) -> np.ndarray:
     """Compute the effective receptive field of the centre of a stage's map; see :func:`receptive_field`.
 
     Returns:
@@ -88,8 +89,10 @@ def receptive_field(model: nn.Module, images: Tensor | Iterable[Tensor], stage: 
             for image in batch:
                 gradient, centre = _gradient(model, image.unsqueeze(0), stage)
                 if total is not None and gradient.shape != total.shape:
-                    raise ValueError(f'the images differ in size: {_size(total)} and {_size(gradient)}; bring them to '
-                                     'one size, for which the field is averaged.')
+                    raise ValueError(
+                        f'the images differ in size: {_size(total)} and {_size(gradient)}; bring them to '
+                        'one size, for which the field is averaged.'
+                    )
                 total = gradient if total is None else total + gradient
                 count += 1
     if total is None:

@@ -35,8 +35,12 @@ from ssm_backbones.visualization.stages import check_image, evaluating, resolve_
 
 SENSES = ('reads', 'feeds')
 _ROUTE_NAMES = ('row by row', 'column by column', 'row by row, reversed', 'column by column, reversed')
-_CORNERS = {'upper left': (False, False), 'upper right': (True, False), 'lower left': (False, True),
-            'lower right': (True, True)}
+_CORNERS = {
+    'upper left': (False, False),
+    'upper right': (True, False),
+    'lower left': (False, True),
+    'lower right': (True, True),
+}
 
 # Maps (1, H, W, E) to the same, linearly.
 Linear = Callable[[Tensor], Tensor]
@@ -84,8 +88,14 @@ def default_scan_stage(model: SSMBackbone) -> int:
     return stages[-1] if one_resolution else stages[min(1, len(stages) - 1)]
 
 
-def scan_response(model: SSMBackbone, image: Tensor, stage: int | None = None, block: int | None = None,
-                  pixel: tuple[int, int] | None = None, sense: str = 'reads') -> ScanResponse:
+def scan_response(
+    model: SSMBackbone,
+    image: Tensor,
+    stage: int | None = None,
+    block: int | None = None,
+    pixel: tuple[int, int] | None = None,
+    sense: str = 'reads',
+) -> ScanResponse:
     """Compute the weights between a pixel and all others through a block's scan; see the module's docstring.
 
     VMamba's paths are its four routes, V2M's its four corners (row scan, gate, column scan; in the plain layout with
@@ -111,12 +121,16 @@ def scan_response(model: SSMBackbone, image: Tensor, stage: int | None = None, b
     place = resolve_block(model, number, block)
     mixer = model.stages[number].blocks[place].mixer
     if not _scans(mixer):
-        raise ValueError(f'stage {number} mixes by {type(mixer).__name__}, which has no scan; '
-                         f'stages that scan: {", ".join(map(str, scan_stages(model)))}.')
+        raise ValueError(
+            f'stage {number} mixes by {type(mixer).__name__}, which has no scan; '
+            f'stages that scan: {", ".join(map(str, scan_stages(model)))}.'
+        )
     height, width = image.shape[-2:]
     if pixel is not None and not (0 <= pixel[0] < height and 0 <= pixel[1] < width):
-        raise ValueError(f'row {pixel[0]}, column {pixel[1]} lie outside the image as the model is given it, '
-                         f'which has {height} rows and {width} columns.')
+        raise ValueError(
+            f'row {pixel[0]}, column {pixel[1]} lie outside the image as the model is given it, '
+            f'which has {height} rows and {width} columns.'
+        )
     with evaluating(model), torch.no_grad():
         x = runs_of(model, image.reshape(1, *image.shape[-3:]), {'mixer': mixer})['mixer'].given
         paths, channels = scan_paths(mixer, x)
@@ -125,14 +139,22 @@ def scan_response(model: SSMBackbone, image: Tensor, stage: int | None = None, b
         row, column = (size // 2 for size in cells.shape)
     else:
         # A map may leave an odd image's last pixels out.
-        row, column = (min(place // model.stage_strides[number], size - 1)
-                       for place, size in zip(pixel, cells.shape, strict=True))
+        row, column = (
+            min(place // model.stage_strides[number], size - 1) for place, size in zip(pixel, cells.shape, strict=True)
+        )
     probe = x.new_zeros(x.shape[1] * x.shape[2], channels)
     probe[cells[row, column]] = 1
     probe = probe.view(1, *x.shape[1:3], channels)
     weights = torch.stack([_weights(path, probe, sense) for path in paths.values()]).flatten(1, 3)[:, cells]
-    return ScanResponse(tuple(paths), weights.abs().sum(-1).cpu().numpy(),
-                        weights.sum(0).abs().sum(-1).cpu().numpy(), (row, column), sense, number, place)
+    return ScanResponse(
+        tuple(paths),
+        weights.abs().sum(-1).cpu().numpy(),
+        weights.sum(0).abs().sum(-1).cpu().numpy(),
+        (row, column),
+        sense,
+        number,
+        place,
+    )
 
 
 def scan_paths(mixer: nn.Module, x: Tensor) -> tuple[dict[str, Linear], int]:
@@ -194,8 +216,21 @@ class _RouteScan:
         channels: E.
     """
 
-    def __init__(self, x: Tensor, delta: Tensor, A: Tensor, B: Any, C: Any, D: Any, delta_bias: Any,
-                 routes: list[int], per_line: bool, softplus: bool, chunk: int, delta_weight: Any = None) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Any,
+        C: Any,
+        D: Any,
+        delta_bias: Any,
+        routes: list[int],
+        per_line: bool,
+        softplus: bool,
+        chunk: int,
+        delta_weight: Any = None,
+    ) -> None:
         self.given, self.channels = x, x.shape[3]
         if delta_weight is not None:
             delta = step_sizes(delta, delta_weight)
@@ -211,9 +246,18 @@ class _RouteScan:
         B, C = (None if value is None else value.squeeze(3) for value in (B, C))
         D, bias = (None if value is None else value[0] for value in (D, bias))
         route = self.routes[0]
-        return cuda_ops.line_scan(u, delta.squeeze(3), A[0], B, C, D, bias, self.softplus,
-                                  axis='column' if route in (COLUMN, COLUMN_REVERSED) else 'row',
-                                  reverse=route in (ROW_REVERSED, COLUMN_REVERSED))
+        return cuda_ops.line_scan(
+            u,
+            delta.squeeze(3),
+            A[0],
+            B,
+            C,
+            D,
+            bias,
+            self.softplus,
+            axis='column' if route in (COLUMN, COLUMN_REVERSED) else 'row',
+            reverse=route in (ROW_REVERSED, COLUMN_REVERSED),
+        )
 
     def path(self, k: int) -> Linear:
         """One of SS2D's routes alone: nothing is read out of the others' states."""

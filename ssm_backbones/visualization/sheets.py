@@ -163,8 +163,11 @@ def save_contact_sheet(
     step_x, step_y = 2 * width + 4 + 3 * gap, height + gap
     sheet = Image.new('RGB', (columns * step_x - gap, top + bar + rows * step_y), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    font = next(font for size in range(22, 0, -1) if (font := ImageFont.load_default(size=size)).getlength(heading)
-                <= sheet.width - 2 * gap or size == 1)
+    font = next(
+        font
+        for size in range(22, 0, -1)
+        if (font := ImageFont.load_default(size=size)).getlength(heading) <= sheet.width - 2 * gap or size == 1
+    )
     draw.text((gap, 14), heading, fill=_INK, font=font)
     small = ImageFont.load_default(size=15)
     x = gap

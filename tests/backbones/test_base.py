@@ -14,36 +14,50 @@ from ssm_backbones.backbones.base import drop_path_schedule, resolve_arch, resol
 from ssm_backbones.layers.common import ChannelLastConv2d, PatchEmbed, PatchMerging, Pointwise, Residual
 
 
-@pytest.mark.parametrize(('given', 'expected'), [
-    ((0, 1, 2, 3), (0, 1, 2, 3)), ([3, 1], (3, 1)), ((-1, 0), (3, 0)), (-1, (3,)), (2, (2,)), ((np.int64(1),), (1,)),
-])
+@pytest.mark.parametrize(
+    ('given', 'expected'),
+    [
+        ((0, 1, 2, 3), (0, 1, 2, 3)),
+        ([3, 1], (3, 1)),
+        ((-1, 0), (3, 0)),
+        (-1, (3,)),
+        (2, (2,)),
+        ((np.int64(1),), (1,)),
+    ],
+)
 def test_out_indices_keep_their_order_and_count_from_the_end(given, expected):
     assert resolve_out_indices(given, 4) == expected
 
 
-@pytest.mark.parametrize(('given', 'error', 'message'), [
-    ((0, 4), ValueError, 'out_indices must be between -4 and 3, got 4'),
-    (-5, ValueError, 'got -5'),
-    ((3, -1), ValueError, r'names a stage twice: \(3, -1\)'),
-    ((), ValueError, 'empty'),
-    ((0.0,), TypeError, 'got 0.0'),
-    ((True,), TypeError, 'got True'),
-    ('0', TypeError, "got '0'"),
-    (None, TypeError, 'got None'),
-])
+@pytest.mark.parametrize(
+    ('given', 'error', 'message'),
+    [
+        ((0, 4), ValueError, 'out_indices must be between -4 and 3, got 4'),
+        (-5, ValueError, 'got -5'),
+        ((3, -1), ValueError, r'names a stage twice: \(3, -1\)'),
+        ((), ValueError, 'empty'),
+        ((0.0,), TypeError, 'got 0.0'),
+        ((True,), TypeError, 'got True'),
+        ('0', TypeError, "got '0'"),
+        (None, TypeError, 'got None'),
+    ],
+)
 def test_wrong_out_indices_are_named(given, error, message):
     with pytest.raises(error, match=message):
         resolve_out_indices(given, 4)
 
 
-@pytest.mark.parametrize(('arch', 'error', 'message'), [
-    ('larg', ValueError, r"Thing has no arch 'larg' \(did you mean 'large'\?\). Known: big, large; or pass a dict"),
-    ('xyz', ValueError, "Thing has no arch 'xyz'. Known"),
-    (dict(width=1), ValueError, 'lacks height'),
-    (dict(width=1, height=2, depth=3), ValueError, 'has unknown depth; its keys are width, height'),
-    (dict(width=1, depth=3), ValueError, 'lacks height and has unknown depth'),
-    (7, TypeError, 'a name or a dict, got int: 7'),
-])
+@pytest.mark.parametrize(
+    ('arch', 'error', 'message'),
+    [
+        ('larg', ValueError, r"Thing has no arch 'larg' \(did you mean 'large'\?\). Known: big, large; or pass a dict"),
+        ('xyz', ValueError, "Thing has no arch 'xyz'. Known"),
+        (dict(width=1), ValueError, 'lacks height'),
+        (dict(width=1, height=2, depth=3), ValueError, 'has unknown depth; its keys are width, height'),
+        (dict(width=1, depth=3), ValueError, 'lacks height and has unknown depth'),
+        (7, TypeError, 'a name or a dict, got int: 7'),
+    ],
+)
 def test_wrong_archs_are_named(arch, error, message):
     with pytest.raises(error, match=message):
         resolve_arch('Thing', arch, {'large': dict(width=1, height=2)}, {'big': 'large'}, ('width', 'height'))
@@ -57,14 +71,18 @@ def test_arch_settings_are_copies():
 
 def test_drop_path_rises_linearly_over_all_blocks():
     assert drop_path_schedule(0.4, [2, 1, 2]) == [
-        pytest.approx([0, 0.1]), pytest.approx([0.2]), pytest.approx([0.3, 0.4])]
+        pytest.approx([0, 0.1]),
+        pytest.approx([0.2]),
+        pytest.approx([0.3, 0.4]),
+    ]
     assert drop_path_schedule(0.4, [1]) == [[0.0]]
     for rate in (1.0, -0.1):
         with pytest.raises(ValueError, match=f'drop_path_rate must lie in .* got {rate}'):
             drop_path_schedule(rate, [2])
     model = VMamba('test', drop_path_rate=0.4)
     assert [block.residual.drop_prob for stage in model.stages for block in stage.blocks] == pytest.approx(
-        [0, 0.1, 0.2, 0.3, 0.4])
+        [0, 0.1, 0.2, 0.3, 0.4]
+    )
 
 
 def test_residual_drops_whole_samples_and_keeps_the_mean():
@@ -130,7 +148,7 @@ def test_patch_merging_takes_the_neighbours_in_order_and_fills_odd_sides_with_ze
             for n, (row, column) in enumerate([(0, 0), (1, 0), (0, 1), (1, 1)]):
                 p, q = 2 * i + row, 2 * j + column
                 expected = x[0, p, q] if p < 3 and q < 5 else torch.zeros(2)
-                assert torch.equal(y[0, i, j, 2 * n:2 * n + 2], expected)
+                assert torch.equal(y[0, i, j, 2 * n : 2 * n + 2], expected)
 
 
 def test_patch_embedding_fills_incomplete_patches_with_zeros():
@@ -181,9 +199,12 @@ def test_layer_depth_agrees_with_mmpretrains_swin():
 
     swin = SwinTransformer(arch=dict(embed_dims=8, depths=[1, 1, 2, 1], num_heads=[1, 1, 1, 1]), img_size=32)
     ours = VMamba('test')
-    pairs = [('patch_embed.norm.bias', 'patch_embed.second.norm.bias'),
-             ('stages.2.blocks.1.norm1.bias', 'stages.2.blocks.1.norm1.bias'),
-             ('stages.1.downsample.norm.bias', 'stages.1.downsample.norm.bias'), ('norm3.bias', 'norm3.bias')]
+    pairs = [
+        ('patch_embed.norm.bias', 'patch_embed.second.norm.bias'),
+        ('stages.2.blocks.1.norm1.bias', 'stages.2.blocks.1.norm1.bias'),
+        ('stages.1.downsample.norm.bias', 'stages.1.downsample.norm.bias'),
+        ('norm3.bias', 'norm3.bias'),
+    ]
     for theirs, mine in pairs:
         assert theirs in dict(swin.named_parameters())
         assert mine in dict(ours.named_parameters())
@@ -204,21 +225,26 @@ def test_stages_behind_the_last_chosen_one_are_not_built():
     assert part.get_layer_depth('norm1.weight') == (3, 4)
 
 
-@pytest.mark.parametrize(('option', 'error', 'message'), [
-    (dict(in_channels=0), ValueError, 'in_channels must be at least 1, got 0'),
-    (dict(in_channels='3'), TypeError, "in_channels takes integers, got '3'"),
-    (dict(frozen_stages=5), ValueError, 'frozen_stages must be between -1 and 4, got 5'),
-    (dict(frozen_stages=-2), ValueError, 'got -2'),
-    (dict(out_indices=(4,)), ValueError, 'out_indices must be between -4 and 3, got 4'),
-])
+@pytest.mark.parametrize(
+    ('option', 'error', 'message'),
+    [
+        (dict(in_channels=0), ValueError, 'in_channels must be at least 1, got 0'),
+        (dict(in_channels='3'), TypeError, "in_channels takes integers, got '3'"),
+        (dict(frozen_stages=5), ValueError, 'frozen_stages must be between -1 and 4, got 5'),
+        (dict(frozen_stages=-2), ValueError, 'got -2'),
+        (dict(out_indices=(4,)), ValueError, 'out_indices must be between -4 and 3, got 4'),
+    ],
+)
 def test_wrong_options_are_refused(option, error, message):
     with pytest.raises(error, match=message):
         VMamba('test', **option)
 
 
 def test_importing_the_package_registers_the_backbones_without_any_host_library():
-    script = ('import sys, ssm_backbones; from mmengine.registry import MODELS; '
-              "assert 'VMamba' in MODELS.module_dict; "
-              "sys.exit(str([n for n in ('mmdet', 'mmseg', 'mmpretrain', 'mmcv', 'torchvision') if n in sys.modules]))")
+    script = (
+        'import sys, ssm_backbones; from mmengine.registry import MODELS; '
+        "assert 'VMamba' in MODELS.module_dict; "
+        "sys.exit(str([n for n in ('mmdet', 'mmseg', 'mmpretrain', 'mmcv', 'torchvision') if n in sys.modules]))"
+    )
     result = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=False)
     assert result.stderr.strip().splitlines()[-1] == '[]', result.stderr

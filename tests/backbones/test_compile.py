@@ -80,11 +80,13 @@ class Families(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.models = torch.nn.ModuleList([
-            VMamba(dict(NAMES['vmamba'][1], depths=[1]), out_indices=(0,)),
-            V2M(NAMES['v2m'][1], img_size=32),
-            Mamba2D(dict(embed_dims=[8], depths=[2], d_state=2, mixers=['scan']), out_indices=(0,)),
-        ])
+        self.models = torch.nn.ModuleList(
+            [
+                VMamba(dict(NAMES['vmamba'][1], depths=[1]), out_indices=(0,)),
+                V2M(NAMES['v2m'][1], img_size=32),
+                Mamba2D(dict(embed_dims=[8], depths=[2], d_state=2, mixers=['scan']), out_indices=(0,)),
+            ]
+        )
 
     def forward(self, images):
         return tuple(map for model in self.models for map in model(images))

@@ -16,8 +16,15 @@ SMALL = {
     'v2m-plain': (V2M, 'test'),
     'v2m-hier': (V2M, 'test-hier'),
     'mamba2d': (Mamba2D, 'test'),
-    'mamba2d-mixed': (Mamba2D, dict(embed_dims=[32, 32, 64, 64], depths=[2, 1, 1, 1], d_state=4,
-                                    mixers=['scan', 'attention', 'scan', 'attention'])),
+    'mamba2d-mixed': (
+        Mamba2D,
+        dict(
+            embed_dims=[32, 32, 64, 64],
+            depths=[2, 1, 1, 1],
+            d_state=4,
+            mixers=['scan', 'attention', 'scan', 'attention'],
+        ),
+    ),
 }
 ONE_OF_EACH = ['vmamba', 'vmamba-v0', 'v2m-plain', 'v2m-hier', 'mamba2d']
 SIZES = [(1, 1), (1, 50), (64, 1), (5, 7), (31, 33), (37, 61)]
@@ -48,16 +55,23 @@ def map_shape(name, index, size):
     return 16 * 2**index, *(math.ceil(s / (4 * 2**index)) for s in size)
 
 
-@pytest.mark.parametrize(('name', 'options'), [
-    *((name, dict(out_indices=(2, 0))) for name in SMALL), ('v2m-plain', dict(pyramid='single')),
-    ('v2m-plain', dict(pyramid='multi')), ('v2m-plain', dict(cls_token='center'))])
+@pytest.mark.parametrize(
+    ('name', 'options'),
+    [
+        *((name, dict(out_indices=(2, 0))) for name in SMALL),
+        ('v2m-plain', dict(pyramid='single')),
+        ('v2m-plain', dict(pyramid='multi')),
+        ('v2m-plain', dict(cls_token='center')),
+    ],
+)
 def test_strides_and_names_tell_what_the_maps_are(name, options):
     model = build(name, **options)
     with torch.no_grad():
         made = {}
         for index, module in model.output_modules.items():
             model.get_submodule(module).register_forward_hook(
-                lambda module, inputs, output, index=index: made.update({index: output.shape[1:3]}))
+                lambda module, inputs, output, index=index: made.update({index: output.shape[1:3]})
+            )
         maps = model(torch.randn(1, 3, 96, 64))
     assert [(96 // stride, 64 // stride) for stride in model.strides] == [m.shape[2:] for m in maps]
     assert list(made) == sorted(model.output_modules)
@@ -67,9 +81,18 @@ def test_strides_and_names_tell_what_the_maps_are(name, options):
     assert model.stage_names == tuple(f'{"block" if plain else "stage"} {i}' for i in range(len(model.stages)))
 
 
-@pytest.mark.parametrize(('name', 'size'), each({
-    'vmamba': [*SIZES, (4, 4), (2, 3)], 'vmamba-v0': [*SIZES, (4, 4), (2, 3)], 'v2m-plain': SIZES, 'v2m-hier': SIZES,
-    'mamba2d-mixed': [*SIZES, (2, 50), (3, 4)]}))
+@pytest.mark.parametrize(
+    ('name', 'size'),
+    each(
+        {
+            'vmamba': [*SIZES, (4, 4), (2, 3)],
+            'vmamba-v0': [*SIZES, (4, 4), (2, 3)],
+            'v2m-plain': SIZES,
+            'v2m-hier': SIZES,
+            'mamba2d-mixed': [*SIZES, (2, 50), (3, 4)],
+        }
+    ),
+)
 def test_any_size_works(name, size):
     out_indices = (3, 0) if name == 'v2m-plain' else (3, 0, 2, 1)
     model = build(name, out_indices=out_indices)
@@ -82,9 +105,17 @@ def test_any_size_works(name, size):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-@pytest.mark.parametrize(('name', 'out_indices'), each({
-    'vmamba': ORDERS, 'mamba2d': ORDERS, 'v2m-plain': [(0,), (3, 1), (-2, 0, 3)],
-    'v2m-hier': [(2,), (3, 0), (2, 0, 3, 1)]}))
+@pytest.mark.parametrize(
+    ('name', 'out_indices'),
+    each(
+        {
+            'vmamba': ORDERS,
+            'mamba2d': ORDERS,
+            'v2m-plain': [(0,), (3, 1), (-2, 0, 3)],
+            'v2m-hier': [(2,), (3, 0), (2, 0, 3, 1)],
+        }
+    ),
+)
 def test_out_indices_choose_and_order_the_maps(name, out_indices):
     whole = build(name, out_indices=(0, 1, 2, 3)).eval()
     part = build(name, out_indices=out_indices).eval()
@@ -95,14 +126,26 @@ def test_out_indices_choose_and_order_the_maps(name, out_indices):
     assert all(torch.equal(m, maps[i]) for m, i in zip(part(x), out_indices, strict=True))
 
 
-@pytest.mark.parametrize(('name', 'options'), each({
-    name: [dict(), dict(out_indices=3), dict(out_indices=1)] for name in ('vmamba', 'vmamba-v0', 'mamba2d')
-} | {
-    'v2m-plain': [
-        dict(), dict(out_indices=(1, 3)), dict(pyramid='single'), dict(pyramid='multi'), dict(cls_token='corner'),
-        dict(cls_token='center', pyramid='multi'), dict(out_type='cls_token'),
-        dict(cls_token='corner', out_type='cls_token'), dict(cls_token='center', out_type='cls_token')],
-    'v2m-hier': [dict(), dict(out_indices=(1,))]}))
+@pytest.mark.parametrize(
+    ('name', 'options'),
+    each(
+        {name: [dict(), dict(out_indices=3), dict(out_indices=1)] for name in ('vmamba', 'vmamba-v0', 'mamba2d')}
+        | {
+            'v2m-plain': [
+                dict(),
+                dict(out_indices=(1, 3)),
+                dict(pyramid='single'),
+                dict(pyramid='multi'),
+                dict(cls_token='corner'),
+                dict(cls_token='center', pyramid='multi'),
+                dict(out_type='cls_token'),
+                dict(cls_token='corner', out_type='cls_token'),
+                dict(cls_token='center', out_type='cls_token'),
+            ],
+            'v2m-hier': [dict(), dict(out_indices=(1,))],
+        }
+    ),
+)
 def test_gradients_reach_every_parameter(name, options):
     model = build(name, **options)
     sum((m * torch.randn_like(m)).sum() for m in model(torch.randn(2, 3, 72, 56))).backward()
@@ -121,8 +164,9 @@ def test_samples_of_a_batch_do_not_touch_each_other(name):
     assert [m.shape[0] for m in model(x[:0])] == [0] * len(model.out_indices)
 
 
-@pytest.mark.parametrize(('name', 'size'), [
-    ('vmamba', (48, 32)), ('mamba2d', (48, 32)), ('v2m-plain', (96, 64)), ('v2m-hier', (96, 64))])
+@pytest.mark.parametrize(
+    ('name', 'size'), [('vmamba', (48, 32)), ('mamba2d', (48, 32)), ('v2m-plain', (96, 64)), ('v2m-hier', (96, 64))]
+)
 def test_checkpointing_changes_memory_and_nothing_else(name, size):
     x = torch.randn(2, 3, *size)
     results = []
@@ -145,9 +189,18 @@ def test_checkpointing_changes_memory_and_nothing_else(name, size):
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(('name', 'options'), each({
-    'vmamba': [dict()], 'vmamba-v0': [dict()], 'mamba2d-mixed': [dict()],
-    'v2m-plain': [dict(cls_token='center'), dict(pyramid='single')], 'v2m-hier': [dict()]}))
+@pytest.mark.parametrize(
+    ('name', 'options'),
+    each(
+        {
+            'vmamba': [dict()],
+            'vmamba-v0': [dict()],
+            'mamba2d-mixed': [dict()],
+            'v2m-plain': [dict(cls_token='center'), dict(pyramid='single')],
+            'v2m-hier': [dict()],
+        }
+    ),
+)
 def test_autocast(name, options, dtype):
     model = build(name, **options)
     x = torch.randn(2, 3, 48, 32)
@@ -165,9 +218,17 @@ def test_autocast(name, options, dtype):
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize(('name', 'options'), each({
-    'vmamba': [dict(out_indices=3)], 'mamba2d': [dict(out_indices=3)],
-    'v2m-plain': [dict(cls_token='corner'), dict(pyramid='multi')], 'v2m-hier': [dict(out_indices=3)]}))
+@pytest.mark.parametrize(
+    ('name', 'options'),
+    each(
+        {
+            'vmamba': [dict(out_indices=3)],
+            'mamba2d': [dict(out_indices=3)],
+            'v2m-plain': [dict(cls_token='corner'), dict(pyramid='multi')],
+            'v2m-hier': [dict(out_indices=3)],
+        }
+    ),
+)
 def test_whole_models_of_other_dtypes(name, options, dtype):
     model = build(name, **options)
     x = torch.randn(1, 3, 64, 48)
@@ -177,16 +238,19 @@ def test_whole_models_of_other_dtypes(name, options, dtype):
     assert (output.float() - expected).square().mean().sqrt() < 0.1
 
 
-@pytest.mark.parametrize(('family', 'arch', 'options', 'sizes'), [
-    (VMamba, VMAMBA_ARCH, dict(out_indices=(0, 1)), [(40, 32), (33, 47)]),
-    (VMamba, VMAMBA_ARCH, dict(out_indices=(0, 1), with_cp=True), [(40, 32)]),
-    (VMamba, dict(VMAMBA_ARCH, version='v0'), dict(out_indices=(0, 1)), [(33, 47)]),
-    (Mamba2D, dict(MAMBA2D_ARCH, depths=[1, 1]), dict(out_indices=(0, 1)), [(40, 32), (33, 47)]),
-    (Mamba2D, MAMBA2D_ARCH, dict(out_indices=(0, 1), with_cp=True), [(40, 32)]),
-    (V2M, dict(PLAIN_ARCH, depth=1), dict(), [(40, 32), (33, 80)]),
-    (V2M, dict(PLAIN_ARCH, depth=1), dict(pyramid='single', cls_token='center'), [(40, 32)]),
-    (V2M, HIERARCHICAL_ARCH, dict(out_indices=(0, 1), with_cp=True), [(40, 32)]),
-])
+@pytest.mark.parametrize(
+    ('family', 'arch', 'options', 'sizes'),
+    [
+        (VMamba, VMAMBA_ARCH, dict(out_indices=(0, 1)), [(40, 32), (33, 47)]),
+        (VMamba, VMAMBA_ARCH, dict(out_indices=(0, 1), with_cp=True), [(40, 32)]),
+        (VMamba, dict(VMAMBA_ARCH, version='v0'), dict(out_indices=(0, 1)), [(33, 47)]),
+        (Mamba2D, dict(MAMBA2D_ARCH, depths=[1, 1]), dict(out_indices=(0, 1)), [(40, 32), (33, 47)]),
+        (Mamba2D, MAMBA2D_ARCH, dict(out_indices=(0, 1), with_cp=True), [(40, 32)]),
+        (V2M, dict(PLAIN_ARCH, depth=1), dict(), [(40, 32), (33, 80)]),
+        (V2M, dict(PLAIN_ARCH, depth=1), dict(pyramid='single', cls_token='center'), [(40, 32)]),
+        (V2M, HIERARCHICAL_ARCH, dict(out_indices=(0, 1), with_cp=True), [(40, 32)]),
+    ],
+)
 def test_compiles_without_graph_breaks(family, arch, options, sizes):
     torch.compiler.reset()
     model = family(arch, **options)
@@ -203,9 +267,14 @@ def test_compiles_without_graph_breaks(family, arch, options, sizes):
 
 
 @pytest.mark.parametrize('frozen_stages', [-1, 0, 1, 2, 3, 4])
-@pytest.mark.parametrize(('name', 'options'), [
-    ('vmamba', dict(drop_path_rate=0.5)), ('mamba2d', dict(drop_path_rate=0.5)),
-    ('v2m-plain', dict(cls_token='corner', out_indices=(1, 3)))])
+@pytest.mark.parametrize(
+    ('name', 'options'),
+    [
+        ('vmamba', dict(drop_path_rate=0.5)),
+        ('mamba2d', dict(drop_path_rate=0.5)),
+        ('v2m-plain', dict(cls_token='corner', out_indices=(1, 3))),
+    ],
+)
 def test_frozen_stages_do_not_train(name, options, frozen_stages):
     model = build(name, frozen_stages=frozen_stages, **options).train()
     frozen = ['patch_embed.'] if frozen_stages >= 0 else []
@@ -240,21 +309,35 @@ def test_init_cfg_loads_a_checkpoint(name, tmp_path):
     source = family(arch)
     path = tmp_path / 'model.pth'
     torch.save(dict(state_dict={f'backbone.{key}': t for key, t in source.state_dict().items()}), path)
-    model = MODELS.build(dict(type=family.__name__, arch=arch,
-                              init_cfg=dict(type='Pretrained', checkpoint=str(path), prefix='backbone.')))
+    model = MODELS.build(
+        dict(
+            type=family.__name__, arch=arch, init_cfg=dict(type='Pretrained', checkpoint=str(path), prefix='backbone.')
+        )
+    )
     assert not all(torch.equal(t, source.state_dict()[key]) for key, t in model.state_dict().items())
     model.init_weights()
     assert all(torch.equal(t, source.state_dict()[key]) for key, t in model.state_dict().items())
 
 
-@pytest.mark.parametrize(('family', 'options', 'size', 'shapes'), [
-    (VMamba, dict(arch=dict(VMAMBA_ARCH, embed_dims=8, depths=[1, 2], ssm_ratio=2.0), out_indices=[0, 1]), (16, 16),
-     [(1, 8, 4, 4), (1, 16, 2, 2)]),
-    (Mamba2D, dict(arch=dict(embed_dims=[8, 12], depths=[1, 2], d_state=2, mixers=['scan', 'scan']),
-                   out_indices=[0, 1]), (16, 16), [(1, 8, 4, 4), (1, 12, 2, 2)]),
-    (V2M, dict(arch=PLAIN_ARCH, img_size=(32, 48)), (32, 16), [(1, 16, 2, 1)]),
-    (V2M, dict(arch=HIERARCHICAL_ARCH, out_indices=[1, 0]), (16, 16), [(1, 32, 2, 2), (1, 16, 4, 4)]),
-])
+@pytest.mark.parametrize(
+    ('family', 'options', 'size', 'shapes'),
+    [
+        (
+            VMamba,
+            dict(arch=dict(VMAMBA_ARCH, embed_dims=8, depths=[1, 2], ssm_ratio=2.0), out_indices=[0, 1]),
+            (16, 16),
+            [(1, 8, 4, 4), (1, 16, 2, 2)],
+        ),
+        (
+            Mamba2D,
+            dict(arch=dict(embed_dims=[8, 12], depths=[1, 2], d_state=2, mixers=['scan', 'scan']), out_indices=[0, 1]),
+            (16, 16),
+            [(1, 8, 4, 4), (1, 12, 2, 2)],
+        ),
+        (V2M, dict(arch=PLAIN_ARCH, img_size=(32, 48)), (32, 16), [(1, 16, 2, 1)]),
+        (V2M, dict(arch=HIERARCHICAL_ARCH, out_indices=[1, 0]), (16, 16), [(1, 32, 2, 2), (1, 16, 4, 4)]),
+    ],
+)
 @pytest.mark.parametrize('scope', ['mmpretrain', 'mmdet', 'mmseg'])
 def test_every_host_library_builds_it_by_its_type(scope, family, options, size, shapes):
     registry = __import__(f'{scope}.registry', fromlist=['MODELS']).MODELS

@@ -9,8 +9,9 @@ import ssm_backbones  # noqa: F401  (registers the families)
 
 FAMILIES = {
     'VMamba': dict(type='VMamba', arch='test'),
-    'VMamba v0': dict(type='VMamba', arch=dict(embed_dims=16, depths=[1, 1, 1, 1], d_state=2, ssm_ratio=2.0,
-                                               version='v0')),
+    'VMamba v0': dict(
+        type='VMamba', arch=dict(embed_dims=16, depths=[1, 1, 1, 1], d_state=2, ssm_ratio=2.0, version='v0')
+    ),
     'V2M': dict(type='V2M', arch='test', pyramid='single'),
     'V2M of one map': dict(type='V2M', arch='test'),
     'V2M hierarchical': dict(type='V2M', arch='test-hier'),

@@ -55,7 +55,7 @@ def uniform(tensor: Tensor, bound: float) -> Drawn:
 
 def default(p: Parameter) -> Drawn:
     """PyTorch's, of weights and biases of linear layers and convolutions."""
-    return uniform(p.tensor, p.fan_in ** -0.5)
+    return uniform(p.tensor, p.fan_in**-0.5)
 
 
 def default_over_root_of_depth(p: Parameter) -> Drawn:
@@ -107,12 +107,16 @@ MLP: dict[str, Formula] = {r'mlp\.fc[12]\.weight': truncated_normal, r'mlp\.fc[1
 LINEAR_HEAD: dict[str, Formula] = {r'head\.fc\.weight': truncated_normal, r'head\.fc\.bias': zeros}
 # The first that matches the end of a name counts.
 RULES: dict[str, dict[str, Formula]] = {
-    'vmamba': COMMON | MLP | {
+    'vmamba': COMMON
+    | MLP
+    | {
         r'mixer\.x_proj\.weight': default,
         r'mixer\.(in_proj|out_proj)\.weight': truncated_normal,
         r'downsample\.reduction\.weight': truncated_normal,
     },
-    'v2m': COMMON | MLP | {
+    'v2m': COMMON
+    | MLP
+    | {
         r'mixer\.(in_proj|x_proj|x_proj\.[01])\.weight': default,
         r'mixer\.out_proj\.weight': default_over_root_of_depth,
         r'patch_embed\.projection\.weight': lecun_normal,
@@ -121,7 +125,8 @@ RULES: dict[str, dict[str, Formula]] = {
         r'pyramid\.levels\.0\.1\.weight': ones,
         r'pyramid\.levels\.0\.1\.bias': zeros,
     },
-    'mamba2d': COMMON | {
+    'mamba2d': COMMON
+    | {
         r'mixer\.(in_proj|x_proj|out_proj|qkv|proj|local\.expand|local\.reduce)\.(weight|bias)': default,
         r'mlp\.fc[12]\.(weight|bias)': default,
         r'mixer\.[qk]_norm\.weight': ones,
@@ -131,7 +136,9 @@ RULES: dict[str, dict[str, Formula]] = {
     },
 }
 HEADS: dict[str, dict[str, Formula]] = {
-    'vmamba': LINEAR_HEAD, 'v2m': LINEAR_HEAD, 'mamba2d': {r'head\.fc[12]\.(weight|bias)': default},
+    'vmamba': LINEAR_HEAD,
+    'v2m': LINEAR_HEAD,
+    'mamba2d': {r'head\.fc[12]\.(weight|bias)': default},
 }
 
 
@@ -203,8 +210,11 @@ def published(family: str) -> Iterator[tuple[str, nn.Module, int]]:
 def test_every_parameter_of_every_arch_is_drawn_as_the_authors_do(family):
     torch.manual_seed(SEED)
     pools: dict[str, Pool] = defaultdict(Pool)
-    faults = [f'{name}: {fault}' for name, model, depth in published(family)
-              for fault in check(model, RULES[family], depth, pools)]
+    faults = [
+        f'{name}: {fault}'
+        for name, model, depth in published(family)
+        for fault in check(model, RULES[family], depth, pools)
+    ]
     faults += [fault for name, pool in pools.items() for fault in pool.faults(f'all {name}')]
     assert not faults, '\n'.join(faults)
     assert min(pool.count for pool in pools.values()) > 1000
@@ -236,9 +246,15 @@ def test_classifiers_start_as_the_authors_do_once_mmengine_has_initialised_them(
     assert not faults, '\n'.join(faults)
 
 
-@pytest.mark.parametrize('name', [
-    'vmamba/mask-rcnn_vmamba-nano_fpn_demo_shapes', 'mamba2d/mask-rcnn_mamba2d-atto_fpn_demo_shapes',
-    'vmamba/vmamba-nano_upernet_demo_shapes', 'v2m/v2m-nano_upernet_demo_shapes'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'vmamba/mask-rcnn_vmamba-nano_fpn_demo_shapes',
+        'mamba2d/mask-rcnn_mamba2d-atto_fpn_demo_shapes',
+        'vmamba/vmamba-nano_upernet_demo_shapes',
+        'v2m/v2m-nano_upernet_demo_shapes',
+    ],
+)
 def test_detectors_and_segmentors_leave_the_backbone_as_it_was_drawn(name):
     cfg = config(name)
     init_default_scope(cfg.default_scope)

@@ -51,9 +51,13 @@ def classifier(arch, dropout=0.0, **backbone):
     import ssm_backbones.heads  # noqa: F401
 
     width = (Mamba2D.ARCHS[arch] if isinstance(arch, str) else arch)['embed_dims'][-1]
-    return CLASSIFIERS.build(dict(
-        type='mmpretrain.ImageClassifier', backbone=dict(type='Mamba2D', arch=arch, out_indices=(3,), **backbone),
-        head=dict(type='mmpretrain.Mamba2DClsHead', num_classes=1000, in_channels=width, dropout=dropout)))
+    return CLASSIFIERS.build(
+        dict(
+            type='mmpretrain.ImageClassifier',
+            backbone=dict(type='Mamba2D', arch=arch, out_indices=(3,), **backbone),
+            head=dict(type='mmpretrain.Mamba2DClsHead', num_classes=1000, in_channels=width, dropout=dropout),
+        )
+    )
 
 
 def official_name(name, depths):
@@ -73,8 +77,9 @@ def test_variants_have_the_official_tensors(arch):
         model = classifier(arch)
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert sum(p.numel() for p in model.backbone.parameters()) == without_head
-    named = sorted([official_name(name, model.backbone.depths), list(tensor.shape)]
-                   for name, tensor in model.state_dict().items())
+    named = sorted(
+        [official_name(name, model.backbone.depths), list(tensor.shape)] for name, tensor in model.state_dict().items()
+    )
     assert len({name for name, _ in named}) == tensors
     assert hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16] == digest
 
@@ -114,14 +119,14 @@ def scan_mixer_by_loops(layer, x):
         above, before = h.get((i - step, j)), h.get((i, j - step))
         parts = []
         for k, (neighbour, state) in enumerate(((layer.top, above), (layer.left, before))):
-            delta = p[:, k * rank:(k + 1) * rank] @ neighbour.dt_weight.t() + neighbour.dt_bias
+            delta = p[:, k * rank : (k + 1) * rank] @ neighbour.dt_weight.t() + neighbour.dt_bias
             delta = torch.log1p(torch.exp(delta))[:, :, None]
-            B = p[:, 2 * rank + k * states:2 * rank + (k + 1) * states][:, None]
+            B = p[:, 2 * rank + k * states : 2 * rank + (k + 1) * states][:, None]
             if state is not None or (k == 1 and above is None):
                 decayed = 0 if state is None else torch.exp(-delta * torch.exp(neighbour.A_log)) * state
                 parts.append(decayed + delta * B * v[:, :, None])
         h[i, j] = sum(parts) / len(parts)
-        C = p[:, 2 * rank + 2 * states:][:, None]
+        C = p[:, 2 * rank + 2 * states :][:, None]
         pixels[i, j] = (h[i, j] * C).sum(2) + layer.D * v
     y = torch.stack([pixels[i, j] for i in range(height) for j in range(width)], dim=1).view(x.shape)
     y = gelu(y) @ layer.out_proj.weight.t() + layer.out_proj.bias
@@ -131,8 +136,11 @@ def scan_mixer_by_loops(layer, x):
 
     local = star_relu(layer_norm(x, layer.local.norm) @ layer.local.expand.weight.t(), layer.local.act1)
     padded = F.pad(local, (0, 0, 1, 1, 1, 1))
-    local = sum(padded[:, i:i + height, j:j + width] * layer.local.conv.weight[:, 0, i, j]
-                for i in range(3) for j in range(3))
+    local = sum(
+        padded[:, i : i + height, j : j + width] * layer.local.conv.weight[:, 0, i, j]
+        for i in range(3)
+        for j in range(3)
+    )
     return y + star_relu(local, layer.local.act2) @ layer.local.reduce.weight.t()
 
 
@@ -142,14 +150,19 @@ def attention_by_loops(layer, x):
     head = layer.head_dim
     qkv = (x @ layer.qkv.weight.t()).flatten(1, 2)
     speeds = [10000 ** (-4 * k / head) for k in range(head // 4)]
-    angles = torch.tensor([[i * s for s in speeds] + [j * s for s in speeds]
-                           for i in range(height) for j in range(width)], dtype=x.dtype)
+    angles = torch.tensor(
+        [[i * s for s in speeds] + [j * s for s in speeds] for i in range(height) for j in range(width)], dtype=x.dtype
+    )
     turn = torch.polar(torch.ones_like(angles), angles)
     outputs = []
     for n in range(channels // head):
-        q, k, v = (qkv[..., part * channels + n * head:part * channels + (n + 1) * head] for part in range(3))
-        q, k = (torch.view_as_real(torch.view_as_complex(each.reshape(batch, -1, head // 2, 2).contiguous()) * turn)
-                .flatten(2) for each in (q, k))
+        q, k, v = (qkv[..., part * channels + n * head : part * channels + (n + 1) * head] for part in range(3))
+        q, k = (
+            torch.view_as_real(
+                torch.view_as_complex(each.reshape(batch, -1, head // 2, 2).contiguous()) * turn
+            ).flatten(2)
+            for each in (q, k)
+        )
         q, k = layer_norm(q, layer.q_norm), layer_norm(k, layer.k_norm)
         weights = torch.softmax(q @ k.mT / math.sqrt(head), dim=-1)
         outputs.append(weights @ v)
@@ -185,15 +198,19 @@ def check_layer(layer, by_loops, x):
     torch.testing.assert_close(y, expected, **tolerance)
     weights = torch.randn_like(y)
     # At a single pixel parts of the layer have no effect.
-    ours, theirs = (torch.autograd.grad(result, inputs, weights, allow_unused=True, materialize_grads=True)
-                    for result in (y, expected))
+    ours, theirs = (
+        torch.autograd.grad(result, inputs, weights, allow_unused=True, materialize_grads=True)
+        for result in (y, expected)
+    )
     for i, (grad, wanted) in enumerate(zip(ours, theirs, strict=True)):
         torch.testing.assert_close(grad, wanted, **tolerance, msg=lambda text, i=i: f'input {i}: {text}')
 
 
 def test_mixers_equal_loops_in_float32():
-    for layer, by_loops, channels in ((ScanMixer(24, 4, 2), scan_mixer_by_loops, 24),
-                                      (RotaryAttention(64), attention_by_loops, 64)):
+    for layer, by_loops, channels in (
+        (ScanMixer(24, 4, 2), scan_mixer_by_loops, 24),
+        (RotaryAttention(64), attention_by_loops, 64),
+    ):
         x = torch.randn(2, 4, 6, channels)
         torch.testing.assert_close(layer(x), by_loops(layer, x), rtol=1e-4, atol=1e-4)
 
@@ -265,8 +282,10 @@ def test_mixers_of_dict_archs_default_to_attention_in_the_last_two_stages():
     assert kinds(dict(embed_dims=[8, 8, 32, 32], depths=[1] * 4)) == [ScanMixer, ScanMixer] + 2 * [RotaryAttention]
     assert kinds(dict(embed_dims=[32, 32], depths=[1, 1])) == [RotaryAttention] * 2
     with torch.device('meta'):
-        shapes = [{name: p.shape for name, p in Mamba2D(arch).named_parameters()}
-                  for arch in ('tiny', dict(embed_dims=[64, 128, 320, 512], depths=[3, 3, 9, 3]))]
+        shapes = [
+            {name: p.shape for name, p in Mamba2D(arch).named_parameters()}
+            for arch in ('tiny', dict(embed_dims=[64, 128, 320, 512], depths=[3, 3, 9, 3]))
+        ]
     assert shapes[0] == shapes[1]
 
 
@@ -295,7 +314,8 @@ def test_a_transposed_image_gives_transposed_maps_where_both_neighbours_are_alik
         for mixer in (module for module in model.modules() if isinstance(module, ScanMixer)):
             mixer.top.load_state_dict(mixer.left.state_dict())
             steps_top, steps_left, B_top, B_left, _ = mixer.x_proj.weight.split(
-                [mixer.dt_rank] * 2 + [mixer.d_state] * 3)
+                [mixer.dt_rank] * 2 + [mixer.d_state] * 3
+            )
             steps_top.copy_(steps_left)
             B_top.copy_(B_left)
     twin = copy.deepcopy(model)
@@ -356,18 +376,21 @@ def test_drop_path_rises_over_all_blocks_and_acts_in_training_only():
     assert torch.equal(model.eval()(x)[3], model(x)[3])
 
 
-@pytest.mark.parametrize(('change', 'error', 'message'), [
-    (dict(embed_dims=[16, 48]), ValueError, r"multiple of 32 channels, got embed_dims \[16, 48\]; change them, or"),
-    (dict(embed_dims=[16, 32, 64]), ValueError, r'must name the same stages, got \(16, 32, 64\) and \(1, 1\)'),
-    (dict(embed_dims=[16, 0]), ValueError, 'embed_dims must be at least 1, got 0'),
-    (dict(embed_dims=32), TypeError, 'embed_dims takes a non-empty sequence of integers, got 32'),
-    (dict(depths=[2, 0]), ValueError, 'depths must be at least 1, got 0'),
-    (dict(d_state=0), ValueError, 'd_state must be at least 1, got 0'),
-    (dict(mixers=['scan', 'conv']), ValueError, "a stage's mixer is 'scan' or 'attention', got 'conv'"),
-    (dict(mixers=['scan']), ValueError, r"for each of the 2 stages, got \['scan'\]"),
-    (dict(mixers='scan'), TypeError, "one for each stage, got 'scan'"),
-    (dict(version='v2'), ValueError, "Mamba2D's arch dict has unknown version; its keys are embed_dims, depths"),
-])
+@pytest.mark.parametrize(
+    ('change', 'error', 'message'),
+    [
+        (dict(embed_dims=[16, 48]), ValueError, r'multiple of 32 channels, got embed_dims \[16, 48\]; change them, or'),
+        (dict(embed_dims=[16, 32, 64]), ValueError, r'must name the same stages, got \(16, 32, 64\) and \(1, 1\)'),
+        (dict(embed_dims=[16, 0]), ValueError, 'embed_dims must be at least 1, got 0'),
+        (dict(embed_dims=32), TypeError, 'embed_dims takes a non-empty sequence of integers, got 32'),
+        (dict(depths=[2, 0]), ValueError, 'depths must be at least 1, got 0'),
+        (dict(d_state=0), ValueError, 'd_state must be at least 1, got 0'),
+        (dict(mixers=['scan', 'conv']), ValueError, "a stage's mixer is 'scan' or 'attention', got 'conv'"),
+        (dict(mixers=['scan']), ValueError, r"for each of the 2 stages, got \['scan'\]"),
+        (dict(mixers='scan'), TypeError, "one for each stage, got 'scan'"),
+        (dict(version='v2'), ValueError, "Mamba2D's arch dict has unknown version; its keys are embed_dims, depths"),
+    ],
+)
 def test_wrong_arch_dicts_are_refused(change, error, message):
     arch = dict(embed_dims=[16, 32], depths=[1, 1], mixers=['scan', 'attention'])
     Mamba2D(arch, out_indices=0)
@@ -386,6 +409,7 @@ def test_unknown_names_and_missing_keys_are_refused():
 
 
 # The classifier head.
+
 
 def test_the_head_follows_its_equation():
     head = classifier('test').head.double().eval()
@@ -415,11 +439,14 @@ def test_the_classifier_trains_and_predicts():
     assert all(sample.pred_score.shape == (1000,) for sample in predicted)
 
 
-@pytest.mark.parametrize(('options', 'message'), [
-    (dict(num_classes=0), 'num_classes and in_channels must be at least 1, got 0 and 64'),
-    (dict(in_channels=0), 'got 1000 and 0'),
-    (dict(dropout=1.0), r'dropout must lie in \[0, 1\), got 1.0'),
-])
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(num_classes=0), 'num_classes and in_channels must be at least 1, got 0 and 64'),
+        (dict(in_channels=0), 'got 1000 and 0'),
+        (dict(dropout=1.0), r'dropout must lie in \[0, 1\), got 1.0'),
+    ],
+)
 def test_wrong_heads_are_refused(options, message):
     from ssm_backbones.heads import Mamba2DClsHead
 

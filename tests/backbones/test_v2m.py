@@ -29,10 +29,14 @@ def meta_classifier(arch, **options):
 
     width = V2M.ARCHS[arch]['embed_dims'] * (1 if V2M.ARCHS[arch]['layout'] == 'plain' else 8)
     with torch.device('meta'):
-        return CLASSIFIERS.build(dict(
-            type='mmpretrain.ImageClassifier', backbone=dict(type='V2M', arch=arch, out_indices=-1, **options),
-            neck=dict(type='mmpretrain.GlobalAveragePooling'),
-            head=dict(type='mmpretrain.LinearClsHead', num_classes=1000, in_channels=width))).eval()
+        return CLASSIFIERS.build(
+            dict(
+                type='mmpretrain.ImageClassifier',
+                backbone=dict(type='V2M', arch=arch, out_indices=-1, **options),
+                neck=dict(type='mmpretrain.GlobalAveragePooling'),
+                head=dict(type='mmpretrain.LinearClsHead', num_classes=1000, in_channels=width),
+            )
+        ).eval()
 
 
 def gflops(model):
@@ -123,8 +127,10 @@ def test_pyramids_train_end_to_end(pyramid):
     for _ in range(40):
         squares = (torch.rand(4, 1, 2, 2) > 0.5).float()
         images = F.interpolate(squares, (64, 64)).expand(-1, 3, -1, -1) * 2 - 1 + 0.1 * torch.randn(4, 3, 64, 64)
-        loss = sum(F.binary_cross_entropy_with_logits(head(m), F.interpolate(squares, m.shape[2:]))
-                   for head, m in zip(heads, model(images), strict=True))
+        loss = sum(
+            F.binary_cross_entropy_with_logits(head(m), F.interpolate(squares, m.shape[2:]))
+            for head, m in zip(heads, model(images), strict=True)
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -136,8 +142,9 @@ def test_pyramid_levels_come_from_their_blocks():
     torch.manual_seed(1)
     multi = V2M('test', pyramid='multi', out_indices=(2, 0, 3, 1)).eval()
     plain = V2M('test', out_indices=(2, 0, 3, 1)).eval()
-    plain.load_state_dict({name: tensor for name, tensor in multi.state_dict().items()
-                           if not name.startswith('pyramid.')}, strict=False)
+    plain.load_state_dict(
+        {name: tensor for name, tensor in multi.state_dict().items() if not name.startswith('pyramid.')}, strict=False
+    )
     x = torch.randn(1, 3, 48, 64)
     maps = multi(x)
     # Level 2 is the chosen block's map itself, under a LayerNorm instead of the RMSNorm; level 3 is its pooled one.
@@ -182,10 +189,13 @@ def test_class_outputs_serve_mmpretrains_classifier(cls_token):
     from mmpretrain.registry import MODELS as CLASSIFIERS
     from mmpretrain.structures import DataSample
 
-    model = CLASSIFIERS.build(dict(
-        type='mmpretrain.ImageClassifier',
-        backbone=dict(type='V2M', arch='test', cls_token=cls_token, out_type='cls_token'),
-        head=dict(type='mmpretrain.LinearClsHead', num_classes=5, in_channels=16)))
+    model = CLASSIFIERS.build(
+        dict(
+            type='mmpretrain.ImageClassifier',
+            backbone=dict(type='V2M', arch='test', cls_token=cls_token, out_type='cls_token'),
+            head=dict(type='mmpretrain.LinearClsHead', num_classes=5, in_channels=16),
+        )
+    )
     samples = [DataSample().set_gt_label(i) for i in range(3)]
     loss = model(torch.randn(3, 3, 48, 40), samples, mode='loss')['loss']
     loss.backward()
@@ -212,7 +222,7 @@ def test_class_tokens_take_a_row_and_a_column(cls_token, row, column):
     assert (tokens[:, row] == grid.cls_token[0, 0]).all()
     assert (tokens[:, :, column] == grid.cls_token[0, 0]).all()
     assert torch.equal(grid.patches(tokens), bare(x))
-    numbered = torch.arange(20.).view(1, 5, 4, 1)
+    numbered = torch.arange(20.0).view(1, 5, 4, 1)
     assert grid.class_output(numbered).item() == 4 * row + column
     kept = [n for n in range(20) if n // 4 != row and n % 4 != column]
     assert grid.patches(numbered).flatten().tolist() == kept
@@ -246,9 +256,9 @@ def test_position_embeddings_are_resized_bicubically():
         torch.testing.assert_close(grid(torch.randn(1, 3, *size)).permute(0, 3, 1, 2), expected)
     # A ramp along W stays one, and covers the same image.
     with torch.no_grad():
-        grid.pos_embed.copy_(torch.arange(8.)[None, None, :, None].expand_as(grid.pos_embed))
+        grid.pos_embed.copy_(torch.arange(8.0)[None, None, :, None].expand_as(grid.pos_embed))
     resized = grid.position_embedding(5, 16)[0]
-    ramp = (torch.arange(16.) / 2 - 0.25)[None, :, None].expand_as(resized)
+    ramp = (torch.arange(16.0) / 2 - 0.25)[None, :, None].expand_as(resized)
     torch.testing.assert_close(resized, ramp, atol=0.3, rtol=0)
 
 
@@ -292,10 +302,17 @@ def test_saved_position_embeddings_are_resized_to_the_image_size(load, dtype, tm
     assert all(torch.equal(t, source.state_dict()[name]) for name, t in rest.items())
 
 
-@pytest.mark.parametrize('saved', [
-    torch.zeros(1, 6, 6, 8), torch.zeros(2, 6, 6, 16), torch.zeros(36, 16), torch.zeros(1, 0, 6, 16),
-    torch.zeros(1, 6, 6, 16, dtype=torch.int64),
-], ids=['channels', 'first', 'flat', 'empty', 'integers'])
+@pytest.mark.parametrize(
+    'saved',
+    [
+        torch.zeros(1, 6, 6, 8),
+        torch.zeros(2, 6, 6, 16),
+        torch.zeros(36, 16),
+        torch.zeros(1, 0, 6, 16),
+        torch.zeros(1, 6, 6, 16, dtype=torch.int64),
+    ],
+    ids=['channels', 'first', 'flat', 'empty', 'integers'],
+)
 def test_other_tensors_in_a_position_embedding_s_place_are_refused(saved, log):
     model = V2M('test', img_size=64)
     with pytest.raises(RuntimeError, match='size mismatch for patch_embed.pos_embed'):
@@ -347,48 +364,72 @@ def test_layer_depth_counts_blocks():
 def test_drop_path_rises_over_the_blocks():
     rates = [stage.blocks[0].residual.drop_prob for stage in V2M('test', drop_path_rate=0.3).stages]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3])
-    rates = [block.residual.drop_prob for stage in V2M('test-hier', drop_path_rate=0.4).stages
-             for block in stage.blocks]
+    rates = [
+        block.residual.drop_prob for stage in V2M('test-hier', drop_path_rate=0.4).stages for block in stage.blocks
+    ]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
 
 
-@pytest.mark.parametrize(('arch', 'change', 'error', 'message'), [
-    (PLAIN_ARCH, dict(layout='flat'), ValueError, "has the layout 'plain' or 'hierarchical', got 'flat'"),
-    (PLAIN_ARCH, dict(embed_dims=0), ValueError, 'embed_dims must be at least 1, got 0'),
-    (PLAIN_ARCH, dict(depth=0), ValueError, 'depth must be at least 1, got 0'),
-    (PLAIN_ARCH, dict(depth=[2]), TypeError, r'depth takes integers, got \[2\]'),
-    (PLAIN_ARCH, dict(d_state=0), ValueError, 'd_state must be at least 1, got 0'),
-    (PLAIN_ARCH, dict(depths=[2]), ValueError, 'has unknown depths; its keys are layout, embed_dims, depth, d_state'),
-    (HIERARCHICAL_ARCH, dict(embed_dims=15), ValueError, 'must be even, got 15'),
-    (HIERARCHICAL_ARCH, dict(depths=[]), TypeError, r'non-empty sequence of integers, got \[\]'),
-    (HIERARCHICAL_ARCH, dict(ssm_ratio=0.3), ValueError, 'whole number of channels, got 0.3 of 16'),
-    (HIERARCHICAL_ARCH, dict(depth=2), ValueError, 'has unknown depth; its keys are layout, embed_dims, depths'),
-])
+@pytest.mark.parametrize(
+    ('arch', 'change', 'error', 'message'),
+    [
+        (PLAIN_ARCH, dict(layout='flat'), ValueError, "has the layout 'plain' or 'hierarchical', got 'flat'"),
+        (PLAIN_ARCH, dict(embed_dims=0), ValueError, 'embed_dims must be at least 1, got 0'),
+        (PLAIN_ARCH, dict(depth=0), ValueError, 'depth must be at least 1, got 0'),
+        (PLAIN_ARCH, dict(depth=[2]), TypeError, r'depth takes integers, got \[2\]'),
+        (PLAIN_ARCH, dict(d_state=0), ValueError, 'd_state must be at least 1, got 0'),
+        (
+            PLAIN_ARCH,
+            dict(depths=[2]),
+            ValueError,
+            'has unknown depths; its keys are layout, embed_dims, depth, d_state',
+        ),
+        (HIERARCHICAL_ARCH, dict(embed_dims=15), ValueError, 'must be even, got 15'),
+        (HIERARCHICAL_ARCH, dict(depths=[]), TypeError, r'non-empty sequence of integers, got \[\]'),
+        (HIERARCHICAL_ARCH, dict(ssm_ratio=0.3), ValueError, 'whole number of channels, got 0.3 of 16'),
+        (HIERARCHICAL_ARCH, dict(depth=2), ValueError, 'has unknown depth; its keys are layout, embed_dims, depths'),
+    ],
+)
 def test_wrong_arch_dicts_are_refused(arch, change, error, message):
     V2M(arch, out_indices=0)
     with pytest.raises(error, match=message):
         V2M({**arch, **change}, out_indices=0)
 
 
-@pytest.mark.parametrize(('options', 'error', 'message'), [
-    (dict(arch='tinny'), ValueError, r"V2M has no arch 'tinny' \(did you mean 'tiny'\?\)"),
-    (dict(arch=dict(embed_dims=16)), ValueError, "got None in {'embed_dims': 16}"),
-    (dict(arch=7), TypeError, "V2M's arch is a name or a dict, got int: 7"),
-    (dict(cls_token='middle'), ValueError, "cls_token is one of 'mean', 'corner', 'center', got 'middle'"),
-    (dict(out_type='raw'), ValueError, "out_type is 'featmap' or 'cls_token', got 'raw'"),
-    (dict(pyramid='fpn'), ValueError, "pyramid is None, 'single' or 'multi', got 'fpn'"),
-    (dict(pyramid='single', out_type='cls_token'), ValueError, "out_type='cls_token' needs pyramid=None, got 'single'"),
-    (dict(pyramid='single', out_indices=(1, 2)), ValueError, r"pyramid='single' takes 1 of the blocks .* got \(1, 2\)"),
-    (dict(pyramid='multi', out_indices=(1, 2)), ValueError, r"pyramid='multi' takes 4 of the blocks .* got \(1, 2\)"),
-    (dict(pyramid='single', arch=dict(PLAIN_ARCH, embed_dims=18)), ValueError, 'must divide by 4, got 18'),
-    (dict(out_indices=4), ValueError, 'out_indices must be between -4 and 3, got 4'),
-    (dict(frozen_stages=5), ValueError, 'frozen_stages must be between -1 and 4, got 5'),
-    (dict(drop_path_rate=1.0), ValueError, r'drop_path_rate must lie in \[0, 1\), got 1.0'),
-    (dict(img_size=0), ValueError, 'img_size must be at least 1, got 0'),
-    (dict(img_size='224'), TypeError, "img_size takes integers, got '224'"),
-    (dict(img_size=(1, 2, 3)), ValueError, r'img_size is a side, or height and width, got \(1, 2, 3\)'),
-    (dict(arch='test-hier', cls_token='mean'), TypeError, "unexpected keyword argument 'cls_token'"),
-])
+@pytest.mark.parametrize(
+    ('options', 'error', 'message'),
+    [
+        (dict(arch='tinny'), ValueError, r"V2M has no arch 'tinny' \(did you mean 'tiny'\?\)"),
+        (dict(arch=dict(embed_dims=16)), ValueError, "got None in {'embed_dims': 16}"),
+        (dict(arch=7), TypeError, "V2M's arch is a name or a dict, got int: 7"),
+        (dict(cls_token='middle'), ValueError, "cls_token is one of 'mean', 'corner', 'center', got 'middle'"),
+        (dict(out_type='raw'), ValueError, "out_type is 'featmap' or 'cls_token', got 'raw'"),
+        (dict(pyramid='fpn'), ValueError, "pyramid is None, 'single' or 'multi', got 'fpn'"),
+        (
+            dict(pyramid='single', out_type='cls_token'),
+            ValueError,
+            "out_type='cls_token' needs pyramid=None, got 'single'",
+        ),
+        (
+            dict(pyramid='single', out_indices=(1, 2)),
+            ValueError,
+            r"pyramid='single' takes 1 of the blocks .* got \(1, 2\)",
+        ),
+        (
+            dict(pyramid='multi', out_indices=(1, 2)),
+            ValueError,
+            r"pyramid='multi' takes 4 of the blocks .* got \(1, 2\)",
+        ),
+        (dict(pyramid='single', arch=dict(PLAIN_ARCH, embed_dims=18)), ValueError, 'must divide by 4, got 18'),
+        (dict(out_indices=4), ValueError, 'out_indices must be between -4 and 3, got 4'),
+        (dict(frozen_stages=5), ValueError, 'frozen_stages must be between -1 and 4, got 5'),
+        (dict(drop_path_rate=1.0), ValueError, r'drop_path_rate must lie in \[0, 1\), got 1.0'),
+        (dict(img_size=0), ValueError, 'img_size must be at least 1, got 0'),
+        (dict(img_size='224'), TypeError, "img_size takes integers, got '224'"),
+        (dict(img_size=(1, 2, 3)), ValueError, r'img_size is a side, or height and width, got \(1, 2, 3\)'),
+        (dict(arch='test-hier', cls_token='mean'), TypeError, "unexpected keyword argument 'cls_token'"),
+    ],
+)
 def test_wrong_options_are_refused(options, error, message):
     with pytest.raises(error, match=message):
         V2M(**{'arch': 'test', **options})

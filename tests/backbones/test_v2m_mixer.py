@@ -98,11 +98,16 @@ def hierarchical_by_loops(layer, x):
     u, z = (x @ layer.in_proj.weight.t()).chunk(2, dim=-1)
     gate = silu(z)
     padded = F.pad(u, (0, 0, 1, 1, 1, 1))
-    u = silu(sum(padded[:, i:i + height, j:j + width] * layer.conv.weight[:, 0, i, j]
-                 for i in range(3) for j in range(3)))
+    u = silu(
+        sum(
+            padded[:, i : i + height, j : j + width] * layer.conv.weight[:, 0, i, j] for i in range(3) for j in range(3)
+        )
+    )
     rank, states = layer.dt_rank, layer.d_state
     steps, projections = layer.x_proj.weight.split([2 * rank, 2 * states])
-    weights = [torch.cat([steps[k * rank:(k + 1) * rank], projections[k * states:(k + 1) * states]]) for k in (0, 1)]
+    weights = [
+        torch.cat([steps[k * rank : (k + 1) * rank], projections[k * states : (k + 1) * states]]) for k in (0, 1)
+    ]
     total = {}
     for from_right, from_bottom in CORNERS:
         s = {}
@@ -135,8 +140,9 @@ def test_mixers_equal_loops_over_the_corners(kind, size, d_state):
     y, expected = layer(x), BY_LOOPS[kind](layer, x)
     torch.testing.assert_close(y, expected)
     weights = torch.randn_like(y)
-    for ours, theirs in zip(torch.autograd.grad(y, inputs, weights), torch.autograd.grad(expected, inputs, weights),
-                            strict=True):
+    for ours, theirs in zip(
+        torch.autograd.grad(y, inputs, weights), torch.autograd.grad(expected, inputs, weights), strict=True
+    ):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -160,11 +166,15 @@ def test_an_impulse_fills_exactly_the_quadrant_behind_it(kind, from_right, from_
     changed = x.clone()
     changed[0, pixel[0], pixel[1]] += 1
     with torch.no_grad():
-        response = (layer.corner(changed, gate, from_right, from_bottom) -
-                    layer.corner(x, gate, from_right, from_bottom)).abs().amax(-1)
+        response = (
+            (layer.corner(changed, gate, from_right, from_bottom) - layer.corner(x, gate, from_right, from_bottom))
+            .abs()
+            .amax(-1)
+        )
     rows, columns = torch.arange(5)[:, None], torch.arange(7)[None, :]
     reached = (rows <= pixel[0] if from_bottom else rows >= pixel[0]) & (
-        columns <= pixel[1] if from_right else columns >= pixel[1])
+        columns <= pixel[1] if from_right else columns >= pixel[1]
+    )
     assert torch.equal(response[0] > 1e-12, reached)
     assert (response[1] == 0).all()
 
@@ -224,14 +234,18 @@ class Record(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(('kind', 'scans', 'calls'), [
-    (PlainV2MMixer, 6, {'row_conv': 2, 'x_proj.0': 2, 'column_conv': 4, 'x_proj.1': 4}),
-    (HierarchicalV2MMixer, 4, {'conv': 1, 'x_proj': 1}),
-])
+@pytest.mark.parametrize(
+    ('kind', 'scans', 'calls'),
+    [
+        (PlainV2MMixer, 6, {'row_conv': 2, 'x_proj.0': 2, 'column_conv': 4, 'x_proj.1': 4}),
+        (HierarchicalV2MMixer, 4, {'conv': 1, 'x_proj': 1}),
+    ],
+)
 def test_corners_share_work_and_reorder_no_map(kind, scans, calls):
     layer = random_mixer(kind, dtype=torch.float32)
     counted = dict.fromkeys(calls, 0)
     for name in calls:
+
         def count(*_, name=name):
             counted[name] += 1
 
@@ -251,8 +265,11 @@ def test_causal_convolutions_look_back_only(axis, size):
     x = torch.randn(2, *size, 4, dtype=torch.float64)
     dim = 2 if axis == 'row' else 1
     line = x.movedim(dim, 0)
-    expected = torch.stack([
-        conv.bias + sum(conv.weight.flatten(1)[:, 3 - k] * line[i - k] for k in range(min(i + 1, 4)))
-        for i in range(len(line))]).movedim(0, dim)
+    expected = torch.stack(
+        [
+            conv.bias + sum(conv.weight.flatten(1)[:, 3 - k] * line[i - k] for k in range(min(i + 1, 4)))
+            for i in range(len(line))
+        ]
+    ).movedim(0, dim)
     torch.testing.assert_close(conv(x), expected)
     torch.testing.assert_close(conv(x.flip(dim), reverse=True).flip(dim), expected)

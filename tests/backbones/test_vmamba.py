@@ -34,10 +34,14 @@ def meta_classifier(arch):
 
     width = VMamba.ARCHS[VMamba.ALIASES.get(arch, arch)]['embed_dims'] * 8
     with torch.device('meta'):
-        return CLASSIFIERS.build(dict(
-            type='mmpretrain.ImageClassifier', backbone=dict(type='VMamba', arch=arch, out_indices=(3,)),
-            neck=dict(type='mmpretrain.GlobalAveragePooling'),
-            head=dict(type='mmpretrain.LinearClsHead', num_classes=1000, in_channels=width)))
+        return CLASSIFIERS.build(
+            dict(
+                type='mmpretrain.ImageClassifier',
+                backbone=dict(type='VMamba', arch=arch, out_indices=(3,)),
+                neck=dict(type='mmpretrain.GlobalAveragePooling'),
+                head=dict(type='mmpretrain.LinearClsHead', num_classes=1000, in_channels=width),
+            )
+        )
 
 
 def official_shape(name, tensor, version):
@@ -89,7 +93,9 @@ def ss2d_by_loops(layer, x):
     u = x @ layer.in_proj.weight.t()
     u, z = (u[..., :inner], u[..., inner:]) if layer.gate else (u, None)
     padded = F.pad(u, (0, 0, 1, 1, 1, 1))
-    u = sum(padded[:, i:i + height, j:j + width] * layer.conv.weight[:, 0, i, j] for i in range(3) for j in range(3))
+    u = sum(
+        padded[:, i : i + height, j : j + width] * layer.conv.weight[:, 0, i, j] for i in range(3) for j in range(3)
+    )
     if layer.conv.bias is not None:
         u = u + layer.conv.bias
     u = u * torch.sigmoid(u)
@@ -98,7 +104,7 @@ def ss2d_by_loops(layer, x):
     columns = [(i, j) for j in range(width) for i in range(height)]
     pixels = {(i, j): 0 for i, j in rows}
     for k, route in enumerate([rows, columns, rows[::-1], columns[::-1]]):
-        weight = layer.x_proj.weight[k * (rank + 2 * states):(k + 1) * (rank + 2 * states)]
+        weight = layer.x_proj.weight[k * (rank + 2 * states) : (k + 1) * (rank + 2 * states)]
         A = -torch.exp(layer.A_log[k])
         h = x.new_zeros(batch, inner, states)
         for i, j in route:
@@ -132,8 +138,9 @@ def test_ss2d_equals_loops_over_the_routes(d_state, gate, size):
     y, expected = layer(x), ss2d_by_loops(layer, x)
     torch.testing.assert_close(y, expected)
     weights = torch.randn_like(y)
-    for ours, theirs in zip(torch.autograd.grad(y, inputs, weights), torch.autograd.grad(expected, inputs, weights),
-                            strict=True):
+    for ours, theirs in zip(
+        torch.autograd.grad(y, inputs, weights), torch.autograd.grad(expected, inputs, weights), strict=True
+    ):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -175,19 +182,22 @@ def test_an_image_turned_upside_down_gives_turned_maps_once_the_routes_are_rever
     torch.testing.assert_close(twin(x.flip(1, 2)).flip(1, 2), layer(x))
 
 
-@pytest.mark.parametrize(('change', 'error', 'message'), [
-    (dict(version='v1'), ValueError, "version is 'v2' or 'v0' .*, got 'v1'"),
-    (dict(embed_dims=15), ValueError, 'must be even, got 15'),
-    (dict(embed_dims=0), ValueError, 'embed_dims must be at least 2, got 0'),
-    (dict(depths=[2, 0]), ValueError, 'depths must be at least 1, got 0'),
-    (dict(depths=[]), TypeError, r'non-empty sequence of integers, got \[\]'),
-    (dict(depths=4), TypeError, 'got 4'),
-    (dict(d_state=0), ValueError, 'd_state must be at least 1, got 0'),
-    (dict(d_state=1.5), TypeError, 'got 1.5'),
-    (dict(ssm_ratio=0), ValueError, 'ssm_ratio must be positive .* got 0 of 16'),
-    (dict(ssm_ratio=0.3), ValueError, 'whole number of channels, got 0.3 of 16'),
-    (dict(mlp_ratio=4), ValueError, "VMamba's arch dict has unknown mlp_ratio; its keys are embed_dims, depths"),
-])
+@pytest.mark.parametrize(
+    ('change', 'error', 'message'),
+    [
+        (dict(version='v1'), ValueError, "version is 'v2' or 'v0' .*, got 'v1'"),
+        (dict(embed_dims=15), ValueError, 'must be even, got 15'),
+        (dict(embed_dims=0), ValueError, 'embed_dims must be at least 2, got 0'),
+        (dict(depths=[2, 0]), ValueError, 'depths must be at least 1, got 0'),
+        (dict(depths=[]), TypeError, r'non-empty sequence of integers, got \[\]'),
+        (dict(depths=4), TypeError, 'got 4'),
+        (dict(d_state=0), ValueError, 'd_state must be at least 1, got 0'),
+        (dict(d_state=1.5), TypeError, 'got 1.5'),
+        (dict(ssm_ratio=0), ValueError, 'ssm_ratio must be positive .* got 0 of 16'),
+        (dict(ssm_ratio=0.3), ValueError, 'whole number of channels, got 0.3 of 16'),
+        (dict(mlp_ratio=4), ValueError, "VMamba's arch dict has unknown mlp_ratio; its keys are embed_dims, depths"),
+    ],
+)
 def test_wrong_arch_dicts_are_refused(change, error, message):
     arch = dict(embed_dims=16, depths=[1, 1], d_state=1, ssm_ratio=1.0, version='v2')
     VMamba(arch, out_indices=0)

@@ -282,9 +282,7 @@ def test_peak_memory_grows_with_the_pixels() -> None:
     assert 2 < large / small < 8
 
 
-def test_a_scaling_that_fails_does_not_stop_the_rest(
-    small_registry: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_scaling_that_fails_does_not_stop_the_rest(small_registry: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*given: object) -> int:
         raise RuntimeError('no memory for it')
 

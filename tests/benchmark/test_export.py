@@ -17,8 +17,9 @@ def test_export_against_the_backbone(write_config, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(export, 'config_file', lambda name: str(write_config(name)))
     exported: list[int] = []
     timed = export.seconds_per_image
-    monkeypatch.setattr(export, 'seconds_per_image',
-                        lambda written, batch: exported.append(len(written)) or timed(written, batch))
+    monkeypatch.setattr(
+        export, 'seconds_per_image', lambda written, batch: exported.append(len(written)) or timed(written, batch)
+    )
     small = ExportComparison('export/small', 'a small one', 'mmpretrain', size=32, batch_size=2, batches=2, workers=0)
     result = measure_export(small, Settings(repeats=2))
     assert not result['failed'] and exported == [6, 6]

@@ -120,7 +120,8 @@ def test_records_agree_with_each_other(configs: dict[str, str]) -> None:
 def test_curves_are_the_records() -> None:
     records = [
         dict(model=model, what=what, height=height, width=2 * height, images_per_s=speed * height, peak_bytes=2**20)
-        for model, speed in (('one', 1.0), ('two', 2.0)) for what in ('inference', 'training step')
+        for model, speed in (('one', 1.0), ('two', 2.0))
+        for what in ('inference', 'training step')
         for height in (64, 32)
     ]
     figure = draw_models(records, 'heading')
@@ -138,8 +139,23 @@ def test_command_measures_and_draws(
     tool: ModuleType, configs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     image, record = tmp_path / 'out.png', tmp_path / 'out.json'
-    arguments = [configs['mmpretrain'], '--shape', '64', '64', '--shape', '32', '64', '--backbone', '--amp',
-                 '--repeats', '1', '--plot', str(image), '--json', str(record)]
+    arguments = [
+        configs['mmpretrain'],
+        '--shape',
+        '64',
+        '64',
+        '--shape',
+        '32',
+        '64',
+        '--backbone',
+        '--amp',
+        '--repeats',
+        '1',
+        '--plot',
+        str(image),
+        '--json',
+        str(record),
+    ]
     assert tool.main(arguments) == 0
     table, progress = capsys.readouterr()
     report = json.loads(record.read_text())

@@ -49,8 +49,10 @@ def diagonals(*inputs):
         ('cross', cross_scan_by_loop, (2, 4, 5, 6), 3),
         ('cross', indexed_scan, (2, 4, 5, 6), 1),
         ('cross', indexed_scan, (2, 5, 3, 6), 3),
-        *(('wavefront', diagonals, (2, height, width, 3), 4)
-          for height, width in ((1, 1), (1, 5), (4, 1), (2, 2), (5, 3), (3, 7))),
+        *(
+            ('wavefront', diagonals, (2, height, width, 3), 4)
+            for height, width in ((1, 1), (1, 5), (4, 1), (2, 2), (5, 3), (3, 7))
+        ),
     ],
 )
 def test_baselines_compute_what_the_scans_compute(kind, baseline, shape, states) -> None:

@@ -20,9 +20,15 @@ def build(library, config):
 def classifier(backbone, width, neck='GlobalAveragePooling', head='LinearClsHead'):
     """mmpretrain's classifier of 1000 classes."""
     import_module('ssm_backbones.heads')
-    return build('mmpretrain', dict(
-        type='ImageClassifier', backbone=backbone, neck=neck and dict(type=neck),
-        head=dict(type=head, num_classes=1000, in_channels=width)))
+    return build(
+        'mmpretrain',
+        dict(
+            type='ImageClassifier',
+            backbone=backbone,
+            neck=neck and dict(type=neck),
+            head=dict(type=head, num_classes=1000, in_channels=width),
+        ),
+    )
 
 
 def detector(backbone, widths):

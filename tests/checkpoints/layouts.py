@@ -80,9 +80,13 @@ def vmamba_backbone(embed_dims, depths, ssm_ratio=2.0, d_state=None, version='v2
 def vmamba_classifier(*, embed_dims, depths, num_classes=1000, **options):
     """What the authors' classification checkpoints hold."""
     width = embed_dims * 2 ** (len(depths) - 1)
-    return {**vmamba_backbone(embed_dims, depths, **options),
-            'classifier.norm.weight': [width], 'classifier.norm.bias': [width],
-            'classifier.head.weight': [num_classes, width], 'classifier.head.bias': [num_classes]}
+    return {
+        **vmamba_backbone(embed_dims, depths, **options),
+        'classifier.norm.weight': [width],
+        'classifier.norm.bias': [width],
+        'classifier.head.weight': [num_classes, width],
+        'classifier.head.bias': [num_classes],
+    }
 
 
 def vmamba_pyramid(*, embed_dims, depths, out_indices=(0, 1, 2, 3), **options):
@@ -143,9 +147,12 @@ def mamba2d_classifier(*, embed_dims, num_classes=1000, **options):
     """What the authors' classification checkpoints hold."""
     width = embed_dims[-1]
     layout = {f'backbone.{name}': shape for name, shape in mamba2d_backbone(embed_dims, **options).items()}
-    for name, shape, bias in [('norm', [width], width), ('head.fc1', [4 * width, width], 4 * width),
-                              ('head.norm', [4 * width], 4 * width),
-                              ('head.fc2', [num_classes, 4 * width], num_classes)]:
+    for name, shape, bias in [
+        ('norm', [width], width),
+        ('head.fc1', [4 * width, width], 4 * width),
+        ('head.norm', [4 * width], 4 * width),
+        ('head.fc2', [num_classes, 4 * width], num_classes),
+    ]:
         layout[f'{name}.weight'], layout[f'{name}.bias'] = shape, [bias]
     return layout
 

@@ -51,8 +51,11 @@ def _norm(tensors, name, x):
 
 def _block(tensors, name, x, reverse):
     mixer = _attention if f'{name}.token_mixer.qkv.weight' in tensors else _scan_mixer
-    t = {key.removeprefix(f'{name}.token_mixer.'): value for key, value in tensors.items()
-         if key.startswith(f'{name}.token_mixer.')}
+    t = {
+        key.removeprefix(f'{name}.token_mixer.'): value
+        for key, value in tensors.items()
+        if key.startswith(f'{name}.token_mixer.')
+    }
     x = x * tensors[f'{name}.res_scale1.scale'] + mixer(t, _norm(tensors, f'{name}.norm1', x), reverse)
     hidden = F.gelu(F.linear(_norm(tensors, f'{name}.norm2', x), *_both(tensors, f'{name}.MLP.fc1')))
     return x * tensors[f'{name}.res_scale2.scale'] + F.linear(hidden, *_both(tensors, f'{name}.MLP.fc2'))
@@ -62,9 +65,11 @@ def _scan_mixer(t, x, reverse):
     u = F.gelu(F.linear(x, *_both(t, 'in_proj')))
     rank, states = t['dt_projT.weight'].shape[1], t['AT_log'].shape[1]
     step_top, step_left, B_top, B_left, C = (u @ t['x_proj.weight'].t()).split(
-        [rank, rank, states, states, states], dim=-1)
-    delta_top, delta_left = (F.softplus(F.linear(step, *_both(t, name)))
-                             for step, name in ((step_top, 'dt_projT'), (step_left, 'dt_projL')))
+        [rank, rank, states, states, states], dim=-1
+    )
+    delta_top, delta_left = (
+        F.softplus(F.linear(step, *_both(t, name))) for step, name in ((step_top, 'dt_projT'), (step_left, 'dt_projL'))
+    )
     A_top, A_left = -t['AT_log'].exp(), -t['AL_log'].exp()
     _, height, width, _ = x.shape
     h = {}
@@ -72,10 +77,18 @@ def _scan_mixer(t, x, reverse):
     for i in range(height):
         for j in range(width):
             at = (slice(None), height - 1 - i, width - 1 - j) if reverse else (slice(None), i, j)
-            from_top = (torch.exp(delta_top[at][..., None] * A_top), i - 1, j,
-                        (delta_top[at] * u[at])[..., None] * B_top[at][:, None])
-            from_left = (torch.exp(delta_left[at][..., None] * A_left), i, j - 1,
-                         (delta_left[at] * u[at])[..., None] * B_left[at][:, None])
+            from_top = (
+                torch.exp(delta_top[at][..., None] * A_top),
+                i - 1,
+                j,
+                (delta_top[at] * u[at])[..., None] * B_top[at][:, None],
+            )
+            from_left = (
+                torch.exp(delta_left[at][..., None] * A_left),
+                i,
+                j - 1,
+                (delta_left[at] * u[at])[..., None] * B_left[at][:, None],
+            )
             # At the edges one neighbour alone counts, in the corner the left one's input.
             sides = [from_left] if i == 0 else [from_top] if j == 0 else [from_top, from_left]
             h[i, j] = sum(decay * h.get((a, b), 0) + entry for decay, a, b, entry in sides) / len(sides)
@@ -97,7 +110,7 @@ def _attention(t, x, reverse):
     qkv = (x @ t['qkv.weight'].t()).view(batch, height * width, 3, channels // HEAD_WIDTH, HEAD_WIDTH)
     q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
     q, k = _norm(t, 'q_norm', _rotated(q, width)), _norm(t, 'k_norm', _rotated(k, width))
-    weights = (q @ k.transpose(-1, -2) / HEAD_WIDTH ** 0.5).softmax(-1)
+    weights = (q @ k.transpose(-1, -2) / HEAD_WIDTH**0.5).softmax(-1)
     return (weights @ v).transpose(1, 2).reshape(x.shape) @ t['proj.weight'].t()
 
 

@@ -95,7 +95,6 @@ def _ss2d(tensors, name, x):
             out.append((h * C[:, None, :, i]).sum(2) + D[k] * route[:, :, i])
         result = torch.stack(out, dim=2)
         result = result.flip(2) if k > 1 else result
-        y = y + (result.view(x.shape) if k % 2 == 0 else
-                 result.view(batch, inner, width, height).transpose(2, 3))
+        y = y + (result.view(x.shape) if k % 2 == 0 else result.view(batch, inner, width, height).transpose(2, 3))
     y = norm(tensors, f'{name}.out_norm', y)
     return linear(y if z is None else y * F.silu(z), t['out_proj.weight'])

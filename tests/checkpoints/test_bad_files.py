@@ -51,7 +51,7 @@ def legacy(folder):
 
 def flipped(content):
     changed = bytearray(content)
-    changed[len(changed) // 2] ^= 0xff
+    changed[len(changed) // 2] ^= 0xFF
     return bytes(changed)
 
 
@@ -218,11 +218,13 @@ def test_detectors_are_strict_about_their_backbone():
 
 def test_mamba2d_is_strict_too():
     tensors = random_tensors(mamba2d_classifier(embed_dims=[16, 24, 32, 64], depths=[2, 2, 1, 1], num_classes=10))
-    for name, message in [('backbone.stages.1.2.weight', 'lacks backbone.stages.1.2.weight'),
-                          ('backbone.stages.1.2.bias', r'backbone.stages.1.2.bias \(24\) is missing'),
-                          ('head.fc2.weight', r'head.fc2.weight \(10, 256\) is missing'),
-                          ('norm.weight', r'norm.weight \(64\) is missing'),
-                          ('backbone.ds.stem.conv.weight', 'stem.conv.weight .* is missing')]:
+    for name, message in [
+        ('backbone.stages.1.2.weight', 'lacks backbone.stages.1.2.weight'),
+        ('backbone.stages.1.2.bias', r'backbone.stages.1.2.bias \(24\) is missing'),
+        ('head.fc2.weight', r'head.fc2.weight \(10, 256\) is missing'),
+        ('norm.weight', r'norm.weight \(64\) is missing'),
+        ('backbone.ds.stem.conv.weight', 'stem.conv.weight .* is missing'),
+    ]:
         with pytest.raises(CheckpointError, match=message):
             convert_checkpoint({'state_dict': without(tensors, name)})
     with pytest.raises(CheckpointError, match='neck.weight is not expected'):
@@ -232,12 +234,18 @@ def test_mamba2d_is_strict_too():
         convert_checkpoint({'state_dict': nested})
 
 
-@pytest.mark.parametrize(('checkpoint', 'message'), [
-    ({}, 'x.pth holds no tensors by name, but nothing'),
-    ({'epoch': 3, 'model': {'a': {'b': 1}}}, "holds no tensors by name, but 'epoch', 'model'"),
-    ({'state_dict': {'conv1.weight': torch.ones(1), 'fc.bias': torch.ones(1)}},
-     'no tensor has the name of one of their blocks. Its 2 tensors in state_dict begin with conv1.weight, fc.bias'),
-])
+@pytest.mark.parametrize(
+    ('checkpoint', 'message'),
+    [
+        ({}, 'x.pth holds no tensors by name, but nothing'),
+        ({'epoch': 3, 'model': {'a': {'b': 1}}}, "holds no tensors by name, but 'epoch', 'model'"),
+        (
+            {'state_dict': {'conv1.weight': torch.ones(1), 'fc.bias': torch.ones(1)}},
+            'no tensor has the name of one of their blocks. '
+            'Its 2 tensors in state_dict begin with conv1.weight, fc.bias',
+        ),
+    ],
+)
 def test_foreign_checkpoints_are_refused(checkpoint, message):
     with pytest.raises(CheckpointError, match=message):
         convert_checkpoint(checkpoint, source='x.pth')
@@ -245,22 +253,31 @@ def test_foreign_checkpoints_are_refused(checkpoint, message):
 
 def test_our_own_checkpoints_are_not_converted_twice():
     converted, _ = convert_checkpoint({'model': classifier()})
-    with pytest.raises(CheckpointError, match="has this package's own names already: load it with init_cfg=dict.*"
-                                              r"checkpoint=\.\.\., prefix='backbone\.'\) or load_from"):
+    with pytest.raises(
+        CheckpointError,
+        match="has this package's own names already: load it with init_cfg=dict.*"
+        r"checkpoint=\.\.\., prefix='backbone\.'\) or load_from",
+    ):
         convert_checkpoint(converted)
     bare = convert_checkpoint({'model': classifier()}, backbone_only=True)[0]
-    with pytest.raises(CheckpointError, match=r"already: .*checkpoint=\.\.\.\) or load_from"):
+    with pytest.raises(CheckpointError, match=r'already: .*checkpoint=\.\.\.\) or load_from'):
         convert_checkpoint(bare)
     with pytest.raises(CheckpointError, match='is no checkpoint of ours'):
         restore_checkpoint({'model': classifier()})
 
 
-@pytest.mark.parametrize(('change', 'message'), [
-    (lambda t: without(t, 'backbone.stages.2.blocks.1.mixer.D'), r'stages.2.blocks.1.mixer.D \(4, 64\) is missing'),
-    (lambda t: {**t, 'backbone.extra': torch.ones(1)}, 'extra is not expected'),
-    (lambda t: without(t, 'head.fc.bias'), 'head.fc.bias .* is missing'),
-    (lambda t: without(t, 'backbone.stages.0.blocks.0.norm1.weight'), 'lacks backbone.stages.0.blocks.0.norm1.weight'),
-])
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda t: without(t, 'backbone.stages.2.blocks.1.mixer.D'), r'stages.2.blocks.1.mixer.D \(4, 64\) is missing'),
+        (lambda t: {**t, 'backbone.extra': torch.ones(1)}, 'extra is not expected'),
+        (lambda t: without(t, 'head.fc.bias'), 'head.fc.bias .* is missing'),
+        (
+            lambda t: without(t, 'backbone.stages.0.blocks.0.norm1.weight'),
+            'lacks backbone.stages.0.blocks.0.norm1.weight',
+        ),
+    ],
+)
 def test_incomplete_checkpoints_of_ours_are_not_restored(change, message):
     converted, _ = convert_checkpoint({'model': classifier()})
     with pytest.raises(CheckpointError, match=message):

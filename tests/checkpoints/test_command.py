@@ -75,11 +75,17 @@ def test_options_that_contradict_each_other(command, capsys):
 
 def test_errors_are_one_line_and_leave_no_file(tmp_path):
     (tmp_path / 'page.pth').write_text('<html>')
-    run = subprocess.run([sys.executable, TOOL, 'page.pth', 'ours.pth'], cwd=tmp_path, text=True, capture_output=True,
-                         env={**os.environ, 'PYTHONPATH': str(TOOL.parents[1])})
+    run = subprocess.run(
+        [sys.executable, TOOL, 'page.pth', 'ours.pth'],
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        env={**os.environ, 'PYTHONPATH': str(TOOL.parents[1])},
+    )
     assert run.returncode == 2
     assert [line for line in run.stderr.splitlines() if line.startswith('error: ')] == [
         'error: page.pth is a web page, not a checkpoint: what was saved is the page that led to the file, or an error '
-        'page. Download the file itself.']
+        'page. Download the file itself.'
+    ]
     assert 'Traceback' not in run.stderr
     assert [entry.name for entry in tmp_path.iterdir()] == ['page.pth']

@@ -73,17 +73,23 @@ def test_the_authors_tensors_in_a_whole_model_are_converted(case, load, tmp_path
     for name, tensor in model.backbone.state_dict().items():
         assert torch.equal(tensor, converted[name]), name
     assert model.head.weight.eq(7).all()
-    assert any("is converted to our names" in line for line in log)
+    assert any('is converted to our names' in line for line in log)
     assert not any('do not match' in line for line in log)
 
 
 @pytest.mark.parametrize('load', LOADERS)
-@pytest.mark.parametrize(('change', 'message'), [
-    (lambda t: {name: tensor for name, tensor in t.items() if 'blocks.0.op.Ds' not in name}, 'op.Ds .* is missing'),
-    (lambda t: {name: tensor for name, tensor in t.items() if 'outnorm' not in name}, 'has no output norms'),
-    (lambda t: random_tensors(vmamba_pyramid(embed_dims=16, depths=[1, 1, 3, 1], ssm_ratio=1.0)), 'does not fit the'),
-    (lambda t: random_tensors(mamba2d_backbone(**SMALL_MAMBA2D)), 'is of Mamba2D, .*does not fit the VMamba'),
-])
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda t: {name: tensor for name, tensor in t.items() if 'blocks.0.op.Ds' not in name}, 'op.Ds .* is missing'),
+        (lambda t: {name: tensor for name, tensor in t.items() if 'outnorm' not in name}, 'has no output norms'),
+        (
+            lambda t: random_tensors(vmamba_pyramid(embed_dims=16, depths=[1, 1, 3, 1], ssm_ratio=1.0)),
+            'does not fit the',
+        ),
+        (lambda t: random_tensors(mamba2d_backbone(**SMALL_MAMBA2D)), 'is of Mamba2D, .*does not fit the VMamba'),
+    ],
+)
 def test_the_authors_tensors_that_do_not_fit_are_refused(change, message, load, tmp_path):
     model = Model()
     before = snapshot(model)
@@ -93,8 +99,11 @@ def test_the_authors_tensors_that_do_not_fit_are_refused(change, message, load, 
 
 
 @pytest.mark.parametrize('load', LOADERS)
-@pytest.mark.parametrize('wrap', [dict, lambda t: {'model': t}, lambda t: {'state_dict': prefixed('backbone.', t)}],
-                         ids=['bare', 'model', 'detector'])
+@pytest.mark.parametrize(
+    'wrap',
+    [dict, lambda t: {'model': t}, lambda t: {'state_dict': prefixed('backbone.', t)}],
+    ids=['bare', 'model', 'detector'],
+)
 def test_the_authors_tensors_for_a_backbone_alone_are_refused_with_the_type_to_use(wrap, load, tmp_path):
     model = VMamba('test')
     before = snapshot(model)
@@ -106,16 +115,28 @@ def test_the_authors_tensors_for_a_backbone_alone_are_refused_with_the_type_to_u
 FILES = {
     'official classifier': (lambda own: {'model': classifier()}, r"holds none of the VMamba's tensors.*tools/convert"),
     'foreign': (lambda own: {'state_dict': {'backbone.layer1.weight': torch.ones(2)}}, "none of the VMamba's tensors"),
-    'foreign, of like names': (lambda own: {'state_dict': {
-        'backbone.stages.0.blocks.0.norm1.weight': torch.ones(16), 'backbone.norm3.weight': torch.ones(128)}},
-        r'does not fit the VMamba: patch_embed\..*; and \d+ more\. Build'),
+    'foreign, of like names': (
+        lambda own: {
+            'state_dict': {
+                'backbone.stages.0.blocks.0.norm1.weight': torch.ones(16),
+                'backbone.norm3.weight': torch.ones(128),
+            }
+        },
+        r'does not fit the VMamba: patch_embed\..*; and \d+ more\. Build',
+    ),
     'a head alone': (lambda own: {'state_dict': {'head.weight': torch.ones(2, 3)}}, "none of the VMamba's tensors"),
     'a bare backbone': (lambda own: {'state_dict': own}, "none of the VMamba's tensors"),
     'another arch': (lambda own: {'state_dict': prefixed('backbone.', VMamba(V0).state_dict())}, 'does not fit the VM'),
-    'a deeper one': (lambda own: {'state_dict': prefixed(
-        'backbone.', {**own, 'stages.2.blocks.2.norm1.weight': torch.ones(64)})}, 'blocks.2.norm1.weight is not exp'),
-    'other images': (lambda own: {'state_dict': prefixed(
-        'backbone.', {**own, 'patch_embed.first.conv.weight': torch.ones(8, 4, 3, 3)})}, 'adapt_stem'),
+    'a deeper one': (
+        lambda own: {'state_dict': prefixed('backbone.', {**own, 'stages.2.blocks.2.norm1.weight': torch.ones(64)})},
+        'blocks.2.norm1.weight is not exp',
+    ),
+    'other images': (
+        lambda own: {
+            'state_dict': prefixed('backbone.', {**own, 'patch_embed.first.conv.weight': torch.ones(8, 4, 3, 3)})
+        },
+        'adapt_stem',
+    ),
     'a compiled one': (lambda own: {'state_dict': prefixed('backbone._orig_mod.', own)}, "begin with '_orig_mod.'"),
 }
 
@@ -150,8 +171,9 @@ def test_files_of_adapters_alone_are_loaded(tmp_path):
     model = Model()
     weight = nn.Parameter(torch.zeros(4, 16))
     model.backbone.stages[0].blocks[0].mixer.in_proj.register_parameter('lora_down', weight)
-    by_mmengine(model, {'state_dict': {'backbone.stages.0.blocks.0.mixer.in_proj.lora_down': torch.ones(4, 16)}},
-                tmp_path)
+    by_mmengine(
+        model, {'state_dict': {'backbone.stages.0.blocks.0.mixer.in_proj.lora_down': torch.ones(4, 16)}}, tmp_path
+    )
     assert weight.eq(1).all()
 
 
@@ -160,9 +182,13 @@ def test_mamba2d_s_head_takes_no_half_of_the_authors(tmp_path):
 
     import ssm_backbones.heads  # noqa: F401
 
-    model = CLASSIFIERS.build(dict(
-        type='mmpretrain.ImageClassifier', backbone=dict(type='Mamba2D', arch='test', out_indices=3),
-        head=dict(type='Mamba2DClsHead', num_classes=10, in_channels=64)))
+    model = CLASSIFIERS.build(
+        dict(
+            type='mmpretrain.ImageClassifier',
+            backbone=dict(type='Mamba2D', arch='test', out_indices=3),
+            head=dict(type='Mamba2DClsHead', num_classes=10, in_channels=64),
+        )
+    )
     official = random_tensors(mamba2d_classifier(**SMALL_MAMBA2D, num_classes=10))
     with pytest.raises(CheckpointError, match="Mamba2DClsHead is given the authors' classifier.*tools/convert"):
         by_mmengine(model, {'state_dict': official}, tmp_path)
@@ -174,7 +200,8 @@ def test_no_name_of_ours_is_one_of_theirs():
     """How the authors' tensors are told from ours."""
     for model, layout in [
         (VMamba('test'), vmamba_pyramid(embed_dims=16, depths=[1, 1, 2, 1])),
-        (VMamba(V0), vmamba_pyramid(**V0)), (VMamba('test'), vmamba_classifier(embed_dims=16, depths=[1, 1, 2, 1])),
+        (VMamba(V0), vmamba_pyramid(**V0)),
+        (VMamba('test'), vmamba_classifier(embed_dims=16, depths=[1, 1, 2, 1])),
         (Mamba2D('test'), mamba2d_backbone(**SMALL_MAMBA2D)),
     ]:
         assert model.state_dict().keys().isdisjoint(layout)
@@ -185,16 +212,25 @@ PRETRAINED = {
     'official names': (lambda own: {'model': classifier()}, None, "type='OfficialPretrained'"),
     'bare official names': (lambda own: classifier(), None, "type='OfficialPretrained'"),
     'official detector': (lambda own: {'state_dict': prefixed('backbone.', pyramid())}, None, "'OfficialPretrained'"),
-    'official detector, prefix': (lambda own: {'state_dict': prefixed('backbone.', pyramid())}, 'backbone.',
-                                  "'OfficialPretrained'"),
+    'official detector, prefix': (
+        lambda own: {'state_dict': prefixed('backbone.', pyramid())},
+        'backbone.',
+        "'OfficialPretrained'",
+    ),
     'a whole model': (lambda own: {'state_dict': prefixed('backbone.', own)}, None, "Give prefix='backbone.' beside"),
-    'another prefix': (lambda own: {'state_dict': prefixed('student.backbone.', own)}, 'backbone.',
-                       "Give prefix='student.backbone.' beside"),
+    'another prefix': (
+        lambda own: {'state_dict': prefixed('student.backbone.', own)},
+        'backbone.',
+        "Give prefix='student.backbone.' beside",
+    ),
     'a prefix too many': (lambda own: {'state_dict': own}, 'backbone.', 'Leave out the prefix'),
     'a trainer of another kind': (lambda own: {'model': own}, None, "lie under 'model'"),
     'a foreign one': (lambda own: {'state_dict': {'conv1.weight': torch.ones(1)}}, None, 'holds none of the VMamba'),
-    'a deeper one': (lambda own: {'state_dict': {**own, 'stages.2.blocks.2.norm1.weight': torch.ones(64)}}, None,
-                     'stages.2.blocks.2.norm1.weight is not expected'),
+    'a deeper one': (
+        lambda own: {'state_dict': {**own, 'stages.2.blocks.2.norm1.weight': torch.ones(64)}},
+        None,
+        'stages.2.blocks.2.norm1.weight is not expected',
+    ),
     'another arch': (lambda own: {'state_dict': VMamba(V0).state_dict()}, None, 'is missing'),
 }
 
@@ -218,12 +254,15 @@ def test_a_pretrained_file_that_fits_in_nothing_is_refused_with_the_remedy(case,
     assert_unchanged(backbone, before)
 
 
-@pytest.mark.parametrize(('make', 'prefix'), [
-    (lambda: VMamba('test', out_indices=3).state_dict(), None),
-    (lambda: prefixed('module.', VMamba('test').state_dict()), None),
-    (lambda: prefixed('backbone.', VMamba('test').state_dict()), 'backbone'),
-    (lambda: {**VMamba('test').state_dict(), 'head.weight': torch.ones(1)}, None),
-])
+@pytest.mark.parametrize(
+    ('make', 'prefix'),
+    [
+        (lambda: VMamba('test', out_indices=3).state_dict(), None),
+        (lambda: prefixed('module.', VMamba('test').state_dict()), None),
+        (lambda: prefixed('backbone.', VMamba('test').state_dict()), 'backbone'),
+        (lambda: {**VMamba('test').state_dict(), 'head.weight': torch.ones(1)}, None),
+    ],
+)
 def test_a_pretrained_file_that_fits_passes(make, prefix, tmp_path):
     torch.save(dict(state_dict=make()), tmp_path / 'file.pth')
     init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'file.pth'), **(dict(prefix=prefix) if prefix else {}))
@@ -231,8 +270,9 @@ def test_a_pretrained_file_that_fits_passes(make, prefix, tmp_path):
     backbone = MODELS.build(dict(type='VMamba', arch='test', init_cfg=init_cfg))
     before = snapshot(backbone)
     backbone.init_weights()
-    assert not torch.equal(backbone.stages[0].blocks[0].mixer.in_proj.weight,
-                           before['stages.0.blocks.0.mixer.in_proj.weight'])
+    assert not torch.equal(
+        backbone.stages[0].blocks[0].mixer.in_proj.weight, before['stages.0.blocks.0.mixer.in_proj.weight']
+    )
 
 
 def test_pretrained_position_embeddings_of_another_grid_pass_and_other_backbones_are_left_alone(tmp_path, log):

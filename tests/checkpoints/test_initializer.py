@@ -20,10 +20,12 @@ from tests.checkpoints.small import TEST_ARCH, classifier, prefixed, pyramid
 @pytest.fixture
 def save(tmp_path):
     """Saves tensors as an official checkpoint and returns its path."""
+
     def save(tensors, key='model'):
         path = tmp_path / 'official.pth'
         torch.save({key: tensors}, path)
         return str(path)
+
     return save
 
 
@@ -44,8 +46,9 @@ def snapshot(model):
 def test_init_cfg_loads_a_classifier_into_a_detectors_backbone(scope, save, log):
     tensors = classifier()
     with DefaultScope.overwrite_default_scope(scope):
-        model = MODELS.build(dict(type='VMamba', arch='test',
-                                  init_cfg=dict(type='OfficialPretrained', checkpoint=save(tensors))))
+        model = MODELS.build(
+            dict(type='VMamba', arch='test', init_cfg=dict(type='OfficialPretrained', checkpoint=save(tensors)))
+        )
         before = snapshot(model)
         model.init_weights()
     text = '\n'.join(log)
@@ -57,13 +60,21 @@ def test_init_cfg_loads_a_classifier_into_a_detectors_backbone(scope, save, log)
     assert 'left as initialised: norm1: the checkpoint has no output norm for this stage' in text
     assert "left out: norm3: the classifier's own" in text
     assert "left as initialised: norm3: output norms start anew where a classifier's is not taken" in text
-    assert "left out: classifier.head.weight, classifier.head.bias: a bare backbone does not hold it" not in text
+    assert 'left out: classifier.head.weight, classifier.head.bias: a bare backbone does not hold it' not in text
     assert 'left out: head.fc.weight, head.fc.bias: a bare backbone does not hold it' in text
 
 
-@pytest.mark.parametrize(('out_indices', 'option', 'loaded'), [
-    ((3,), None, True), ((3,), False, False), ((0, 1, 2, 3), None, False), ((0, 1, 2, 3), True, True),
-    ((1, 3), None, False), ((2,), True, False)])
+@pytest.mark.parametrize(
+    ('out_indices', 'option', 'loaded'),
+    [
+        ((3,), None, True),
+        ((3,), False, False),
+        ((0, 1, 2, 3), None, False),
+        ((0, 1, 2, 3), True, True),
+        ((1, 3), None, False),
+        ((2,), True, False),
+    ],
+)
 def test_a_classifiers_norm_goes_into_a_classifier_alone_unless_told_otherwise(out_indices, option, loaded, save):
     init_cfg = dict(type='OfficialPretrained', checkpoint=save(classifier()))
     if option is not None:
@@ -76,8 +87,13 @@ def test_a_classifiers_norm_goes_into_a_classifier_alone_unless_told_otherwise(o
 
 def test_a_detectors_own_norms_are_loaded_in_any_case(save):
     tensors = pyramid()
-    model = MODELS.build(dict(type='VMamba', arch='test', init_cfg=dict(
-        type='OfficialPretrained', checkpoint=save(tensors), classifier_norm=False)))
+    model = MODELS.build(
+        dict(
+            type='VMamba',
+            arch='test',
+            init_cfg=dict(type='OfficialPretrained', checkpoint=save(tensors), classifier_norm=False),
+        )
+    )
     model.init_weights()
     assert_loaded(model, converted(tensors))
 
@@ -109,10 +125,13 @@ def test_a_detectors_backbone_is_taken_out_of_it(save):
     assert report.left_out == {'neck.convs.0.weight': 'a bare backbone does not hold it'}
 
 
-@pytest.mark.parametrize(('out_indices', 'left_out'), [
-    ((1, 2), ['norm0', 'norm3', 'stages.2.downsample.conv', 'stages.2.downsample.norm', 'stages.3']),
-    ((0, 3), ['norm1', 'norm2']),
-])
+@pytest.mark.parametrize(
+    ('out_indices', 'left_out'),
+    [
+        ((1, 2), ['norm0', 'norm3', 'stages.2.downsample.conv', 'stages.2.downsample.norm', 'stages.3']),
+        ((0, 3), ['norm1', 'norm2']),
+    ],
+)
 def test_what_the_out_indices_leave_unbuilt_is_left_out(out_indices, left_out, save):
     tensors = pyramid()
     model = VMamba('test', out_indices=out_indices)
@@ -124,8 +143,14 @@ def test_what_the_out_indices_leave_unbuilt_is_left_out(out_indices, left_out, s
 def test_moving_averages_are_loaded_on_request(tmp_path):
     raw, averaged = classifier(), classifier()
     torch.save({'model': raw, 'model_ema': averaged}, tmp_path / 'both.pth')
-    model = MODELS.build(dict(type='VMamba', arch='test', out_indices=3, init_cfg=dict(
-        type='OfficialPretrained', checkpoint=str(tmp_path / 'both.pth'), weights='ema')))
+    model = MODELS.build(
+        dict(
+            type='VMamba',
+            arch='test',
+            out_indices=3,
+            init_cfg=dict(type='OfficialPretrained', checkpoint=str(tmp_path / 'both.pth'), weights='ema'),
+        )
+    )
     model.init_weights()
     assert_loaded(model, converted(averaged))
     report = load_official(model, tmp_path / 'both.pth')
@@ -156,14 +181,17 @@ def test_another_arch_is_an_error_that_lists_the_first_tensors_and_loads_nothing
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize(('change', 'difference'), [
-    (dict(ssm_ratio=2.0), r'stages.0.blocks.0.mixer.dt_weight is \(4, 16, 1\), expected \(4, 32, 1\)'),
-    (dict(d_state=2), r'stages.0.blocks.0.mixer.A_log is \(4, 16, 1\), expected \(4, 16, 2\)'),
-    (dict(depths=[1, 1, 3, 1]), r'stages.2.blocks.2.norm1.weight \(64\) is missing'),
-    (dict(depths=[1, 1, 1, 1]), r'stages.2.blocks.1.norm1.weight is not expected'),
-    (dict(depths=[1, 1, 2]), 'stages.3.blocks.0.norm1.weight is not expected'),
-    (dict(version='v0'), r'patch_embed.projection.conv.weight \(16, 3, 4, 4\) is missing'),
-])
+@pytest.mark.parametrize(
+    ('change', 'difference'),
+    [
+        (dict(ssm_ratio=2.0), r'stages.0.blocks.0.mixer.dt_weight is \(4, 16, 1\), expected \(4, 32, 1\)'),
+        (dict(d_state=2), r'stages.0.blocks.0.mixer.A_log is \(4, 16, 1\), expected \(4, 16, 2\)'),
+        (dict(depths=[1, 1, 3, 1]), r'stages.2.blocks.2.norm1.weight \(64\) is missing'),
+        (dict(depths=[1, 1, 1, 1]), r'stages.2.blocks.1.norm1.weight is not expected'),
+        (dict(depths=[1, 1, 2]), 'stages.3.blocks.0.norm1.weight is not expected'),
+        (dict(version='v0'), r'patch_embed.projection.conv.weight \(16, 3, 4, 4\) is missing'),
+    ],
+)
 def test_archs_that_differ_in_one_setting_are_told_apart(change, difference, save):
     arch = {**VMamba.ARCHS['test'], **change}
     model = VMamba(arch, out_indices=tuple(range(len(arch['depths']))))
@@ -189,25 +217,37 @@ def test_mamba2d_leaves_out_what_it_does_not_build(save):
     tensors = random_tensors(mamba2d_classifier(**SMALL_MAMBA2D))
     model = Mamba2D('test', out_indices=(0, 1), in_channels=1)
     report = load_official(model, save(tensors, 'state_dict'), in_channels=1)
-    assert list(report.left_out)[1:] == ['stages.1.downsample', 'stages.2', 'stages.2.downsample', 'stages.2.norm',
-                                         'stages.3', 'stages.3.norm']
+    assert list(report.left_out)[1:] == [
+        'stages.1.downsample',
+        'stages.2',
+        'stages.2.downsample',
+        'stages.2.norm',
+        'stages.3',
+        'stages.3.norm',
+    ]
     assert_loaded(model, converted(tensors, 'state_dict'), but=['patch_embed.conv.weight'])
     torch.testing.assert_close(model.patch_embed.conv.weight, tensors['backbone.ds.stem.conv.weight'].sum(1, True))
 
 
 def test_families_are_told_apart(save):
-    with pytest.raises(CheckpointError, match="is a checkpoint of VMamba, arch='test' and does not fit the model, "
-                                              r"Mamba2D, arch='test'. \d+ tensors .* differ: patch_embed.conv.weight "):
+    with pytest.raises(
+        CheckpointError,
+        match="is a checkpoint of VMamba, arch='test' and does not fit the model, "
+        r"Mamba2D, arch='test'. \d+ tensors .* differ: patch_embed.conv.weight ",
+    ):
         load_official(Mamba2D('test'), save(classifier()))
     with pytest.raises(CheckpointError, match='is a checkpoint of Mamba2D, .* does not fit the model, VMamba, '):
         load_official(VMamba('test'), save(random_tensors(mamba2d_classifier(**SMALL_MAMBA2D)), 'state_dict'))
 
 
-@pytest.mark.parametrize(('change', 'difference'), [
-    (dict(depths=[2, 3, 1, 1]), r'stages.1.blocks.2.norm1.weight \(24\) is missing'),
-    (dict(d_state=8), r'stages.0.blocks.0.mixer.top.A_log is \(16, 16\), expected \(16, 8\)'),
-    (dict(mixers=['scan', 'attention', 'attention', 'attention'], embed_dims=[16, 32, 32, 64]), 'expected'),
-])
+@pytest.mark.parametrize(
+    ('change', 'difference'),
+    [
+        (dict(depths=[2, 3, 1, 1]), r'stages.1.blocks.2.norm1.weight \(24\) is missing'),
+        (dict(d_state=8), r'stages.0.blocks.0.mixer.top.A_log is \(16, 16\), expected \(16, 8\)'),
+        (dict(mixers=['scan', 'attention', 'attention', 'attention'], embed_dims=[16, 32, 32, 64]), 'expected'),
+    ],
+)
 def test_mamba2d_archs_are_told_apart(change, difference, save):
     path = save(random_tensors(mamba2d_classifier(**SMALL_MAMBA2D)), 'state_dict')
     with pytest.raises(CheckpointError, match=difference):
@@ -234,7 +274,8 @@ def test_the_stem_is_adapted_on_request_only(save):
 def test_an_adapted_stem_answers_repeated_channels_as_before(channels):
     tensors = random_tensors(vmamba_classifier(**TEST_ARCH), torch.float64)
     weight = convert_checkpoint({'model': tensors}, in_channels=channels)[0]['state_dict'][
-        'backbone.patch_embed.first.conv.weight']
+        'backbone.patch_embed.first.conv.weight'
+    ]
     grey = torch.randn(1, 1, 9, 7, dtype=torch.float64)
     expected = torch.conv2d(grey.expand(-1, 3, -1, -1), tensors['patch_embed.0.weight'])
     torch.testing.assert_close(torch.conv2d(grey.expand(-1, channels, -1, -1), weight), expected)

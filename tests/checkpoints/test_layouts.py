@@ -22,7 +22,7 @@ def test_every_published_classifier_is_there():
 
 @pytest.mark.parametrize(('family', 'model'), PUBLISHED)
 def test_stand_ins_have_the_published_names_and_shapes(family, model):
-    layout = (mamba2d_classifier(**MAMBA2D[model]) if family == 'Mamba2D' else vmamba_classifier(**VMAMBA[model]))
+    layout = mamba2d_classifier(**MAMBA2D[model]) if family == 'Mamba2D' else vmamba_classifier(**VMAMBA[model])
     assert layout == PUBLISHED[family, model]
 
 
@@ -42,8 +42,11 @@ def _head(family, width):
     if family != 'Mamba2D':
         return {'head.fc.weight': (1000, width), 'head.fc.bias': (1000,)}
     layers = {'norm1': (width,), 'fc1': (4 * width, width), 'norm2': (4 * width,), 'fc2': (1000, 4 * width)}
-    return {f'head.{name}.{part}': shape if part == 'weight' else shape[:1]
-            for name, shape in layers.items() for part in ('weight', 'bias')}
+    return {
+        f'head.{name}.{part}': shape if part == 'weight' else shape[:1]
+        for name, shape in layers.items()
+        for part in ('weight', 'bias')
+    }
 
 
 @pytest.mark.parametrize('norms', ['classifier', 'outnorm'])

@@ -20,17 +20,42 @@ LIGHTNING = {'epoch': 300, 'pytorch-lightning_version': '2.4', 'loops': {}, 'opt
 BOTH = {
     'timm': ({'model': marked(RAW), 'model_ema': marked(AVERAGED), 'optimizer': {}}, 'model', 'model_ema'),
     'timm-named': ({'state_dict': marked(RAW), 'state_dict_ema': marked(AVERAGED)}, 'state_dict', 'state_dict_ema'),
-    'callback': ({**LIGHTNING, 'state_dict': marked(RAW), 'callbacks': {'EMACallback': {'weights': marked(AVERAGED)}}},
-                 'state_dict', 'callbacks/EMACallback/weights'),
-    'callback-key': ({**LIGHTNING, 'state_dict': marked(RAW),
-                      'callbacks': {'Averager': {'ema_state_dict': prefixed('module.', marked(AVERAGED))}}},
-                     'state_dict', 'callbacks/Averager/ema_state_dict:module.'),
-    'submodule': ({'state_dict': {**prefixed('model.', marked(RAW)), **prefixed('ema.module.', marked(AVERAGED)),
-                                  'ema.n_averaged': torch.tensor(5)}},
-                  'state_dict:model.', 'state_dict:ema.module.'),
-    'beside': ({'state_dict': {**marked(RAW), **prefixed('model_ema.module.', marked(AVERAGED)),
-                               'model_ema.decay': torch.tensor(5)}},
-               'state_dict', 'state_dict:model_ema.module.'),
+    'callback': (
+        {**LIGHTNING, 'state_dict': marked(RAW), 'callbacks': {'EMACallback': {'weights': marked(AVERAGED)}}},
+        'state_dict',
+        'callbacks/EMACallback/weights',
+    ),
+    'callback-key': (
+        {
+            **LIGHTNING,
+            'state_dict': marked(RAW),
+            'callbacks': {'Averager': {'ema_state_dict': prefixed('module.', marked(AVERAGED))}},
+        },
+        'state_dict',
+        'callbacks/Averager/ema_state_dict:module.',
+    ),
+    'submodule': (
+        {
+            'state_dict': {
+                **prefixed('model.', marked(RAW)),
+                **prefixed('ema.module.', marked(AVERAGED)),
+                'ema.n_averaged': torch.tensor(5),
+            }
+        },
+        'state_dict:model.',
+        'state_dict:ema.module.',
+    ),
+    'beside': (
+        {
+            'state_dict': {
+                **marked(RAW),
+                **prefixed('model_ema.module.', marked(AVERAGED)),
+                'model_ema.decay': torch.tensor(5),
+            }
+        },
+        'state_dict',
+        'state_dict:model_ema.module.',
+    ),
 }
 
 
@@ -46,8 +71,12 @@ def test_trainers_that_save_the_averages_in_the_place_of_the_weights():
     assert taken(lightning) == taken(lightning, 'ema') == ('averaged', 'state_dict')
     assert taken(lightning, 'raw') == ('raw', 'current_model_state')
     whole, aside = (prefixed('backbone.', pyramid()) for _ in range(2))
-    mmengine = {'meta': {}, 'message_hub': {}, 'state_dict': {**whole, 'neck': torch.ones(1)},
-                'ema_state_dict': {**prefixed('module.', {**aside, 'neck': torch.ones(1)}), 'steps': torch.tensor(9)}}
+    mmengine = {
+        'meta': {},
+        'message_hub': {},
+        'state_dict': {**whole, 'neck': torch.ones(1)},
+        'ema_state_dict': {**prefixed('module.', {**aside, 'neck': torch.ones(1)}), 'steps': torch.tensor(9)},
+    }
     name = 'backbone.patch_embed.first.conv.weight'
     for weights, expected, label in [('ema', whole, 'state_dict'), ('raw', aside, 'ema_state_dict:module.')]:
         converted, report = convert_checkpoint(mmengine, weights=weights)
@@ -78,7 +107,9 @@ def test_what_is_not_there_or_not_clear_is_refused_with_what_is():
     with pytest.raises(CheckpointError, match="x.pth holds no weights for 'ema'; it holds model. Choose one of these"):
         convert_checkpoint(checkpoint, weights='ema', source='x.pth')
     twins = {'state_dict': {**prefixed('student.', marked(RAW)), **prefixed('teacher.', marked(AVERAGED))}}
-    with pytest.raises(CheckpointError, match='more than one set of weights for .auto.; it holds state_dict:student., '
-                                              'state_dict:teacher.'):
+    with pytest.raises(
+        CheckpointError,
+        match='more than one set of weights for .auto.; it holds state_dict:student., state_dict:teacher.',
+    ):
         convert_checkpoint(twins)
     assert taken(twins, 'state_dict:teacher.') == ('averaged', 'state_dict:teacher.')

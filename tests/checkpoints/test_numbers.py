@@ -49,9 +49,15 @@ def spelled_flat(tensors):
 
 def spelled_first(tensors):
     """v0 as the code that trained it named things."""
-    changes = [('patch_embed.0', 'patch_embed.proj'), ('patch_embed.2', 'patch_embed.norm'),
-               ('.op.', '.self_attention.'), ('downsample.1', 'downsample.norm'),
-               ('downsample.2', 'downsample.reduction'), ('classifier.norm', 'norm'), ('classifier.head', 'head')]
+    changes = [
+        ('patch_embed.0', 'patch_embed.proj'),
+        ('patch_embed.2', 'patch_embed.norm'),
+        ('.op.', '.self_attention.'),
+        ('downsample.1', 'downsample.norm'),
+        ('downsample.2', 'downsample.reduction'),
+        ('classifier.norm', 'norm'),
+        ('classifier.head', 'head'),
+    ]
     spelled = {}
     for name, tensor in tensors.items():
         if '.blocks.' in name:
@@ -62,18 +68,24 @@ def spelled_first(tensors):
     return spelled
 
 
-@pytest.mark.parametrize(('variant', 'spelling'), [
-    ('v2', None), ('v2-narrow', None), ('v0', None), ('v2', spelled_flat), ('v0', spelled_first)])
+@pytest.mark.parametrize(
+    ('variant', 'spelling'),
+    [('v2', None), ('v2-narrow', None), ('v0', None), ('v2', spelled_flat), ('v0', spelled_first)],
+)
 def test_vmamba_classifiers(variant, spelling):
     options = SMALL_VMAMBA[variant]
     tensors = tensors_of(vmamba_classifier(**options, num_classes=5))
     converted, report = convert_checkpoint({'model': spelling(tensors) if spelling else tensors})
     assert report.kind == 'classifier'
     arch = {'version': 'v2', **options}
-    model = CLASSIFIERS.build(dict(
-        type='mmpretrain.ImageClassifier', backbone=dict(type='VMamba', arch=arch, out_indices=(3,)),
-        neck=dict(type='mmpretrain.GlobalAveragePooling'),
-        head=dict(type='mmpretrain.LinearClsHead', num_classes=5, in_channels=8 * options['embed_dims'])))
+    model = CLASSIFIERS.build(
+        dict(
+            type='mmpretrain.ImageClassifier',
+            backbone=dict(type='VMamba', arch=arch, out_indices=(3,)),
+            neck=dict(type='mmpretrain.GlobalAveragePooling'),
+            head=dict(type='mmpretrain.LinearClsHead', num_classes=5, in_channels=8 * options['embed_dims']),
+        )
+    )
     model.double().eval()
     model.load_state_dict(converted['state_dict'], strict=True)
     images = torch.randn(2, 3, 64, 32, dtype=torch.float64)
@@ -82,8 +94,9 @@ def test_vmamba_classifiers(variant, spelling):
         torch.testing.assert_close(logits, official_vmamba.classify(tensors, images), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(('variant', 'spelling'), [
-    ('v2', None), ('v0', None), ('v2', spelled_flat), ('v0', spelled_first)])
+@pytest.mark.parametrize(
+    ('variant', 'spelling'), [('v2', None), ('v0', None), ('v2', spelled_flat), ('v0', spelled_first)]
+)
 def test_vmamba_pyramids(variant, spelling):
     options = SMALL_VMAMBA[variant]
     tensors = tensors_of(vmamba_pyramid(**options))
@@ -94,8 +107,10 @@ def test_vmamba_pyramids(variant, spelling):
     model.load_state_dict(converted['state_dict'], strict=True)
     images = torch.randn(1, 3, 32, 64, dtype=torch.float64)
     with torch.no_grad():
-        expected = [official_vmamba.norm(tensors, f'outnorm{i}', x)
-                    for i, x in enumerate(official_vmamba.forward(tensors, images))]
+        expected = [
+            official_vmamba.norm(tensors, f'outnorm{i}', x)
+            for i, x in enumerate(official_vmamba.forward(tensors, images))
+        ]
         for result, correct in zip(model(images), expected, strict=True):
             torch.testing.assert_close(result, correct, rtol=1e-9, atol=1e-9)
     back, _ = restore_checkpoint(convert_checkpoint({'state_dict': whole})[0])
@@ -107,9 +122,17 @@ def test_mamba2d_classifiers():
     tensors = tensors_of(mamba2d_classifier(**SMALL_MAMBA2D, num_classes=5))
     converted, report = convert_checkpoint({'state_dict': tensors})
     assert report.kind == 'classifier'
-    model = CLASSIFIERS.build(dict(
-        type='mmpretrain.ImageClassifier', backbone=dict(type='Mamba2D', arch=SMALL_MAMBA2D, out_indices=(3,)),
-        head=dict(type='Mamba2DClsHead', num_classes=5, in_channels=64))).double().eval()
+    model = (
+        CLASSIFIERS.build(
+            dict(
+                type='mmpretrain.ImageClassifier',
+                backbone=dict(type='Mamba2D', arch=SMALL_MAMBA2D, out_indices=(3,)),
+                head=dict(type='Mamba2DClsHead', num_classes=5, in_channels=64),
+            )
+        )
+        .double()
+        .eval()
+    )
     model.load_state_dict(converted['state_dict'], strict=True)
     images = torch.randn(2, 3, 64, 32, dtype=torch.float64)
     with torch.no_grad():

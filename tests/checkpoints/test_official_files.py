@@ -74,7 +74,8 @@ MAMBA2D_WHOLE = [
     (hosts.segmentor, 'M2D-S-upernet.pth', 'small'),
 ]
 VMAMBA_WHOLE = [(hosts.detector, *item) for item in DETECTORS.items()] + [
-    (hosts.segmentor, *item) for item in SEGMENTORS.items()]
+    (hosts.segmentor, *item) for item in SEGMENTORS.items()
+]
 
 
 def widths_of(variant):
@@ -103,8 +104,10 @@ def assert_same(tensors, expected):
 
 def assert_marks_moved(converted, official):
     """Each official tensor's mark lies in exactly one converted tensor, of as many numbers."""
+
     def sizes(tensors):
         return sorted((mark(tensor), tensor.numel()) for tensor in tensors)
+
     assert sizes(converted) == sizes(official)
 
 
@@ -130,17 +133,30 @@ def test_vmamba_classifiers(name, variant, tmp_path):
 @pytest.mark.parametrize(('name', 'variant'), MAMBA2D_CLASSIFIERS.items())
 def test_mamba2d_classifiers(name, variant, tmp_path):
     official = marked_tensors(mamba2d_classifier(**MAMBA2D[variant]))
-    source = saved({'epoch': 300, 'pytorch-lightning_version': '2.4.0', 'state_dict': official, 'loops': {},
-                    'callbacks': {'ModelCheckpoint': {'best_model_score': torch.tensor(0.8)}},
-                    'optimizer_states': [{'state': {0: {'exp_avg': torch.zeros(2)}}}]}, tmp_path, name)
+    source = saved(
+        {
+            'epoch': 300,
+            'pytorch-lightning_version': '2.4.0',
+            'state_dict': official,
+            'loops': {},
+            'callbacks': {'ModelCheckpoint': {'best_model_score': torch.tensor(0.8)}},
+            'optimizer_states': [{'state': {0: {'exp_avg': torch.zeros(2)}}}],
+        },
+        tmp_path,
+        name,
+    )
     report = convert_file(source, tmp_path / 'ours.pth')
     assert report.model == f'Mamba2D, arch={variant!r}' and report.kind == 'classifier' and not report.initial
     assert list(report.left_out) == ['epoch, pytorch-lightning_version, loops, callbacks, optimizer_states']
 
     state = read_checkpoint(tmp_path / 'ours.pth')['state_dict']
     assert_marks_moved(state.values(), official.values())
-    model = hosts.classifier(dict(type='Mamba2D', arch=variant, out_indices=(3,)), MAMBA2D[variant]['embed_dims'][-1],
-                             neck=None, head='Mamba2DClsHead')
+    model = hosts.classifier(
+        dict(type='Mamba2D', arch=variant, out_indices=(3,)),
+        MAMBA2D[variant]['embed_dims'][-1],
+        neck=None,
+        head='Mamba2DClsHead',
+    )
     model.load_state_dict(state, strict=True, assign=True)
 
     restore_file(tmp_path / 'ours.pth', tmp_path / 'back.pth')
@@ -166,8 +182,10 @@ def test_mamba2d_detectors_and_segmentors(host, name, variant, tmp_path):
 def check_whole_model(model, backbone, family, variant, source):
     """Convert a stand-in of an official detector or segmentor, load it into the model, and convert it back."""
     folder = source.parent
-    rest = {key: torch.full((), -1.0 - i, dtype=tensor.dtype).expand(tensor.shape)
-            for i, (key, tensor) in enumerate(hosts.around(model).items())}
+    rest = {
+        key: torch.full((), -1.0 - i, dtype=tensor.dtype).expand(tensor.shape)
+        for i, (key, tensor) in enumerate(hosts.around(model).items())
+    }
     official = {**{f'backbone.{key}': tensor for key, tensor in backbone.items()}, **rest}
     meta = dict(epoch=12, iter=87960, dataset_meta=dict(classes=['person', 'bicycle']))
     hub = dict(log_scalars=dict(loss=HistoryBuffer([0.5], [1])), runtime_info=dict(iter=87960))
@@ -294,8 +312,10 @@ def test_every_element_of_mamba2d_goes_to_its_place():
 
 def assert_every_element(ours, official):
     """The converted tensors are the official ones, one by one, element by element in the same order."""
+
     def keyed(tensors):
         return {tuple(tensor.flatten()[:2].tolist()): tensor.flatten() for tensor in tensors}
+
     found, expected = keyed(ours.values()), keyed(official.values())
     assert len(found) == len(ours) == len(official) and found.keys() == expected.keys()
     for key, tensor in found.items():

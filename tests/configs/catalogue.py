@@ -48,7 +48,7 @@ def entries() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for family, path in METAFILES.items():
         for entry in yaml.safe_load(path.read_text(encoding='utf-8'))['Models']:
-            name = f"{family}/{entry['Name']}"
+            name = f'{family}/{entry["Name"]}'
             assert name not in found, f'{name} stands twice in {path}'
             found[name] = entry
     return found

@@ -89,15 +89,17 @@ class Recipe:
         follows = facts if self.family != 'v2m' else PUBLISHED['vmamba']
         recipe = follows['recipes'][self.task]
         if self.family == 'v2m' and self.plain and self.task == 'imagenet':
-            recipe = {key: value[self.arch] if isinstance(value, Mapping) and self.arch in value else value
-                      for key, value in facts['recipes']['imagenet_plain'].items()}
+            recipe = {
+                key: value[self.arch] if isinstance(value, Mapping) and self.arch in value else value
+                for key, value in facts['recipes']['imagenet_plain'].items()
+            }
         fields = {key: value for key, value in flatten(recipe) if key not in ('steps_1x', 'steps_3x')}
         if f'steps_{self.schedule}' in recipe:
             fields['steps'] = recipe[f'steps_{self.schedule}']
         classifier = facts['classification'][self.arch]
         fields |= {key: classifier[key] for key in ARCHITECTURE if key in classifier}
         if self.family == 'vmamba':
-            fields |= facts[f"common_{'v0' if self.arch.endswith('v0') else 'v2'}"]
+            fields |= facts[f'common_{"v0" if self.arch.endswith("v0") else "v2"}']
         rates = follows['recipes'].get('drop_path_downstream', {}).get(self.task, {})
         sibling = SIBLINGS.get(self.arch, self.arch)
         if self.family == 'v2m' and not self.plain and self.task == 'imagenet':
@@ -113,15 +115,18 @@ class Recipe:
             return fields
         row = dict(facts[TABLES[self.task]][self.arch])
         if self.task == 'coco':
-            row = {key.removesuffix(f'_{self.schedule}'): value for key, value in row.items()
-                   if not key.endswith(('1x', '3x')) or key.endswith(self.schedule)}
+            row = {
+                key.removesuffix(f'_{self.schedule}'): value
+                for key, value in row.items()
+                if not key.endswith(('1x', '3x')) or key.endswith(self.schedule)
+            }
             row['metrics'] = row.pop(self.schedule)
         elif self.task == 'ade20k':
             row['metrics'] = row.pop('miou')
         else:
             row['metrics'] = [row.pop('top1')]
         if 'ckpt' in row:
-            row['ckpt'] = f"{facts['release']}/{row['ckpt']}"
+            row['ckpt'] = f'{facts["release"]}/{row["ckpt"]}'
         return fields | {key: value for key, value in row.items() if key not in NOT_IN_A_CONFIG}
 
     def differences(self) -> dict[str, tuple[Any, Any]]:
@@ -166,6 +171,7 @@ def reads(*fields: str) -> Callable[[Any], Any]:
 
 def steps_of(recipe: Recipe, mode: str, kind: str) -> list[dict[str, Any]]:
     """Every transform of a type in a pipeline, also within random choices."""
+
     def walk(value: Any) -> Iterator[dict[str, Any]]:
         if isinstance(value, Mapping):
             if value.get('type') == kind:
@@ -218,7 +224,8 @@ def _(recipe: Recipe, _: Any) -> float | None:
 @reads('amp')
 def _(recipe: Recipe, _: Any) -> str | None:
     return dict(OptimWrapper=None, AmpOptimWrapper='float16', BFloat16OptimWrapper='bfloat16')[
-        recipe.cfg.optim_wrapper.type]
+        recipe.cfg.optim_wrapper.type
+    ]
 
 
 @reads('ema')
@@ -286,21 +293,20 @@ def _(recipe: Recipe, _: Any) -> list[int]:
 @reads('augmentation.rand_augment')
 def _(recipe: Recipe, value: str) -> str:
     drawn = steps_of(recipe, 'train', 'RandAugment')
-    (policies,) = {(step['policies'], step['total_level'], step['magnitude_level'], step['magnitude_std'])
-                   for step in drawn}
+    (policies,) = {
+        (step['policies'], step['total_level'], step['magnitude_level'], step['magnitude_std']) for step in drawn
+    }
     assert policies[:2] == ('timm_increasing', 10)
     # timm draws two of its operations. Where a choice of interpolation surrounds each, it is one of two each time.
     two = [step['num_policies'] for step in drawn] in ([2], [1, 1, 1, 1])
     words = [f'm{policies[2]}', f'mstd{policies[3]}', 'inc1'] if two else []
-    return ' '.join(words[:len(value.split())])
+    return ' '.join(words[: len(value.split())])
 
 
 @reads('augmentation.color_jitter')
 def _(recipe: Recipe, _: Any) -> float | None:
     jitter = steps_of(recipe, 'train', 'ColorJitter')
     return jitter[0]['brightness'] if jitter else None
-
-
 
 
 def _mixing(kind: str) -> Callable[[Recipe, Any], float]:
@@ -364,24 +370,42 @@ def _(recipe: Recipe, value: str) -> str | list[str]:
     """The published phrase, or what of the host's own config is not so here."""
     trained = host(recipe.schedule if recipe.task == 'coco' else 'ade20k')
     own = ('clip_grad',) if 'clip_grad' in recipe.published() else ()
-    differing = compare(recipe.cfg, trained, ('train_dataloader', 'val_dataloader', 'test_dataloader', 'val_evaluator',
-                                              'test_evaluator', 'param_scheduler', 'tta_pipeline', 'tta_model'))
+    differing = compare(
+        recipe.cfg,
+        trained,
+        (
+            'train_dataloader',
+            'val_dataloader',
+            'test_dataloader',
+            'val_evaluator',
+            'test_evaluator',
+            'param_scheduler',
+            'tta_pipeline',
+            'tta_model',
+        ),
+    )
     # How often is validated changes nothing that is trained.
-    differing += compare(dict(train_cfg=recipe.cfg.train_cfg), dict(train_cfg=trained.train_cfg), ('train_cfg',),
-                         but=('val_interval',))
+    differing += compare(
+        dict(train_cfg=recipe.cfg.train_cfg), dict(train_cfg=trained.train_cfg), ('train_cfg',), but=('val_interval',)
+    )
     differing += compare(recipe.cfg, trained, ('optim_wrapper',), but=('optimizer', 'paramwise_cfg', *own))
     if recipe.cfg.get('custom_hooks'):
         differing.append('custom_hooks')
     built = host(recipe.other_head).model if recipe.other_head else trained.model
-    differing += compare(recipe.cfg.model, built, ('type', 'rpn_head', 'roi_head', 'train_cfg', 'test_cfg',
-                                                   'decode_head', 'auxiliary_head', 'data_preprocessor'),
-                         but=('in_channels',))
+    differing += compare(
+        recipe.cfg.model,
+        built,
+        ('type', 'rpn_head', 'roi_head', 'train_cfg', 'test_cfg', 'decode_head', 'auxiliary_head', 'data_preprocessor'),
+        but=('in_channels',),
+    )
     return differing or value
 
 
-def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any], keys: tuple[str, ...],
-            but: tuple[str, ...] = ()) -> list[str]:
+def compare(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], keys: tuple[str, ...], but: tuple[str, ...] = ()
+) -> list[str]:
     """Those of the keys whose values differ, without the named ones of their own keys."""
+
     def plain(value: Any) -> Any:
         (value,) = pipeline([value])
         return {key: inner for key, inner in value.items() if key not in but} if isinstance(value, dict) else value
@@ -394,7 +418,7 @@ def _(recipe: Recipe, _: Any) -> str:
     neck = recipe.cfg.model.neck
     norm = neck.get('norm_cfg')
     assert neck.num_outs == 5
-    return neck.type + (f" with {norm['type']}({norm['num_groups']})" if norm else '')
+    return neck.type + (f' with {norm["type"]}({norm["num_groups"]})' if norm else '')
 
 
 @reads('channels_in')
@@ -429,7 +453,8 @@ def parameter_groups(name: str) -> dict[str, dict[str, Any]]:
     """What mmengine gives the optimizer for each parameter of a config's model; an optimizer itself takes longer."""
     wrapper = config(name).optim_wrapper.to_dict()
     constructor = DefaultOptimWrapperConstructor(
-        {key: value for key, value in wrapper.items() if key != 'paramwise_cfg'}, wrapper['paramwise_cfg'])
+        {key: value for key, value in wrapper.items() if key != 'paramwise_cfg'}, wrapper['paramwise_cfg']
+    )
     groups: list[dict[str, Any]] = []
     constructor.add_params(groups, model(name))
     by_id = {id(parameter): group for group in groups for parameter in group['params']}
@@ -476,8 +501,11 @@ def _(recipe: Recipe, _: Any) -> int:
 @reads('layout')
 def _(recipe: Recipe, _: Any) -> str:
     # A plain one has a position embedding, and one grid.
-    return 'plain' if any(name.endswith('pos_embed') for name in model(recipe.name).backbone.state_dict()) else (
-        'hierarchical')
+    return (
+        'plain'
+        if any(name.endswith('pos_embed') for name in model(recipe.name).backbone.state_dict())
+        else ('hierarchical')
+    )
 
 
 @reads('default_for')
@@ -503,10 +531,16 @@ def _of_every_block(read: Callable[[int, Any], Any]) -> Callable[[Recipe, Any], 
 READERS |= {
     'ssm_ratio': _of_every_block(lambda width, block: block.mixer.D.shape[-1] / width),
     'd_state': _of_every_block(lambda width, block: block.mixer.A_log.shape[-1]),
-    'dt_rank': _of_every_block(lambda width, block: 'ceil(embed_dims/16)' if block.mixer.dt_weight.shape[-1] == (
-        -(-width // 16)) else block.mixer.dt_weight.shape),
-    'mlp_ratio': _of_every_block(lambda width, block: block.mlp.fc1.out_features / width if getattr(
-        block, 'mlp', None) else 0),
+    'dt_rank': _of_every_block(
+        lambda width, block: (
+            'ceil(embed_dims/16)'
+            if block.mixer.dt_weight.shape[-1] == (-(-width // 16))
+            else block.mixer.dt_weight.shape
+        )
+    ),
+    'mlp_ratio': _of_every_block(
+        lambda width, block: block.mlp.fc1.out_features / width if getattr(block, 'mlp', None) else 0
+    ),
     'conv': _of_every_block(lambda width, block: block.mixer.conv.kernel_size[0]),
     'conv_bias': _of_every_block(lambda width, block: block.mixer.conv.bias is not None),
 }

@@ -93,8 +93,9 @@ def shrink(cfg: Config, epochs: int = 1, side: int = 128) -> None:
     if 'num_queries' in cfg.model:
         # The small pictures have fewer places than the 900 queries.
         cfg.model.num_queries = 100
-    cfg.default_hooks.checkpoint.update(save_optimizer=False, save_param_scheduler=False, save_last=False,
-                                        interval=1000)
+    cfg.default_hooks.checkpoint.update(
+        save_optimizer=False, save_param_scheduler=False, save_last=False, interval=1000
+    )
     cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='RecordSteps')]
 
 

@@ -50,8 +50,11 @@ def check_ade20k(train: dict[str, Any], test: dict[str, Any], cfg: ConfigDict) -
     assert cfg.val_dataloader.dataset.data_root == 'data/ade/ADEChallengeData2016'
 
 
-CHECKS = {'mmpretrain': ('ImageNet', check_imagenet), 'mmdet': ('CocoDataset', check_coco),
-          'mmseg': ('ADE20KDataset', check_ade20k)}
+CHECKS = {
+    'mmpretrain': ('ImageNet', check_imagenet),
+    'mmdet': ('CocoDataset', check_coco),
+    'mmseg': ('ADE20KDataset', check_ade20k),
+}
 
 
 @pytest.mark.parametrize('name', ZOO)

@@ -44,8 +44,14 @@ print(json.dumps({
 
 def run(*argv: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
     """A command's result, whatever its exit status."""
-    return subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, env={**os.environ, **environment}, text=True,
-                          capture_output=True, check=False)
+    return subprocess.run(
+        [sys.executable, *map(str, argv)],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
 
 
 @pytest.fixture(scope='module')
@@ -60,8 +66,19 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ('_C.so', '_build_info.json'):
         if (ROOT / 'cuda_ops' / name).is_file():
             shutil.copyfile(ROOT / 'cuda_ops' / name, library / name)
-    steps.append(run('setup.py', '-q', 'bdist_wheel', '--skip-build', '--dist-dir', folder, '--bdist-dir',
-                     folder / 'bdist', **build))
+    steps.append(
+        run(
+            'setup.py',
+            '-q',
+            'bdist_wheel',
+            '--skip-build',
+            '--dist-dir',
+            folder,
+            '--bdist-dir',
+            folder / 'bdist',
+            **build,
+        )
+    )
     (wheel,) = folder.glob('*.whl')
     site = folder / 'site'
     steps.append(run('-m', 'pip', 'install', '-q', '--no-deps', '--no-index', '--target', site, wheel))
@@ -83,8 +100,11 @@ def inherited(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob('*')
-            if path.is_file() and path.suffix != '.pyc'}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob('*')
+        if path.is_file() and path.suffix != '.pyc'
+    }
 
 
 def test_configs_tools_and_index_are_shipped(installed) -> None:
@@ -127,8 +147,10 @@ def test_no_scope_of_its_own_reaches_what_is_built(tmp_path) -> None:
 
 
 def test_an_unknown_config_is_named_with_the_nearest() -> None:
-    with pytest.raises(FileNotFoundError, match="no config 'vmamba/vmamba-tiny_8xb12_in1k.py'; did you mean "
-                                                "'vmamba/vmamba-tiny_8xb128_in1k.py'"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="no config 'vmamba/vmamba-tiny_8xb12_in1k.py'; did you mean 'vmamba/vmamba-tiny_8xb128_in1k.py'",
+    ):
         config_file('vmamba/vmamba-tiny_8xb12_in1k.py')
 
 
@@ -138,10 +160,14 @@ def test_other_packages_configs_are_found_as_before(tmp_path) -> None:
     assert Config.fromfile(config).default_scope == 'mmdet'
 
 
-@pytest.mark.parametrize('name', [
-    'mmdet::_base_/datasets/coco_instance.py', 'mmseg::_base_/default_runtime.py',
-    'mmpretrain::_base_/models/swin_transformer/tiny_224.py',
-])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'mmdet::_base_/datasets/coco_instance.py',
+        'mmseg::_base_/default_runtime.py',
+        'mmpretrain::_base_/models/swin_transformer/tiny_224.py',
+    ],
+)
 def test_the_shorter_way_to_a_base_leads_where_mmengine_s_does(name) -> None:
     package, path = _get_package_and_cfg_path(name)
     expected = _get_external_cfg_base_path(get_installed_path(package), path)

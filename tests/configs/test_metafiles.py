@@ -52,7 +52,7 @@ def test_entry_tells_what_the_config_does(name) -> None:
     assert told.get('Iterations') == cfg.train_cfg.get('max_iters')
     assert told['Batch Size'] == cfg.auto_scale_lr.base_batch_size
     assert told['Training Data'] == {'mmpretrain': 'ImageNet-1k', 'mmdet': 'COCO', 'mmseg': 'ADE20K'}[cfg.default_scope]
-    assert (cfg.optim_wrapper.optimizer.type in told['Training Techniques'])
+    assert cfg.optim_wrapper.optimizer.type in told['Training Techniques']
     averaged = any(hook.type == 'EMAHook' for hook in cfg.get('custom_hooks', []))
     assert averaged == ('EMA' in told['Training Techniques'])
 
@@ -89,7 +89,7 @@ def test_names_follow_openmmlab(name) -> None:
         return
     backbone = stem.partition('_upernet')[0] if cfg.default_scope == 'mmseg' else stem
     arch = cfg.model.backbone.arch
-    assert re.search(rf"(^|_){name.partition('/')[0]}-{arch}(_|$)", backbone)
+    assert re.search(rf'(^|_){name.partition("/")[0]}-{arch}(_|$)', backbone)
     batch = re.search(r'_(\d+)xb(\d+)[-_]', stem)
     gpus, images = map(int, batch.groups()) if batch else (8, 2)
     assert cfg.train_dataloader.batch_size == images

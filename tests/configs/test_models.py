@@ -37,8 +37,9 @@ def test_package_is_imported(name) -> None:
     assert 'ssm_backbones' in imports.imports and not imports.allow_failed_imports
 
 
-@pytest.mark.parametrize('name', [name for name in NAMES if name not in ZOO
-                                  or 'no_weight_decay' not in RECIPES[name].published()])
+@pytest.mark.parametrize(
+    'name', [name for name in NAMES if name not in ZOO or 'no_weight_decay' not in RECIPES[name].published()]
+)
 def test_scan_parameters_and_norms_do_not_decay(name) -> None:
     """Also where no author says what decays; test_recipes.py compares the others."""
     built, full = model(name), config(name).optim_wrapper.optimizer.weight_decay
@@ -78,8 +79,13 @@ def test_published_imagenet_weights_start_detection_and_segmentation(name) -> No
     if config(name).default_scope == 'mmpretrain' or name.startswith('v2m/'):
         assert init_cfg is None
         return
-    (weights,) = {entries()[other]['Weights'] for other in ZOO if config(other).default_scope == 'mmpretrain'
-                  and config(other).model.backbone.arch == backbone.arch and other.partition('/')[0] in name}
+    (weights,) = {
+        entries()[other]['Weights']
+        for other in ZOO
+        if config(other).default_scope == 'mmpretrain'
+        and config(other).model.backbone.arch == backbone.arch
+        and other.partition('/')[0] in name
+    }
     assert (init_cfg.type, init_cfg.checkpoint) == ('OfficialPretrained', weights)
 
 
@@ -87,12 +93,14 @@ def test_published_imagenet_weights_start_detection_and_segmentation(name) -> No
 def test_demos_have_the_components_of_the_real_configs(name) -> None:
     """A demo shows what the real recipe does: same parts, another size."""
     demo = config(name)
-    real = [config(other) for other in ZOO if other.partition('/')[0] == name.partition('/')[0]
-            and config(other).default_scope == demo.default_scope]
+    real = [
+        config(other)
+        for other in ZOO
+        if other.partition('/')[0] == name.partition('/')[0] and config(other).default_scope == demo.default_scope
+    ]
 
     def parts(cfg) -> dict[str, str]:
         # Which pixels a segmentor's loss counts is a matter of the schedule's length, not a part of the model.
-        return {key: value for key, value in types(cfg.model)
-                if not key.endswith(('init_cfg', 'decode_head.sampler'))}
+        return {key: value for key, value in types(cfg.model) if not key.endswith(('init_cfg', 'decode_head.sampler'))}
 
     assert any(parts(demo) == parts(cfg) for cfg in real)

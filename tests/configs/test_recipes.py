@@ -35,17 +35,35 @@ class Departure:
 
 SPARED = '**The parameters of the scans do not decay**'
 DEPARTURES = (
-    Departure('augmentation.color_jitter', None, lambda recipe: not recipe.plain,
-              '**No colour jitter beside RandAugment**'),
-    Departure('no_weight_decay', ['A_log', 'dt_bias'],
-              lambda recipe: recipe.family != 'mamba2d' and recipe.task == 'imagenet', SPARED),
-    Departure('no_weight_decay', ['A_log', 'D', 'dt_bias', 'norms'],
-              lambda recipe: recipe.family != 'mamba2d' and recipe.task != 'imagenet' and not recipe.plain, SPARED),
-    Departure('no_weight_decay', ['A_log', 'D', 'dt_bias', 'norms', 'pos_embed'],
-              lambda recipe: recipe.task != 'imagenet' and recipe.plain, SPARED),
-    Departure('channels_in', lambda recipe: [width // part for width in (model(recipe.name).backbone.num_features[0],)
-                                             for part in (4, 2, 1, 1)],
-              lambda recipe: recipe.plain, '**Plain V2M in detectors and segmentors**'),
+    Departure(
+        'augmentation.color_jitter', None, lambda recipe: not recipe.plain, '**No colour jitter beside RandAugment**'
+    ),
+    Departure(
+        'no_weight_decay',
+        ['A_log', 'dt_bias'],
+        lambda recipe: recipe.family != 'mamba2d' and recipe.task == 'imagenet',
+        SPARED,
+    ),
+    Departure(
+        'no_weight_decay',
+        ['A_log', 'D', 'dt_bias', 'norms'],
+        lambda recipe: recipe.family != 'mamba2d' and recipe.task != 'imagenet' and not recipe.plain,
+        SPARED,
+    ),
+    Departure(
+        'no_weight_decay',
+        ['A_log', 'D', 'dt_bias', 'norms', 'pos_embed'],
+        lambda recipe: recipe.task != 'imagenet' and recipe.plain,
+        SPARED,
+    ),
+    Departure(
+        'channels_in',
+        lambda recipe: [
+            width // part for width in (model(recipe.name).backbone.num_features[0],) for part in (4, 2, 1, 1)
+        ],
+        lambda recipe: recipe.plain,
+        '**Plain V2M in detectors and segmentors**',
+    ),
 )
 
 
@@ -53,8 +71,11 @@ DEPARTURES = (
 def test_every_field_is_as_published_or_a_known_departure(name) -> None:
     recipe = RECIPES[name]
     fields = recipe.published()
-    known = {departure.field: departure.ours(recipe) if callable(departure.ours) else departure.ours
-             for departure in DEPARTURES if departure.field in fields and departure.holds(recipe)}
+    known = {
+        departure.field: departure.ours(recipe) if callable(departure.ours) else departure.ours
+        for departure in DEPARTURES
+        if departure.field in fields and departure.holds(recipe)
+    }
     assert {field: ours for field, (_, ours) in recipe.differences().items()} == known
 
 
@@ -69,23 +90,33 @@ def test_every_published_field_has_its_recipe() -> None:
         if recipe.published_model:
             models.add((recipe.family, recipe.task, recipe.arch, recipe.schedule if recipe.task == 'coco' else ''))
     for family, facts in PUBLISHED.items():
-        recipes = {key.removesuffix('_plain'): value for key, value in facts['recipes'].items()
-                   if key in ('imagenet', 'imagenet_plain', 'coco', 'ade20k')}
-        fields = {re.sub(r'^steps_[13]x$', 'steps', field) for recipe in recipes.values()
-                  for field, _ in flatten({key: value for key, value in recipe.items()
-                                           if key not in ('lr', 'weight_decay')})}
+        recipes = {
+            key.removesuffix('_plain'): value
+            for key, value in facts['recipes'].items()
+            if key in ('imagenet', 'imagenet_plain', 'coco', 'ade20k')
+        }
+        fields = {
+            re.sub(r'^steps_[13]x$', 'steps', field)
+            for recipe in recipes.values()
+            for field, _ in flatten({key: value for key, value in recipe.items() if key not in ('lr', 'weight_decay')})
+        }
         assert fields <= compared[family]
     assert set().union(*compared.values()) <= READERS.keys()
     assert models == {
-        (family, task, arch, schedule) for family, facts in PUBLISHED.items() for task, table in TABLES.items()
-        for arch, row in facts[table].items() for schedule in (('1x', '3x') if task == 'coco' else ('',))
-        if schedule in row or not schedule}
+        (family, task, arch, schedule)
+        for family, facts in PUBLISHED.items()
+        for task, table in TABLES.items()
+        for arch, row in facts[table].items()
+        for schedule in (('1x', '3x') if task == 'coco' else ('',))
+        if schedule in row or not schedule
+    }
 
 
 @pytest.mark.parametrize('departure', DEPARTURES, ids=lambda departure: departure.field)
 def test_departures_happen_and_the_page_says_so(departure) -> None:
-    happen = [recipe for recipe in RECIPES.values() if departure.field in recipe.published()
-              and departure.holds(recipe)]
+    happen = [
+        recipe for recipe in RECIPES.values() if departure.field in recipe.published() and departure.holds(recipe)
+    ]
     assert happen and departure.reason in PAGE
 
 
@@ -96,8 +127,9 @@ def test_the_page_names_what_nobody_published() -> None:
     plain = {name: RECIPES[name] for name in ZOO if RECIPES[name].family == 'v2m' and RECIPES[name].plain}
     rates = {name: recipe.cfg.model.backbone.drop_path_rate for name, recipe in plain.items()}
     # That of the ImageNet recipe: no other one is published.
-    assert rates == {name: PUBLISHED['v2m']['classification'][recipe.arch]['drop_path']
-                     for name, recipe in plain.items()}
+    assert rates == {
+        name: PUBLISHED['v2m']['classification'][recipe.arch]['drop_path'] for name, recipe in plain.items()
+    }
 
 
 @pytest.mark.parametrize('name', CLS)
@@ -135,11 +167,18 @@ def test_imagenet_images(name) -> None:
     # Each interpolating step is the host's own, drawn bilinear or bicubic; two draws of one policy are one of two.
     crop, policies = host_train[1], host_train[3] | dict(num_policies=1)
     crops = [[crop | dict(interpolation=kind)] for kind in ('bilinear', 'bicubic')]
-    drawn = [[policies | dict(hparams=policies['hparams'] | dict(interpolation=kind))]
-             for kind in ('bilinear', 'bicubic')]
+    drawn = [
+        [policies | dict(hparams=policies['hparams'] | dict(interpolation=kind))] for kind in ('bilinear', 'bicubic')
+    ]
     choice = dict(type='RandomChoice', transforms=drawn)
-    assert train == [host_train[0], dict(type='RandomChoice', transforms=crops), host_train[2], choice, choice,
-                     *host_train[4:]]
+    assert train == [
+        host_train[0],
+        dict(type='RandomChoice', transforms=crops),
+        host_train[2],
+        choice,
+        choice,
+        *host_train[4:],
+    ]
     assert host_train[3]['num_policies'] == 2
     assert test == [host_test[0], host_test[1] | dict(scale=224), *host_test[2:]]
 
@@ -155,13 +194,31 @@ def test_ade20k_multi_scale_testing(name) -> None:
 
 def test_dino_has_mmdet_s_own_recipe() -> None:
     cfg = config(DINO)
-    assert compare(cfg, host('dino'), ('train_dataloader', 'val_dataloader', 'test_dataloader', 'val_evaluator',
-                                       'param_scheduler', 'train_cfg', 'auto_scale_lr')) == []
+    assert (
+        compare(
+            cfg,
+            host('dino'),
+            (
+                'train_dataloader',
+                'val_dataloader',
+                'test_dataloader',
+                'val_evaluator',
+                'param_scheduler',
+                'train_cfg',
+                'auto_scale_lr',
+            ),
+        )
+        == []
+    )
     assert compare(cfg, host('dino'), ('optim_wrapper',), but=('paramwise_cfg',)) == []
     assert compare(cfg.model, host('dino').model, tuple(host('dino').model), but=('in_channels',)) == ['backbone']
     groups = parameter_groups(DINO)
-    assert not {key for key, group in groups.items()
-                if group.get('lr', 1e-4) != (1e-5 if key.startswith('backbone.') else 1e-4)}
+    assert not {
+        key for key, group in groups.items() if group.get('lr', 1e-4) != (1e-5 if key.startswith('backbone.') else 1e-4)
+    }
     # What is mmdet's keeps mmdet's decay.
-    assert not {key for key, group in groups.items()
-                if not key.startswith('backbone.') and group.get('weight_decay', 1e-4) != 1e-4}
+    assert not {
+        key
+        for key, group in groups.items()
+        if not key.startswith('backbone.') and group.get('weight_decay', 1e-4) != 1e-4
+    }

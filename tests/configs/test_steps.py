@@ -38,7 +38,7 @@ METRICS = {'mmpretrain': 'accuracy/top1', 'mmdet': 'coco/bbox_mAP', 'mmseg': 'mI
 def test_trains_and_tests(name, beside_data, tmp_path) -> None:
     cfg = config(name)
     shrink(cfg)
-    path = tmp_path / f"{name.replace('/', '_')}.py"
+    path = tmp_path / f'{name.replace("/", "_")}.py'
     cfg.dump(path)
     done = runner.train(runner.TrainOptions(str(path), work_dir=str(tmp_path / 'work')))
 
@@ -63,7 +63,10 @@ def test_segmentation_tests_at_one_scale_and_at_many(tta, beside_data, tmp_path)
     checkpoint = tmp_path / 'random.pth'
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), checkpoint)
-    metrics = runner.test(runner.TestOptions(str(path), str(checkpoint), work_dir=str(tmp_path / 'work'), tta=tta,
-                                             out=str(tmp_path / 'maps')))
+    metrics = runner.test(
+        runner.TestOptions(
+            str(path), str(checkpoint), work_dir=str(tmp_path / 'work'), tta=tta, out=str(tmp_path / 'maps')
+        )
+    )
     assert math.isfinite(metrics['mIoU'])
     assert len(list(Path(tmp_path / 'maps').glob('*.png'))) == 2

@@ -74,7 +74,14 @@ def test_demo_is_interrupted_carried_on_reported_and_renewed(checkout, monkeypat
     assert set(figures) == {'coco/bbox_mAP', 'coco/segm_mAP'}
     written = {path.name for path in out.iterdir() if not path.name.startswith('.')}
     assert written == {
-        'train', 'predictions.png', 'curves.png', 'features', 'features.png', 'erf.png', 'model.pth', 'results.json',
+        'train',
+        'predictions.png',
+        'curves.png',
+        'features',
+        'features.png',
+        'erf.png',
+        'model.pth',
+        'results.json',
         'fingerprint',
     }
     assert (out.parent / 'report.html').is_file()
@@ -84,9 +91,7 @@ def test_demo_is_interrupted_carried_on_reported_and_renewed(checkout, monkeypat
     assert lines[-1].startswith(
         f'box AP {figures["coco/bbox_mAP"]:.3f}, mask AP {figures["coco/segm_mAP"]:.3f} on held-out'
     )
-    assert lines[-1].endswith(
-        'see demo/report.html, and predictions.png, curves.png and model.pth in demo/vmamba-det/'
-    )
+    assert lines[-1].endswith('see demo/report.html, and predictions.png, curves.png and model.pth in demo/vmamba-det/')
 
     checkpoint = (out / 'model.pth').stat()
     assert demo.run_demo() == figures
@@ -135,10 +140,13 @@ sys.exit(run_command(lambda: run._run([sys.executable, '-c', {child!r}])))
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(('task', 'last', 'shown'), [
-    ('seg', 'iter_4.pth', ('mIoU', 'mean class accuracy', 'pixel accuracy')),
-    ('cls', 'epoch_2.pth', ('accuracy',)),
-])
+@pytest.mark.parametrize(
+    ('task', 'last', 'shown'),
+    [
+        ('seg', 'iter_4.pth', ('mIoU', 'mean class accuracy', 'pixel accuracy')),
+        ('cls', 'epoch_2.pth', ('accuracy',)),
+    ],
+)
 def test_other_tasks(checkout, capfd, task, last, shown) -> None:
     figures = demo.run_demo('vmamba', task)
     out = checkout / 'demo' / f'vmamba-{task}'
@@ -151,8 +159,10 @@ def test_other_tasks(checkout, capfd, task, last, shown) -> None:
 
 
 def test_unknown_demo(checkout) -> None:
-    with pytest.raises(CommandError, match='no demo for --family swin --task seg; families are vmamba, v2m, mamba2d, '
-                                           'tasks are det, seg, cls'):
+    with pytest.raises(
+        CommandError,
+        match='no demo for --family swin --task seg; families are vmamba, v2m, mamba2d, tasks are det, seg, cls',
+    ):
         demo.run_demo('swin', 'seg')
 
 

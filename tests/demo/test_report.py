@@ -95,9 +95,19 @@ def test_page_looks_right_in_a_browser(tmp_path) -> None:
     page = write_report(tmp_path)
     shot = tmp_path / 'page.png'
     command = [
-        CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking',
-        '--disable-component-update', '--disable-sync', '--hide-scrollbars', f'--user-data-dir={tmp_path / "profile"}',
-        '--window-size=900,1700', f'--screenshot={shot}', page.as_uri(),
+        CHROMIUM,
+        '--headless',
+        '--no-sandbox',
+        '--disable-gpu',
+        '--no-first-run',
+        '--disable-background-networking',
+        '--disable-component-update',
+        '--disable-sync',
+        '--hide-scrollbars',
+        f'--user-data-dir={tmp_path / "profile"}',
+        '--window-size=900,1700',
+        f'--screenshot={shot}',
+        page.as_uri(),
     ]
     environment = {**os.environ, 'HOME': str(tmp_path)}
     subprocess.run(command, check=True, capture_output=True, timeout=120, env=environment)

@@ -34,9 +34,13 @@ from tests.configs.small_runs import RecordSteps, narrow_heads, shrink
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / 'docs' / 'use_with_other_heads.md'
-BLOCKS = {f'{path.stem}-{number}': block for path in [ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md'))]
-          for number, block in enumerate(re.findall(r'^```python\n(.*?)^```$', path.read_text(encoding='utf-8'),
-                                                    re.MULTILINE | re.DOTALL))}
+BLOCKS = {
+    f'{path.stem}-{number}': block
+    for path in [ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md'))]
+    for number, block in enumerate(
+        re.findall(r'^```python\n(.*?)^```$', path.read_text(encoding='utf-8'), re.MULTILINE | re.DOTALL)
+    )
+}
 CONFIGS = [name for name, block in BLOCKS.items() if block.startswith('_base_')]
 PARTS = [name for name, block in BLOCKS.items() if block.startswith('backbone=')]
 SCRIPTS = [name for name in BLOCKS if name not in CONFIGS + PARTS]
@@ -61,8 +65,10 @@ def folder(tmp_path_factory):
         # Near zero, so that a network of that depth stays finite.
         return {name: tensor * 0.02 for name, tensor in random_tensors(layout).items()}
 
-    for name, variant in [('vssm1_tiny_0230s_ckpt_epoch_264.pth', 'tiny-s1l8'),
-                          ('vssm_small_0229_ckpt_epoch_222.pth', 'small-s2l15')]:
+    for name, variant in [
+        ('vssm1_tiny_0230s_ckpt_epoch_264.pth', 'tiny-s1l8'),
+        ('vssm_small_0229_ckpt_epoch_222.pth', 'small-s2l15'),
+    ]:
         torch.save({'model': shrunk(vmamba_classifier(**VMAMBA[variant]))}, folder / name)
     torch.save({'state_dict': shrunk(mamba2d_classifier(**MAMBA2D['tiny']))}, folder / 'M2D-T-backbone.ckpt')
     official = {f'backbone.{name}': tensor for name, tensor in shrunk(vmamba_pyramid(**VMAMBA['tiny-s1l8'])).items()}
@@ -109,10 +115,17 @@ def test_scripts_run_and_train(name, folder, monkeypatch, capsys):
     assert sum(losses[-3:]) < sum(losses[:3])
     optimizer, model = namespace['optimizer'], namespace['model']
     assert isinstance(optimizer, torch.optim.AdamW)
-    check_groups(model, {name: group for group in optimizer.param_groups for name, parameter in
-                         model.named_parameters() if any(parameter is each for each in group['params'])},
-                 lr=PUBLISHED['vmamba']['recipes']['coco']['lr'],
-                 decay=PUBLISHED['vmamba']['recipes']['coco']['weight_decay'])
+    check_groups(
+        model,
+        {
+            name: group
+            for group in optimizer.param_groups
+            for name, parameter in model.named_parameters()
+            if any(parameter is each for each in group['params'])
+        },
+        lr=PUBLISHED['vmamba']['recipes']['coco']['lr'],
+        decay=PUBLISHED['vmamba']['recipes']['coco']['weight_decay'],
+    )
 
 
 @pytest.mark.parametrize('name', PARTS)
@@ -236,14 +249,17 @@ def test_the_block_of_four_channels_serves_grey_images(folder, monkeypatch, tmp_
 def test_averages_forget_the_untrained_heads(name, folder, monkeypatch):
     """Of 1000 pictures in batches of two, within the config's epochs; the page says how long it takes."""
     cfg = read(name, monkeypatch, folder)
-    (hook,) = [HOOKS.build({key: value for key, value in hook.items() if key != 'priority'})
-               for hook in cfg.custom_hooks]
+    (hook,) = [
+        HOOKS.build({key: value for key, value in hook.items() if key != 'priority'}) for hook in cfg.custom_hooks
+    ]
     model = nn.Linear(1, 1)
     average = import_module('mmengine.registry').MODELS.build(dict(hook.ema_cfg, model=model))
     iterations = cfg.train_cfg.max_epochs * 1000 // 2
     assert (1 - average.momentum) ** iterations < 1e-3
-    said = re.search(r'below 1 % after\s+(\d+) iterations with (\S+), but after (\d+) (\d+) with (\S+), VMamba',
-                     PAGE.read_text(encoding='utf-8'))
+    said = re.search(
+        r'below 1 % after\s+(\d+) iterations with (\S+), but after (\d+) (\d+) with (\S+), VMamba',
+        PAGE.read_text(encoding='utf-8'),
+    )
     assert float(said[2]) == average.momentum
     assert 1 - float(said[5]) == PUBLISHED['vmamba']['recipes']['imagenet']['ema']
     for iterations, momentum in ((said[1], said[2]), (said[3] + said[4], said[5])):
@@ -253,10 +269,16 @@ def test_averages_forget_the_untrained_heads(name, folder, monkeypatch):
 def test_the_table_of_channels_is_right():
     page = PAGE.read_text(encoding='utf-8')
     with torch.device('meta'):
-        rows = [('VMamba tiny, small; V2M hier-small, hier-base',
-                 [VMamba('tiny'), VMamba('small'), V2M('hier-small'), V2M('hier-base')]),
-                ('VMamba base', [VMamba('base')]), ('Mamba2D nano', [Mamba2D('nano')]),
-                ('Mamba2D tiny', [Mamba2D('tiny')]), ('Mamba2D small', [Mamba2D('small')])]
+        rows = [
+            (
+                'VMamba tiny, small; V2M hier-small, hier-base',
+                [VMamba('tiny'), VMamba('small'), V2M('hier-small'), V2M('hier-base')],
+            ),
+            ('VMamba base', [VMamba('base')]),
+            ('Mamba2D nano', [Mamba2D('nano')]),
+            ('Mamba2D tiny', [Mamba2D('tiny')]),
+            ('Mamba2D small', [Mamba2D('small')]),
+        ]
         pyramids = [V2M(arch, pyramid='multi') for arch in ('tiny', 'small')]
     for label, backbones in rows:
         for backbone in backbones:

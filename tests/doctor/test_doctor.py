@@ -38,8 +38,9 @@ def run(folder: Path, *command: str, **environ: str) -> subprocess.CompletedProc
     path = os.pathsep.join([str(folder), str(ROOT)])
     environment = {**os.environ, 'PYTHONPATH': path, **environ}
     command = command or ('-m', 'ssm_backbones')
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=folder, env=environment,
-                          timeout=300)
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, cwd=folder, env=environment, timeout=300
+    )
 
 
 def hide(folder: Path, *extra: str) -> str:

@@ -56,13 +56,19 @@ def changed(weights, name, tensor):
     return {**weights, name: tensor}
 
 
-@pytest.mark.parametrize('wrap', [
-    lambda weights: dict(state_dict=weights),
-    lambda weights: dict(weights),
-    lambda weights: dict(state_dict={f'module.{name}': tensor for name, tensor in weights.items()}),
-    lambda weights: dict(state_dict={**weights, 'data_preprocessor.mean': torch.zeros(3), 'ema_head': torch.ones(2)}),
-    lambda weights: dict(state_dict=weights, ema_state_dict={'steps': torch.tensor(3)}, message_hub={}, meta={}),
-], ids=['runner', 'bare', 'parallel', 'beside', 'ema'])
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda weights: dict(state_dict=weights),
+        lambda weights: dict(weights),
+        lambda weights: dict(state_dict={f'module.{name}': tensor for name, tensor in weights.items()}),
+        lambda weights: dict(
+            state_dict={**weights, 'data_preprocessor.mean': torch.zeros(3), 'ema_head': torch.ones(2)}
+        ),
+        lambda weights: dict(state_dict=weights, ema_state_dict={'steps': torch.tensor(3)}, message_hub={}, meta={}),
+    ],
+    ids=['runner', 'bare', 'parallel', 'beside', 'ema'],
+)
 @pytest.mark.parametrize('whole', [True, False])
 def test_a_model_s_own_weights_fit(wrap, whole, model, saved) -> None:
     checkpoint = wrap(saved)
@@ -74,14 +80,22 @@ def test_a_model_s_own_weights_fit(wrap, whole, model, saved) -> None:
 MISMATCHES = {
     'empty': (lambda held: {}, r'backbone.patch_embed.first.conv.weight \(8, 3, 3, 3\) is missing'),
     'in front': (lambda held: {f'x{name}': tensor for name, tensor in held.items()}, 'is missing'),
-    'missing': (lambda held: without(held, 'backbone.stages.1.blocks.0.mixer.D'),
-                r'stages.1.blocks.0.mixer.D \(4, 32\) is missing\. Name'),
-    'left over': (lambda held: changed(held, 'backbone.stages.0.blocks.7.norm.weight', torch.ones(2)),
-                  r'stages.0.blocks.7.norm.weight is not expected\. Name'),
-    'shape': (lambda held: changed(held, 'backbone.norm3.weight', torch.ones(7)),
-              r'backbone.norm3.weight is \(7\), expected \(128\)'),
-    'dimensions': (lambda held: changed(held, 'backbone.norm3.weight', torch.ones(4, 32)),
-                   r'backbone.norm3.weight is \(4, 32\), expected \(128\)'),
+    'missing': (
+        lambda held: without(held, 'backbone.stages.1.blocks.0.mixer.D'),
+        r'stages.1.blocks.0.mixer.D \(4, 32\) is missing\. Name',
+    ),
+    'left over': (
+        lambda held: changed(held, 'backbone.stages.0.blocks.7.norm.weight', torch.ones(2)),
+        r'stages.0.blocks.7.norm.weight is not expected\. Name',
+    ),
+    'shape': (
+        lambda held: changed(held, 'backbone.norm3.weight', torch.ones(7)),
+        r'backbone.norm3.weight is \(7\), expected \(128\)',
+    ),
+    'dimensions': (
+        lambda held: changed(held, 'backbone.norm3.weight', torch.ones(4, 32)),
+        r'backbone.norm3.weight is \(4, 32\), expected \(128\)',
+    ),
 }
 
 
@@ -163,7 +177,8 @@ def test_position_embeddings_are_resized_once_and_for_no_training_that_goes_on(w
     checkpoint = dict(state_dict=dict(weights))
     load(model, checkpoint, whole)
     assert [line for line in log if 'resized' in line] == [
-        f'{name if whole else name.removeprefix("backbone.")} is resized from 6x6 to 4x4 patches.']
+        f'{name if whole else name.removeprefix("backbone.")} is resized from 6x6 to 4x4 patches.'
+    ]
     resized = source.backbone.patch_embed.position_embedding(4, 4)
     assert torch.equal(checkpoint['state_dict'][name], resized)
     assert torch.equal(model.backbone.patch_embed.pos_embed, resized)
@@ -196,8 +211,9 @@ def test_several_copies_of_a_model_are_refused(model, saved) -> None:
     held = {f'{prefix}.{name}': tensor for prefix in ('teacher', 'student') for name, tensor in saved.items()}
     with pytest.raises(CheckpointError, match="several times, under the prefixes 'teacher.', 'student.'"):
         load(model, dict(state_dict=held))
-    averaged = {f'{prefix}.{name}': tensor for prefix in ('model', 'model_ema.module')
-                for name, tensor in saved.items()}
+    averaged = {
+        f'{prefix}.{name}': tensor for prefix in ('model', 'model_ema.module') for name, tensor in saved.items()
+    }
     load(Model(), dict(state_dict=averaged))
 
 

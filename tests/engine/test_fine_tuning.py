@@ -32,28 +32,47 @@ def build(scope, config):
 def segmentor(family='VMamba', num_classes=5, norm_cfg=None, preprocessor=None, **backbone):
     """UperNet, narrow."""
     head = dict(channels=8, num_classes=num_classes, norm_cfg=norm_cfg or dict(type='BN'), align_corners=False)
-    return build('mmseg', dict(
-        type='EncoderDecoder', data_preprocessor=dict(type='SegDataPreProcessor', size=(64, 64), **preprocessor or {}),
-        backbone=dict(type=family, arch=ARCHS[family], **backbone),
-        decode_head=dict(type='UPerHead', in_channels=WIDTHS[family], in_index=[0, 1, 2, 3], pool_scales=(1, 2),
-                         **head)))
+    return build(
+        'mmseg',
+        dict(
+            type='EncoderDecoder',
+            data_preprocessor=dict(type='SegDataPreProcessor', size=(64, 64), **preprocessor or {}),
+            backbone=dict(type=family, arch=ARCHS[family], **backbone),
+            decode_head=dict(
+                type='UPerHead', in_channels=WIDTHS[family], in_index=[0, 1, 2, 3], pool_scales=(1, 2), **head
+            ),
+        ),
+    )
 
 
 def detector(norm_cfg=None, num_classes=5, **backbone):
     """Mask R-CNN, narrow, with the heads' shared convolutions where there is a norm for them."""
     options = {
-        'model.backbone.arch': 'test', 'model.neck.in_channels': WIDTHS['VMamba'], 'model.neck.out_channels': 32,
-        'model.rpn_head.in_channels': 32, 'model.rpn_head.feat_channels': 32,
-        'model.roi_head.bbox_roi_extractor.out_channels': 32, 'model.roi_head.mask_roi_extractor.out_channels': 32,
-        'model.roi_head.bbox_head.in_channels': 32, 'model.roi_head.bbox_head.fc_out_channels': 32,
-        'model.roi_head.bbox_head.num_classes': num_classes, 'model.roi_head.mask_head.num_classes': num_classes,
-        'model.roi_head.mask_head.in_channels': 32, 'model.roi_head.mask_head.conv_out_channels': 32,
-        'model.roi_head.mask_head.num_convs': 1, 'default_scope': 'mmdet',
-        **{f'model.backbone.{key}': value for key, value in backbone.items()}}
+        'model.backbone.arch': 'test',
+        'model.neck.in_channels': WIDTHS['VMamba'],
+        'model.neck.out_channels': 32,
+        'model.rpn_head.in_channels': 32,
+        'model.rpn_head.feat_channels': 32,
+        'model.roi_head.bbox_roi_extractor.out_channels': 32,
+        'model.roi_head.mask_roi_extractor.out_channels': 32,
+        'model.roi_head.bbox_head.in_channels': 32,
+        'model.roi_head.bbox_head.fc_out_channels': 32,
+        'model.roi_head.bbox_head.num_classes': num_classes,
+        'model.roi_head.mask_head.num_classes': num_classes,
+        'model.roi_head.mask_head.in_channels': 32,
+        'model.roi_head.mask_head.conv_out_channels': 32,
+        'model.roi_head.mask_head.num_convs': 1,
+        'default_scope': 'mmdet',
+        **{f'model.backbone.{key}': value for key, value in backbone.items()},
+    }
     if norm_cfg:
-        options |= {'model.neck.norm_cfg': norm_cfg, 'model.roi_head.bbox_head.type': 'Shared4Conv1FCBBoxHead',
-                    'model.roi_head.bbox_head.conv_out_channels': 32, 'model.roi_head.bbox_head.norm_cfg': norm_cfg,
-                    'model.roi_head.mask_head.norm_cfg': norm_cfg}
+        options |= {
+            'model.neck.norm_cfg': norm_cfg,
+            'model.roi_head.bbox_head.type': 'Shared4Conv1FCBBoxHead',
+            'model.roi_head.bbox_head.conv_out_channels': 32,
+            'model.roi_head.bbox_head.norm_cfg': norm_cfg,
+            'model.roi_head.mask_head.norm_cfg': norm_cfg,
+        }
     return build('mmdet', load_config(CONFIGS / '_base_/models/mask-rcnn_vmamba_fpn.py', options).model)
 
 
@@ -61,22 +80,25 @@ def segmentation_batch(channels=3, num_classes=5):
     structures = import_module('mmseg.structures')
     samples = [structures.SegDataSample(metainfo=dict(img_shape=(64, 64), ori_shape=(64, 64))) for _ in range(2)]
     for sample in samples:
-        sample.gt_sem_seg = import_module('mmengine.structures').PixelData(
-            data=torch.randint(num_classes, (1, 64, 64)))
-    return dict(inputs=[torch.randint(256, (channels, 64, 64), dtype=torch.uint8) for _ in samples],
-                data_samples=samples)
+        sample.gt_sem_seg = import_module('mmengine.structures').PixelData(data=torch.randint(num_classes, (1, 64, 64)))
+    return dict(
+        inputs=[torch.randint(256, (channels, 64, 64), dtype=torch.uint8) for _ in samples], data_samples=samples
+    )
 
 
 def detection_batch():
     samples = []
     for _ in range(2):
         sample = import_module('mmdet.structures').DetDataSample(
-            metainfo=dict(img_shape=(64, 64), ori_shape=(64, 64), pad_shape=(64, 64), scale_factor=(1.0, 1.0)))
+            metainfo=dict(img_shape=(64, 64), ori_shape=(64, 64), pad_shape=(64, 64), scale_factor=(1.0, 1.0))
+        )
         masks = torch.zeros(1, 64, 64, dtype=torch.uint8)
         masks[:, 8:56, 8:56] = 1
         sample.gt_instances = import_module('mmengine.structures').InstanceData(
-            bboxes=torch.tensor([[8.0, 8.0, 56.0, 56.0]]), labels=torch.tensor([1]),
-            masks=import_module('mmdet.structures.mask').BitmapMasks(masks.numpy(), 64, 64))
+            bboxes=torch.tensor([[8.0, 8.0, 56.0, 56.0]]),
+            labels=torch.tensor([1]),
+            masks=import_module('mmdet.structures.mask').BitmapMasks(masks.numpy(), 64, 64),
+        )
         samples.append(sample)
     return dict(inputs=[torch.randint(256, (3, 64, 64), dtype=torch.uint8) for _ in samples], data_samples=samples)
 
@@ -140,14 +162,20 @@ class Saved:
         return sum(self.storages.values())
 
 
-@pytest.mark.parametrize('make', [
-    lambda **options: VMamba(dict(embed_dims=32, depths=[2, 2, 4, 2], d_state=1, ssm_ratio=1.0, version='v2'),
-                             **options),
-    lambda **options: V2M(dict(layout='hierarchical', embed_dims=32, depths=[2, 2, 4, 2], d_state=2, ssm_ratio=1.0),
-                          **options),
-    lambda **options: V2M(dict(layout='plain', embed_dims=32, depth=8, d_state=4), **options),
-    lambda **options: Mamba2D(dict(embed_dims=[32, 32, 64, 64], depths=[2, 2, 4, 2]), **options),
-], ids=['VMamba', 'V2M-hierarchical', 'V2M-plain', 'Mamba2D'])
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda **options: VMamba(
+            dict(embed_dims=32, depths=[2, 2, 4, 2], d_state=1, ssm_ratio=1.0, version='v2'), **options
+        ),
+        lambda **options: V2M(
+            dict(layout='hierarchical', embed_dims=32, depths=[2, 2, 4, 2], d_state=2, ssm_ratio=1.0), **options
+        ),
+        lambda **options: V2M(dict(layout='plain', embed_dims=32, depth=8, d_state=4), **options),
+        lambda **options: Mamba2D(dict(embed_dims=[32, 32, 64, 64], depths=[2, 2, 4, 2]), **options),
+    ],
+    ids=['VMamba', 'V2M-hierarchical', 'V2M-plain', 'Mamba2D'],
+)
 def test_checkpointing_keeps_a_fraction_and_changes_no_gradient(make):
     images, kept, gradients = torch.randn(2, 3, 96, 96), {}, {}
     for with_cp in (False, True):
@@ -170,8 +198,11 @@ class Batches(torch.utils.data.Dataset):
     def __init__(self):
         torch.manual_seed(0)
         batches = [segmentation_batch() for _ in range(3)]
-        self.items = [dict(inputs=image, data_samples=sample) for batch in batches
-                      for image, sample in zip(batch['inputs'], batch['data_samples'], strict=True)]
+        self.items = [
+            dict(inputs=image, data_samples=sample)
+            for batch in batches
+            for image, sample in zip(batch['inputs'], batch['data_samples'], strict=True)
+        ]
 
     def __len__(self):
         return len(self.items)
@@ -191,14 +222,20 @@ def test_weights_are_averaged_as_they_are_trained(tmp_path):
             seen.append({name: tensor.clone() for name, tensor in runner.model.backbone.state_dict().items()})
             super().after_train_iter(runner, *args, **kwargs)
 
-    loader = torch.utils.data.DataLoader(Batches(), batch_size=2, collate_fn=lambda items: {
-        key: [item[key] for item in items] for key in items[0]})
+    loader = torch.utils.data.DataLoader(
+        Batches(), batch_size=2, collate_fn=lambda items: {key: [item[key] for item in items] for key in items[0]}
+    )
     with DefaultScope.overwrite_default_scope('mmseg'):
-        Runner(model, str(tmp_path), train_dataloader=loader, train_cfg=dict(by_epoch=False, max_iters=3),
-               optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)), default_scope='mmseg', custom_hooks=[
-                   Recorder(momentum=momentum)],
-               default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=3),
-                                  logger=None)).train()
+        Runner(
+            model,
+            str(tmp_path),
+            train_dataloader=loader,
+            train_cfg=dict(by_epoch=False, max_iters=3),
+            optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
+            default_scope='mmseg',
+            custom_hooks=[Recorder(momentum=momentum)],
+            default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=3), logger=None),
+        ).train()
     average = seen[0]
     for weights in seen[1:]:
         average = {name: (1 - momentum) * average[name] + momentum * weights[name] for name in average}
@@ -225,10 +262,13 @@ def test_norms_of_the_heads(make, batch, norm):
     assert any(name.startswith(norms[0]) for name in changed)
 
 
-@pytest.mark.parametrize(('make', 'heads'), [
-    (segmentor, ['decode_head.conv_seg.']),
-    (detector, ['roi_head.bbox_head.fc_cls.', 'roi_head.bbox_head.fc_reg.', 'roi_head.mask_head.conv_logits.']),
-])
+@pytest.mark.parametrize(
+    ('make', 'heads'),
+    [
+        (segmentor, ['decode_head.conv_seg.']),
+        (detector, ['roi_head.bbox_head.fc_cls.', 'roi_head.bbox_head.fc_reg.', 'roi_head.mask_head.conv_logits.']),
+    ],
+)
 def test_a_checkpoint_of_other_classes_fills_all_but_the_last_layers(make, heads, tmp_path):
     torch.manual_seed(0)
     source, model = make(num_classes=5), make(num_classes=9)
@@ -254,8 +294,11 @@ def test_classification_weights_into_a_detectors_backbone_in_one_step(official):
 
 def test_images_of_four_channels_with_weights_of_three(official):
     path, tensors = official
-    model = segmentor(in_channels=4, preprocessor=dict(mean=[120.0], std=[60.0]),
-                      init_cfg=dict(type='OfficialPretrained', checkpoint=path, in_channels=4))
+    model = segmentor(
+        in_channels=4,
+        preprocessor=dict(mean=[120.0], std=[60.0]),
+        init_cfg=dict(type='OfficialPretrained', checkpoint=path, in_channels=4),
+    )
     with DefaultScope.overwrite_default_scope('mmseg'):
         model.init_weights()
     stem = 'patch_embed.first.conv.weight'
@@ -276,9 +319,12 @@ def test_the_backbone_alone_out_of_a_whole_model(tmp_path):
     assert_loaded(model.backbone, source.backbone.state_dict())
 
     classifier = VMamba('test', out_indices=3)
-    torch.save(dict(state_dict={f'backbone.{name}': tensor for name, tensor in classifier.state_dict().items()}),
-               tmp_path / 'classifier.pth')
-    backbone = VMamba('test', init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'classifier.pth'),
-                                            prefix='backbone.'))
+    torch.save(
+        dict(state_dict={f'backbone.{name}': tensor for name, tensor in classifier.state_dict().items()}),
+        tmp_path / 'classifier.pth',
+    )
+    backbone = VMamba(
+        'test', init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'classifier.pth'), prefix='backbone.')
+    )
     backbone.init_weights()
     assert_loaded(backbone, classifier.state_dict(), but=['norm0', 'norm1', 'norm2'])

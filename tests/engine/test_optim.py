@@ -18,15 +18,23 @@ LR, DECAY, RATE = 1e-3, 0.05, 0.5
 
 def build(model, optimizer=None, constructor='LayerDecayOptimWrapperConstructor', **options):
     options = dict(layer_decay_rate=RATE) | options
-    return build_optim_wrapper(model, dict(
-        optimizer=optimizer or dict(type='AdamW', lr=LR, weight_decay=DECAY), constructor=constructor,
-        paramwise_cfg={key: value for key, value in options.items() if value is not None}))
+    return build_optim_wrapper(
+        model,
+        dict(
+            optimizer=optimizer or dict(type='AdamW', lr=LR, weight_decay=DECAY),
+            constructor=constructor,
+            paramwise_cfg={key: value for key, value in options.items() if value is not None},
+        ),
+    )
 
 
 def settings(wrapper):
     """The learning rate and weight decay of each parameter."""
-    return {name: (group['lr'], group.get('weight_decay'))
-            for group in wrapper.optimizer.param_groups for name in group['param_names']}
+    return {
+        name: (group['lr'], group.get('weight_decay'))
+        for group in wrapper.optimizer.param_groups
+        for name in group['param_names']
+    }
 
 
 class Model(nn.Module):
@@ -60,7 +68,7 @@ def test_every_parameter_has_the_rate_of_its_layer(family):
         if layer is None and name.startswith('backbone.stages.'):
             # A downsampling, or the norm at a stage's end, goes with the stage's last block.
             stage = int(name.split('.')[2])
-            layer = sum(backbone.depths[:stage + 1])
+            layer = sum(backbone.depths[: stage + 1])
         elif layer is None:
             layer = 0 if name.startswith('backbone.patch_embed.') else top
         assert lr == pytest.approx(LR * RATE ** (top - layer)), name
@@ -75,8 +83,11 @@ def test_matrices_and_kernels_alone_decay(family):
     decaying = {name for name, (_, decay) in found.items() if decay == DECAY}
     assert {decay for _, decay in found.values()} == {0.0, DECAY}
     # Independently of how parameters are named: what multiplies activations as a matrix or a kernel.
-    weights = {f'{name}.weight' for name, module in model.named_modules()
-               if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d)}
+    weights = {
+        f'{name}.weight'
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d)
+    }
     weights |= {name for name in found if name.endswith('.dt_weight')}
     assert decaying == weights
 
@@ -84,11 +95,17 @@ def test_matrices_and_kernels_alone_decay(family):
 def test_what_is_spared_by_name():
     plain = settings(build(V2M('test', cls_token='center')))
     vmamba, mamba2d = settings(build(VMamba('test'))), settings(build(Mamba2D('test')))
-    for found, name in [(plain, 'patch_embed.pos_embed'), (plain, 'patch_embed.cls_token'),
-                        (plain, 'stages.0.blocks.0.norm.weight'), (vmamba, 'stages.0.blocks.0.mixer.A_log'),
-                        (vmamba, 'stages.0.blocks.0.mixer.D'), (vmamba, 'stages.0.blocks.0.mixer.dt_bias'),
-                        (mamba2d, 'stages.0.blocks.0.residual1.scale'), (mamba2d, 'stages.1.blocks.0.mixer.top.A_log'),
-                        (mamba2d, 'stages.0.blocks.0.mixer.local.act1.scale')]:
+    for found, name in [
+        (plain, 'patch_embed.pos_embed'),
+        (plain, 'patch_embed.cls_token'),
+        (plain, 'stages.0.blocks.0.norm.weight'),
+        (vmamba, 'stages.0.blocks.0.mixer.A_log'),
+        (vmamba, 'stages.0.blocks.0.mixer.D'),
+        (vmamba, 'stages.0.blocks.0.mixer.dt_bias'),
+        (mamba2d, 'stages.0.blocks.0.residual1.scale'),
+        (mamba2d, 'stages.1.blocks.0.mixer.top.A_log'),
+        (mamba2d, 'stages.0.blocks.0.mixer.local.act1.scale'),
+    ]:
         assert found[name][1] == 0.0, name
 
 
@@ -117,7 +134,8 @@ def test_there_are_no_other_constructors_of_that_name():
         registry = __import__(f'{library}.registry', fromlist=['registry']).OPTIM_WRAPPER_CONSTRUCTORS
         assert 'LayerDecayOptimWrapperConstructor' not in registry._module_dict
         assert registry.get('LayerDecayOptimWrapperConstructor') is OPTIM_WRAPPER_CONSTRUCTORS.get(
-            'LayerDecayOptimWrapperConstructor')
+            'LayerDecayOptimWrapperConstructor'
+        )
 
 
 def test_few_groups_and_none_twice():
@@ -144,8 +162,18 @@ def test_frozen_stages_are_left_out():
 
 
 def test_a_configs_own_keys_hold_too():
-    found = settings(build(Model(VMamba('test')), norm_decay_mult=0.5, bias_decay_mult=1.0, custom_keys={
-        'head': dict(lr_mult=10.0), 'mixer': dict(decay_mult=0.1), 'mixer.D': dict(decay_mult=0.0, lr_mult=2.0)}))
+    found = settings(
+        build(
+            Model(VMamba('test')),
+            norm_decay_mult=0.5,
+            bias_decay_mult=1.0,
+            custom_keys={
+                'head': dict(lr_mult=10.0),
+                'mixer': dict(decay_mult=0.1),
+                'mixer.D': dict(decay_mult=0.0, lr_mult=2.0),
+            },
+        )
+    )
     assert found['head.weight'] == (pytest.approx(10 * LR), DECAY)
     assert found['head.bias'] == (pytest.approx(10 * LR), DECAY)
     assert found['backbone.norm3.weight'] == (LR, pytest.approx(DECAY / 2))
@@ -172,17 +200,27 @@ def test_a_step_moves_each_layer_by_its_rate():
         torch.testing.assert_close(moved, torch.full_like(moved, lr), rtol=1e-2, atol=1e-7)
 
 
-@pytest.mark.parametrize('name', [
-    'vmamba/vmamba-tiny_8xb128_in1k', 'vmamba/mask-rcnn_vmamba-tiny_fpn_1x_coco',
-    'vmamba/vmamba-tiny_upernet_8xb2-160k_ade20k-512x512', 'mamba2d/mamba2d-tiny_upernet_8xb2-160k_ade20k-512x512',
-    'mamba2d/mask-rcnn_mamba2d-tiny_fpn_1x_coco', 'v2m/v2m-tiny_8xb64_in1k'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'vmamba/vmamba-tiny_8xb128_in1k',
+        'vmamba/mask-rcnn_vmamba-tiny_fpn_1x_coco',
+        'vmamba/vmamba-tiny_upernet_8xb2-160k_ade20k-512x512',
+        'mamba2d/mamba2d-tiny_upernet_8xb2-160k_ade20k-512x512',
+        'mamba2d/mask-rcnn_mamba2d-tiny_fpn_1x_coco',
+        'v2m/v2m-tiny_8xb64_in1k',
+    ],
+)
 def test_the_zoos_recipes_take_it(name):
-    options = {'optim_wrapper.constructor': 'LayerDecayOptimWrapperConstructor',
-               'optim_wrapper.paramwise_cfg.layer_decay_rate': RATE}
+    options = {
+        'optim_wrapper.constructor': 'LayerDecayOptimWrapperConstructor',
+        'optim_wrapper.paramwise_cfg.layer_decay_rate': RATE,
+    }
     cfg = load_config(Path(__file__).resolve().parents[2] / 'configs' / f'{name}.py', options)
     paramwise_cfg = cfg.optim_wrapper.paramwise_cfg.to_dict()
-    model = Model(V2M('test', cls_token='corner') if 'v2m' in name else
-                  Mamba2D('test') if 'mamba2d' in name else VMamba('test'))
+    model = Model(
+        V2M('test', cls_token='corner') if 'v2m' in name else Mamba2D('test') if 'mamba2d' in name else VMamba('test')
+    )
     found = settings(build(model, dict(cfg.optim_wrapper.optimizer), **paramwise_cfg))
     decay = cfg.optim_wrapper.optimizer.weight_decay
     spared = ('norm', '.A_log', '.dt_bias', 'mixer.D', 'pos_embed', 'cls_token')
@@ -190,25 +228,31 @@ def test_the_zoos_recipes_take_it(name):
     assert found['head.weight'] == (cfg.optim_wrapper.optimizer.lr, decay)
 
 
-@pytest.mark.parametrize(('options', 'message'), [
-    (dict(layer_decay_rate=None), 'needs layer_decay_rate, above 0 and at most 1, got None'),
-    (dict(layer_decay_rate=1.5), 'got 1.5'),
-    (dict(layer_decay_rate=0), 'got 0'),
-    (dict(layer_decay_rate='0.9'), "got '0.9'"),
-    (dict(dwconv_decay_mult=0.0), 'has no dwconv_decay_mult; it takes layer_decay_rate, '),
-    (dict(custom_keys={'head': dict(lr=1.0)}), "custom_keys take lr_mult and decay_mult, got 'head'"),
-    (dict(optimizer=dict(type='AdamW')), 'set lr in the optimizer'),
-])
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(layer_decay_rate=None), 'needs layer_decay_rate, above 0 and at most 1, got None'),
+        (dict(layer_decay_rate=1.5), 'got 1.5'),
+        (dict(layer_decay_rate=0), 'got 0'),
+        (dict(layer_decay_rate='0.9'), "got '0.9'"),
+        (dict(dwconv_decay_mult=0.0), 'has no dwconv_decay_mult; it takes layer_decay_rate, '),
+        (dict(custom_keys={'head': dict(lr=1.0)}), "custom_keys take lr_mult and decay_mult, got 'head'"),
+        (dict(optimizer=dict(type='AdamW')), 'set lr in the optimizer'),
+    ],
+)
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         build(Model(VMamba('test')), **options)
 
 
-@pytest.mark.parametrize(('model', 'message'), [
-    (lambda: nn.Linear(2, 2), 'a Linear with layer-wise .* found: none'),
-    (lambda: Model(nn.Linear(2, 2)), 'needs exactly one backbone that has get_layer_depth.* found: none'),
-    (lambda: nn.ModuleDict({'a': VMamba('test'), 'b': VMamba('test')}), 'found: a, b'),
-])
+@pytest.mark.parametrize(
+    ('model', 'message'),
+    [
+        (lambda: nn.Linear(2, 2), 'a Linear with layer-wise .* found: none'),
+        (lambda: Model(nn.Linear(2, 2)), 'needs exactly one backbone that has get_layer_depth.* found: none'),
+        (lambda: nn.ModuleDict({'a': VMamba('test'), 'b': VMamba('test')}), 'found: a, b'),
+    ],
+)
 def test_models_without_a_backbone_are_refused(model, message):
     with pytest.raises(ValueError, match=message):
         build(model())

@@ -281,8 +281,10 @@ def test_a_training_starts_from_a_backbone_that_fits(official, served, train, wr
         runner = train(config, tmp_path / str(number))
         taken = runner.model.backbone.stages[0].blocks[0].mixer.out_proj.weight
         torch.testing.assert_close(taken.detach(), source['layers.0.blocks.0.op.out_proj.weight'])
-    config = write_config('mmpretrain', f"{still}\n    model = dict(backbone=dict(arch='test', in_channels=4))\n"
-                                        f'    load_from = {str(official)!r}')
+    config = write_config(
+        'mmpretrain',
+        f"{still}\n    model = dict(backbone=dict(arch='test', in_channels=4))\n    load_from = {str(official)!r}",
+    )
     with pytest.raises(CommandError, match=r'does not fit the backbone .*first\.conv\.weight is \(8, 3, 3, 3\)'):
         train(config, tmp_path / 'wrong')
 
@@ -302,13 +304,16 @@ def test_no_checkpoint_passes_for_another(train, test, write_config, tmp_path) -
 
 
 def test_averaged_weights_are_tested_with_and_without_the_others(train, test, write_config, tmp_path) -> None:
-    config = write_config('mmpretrain', """
+    config = write_config(
+        'mmpretrain',
+        """
     train_cfg = dict(max_epochs=2)
     val_cfg = val_dataloader = val_evaluator = None
     custom_hooks = [dict(type='EMAHook', momentum=0.1, priority='ABOVE_NORMAL')]
     default_hooks = dict(checkpoint=dict(interval=1))
     test_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False)
-    """)
+    """,
+    )
     train(config, tmp_path / 'train')
     whole = torch.load(tmp_path / 'train' / 'epoch_2.pth', weights_only=False)
     assert 'ema_state_dict' in whole

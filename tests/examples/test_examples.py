@@ -71,9 +71,12 @@ def test_linear_head_has_the_labels_of_what_the_model_saw(tmp_path) -> None:
     config = tmp_path / 'config.py'
     config.write_text(
         CONFIG.replace('{data}', f'{tmp_path}/shapes/ade20k/')
-        .replace("bgr_to_rgb=True)", "bgr_to_rgb=True, test_cfg=dict(size_divisor=32))")
-        .replace("dict(type='LoadAnnotations'),", "dict(type='LoadAnnotations'), "
-                                                  "dict(type='CenterCrop', crop_size=(48, 40)),"))
+        .replace('bgr_to_rgb=True)', 'bgr_to_rgb=True, test_cfg=dict(size_divisor=32))')
+        .replace(
+            "dict(type='LoadAnnotations'),",
+            "dict(type='LoadAnnotations'), dict(type='CenterCrop', crop_size=(48, 40)),",
+        )
+    )
     torch.save({'state_dict': build_model(load_config(config), None).state_dict()}, tmp_path / 'model.pth')
     export_features(ExportOptions(str(config), str(tmp_path / 'model.pth'), 'train', str(tmp_path / 'out'), workers=0))
     example = load('linear_segmentation')

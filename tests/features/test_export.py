@@ -200,8 +200,7 @@ def test_killed_process_leaves_whole_files_alone(models, tmp_path, shapes, envir
     again, once = FeatureDataset(out), FeatureDataset(tmp_path / 'once')
     for index in range(12):
         assert all(
-            torch.allclose(a, b, rtol=1e-4, atol=1e-5)
-            for a, b in zip(again.maps(index), once.maps(index), strict=True)
+            torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(again.maps(index), once.maps(index), strict=True)
         )
     assert not list(out.rglob('.*.part'))
 
@@ -283,7 +282,7 @@ def test_unreadable_images_do_not_stop_the_rest(tool, models, tmp_path, capsys, 
     (folder / 'sub' / 'cut.png').write_bytes(whole[:-20])
     Image.new('L', (400, 300)).save(folder / 'huge.png')
     middle = whole.index(b'IDAT') + 6
-    (folder / 'damaged.png').write_bytes(whole[:middle] + b'damaged' + whole[middle + 7:])
+    (folder / 'damaged.png').write_bytes(whole[:middle] + b'damaged' + whole[middle + 7 :])
     out = tmp_path / 'out'
     command = [*models['mmseg'], str(folder), '--out', str(out), '--workers', '1', '--max-pixels', '100000']
     error = fails(capsys, tool.main(command))
@@ -324,8 +323,22 @@ def test_processes_share_the_images(models, tmp_path, shapes, environment, expor
     for path in folder.iterdir():
         (tmp_path / 'in' / path.name).write_bytes(path.read_bytes())
     (tmp_path / 'in' / 'broken.jpg').write_bytes(b'x')
-    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', f'--master_port={free_port}', TOOL,
-               *models['mmseg'], tmp_path / 'in', '--out', tmp_path / 'out', '--launcher', 'pytorch', '--workers', '0']
+    command = [
+        sys.executable,
+        '-m',
+        'torch.distributed.run',
+        '--nproc_per_node=2',
+        f'--master_port={free_port}',
+        TOOL,
+        *models['mmseg'],
+        tmp_path / 'in',
+        '--out',
+        tmp_path / 'out',
+        '--launcher',
+        'pytorch',
+        '--workers',
+        '0',
+    ]
     result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode != 0 and 'error: 1 images could not be exported' in result.stderr
     assert '12 images exported' in result.stdout
@@ -449,11 +462,14 @@ def test_bad_arguments(tool, models, tmp_path, shapes, capsys) -> None:
     assert not (tmp_path / 'out').exists()
 
 
-@pytest.mark.parametrize('device, message', [
-    ('abacus', 'abacus is no device'),
-    ('meta', 'meta is no device that can be used'),
-    ('cuda:99', 'PyTorch sees 2 GPUs here, cuda:0 to cuda:1'),
-])
+@pytest.mark.parametrize(
+    'device, message',
+    [
+        ('abacus', 'abacus is no device'),
+        ('meta', 'meta is no device that can be used'),
+        ('cuda:99', 'PyTorch sees 2 GPUs here, cuda:0 to cuda:1'),
+    ],
+)
 def test_devices_that_are_not_there(device, message, models, export, tmp_path, shapes, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)

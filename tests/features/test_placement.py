@@ -37,8 +37,10 @@ PIPELINES = {
     'mmseg-keep-ratio': [KEEP],
     'mmseg-resize': [dict(type='Resize', scale=(65, 97))],
     'mmseg-multiple': [dict(type='ResizeToMultiple', size_divisor=32)],
-    'mmseg-normalised-crop': [dict(type='Normalize', mean=[9.0] * 3, std=[2.0] * 3), dict(type='CenterCrop',
-                                                                                        crop_size=(110, 90))],
+    'mmseg-normalised-crop': [
+        dict(type='Normalize', mean=[9.0] * 3, std=[2.0] * 3),
+        dict(type='CenterCrop', crop_size=(110, 90)),
+    ],
     'mmseg-upside-down': [KEEP, dict(type='RandomFlip', prob=1.0, direction='vertical')],
 }
 SIZES = ((203, 131), (98, 151))
@@ -57,8 +59,7 @@ class LocalBrightness(nn.Module):
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         grey = self.weight * images.mean(1, keepdim=True)
         height, width = grey.shape[2:]
-        return tuple(F.avg_pool2d(F.pad(grey, (0, -width % stride, 0, -height % stride)), stride)
-                     for stride in STRIDES)
+        return tuple(F.avg_pool2d(F.pad(grey, (0, -width % stride, 0, -height % stride)), stride) for stride in STRIDES)
 
 
 def centre(size: tuple[int, int]) -> tuple[float, float]:
@@ -70,7 +71,7 @@ def disc(size: tuple[int, int], margin: int = 0) -> np.ndarray:
     """Grey (H, W), uint8: a white disc on grey, with dark margins on the left and right."""
     x, y = np.arange(size[0]) + 0.5, np.arange(size[1])[:, None] + 0.5
     found = np.where(np.hypot(x - centre(size)[0], y - centre(size)[1]) < RADIUS, 255, 60)
-    found[:, :margin] = found[:, size[0] - margin:] = 0
+    found[:, :margin] = found[:, size[0] - margin :] = 0
     return found.astype(np.uint8)
 
 
@@ -82,8 +83,13 @@ def save(folder, name: str, grey: np.ndarray) -> None:
 def write_pipeline(write_config, case: str, backbone: str = "type='LocalBrightness'") -> str:
     host = case.partition('-')[0]
     steps = [LOAD, *PIPELINES[case], dict(type=PACK[host])]
-    return str(write_config(host, f'model = dict(backbone=dict({backbone}, _delete_=True))\n'
-                                  f'test_dataloader = dict(dataset=dict(pipeline={steps!r}))'))
+    return str(
+        write_config(
+            host,
+            f'model = dict(backbone=dict({backbone}, _delete_=True))\n'
+            f'test_dataloader = dict(dataset=dict(pipeline={steps!r}))',
+        )
+    )
 
 
 @pytest.fixture(scope='module')
@@ -118,8 +124,10 @@ def test_a_disc_is_found_where_the_record_says(case, write_config, checkpoint, t
             assert (len(y) - 1, len(x) - 1) == value.shape[1:]
             weights = (value - other[0])[0].detach().double().clamp(min=0).numpy()
             cell_y, cell_x = abs(y[1] - y[0]), abs(x[1] - x[0])
-            found = ((weights.sum(0) @ (x[:-1] + x[1:])) / 2 / weights.sum(),
-                     (weights.sum(1) @ (y[:-1] + y[1:])) / 2 / weights.sum())
+            found = (
+                (weights.sum(0) @ (x[:-1] + x[1:])) / 2 / weights.sum(),
+                (weights.sum(1) @ (y[:-1] + y[1:])) / 2 / weights.sum(),
+            )
             assert abs(found[0] - centre(size)[0]) <= 0.5 * cell_x, (stride, found)
             assert abs(found[1] - centre(size)[1]) <= 0.5 * cell_y, (stride, found)
             if stride == 1:
@@ -139,16 +147,18 @@ def test_a_disc_is_found_where_the_record_says(case, write_config, checkpoint, t
 @pytest.mark.parametrize('backbone', ['VMamba', 'Mamba2D', 'V2M'])
 def test_a_disc_changes_the_features_of_a_backbone_there(backbone, write_config, tmp_path) -> None:
     arch = 'test-hier' if backbone == 'V2M' else 'test'
-    config = write_pipeline(write_config, 'mmpretrain-centre-crop',
-                            f"type='{backbone}', arch='{arch}', out_indices=(0, 1, 2, 3)")
+    config = write_pipeline(
+        write_config, 'mmpretrain-centre-crop', f"type='{backbone}', arch='{arch}', out_indices=(0, 1, 2, 3)"
+    )
     size = SIZES[0]
     save(tmp_path / 'in', 'disc', disc(size))
     save(tmp_path / 'in', 'none', np.full(size[::-1], 60, np.uint8))
     torch.manual_seed(0)
     weights = build_model(load_config(config), None).backbone.state_dict()
     torch.save({'state_dict': {f'backbone.{name}': value for name, value in weights.items()}}, tmp_path / 'model.pth')
-    export_features(ExportOptions(config, str(tmp_path / 'model.pth'), str(tmp_path / 'in'), str(tmp_path / 'out'),
-                                  workers=0))
+    export_features(
+        ExportOptions(config, str(tmp_path / 'model.pth'), str(tmp_path / 'in'), str(tmp_path / 'out'), workers=0)
+    )
     dataset = FeatureDataset(tmp_path / 'out')
     for one, other, (y, x) in zip(dataset.maps(0), dataset.maps(1), dataset.cell_edges(0), strict=True):
         change = (one - other).norm(dim=0)
@@ -163,18 +173,21 @@ def test_previews_show_the_image_as_the_model_got_it(case, write_config, checkpo
     size = (203, 131)
     save(tmp_path / 'in', 'disc', disc(size, margin=40))
     config = write_pipeline(write_config, case)
-    export_features(ExportOptions(config, checkpoint, str(tmp_path / 'in'), str(tmp_path / 'out'), workers=0,
-                                  preview=True))
+    export_features(
+        ExportOptions(config, checkpoint, str(tmp_path / 'in'), str(tmp_path / 'out'), workers=0, preview=True)
+    )
     sheet = np.asarray(Image.open(tmp_path / 'out' / 'previews' / 'disc.png.png').convert('RGB'))[:, :, 0]
     record = FeatureDataset(tmp_path / 'out').records[0]
     height, width = record['input_size']
     scale = 320 / max(height, width)
     shape = round(height * scale), round(width * scale)
     step = (sheet.shape[1] - 12) // 6
-    panels = [sheet[52:52 + shape[0], 12 + place * step:12 + place * step + shape[1]] for place in range(6)]
+    panels = [sheet[52 : 52 + shape[0], 12 + place * step : 12 + place * step + shape[1]] for place in range(6)]
     # Where the disc lies in the input, by the record, drawn so large.
-    expected = tuple((where - record[f'offset_{axis}']) / record[f'scale_{axis}'] * scale
-                     for where, axis in zip(centre(size), 'xy', strict=True))
+    expected = tuple(
+        (where - record[f'offset_{axis}']) / record[f'scale_{axis}'] * scale
+        for where, axis in zip(centre(size), 'xy', strict=True)
+    )
     for stride, panel in zip((1, *STRIDES), panels, strict=True):
         rows, columns = np.nonzero(panel > 200 if stride < 16 else panel == panel.max())
         assert abs(columns.mean() + 0.5 - expected[0]) < max(0.75 * stride * scale, 2), stride
@@ -184,17 +197,23 @@ def test_previews_show_the_image_as_the_model_got_it(case, write_config, checkpo
     assert shown is None or dark == pytest.approx(shown, abs=0.02)
 
 
-@pytest.mark.parametrize('host, step', [
-    ('mmseg', dict(type='RandomRotate', prob=1.0, degree=20.0)),
-    ('mmpretrain', dict(type='Rotate', angle=30.0, prob=1.0)),
-    ('mmpretrain', dict(type='Shear', magnitude=0.3, prob=1.0)),
-    ('mmseg', dict(type='PhotoMetricDistortion')),
-    ('mmpretrain', dict(type='NumpyToPIL')),
-])
+@pytest.mark.parametrize(
+    'host, step',
+    [
+        ('mmseg', dict(type='RandomRotate', prob=1.0, degree=20.0)),
+        ('mmpretrain', dict(type='Rotate', angle=30.0, prob=1.0)),
+        ('mmpretrain', dict(type='Shear', magnitude=0.3, prob=1.0)),
+        ('mmseg', dict(type='PhotoMetricDistortion')),
+        ('mmpretrain', dict(type='NumpyToPIL')),
+    ],
+)
 def test_what_cannot_be_placed_is_refused_early(host, step, write_config, checkpoint, tmp_path) -> None:
     steps = [LOAD, step, dict(type=PACK[host])]
-    config = write_config(host, f"model = dict(backbone=dict(type='LocalBrightness', _delete_=True))\n"
-                                f'test_dataloader = dict(dataset=dict(pipeline={steps!r}))')
+    config = write_config(
+        host,
+        f"model = dict(backbone=dict(type='LocalBrightness', _delete_=True))\n"
+        f'test_dataloader = dict(dataset=dict(pipeline={steps!r}))',
+    )
     save(tmp_path / 'in', 'disc', disc((40, 30)))
     with pytest.raises(CommandError, match=f'the test pipeline has {step["type"]}, and .* scale, crop, pad or mirror'):
         export_features(ExportOptions(str(config), checkpoint, str(tmp_path / 'in'), str(tmp_path / 'out'), workers=0))
@@ -210,8 +229,13 @@ def test_a_pipeline_without_an_image_is_refused() -> None:
 def test_small_images(size, tmp_path) -> None:
     """Enlarged, padded and mirrored, all of such an image is there."""
     save(tmp_path, 'small', np.zeros(size[::-1], np.uint8))
-    steps = [LOAD, dict(type='Resize', scale=(64, 48)), dict(type='Pad', size=(70, 50)),
-             dict(type='RandomFlip', prob=1.0), dict(type='PackDetInputs')]
+    steps = [
+        LOAD,
+        dict(type='Resize', scale=(64, 48)),
+        dict(type='Pad', size=(70, 50)),
+        dict(type='RandomFlip', prob=1.0),
+        dict(type='PackDetInputs'),
+    ]
     _, placement = PlacedPipeline(steps, 'mmdet')(str(tmp_path / 'small.png'))
     assert placement.image_box == (6, 0, 70, 48)
     # An image of one column is its own mirror image.
@@ -238,8 +262,13 @@ def test_random_numbers_are_those_of_the_pipeline_alone(tmp_path) -> None:
 
 def test_exports_of_the_earlier_format_are_refused(write_config, checkpoint, tmp_path) -> None:
     save(tmp_path / 'in', 'disc', disc((40, 30)))
-    options = ExportOptions(write_pipeline(write_config, 'mmseg-keep-ratio'), checkpoint, str(tmp_path / 'in'),
-                            str(tmp_path / 'out'), workers=0)
+    options = ExportOptions(
+        write_pipeline(write_config, 'mmseg-keep-ratio'),
+        checkpoint,
+        str(tmp_path / 'in'),
+        str(tmp_path / 'out'),
+        workers=0,
+    )
     export_features(options)
     assert export_features(options).kept == 1
     path = tmp_path / 'out' / 'export.json'
@@ -251,7 +280,14 @@ def test_exports_of_the_earlier_format_are_refused(write_config, checkpoint, tmp
 
 def test_a_label_map_of_another_size_is_refused(write_config, checkpoint, tmp_path) -> None:
     save(tmp_path / 'in', 'disc', disc((40, 30)))
-    export_features(ExportOptions(write_pipeline(write_config, 'mmseg-keep-ratio'), checkpoint, str(tmp_path / 'in'),
-                                  str(tmp_path / 'out'), workers=0))
+    export_features(
+        ExportOptions(
+            write_pipeline(write_config, 'mmseg-keep-ratio'),
+            checkpoint,
+            str(tmp_path / 'in'),
+            str(tmp_path / 'out'),
+            workers=0,
+        )
+    )
     with pytest.raises(ValueError, match=r'disc.png has 30 rows and 40 columns, got an array \(40, 30\)'):
         FeatureDataset(tmp_path / 'out').to_input(0, np.zeros((40, 30)))

@@ -19,11 +19,22 @@ from tests.ops.wavefront_cases import PARAMETERS as WAVEFRONT_PARAMETERS
 from tests.ops.wavefront_cases import Wavefront, loop
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LARGE = (Cross(2, 56, 56, 96, 1), Cross(1, 90, 71, 48, 1), Cross(1, 40, 61, 35, 1), Cross(1, 40, 61, 192, 16),
-         Factors(2, 56, 56, 96, 1, rank=6), Factors(1, 90, 71, 48, 1, rank=12),
-         Sequence(2, 64, 4000, 16, z=True), Lines(2, 56, 56, 128, 16, 'column', reverse=True))
-SOME = (Cross(2, 17, 23, 96, 1), Cross(1, 90, 71, 16, 1), Cross(1, 17, 23, 35, 1),
-        Lines(2, 9, 40, 65, 16, 'row', reverse=True))
+LARGE = (
+    Cross(2, 56, 56, 96, 1),
+    Cross(1, 90, 71, 48, 1),
+    Cross(1, 40, 61, 35, 1),
+    Cross(1, 40, 61, 192, 16),
+    Factors(2, 56, 56, 96, 1, rank=6),
+    Factors(1, 90, 71, 48, 1, rank=12),
+    Sequence(2, 64, 4000, 16, z=True),
+    Lines(2, 56, 56, 128, 16, 'column', reverse=True),
+)
+SOME = (
+    Cross(2, 17, 23, 96, 1),
+    Cross(1, 90, 71, 16, 1),
+    Cross(1, 17, 23, 35, 1),
+    Lines(2, 9, 40, 65, 16, 'row', reverse=True),
+)
 
 
 def on_gpu(function: Any) -> Any:
@@ -39,8 +50,10 @@ def on_gpu(function: Any) -> Any:
 
 def gpu_inputs(case: Case | Wavefront, dtype: torch.dtype) -> dict[str, Tensor | None]:
     parameters = WAVEFRONT_PARAMETERS if isinstance(case, Wavefront) else PARAMETERS
-    return {name: None if value is None else value.cuda()
-            for name, value in rounded(case.inputs(), parameters, dtype).items()}
+    return {
+        name: None if value is None else value.cuda()
+        for name, value in rounded(case.inputs(), parameters, dtype).items()
+    }
 
 
 def function_of(case: Case | Wavefront) -> Any:
@@ -50,16 +63,21 @@ def function_of(case: Case | Wavefront) -> Any:
 @pytest.mark.parametrize('dtype', DTYPES, ids=dtype_name)
 @pytest.mark.parametrize('case', (*ROUTE_CASES, *LARGE), ids=case_id)
 def test_route_scans_equal_the_loop(nan_in_fresh_memory: None, case: Case, dtype: torch.dtype) -> None:
-    check_against_loop(on_gpu(case.function), case.loop, case.inputs(), case.options(), case.parameters(), dtype,
-                       cuda=True)
+    check_against_loop(
+        on_gpu(case.function), case.loop, case.inputs(), case.options(), case.parameters(), dtype, cuda=True
+    )
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=dtype_name)
-@pytest.mark.parametrize('case', (*WAVEFRONT_CASES, Wavefront(2, 28, 28, 64, 16), Wavefront(1, 50, 20, 48, 16, True),
-                                  Wavefront(1, 130, 9, 20, 11)), ids=str)
+@pytest.mark.parametrize(
+    'case',
+    (*WAVEFRONT_CASES, Wavefront(2, 28, 28, 64, 16), Wavefront(1, 50, 20, 48, 16, True), Wavefront(1, 130, 9, 20, 11)),
+    ids=str,
+)
 def test_wavefront_scan_equals_the_loop(nan_in_fresh_memory: None, case: Wavefront, dtype: torch.dtype) -> None:
-    check_against_loop(on_gpu(cuda_ops.wavefront_scan), loop, case.inputs(), case.options(), WAVEFRONT_PARAMETERS,
-                       dtype, cuda=True)
+    check_against_loop(
+        on_gpu(cuda_ops.wavefront_scan), loop, case.inputs(), case.options(), WAVEFRONT_PARAMETERS, dtype, cuda=True
+    )
 
 
 @pytest.mark.parametrize('case', (*SOME, Wavefront(2, 30, 21, 40, 16)), ids=str)
@@ -72,8 +90,9 @@ def test_twice_the_same_bits(case: Case | Wavefront) -> None:
             assert torch.equal(value, again[name]), name
 
 
-@pytest.mark.parametrize('case', (Wavefront(1, 3000, 60, 64, 16), Wavefront(1, 40, 2000, 40, 11, reverse=True)),
-                         ids=str)
+@pytest.mark.parametrize(
+    'case', (Wavefront(1, 3000, 60, 64, 16), Wavefront(1, 40, 2000, 40, 11, reverse=True)), ids=str
+)
 def test_many_strips_of_one_image_wait_for_each_other(case: Wavefront) -> None:
     """More strips than blocks run at the same time: the same bits, also where other work leaves room for few blocks."""
     inputs = gpu_inputs(case, torch.bfloat16)
@@ -142,8 +161,10 @@ def test_nothing_waits_for_the_gpu(case: Case | Wavefront) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason='there are no two GPUs')
 def test_a_device_that_is_not_the_current_one() -> None:
     case = SOME[0]
-    inputs = {name: None if value is None else value.to('cuda:1')
-              for name, value in rounded(case.inputs(), PARAMETERS, torch.float32).items()}
+    inputs = {
+        name: None if value is None else value.to('cuda:1')
+        for name, value in rounded(case.inputs(), PARAMETERS, torch.float32).items()
+    }
     with torch.cuda.device(0):
         y = case.function(**inputs)
     assert y.device == torch.device('cuda:1')
@@ -174,15 +195,16 @@ def test_mixed_devices_are_refused() -> None:
 def test_a_failed_launch_raises_and_leaves_the_device_usable() -> None:
     x, delta, A = torch.randn(1, 150, 150, 4), torch.randn(1, 150, 150, 2, 4), -torch.rand(2, 4, 1)
     with pytest.raises(RuntimeError, match='pass a smaller chunk'):
-        torch.ops.cuda_ops.route_scan(x.cuda(), delta.cuda(), A.cuda(), None, None, None, None, [0, 2], False, True,
-                                      20000)
+        torch.ops.cuda_ops.route_scan(
+            x.cuda(), delta.cuda(), A.cuda(), None, None, None, None, [0, 2], False, True, 20000
+        )
     torch.cuda.synchronize()
     cuda_ops.cross_selective_scan(**gpu_inputs(SOME[0], torch.float32))
     torch.cuda.synchronize()
 
 
 def test_out_of_memory_leaves_the_device_usable() -> None:
-    x = torch.empty(1, device='cuda').expand(1, 2 ** 15, 2 ** 15, 512)
+    x = torch.empty(1, device='cuda').expand(1, 2**15, 2**15, 512)
     with pytest.raises(torch.OutOfMemoryError):
         cuda_ops.line_scan(x, x, -torch.ones(512, 1, device='cuda'), None, None, axis='row')
     cuda_ops.cross_selective_scan(**gpu_inputs(SOME[0], torch.float32))
@@ -194,7 +216,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     """The last of many images equals the same image alone."""
     batch, height, width, channels = 350, 64, 1024, 96
     x = torch.randn(batch, height, width, channels, device='cuda', dtype=torch.bfloat16)
-    assert x.numel() > 2 ** 31
+    assert x.numel() > 2**31
     A = -torch.rand(channels, 1, device='cuda')
     with torch.no_grad():
         last = cuda_ops.line_scan(x, x, A, None, None, axis='row')[-1:]
@@ -209,7 +231,7 @@ def test_more_than_two_to_the_31_step_sizes() -> None:
     grid = (batch, height, width, 4)
     x = torch.randn(batch, height, width, channels, device='cuda', dtype=torch.bfloat16)
     delta = torch.randn(*grid, channels, device='cuda', dtype=torch.bfloat16)
-    assert delta.numel() > 2 ** 31
+    assert delta.numel() > 2**31
     B, C = torch.randn(2, *grid, 1, device='cuda', dtype=torch.bfloat16)
     A = -torch.rand(4, channels, 1, device='cuda')
     with torch.no_grad():
@@ -228,19 +250,35 @@ def test_compiled_and_autocast(case: Case | Wavefront) -> None:
         assert function_of(case)(**inputs, **case.options()).dtype == torch.bfloat16
 
 
-SANITIZED = '''
+SANITIZED = """
 import torch
 from tests.gpu.test_ops import SOME, Wavefront, differentiate, function_of, gpu_inputs
 for case in (*SOME, Wavefront(1, 11, 9, 20, 16)):
     differentiate(function_of(case), gpu_inputs(case, torch.bfloat16), case.options())
 torch.cuda.synchronize()
-'''
+"""
 
 
 @pytest.mark.skipif(shutil.which('compute-sanitizer') is None, reason='there is no compute-sanitizer')
 @pytest.mark.parametrize('tool', ('memcheck', 'racecheck'))
 def test_compute_sanitizer_finds_nothing(tool: str) -> None:
-    result = subprocess.run(['compute-sanitizer', '--tool', tool, '--error-exitcode', '9', '--kernel-regex',
-                             'kns=cuda_ops', sys.executable, '-c', SANITIZED], cwd=ROOT, capture_output=True, text=True,
-                            timeout=500, env=None)
+    result = subprocess.run(
+        [
+            'compute-sanitizer',
+            '--tool',
+            tool,
+            '--error-exitcode',
+            '9',
+            '--kernel-regex',
+            'kns=cuda_ops',
+            sys.executable,
+            '-c',
+            SANITIZED,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env=None,
+    )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]

@@ -58,8 +58,13 @@ def test_backbones(name, tmp_path) -> None:
 @pytest.mark.parametrize(
     'settings',
     [
-        dict(type=V2M, arch=dict(layout='plain', embed_dims=8, depth=1, d_state=2), img_size=64, cls_token='center',
-             pyramid='single'),
+        dict(
+            type=V2M,
+            arch=dict(layout='plain', embed_dims=8, depth=1, d_state=2),
+            img_size=64,
+            cls_token='center',
+            pyramid='single',
+        ),
         dict(type=VMamba, arch=dict(embed_dims=8, depths=[1, 1], d_state=2, ssm_ratio=2.0, version='v0')),
         dict(type=Mamba2D, arch=dict(embed_dims=[8, 32], depths=[2, 1], mixers=['scan', 'attention'], d_state=2)),
     ],

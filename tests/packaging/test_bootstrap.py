@@ -33,18 +33,21 @@ def assert_one_line(finished, *parts):
 
 # Before anything is installed
 
+
 def test_old_python_can_read_the_script(root):
     source = (root / 'tools' / 'bootstrap.py').read_text()
     tree = ast.parse(source, feature_version=(3, 6))
-    imported = {name.name.partition('.')[0] for node in ast.walk(tree) if isinstance(node, ast.Import)
-                for name in node.names}
+    imported = {
+        name.name.partition('.')[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names
+    }
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert imported <= set(sys.stdlib_module_names)
 
 
 def test_old_python_is_one_line(root, tmp_path):
-    pretend = ('import runpy, sys; sys.version_info = (3, 8, 10); '
-               'runpy.run_path("tools/bootstrap.py", run_name="__main__")')
+    pretend = (
+        'import runpy, sys; sys.version_info = (3, 8, 10); runpy.run_path("tools/bootstrap.py", run_name="__main__")'
+    )
     finished = command_line(root, '--venv', str(tmp_path / 'env'), '--this-python', prefix=('-c', pretend))
     assert_one_line(finished, 'Python 3.10 or newer is needed', 'is Python 3.8', 'make PYTHON=')
     assert not (tmp_path / 'env').exists()
@@ -94,26 +97,57 @@ def test_unknown_stack_is_named(root, tmp_path):
 
 # What failed commands print
 
-@pytest.mark.parametrize(('output', 'cause', 'remedy'), [
-    ("WARNING: Retrying (Retry(total=0, connect=None)) after connection broken by 'NewConnectionError('<pip._vendor."
-     'urllib3.connection.HTTPSConnection object>: Failed to establish a new connection: [Errno -3] Temporary failure '
-     "in name resolution')': /simple/ninja/\nERROR: Could not find a version that satisfies the requirement ninja\n"
-     'ERROR: No matching distribution found for ninja', 'index cannot be reached', 'HTTPS_PROXY'),
-    ("pip._vendor.urllib3.exceptions.ReadTimeoutError: HTTPSConnectionPool(host='index', port=443): Read timed out.",
-     'index cannot be reached', 'run the same command again'),
-    ('ERROR: HTTP error 503 while getting x\n503 Server Error: Service Unavailable', 'index cannot be reached',
-     'network'),
-    ("WARNING: Retrying after connection broken by 'SSLError(SSLCertVerificationError(1, '[SSL: "
-     "CERTIFICATE_VERIFY_FAILED]'))'", 'index cannot be reached', 'network'),
-    ('ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device', 'disk is full', 'free'),
-    ('x.cpp:1: fatal error: error writing to /tmp/a.s: No space left on device', 'disk is full', 'free some space'),
-    ('g++: fatal error: Killed signal terminated program cc1plus', 'not enough memory', 'MAX_JOBS=1'),
-    ('ERROR: Could not find a version that satisfies the requirement torch==2.13.0\n'
-     'ERROR: No matching distribution found for torch==2.13.0', 'No matching distribution found for torch==2.13.0', ''),
-    ('ninja: build stopped\nbindings.cpp:7:1: error: expected }\nnote: see above',
-     'bindings.cpp:7:1: error: expected }', ''),
-    ('', 'no output', ''),
-])
+
+@pytest.mark.parametrize(
+    ('output', 'cause', 'remedy'),
+    [
+        (
+            "WARNING: Retrying (Retry(total=0, connect=None)) after connection broken by 'NewConnectionError('"
+            '<pip._vendor.urllib3.connection.HTTPSConnection object>: Failed to establish a new connection: [Errno -3] '
+            "Temporary failure in name resolution')': /simple/ninja/\n"
+            'ERROR: Could not find a version that satisfies the requirement ninja\n'
+            'ERROR: No matching distribution found for ninja',
+            'index cannot be reached',
+            'HTTPS_PROXY',
+        ),
+        (
+            "pip._vendor.urllib3.exceptions.ReadTimeoutError: HTTPSConnectionPool(host='index', port=443): "
+            'Read timed out.',
+            'index cannot be reached',
+            'run the same command again',
+        ),
+        (
+            'ERROR: HTTP error 503 while getting x\n503 Server Error: Service Unavailable',
+            'index cannot be reached',
+            'network',
+        ),
+        (
+            "WARNING: Retrying after connection broken by 'SSLError(SSLCertVerificationError(1, '[SSL: "
+            "CERTIFICATE_VERIFY_FAILED]'))'",
+            'index cannot be reached',
+            'network',
+        ),
+        (
+            'ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device',
+            'disk is full',
+            'free',
+        ),
+        ('x.cpp:1: fatal error: error writing to /tmp/a.s: No space left on device', 'disk is full', 'free some space'),
+        ('g++: fatal error: Killed signal terminated program cc1plus', 'not enough memory', 'MAX_JOBS=1'),
+        (
+            'ERROR: Could not find a version that satisfies the requirement torch==2.13.0\n'
+            'ERROR: No matching distribution found for torch==2.13.0',
+            'No matching distribution found for torch==2.13.0',
+            '',
+        ),
+        (
+            'ninja: build stopped\nbindings.cpp:7:1: error: expected }\nnote: see above',
+            'bindings.cpp:7:1: error: expected }',
+            '',
+        ),
+        ('', 'no output', ''),
+    ],
+)
 def test_failed_command_is_one_line_with_the_remedy(bootstrap, output, cause, remedy):
     message = bootstrap.diagnose(output, '/env/.setup/setup.log')
     assert cause in message and remedy in message
@@ -124,13 +158,27 @@ def test_pip_without_a_network_is_recognised(bootstrap, tmp_path, free_port):
     environ = {name: value for name, value in os.environ.items() if not name.startswith('PIP_')}
     environ['PIP_CONFIG_FILE'] = os.devnull
     with pytest.raises(bootstrap.StepFailed) as failure:
-        bootstrap.run_logged([sys.executable, '-m', 'pip', 'download', '--retries', '1', '--no-cache-dir',
-                              '--index-url', f'https://127.0.0.1:{free_port}/simple', 'torch'],
-                             str(tmp_path / 'log'), environ)
+        bootstrap.run_logged(
+            [
+                sys.executable,
+                '-m',
+                'pip',
+                'download',
+                '--retries',
+                '1',
+                '--no-cache-dir',
+                '--index-url',
+                f'https://127.0.0.1:{free_port}/simple',
+                'torch',
+            ],
+            str(tmp_path / 'log'),
+            environ,
+        )
     assert 'index cannot be reached' in bootstrap.diagnose(failure.value.args[0], 'log')
 
 
 # Running commands
+
 
 def test_command_output_is_logged_and_returned(bootstrap, tmp_path):
     log = tmp_path / 'log'
@@ -155,8 +203,9 @@ def test_interrupted_command_ends_with_all_it_started(bootstrap, tmp_path, monke
     monkeypatch.setattr(bootstrap, 'HEARTBEAT_SECONDS', 0.3)
     monkeypatch.setattr(bootstrap, 'say', interrupt)
     with pytest.raises(KeyboardInterrupt):
-        bootstrap.run_logged(['sh', '-c', f'sleep 60 & echo $! > {tmp_path}/pid; wait'], str(tmp_path / 'log'),
-                             os.environ)
+        bootstrap.run_logged(
+            ['sh', '-c', f'sleep 60 & echo $! > {tmp_path}/pid; wait'], str(tmp_path / 'log'), os.environ
+        )
     pid = int((tmp_path / 'pid').read_text())
     status = Path(f'/proc/{pid}/stat')
     deadline = time.monotonic() + 5
@@ -224,8 +273,12 @@ class Pretender:
 def checkout(root, tmp_path, bootstrap, monkeypatch):
     """A copy of the files that the set-up depends on."""
     copy = tmp_path / 'checkout'
-    for name in ('pyproject.toml', 'setup.py', 'cuda_ops/_build.py',
-                 *(f'requirements/{file.name}' for file in (root / 'requirements').iterdir())):
+    for name in (
+        'pyproject.toml',
+        'setup.py',
+        'cuda_ops/_build.py',
+        *(f'requirements/{file.name}' for file in (root / 'requirements').iterdir()),
+    ):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_text((root / name).read_text())
     (copy / 'cuda_ops' / 'csrc').mkdir()
@@ -256,15 +309,16 @@ def test_second_run_runs_nothing(complete, run):
     assert run.commands == []
 
 
-@pytest.mark.parametrize('part', [' -m venv ', 'requirements/base.txt', '--verbose mmcv', 'requirements/dev.txt',
-                                  'build_ext'])
+@pytest.mark.parametrize(
+    'part', [' -m venv ', 'requirements/base.txt', '--verbose mmcv', 'requirements/dev.txt', 'build_ext']
+)
 def test_interrupted_run_carries_on(complete, run, part):
     run.failures[part] = [KeyboardInterrupt()]
     with pytest.raises(KeyboardInterrupt):
         complete()
     done = len(run.commands)
     remaining = complete()
-    assert remaining == STEPS[-len(remaining):]
+    assert remaining == STEPS[-len(remaining) :]
     assert any(part in text for text, _ in run.commands[done:])
     assert complete() == []
 
@@ -273,7 +327,7 @@ def test_failed_step_names_the_log_and_is_run_again(bootstrap, complete, run, ch
     run.failures['requirements/dev.txt'] = [bootstrap.StepFailed('OSError: [Errno 28] No space left on device')]
     with pytest.raises(bootstrap.SetupError, match=rf'disk is full.*{checkout}/\.venv/\.setup/setup\.log'):
         complete()
-    assert complete() == STEPS[STEPS.index('libraries'):]
+    assert complete() == STEPS[STEPS.index('libraries') :]
 
 
 def test_changed_pins_are_installed(complete, checkout):
@@ -380,8 +434,10 @@ def test_mmcv_kept_for_another_torch_is_compiled_anew(bootstrap, complete, run):
 
 
 def test_mmcv_that_does_not_run_at_all_is_an_error(bootstrap, complete, run):
-    run.failures['import sys, mmcv.ops'] = [bootstrap.StepFailed('ImportError: first'),
-                                            bootstrap.StepFailed('ImportError: second')]
+    run.failures['import sys, mmcv.ops'] = [
+        bootstrap.StepFailed('ImportError: first'),
+        bootstrap.StepFailed('ImportError: second'),
+    ]
     with pytest.raises(bootstrap.SetupError, match='mmcv: .*ImportError: second'):
         complete()
 

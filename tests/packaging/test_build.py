@@ -34,8 +34,15 @@ def test_kernels_are_compiled_for_three_instruction_sets_on_x86(build, csrc):
     assert list(flags) == ['scan_dispatch.o', 'scan.baseline.o', 'scan.avx2.o', 'scan.avx512.o']
     assert not any(flag.startswith('-m') for flag in flags['scan.baseline.o'])
     assert {'-mavx2', '-mfma', '-DSSM_CPU_CAPABILITY=avx2'} <= set(flags['scan.avx2.o'])
-    assert {'-mavx512f', '-mavx512bw', '-mavx512dq', '-mavx512vl', '-mfma', '-mprefer-vector-width=512',
-            '-DSSM_CPU_CAPABILITY=avx512'} <= set(flags['scan.avx512.o'])
+    assert {
+        '-mavx512f',
+        '-mavx512bw',
+        '-mavx512dq',
+        '-mavx512vl',
+        '-mfma',
+        '-mprefer-vector-width=512',
+        '-DSSM_CPU_CAPABILITY=avx512',
+    } <= set(flags['scan.avx512.o'])
 
 
 def test_dispatcher_runs_on_every_processor(build, csrc):
@@ -58,12 +65,15 @@ def test_arithmetic_keeps_its_rules(build, csrc, machine):
         assert {'-O3', '-std=c++17', '-fPIC', '-fvisibility=hidden'} <= set(argv)
 
 
-@pytest.mark.parametrize(('arch_list', 'expected'), [
-    ('8.0', ['compute_80,code=sm_80']),
-    ('8.0;9.0a+PTX', ['compute_80,code=sm_80', 'compute_90a,code=sm_90a', 'compute_90a,code=compute_90a']),
-    ('7.5 12.0', ['compute_75,code=sm_75', 'compute_120,code=sm_120']),
-    ('8.6,8.6', ['compute_86,code=sm_86']),
-])
+@pytest.mark.parametrize(
+    ('arch_list', 'expected'),
+    [
+        ('8.0', ['compute_80,code=sm_80']),
+        ('8.0;9.0a+PTX', ['compute_80,code=sm_80', 'compute_90a,code=sm_90a', 'compute_90a,code=compute_90a']),
+        ('7.5 12.0', ['compute_75,code=sm_75', 'compute_120,code=sm_120']),
+        ('8.6,8.6', ['compute_86,code=sm_86']),
+    ],
+)
 def test_gencode_flags(build, arch_list, expected):
     assert build.gencode_flags(arch_list) == tuple(f'-gencode=arch={flag}' for flag in expected)
 
@@ -79,17 +89,25 @@ def toolkit_of(build, version='13.1', archs=('75', '80', '90', '121')):
 
 
 def plan_of(build, force, **changed):
-    complete = {'sources': ['scan.cu'], 'torch_cuda': '13.0', 'toolkit': toolkit_of(build), 'environ_archs': '',
-                'visible_archs': '9.0'}
+    complete = {
+        'sources': ['scan.cu'],
+        'torch_cuda': '13.0',
+        'toolkit': toolkit_of(build),
+        'environ_archs': '',
+        'visible_archs': '9.0',
+    }
     return build.plan_cuda(force, **(complete | changed))
 
 
-@pytest.mark.parametrize(('force', 'changed', 'reason'), [
-    ('0', {}, 'FORCE_CUDA=0'),
-    ('auto', {'sources': []}, 'no CUDA sources'),
-    ('', {'torch_cuda': None}, 'CPU build'),
-    ('auto', {'toolkit': None}, 'on the path; install the CUDA toolkit 13.0 and set CUDA_HOME'),
-])
+@pytest.mark.parametrize(
+    ('force', 'changed', 'reason'),
+    [
+        ('0', {}, 'FORCE_CUDA=0'),
+        ('auto', {'sources': []}, 'no CUDA sources'),
+        ('', {'torch_cuda': None}, 'CPU build'),
+        ('auto', {'toolkit': None}, 'on the path; install the CUDA toolkit 13.0 and set CUDA_HOME'),
+    ],
+)
 def test_cuda_is_left_out_with_a_reason(build, force, changed, reason):
     plan = plan_of(build, force, **changed)
     assert not plan.build and reason in plan.reason
@@ -99,7 +117,8 @@ def test_a_toolkit_of_another_major_version_is_not_used(build):
     plan = plan_of(build, '', toolkit=toolkit_of(build, '12.8'))
     assert not plan.build and plan.reason == (
         'nvcc is version 12.8, while torch was built for CUDA 13.0; set CUDA_HOME to a toolkit of CUDA 13, best 13.0, '
-        'or install a torch built for CUDA 12')
+        'or install a torch built for CUDA 12'
+    )
     with pytest.raises(build.BuildError, match='FORCE_CUDA=1, but nvcc is version 12.8'):
         plan_of(build, '1', toolkit=toolkit_of(build, '12.8'))
 
@@ -124,11 +143,14 @@ def test_the_variable_names_the_architectures(build):
     assert plan.archs == '8.0' and 'TORCH_CUDA_ARCH_LIST' in plan.reason
 
 
-@pytest.mark.parametrize(('changed', 'reason'), [
-    ({'visible_archs': '13.0'}, r"does not compile for 13\.0 \(the GPU at hand\), only for 7\.5, .*'12\.1\+PTX'"),
-    ({'environ_archs': '7.5;9.0a;15.0+PTX'}, r'does not compile for 15\.0 \(TORCH_CUDA_ARCH_LIST\)'),
-    ({'environ_archs': '6.1 7.0'}, r'does not compile for 6\.1, 7\.0 .*; install a toolkit that does'),
-])
+@pytest.mark.parametrize(
+    ('changed', 'reason'),
+    [
+        ({'visible_archs': '13.0'}, r"does not compile for 13\.0 \(the GPU at hand\), only for 7\.5, .*'12\.1\+PTX'"),
+        ({'environ_archs': '7.5;9.0a;15.0+PTX'}, r'does not compile for 15\.0 \(TORCH_CUDA_ARCH_LIST\)'),
+        ({'environ_archs': '6.1 7.0'}, r'does not compile for 6\.1, 7\.0 .*; install a toolkit that does'),
+    ],
+)
 def test_architectures_that_the_compiler_does_not_know_are_explained(build, changed, reason):
     plan = plan_of(build, '', **changed)
     assert not plan.build and re.search(reason, plan.reason), plan.reason
@@ -193,8 +215,9 @@ def toolkit_with(build, tmp_path):
 
 def test_toolkit_is_read_from_the_compiler(build, toolkit_with, tmp_path):
     toolkit = toolkit_with(CUDAHOSTCXX='/my/g++-11')
-    assert toolkit == build.Toolkit(tmp_path / 'bin' / 'nvcc', '11.8', ('/t/stubs', '/t/lib'), ('75', '90'),
-                                    ('-ccbin', '/my/g++-11'))
+    assert toolkit == build.Toolkit(
+        tmp_path / 'bin' / 'nvcc', '11.8', ('/t/stubs', '/t/lib'), ('75', '90'), ('-ccbin', '/my/g++-11')
+    )
     assert build.default_archs(toolkit) == '7.5;9.0+PTX'
     assert build.find_toolkit({'CUDA_HOME': str(tmp_path / 'nothing'), 'PATH': os.environ['PATH']}) is None
     assert toolkit_with('#!/bin/sh\nexit 1\n') is None
@@ -203,7 +226,8 @@ def test_toolkit_is_read_from_the_compiler(build, toolkit_with, tmp_path):
 def test_a_host_compiler_too_new_for_nvcc_is_explained_with_the_remedy(toolkit_with):
     assert toolkit_with().obstacle == (
         'nvcc 11.8 does not compile with sh: unsupported GNU version! gcc versions later than 11 are not supported; '
-        'name an older one in CUDAHOSTCXX, for example CUDAHOSTCXX=g++-11')
+        'name an older one in CUDAHOSTCXX, for example CUDAHOSTCXX=g++-11'
+    )
 
 
 def test_what_else_stops_nvcc_is_named(toolkit_with):
@@ -214,13 +238,16 @@ def test_what_else_stops_nvcc_is_named(toolkit_with):
     assert 'does not compile: gcc: No such file or directory; ' in toolkit_with(NVCC_CCBIN='g++-99').obstacle
 
 
-@pytest.mark.parametrize(('environ', 'tried'), [
-    ({'CUDAHOSTCXX': '/my/g++', 'NVCC_PREPEND_FLAGS': '-ccbin a'}, ['-ccbin /my/g++ -v']),
-    ({'NVCC_APPEND_FLAGS': '--compiler-bindir=/other'}, ['-v']),
-    ({'NVCC_CCBIN': '/other'}, ['-v']),
-    ({'NVCC_APPEND_FLAGS': '-allow-unsupported-compiler'}, ['-ccbin sh -v', '-v']),
-    ({'CXX': 'env sh -m64'}, ['-ccbin sh -v', '-v']),
-])
+@pytest.mark.parametrize(
+    ('environ', 'tried'),
+    [
+        ({'CUDAHOSTCXX': '/my/g++', 'NVCC_PREPEND_FLAGS': '-ccbin a'}, ['-ccbin /my/g++ -v']),
+        ({'NVCC_APPEND_FLAGS': '--compiler-bindir=/other'}, ['-v']),
+        ({'NVCC_CCBIN': '/other'}, ['-v']),
+        ({'NVCC_APPEND_FLAGS': '-allow-unsupported-compiler'}, ['-ccbin sh -v', '-v']),
+        ({'CXX': 'env sh -m64'}, ['-ccbin sh -v', '-v']),
+    ],
+)
 def test_who_names_nvccs_host_compiler(toolkit_with, tmp_path, environ, tried):
     assert toolkit_with(**environ).obstacle
     calls = (tmp_path / 'bin' / 'nvcc.calls').read_text().splitlines()
@@ -344,9 +371,11 @@ def test_installed_library_is_of_these_sources_and_this_torch(build):
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc')
 def test_library_shares_torchs_thread_pool():
-    script = ('import torch, cuda_ops, re\n'
-              'assert cuda_ops._library.STATUS.compiled, cuda_ops._library.STATUS.reason\n'
-              'maps = open("/proc/self/maps").read()\n'
-              'print(*set(re.findall(r"\\S+/lib(?:gomp|omp|iomp)\\S*", maps)), sep="\\n")')
+    script = (
+        'import torch, cuda_ops, re\n'
+        'assert cuda_ops._library.STATUS.compiled, cuda_ops._library.STATUS.reason\n'
+        'maps = open("/proc/self/maps").read()\n'
+        'print(*set(re.findall(r"\\S+/lib(?:gomp|omp|iomp)\\S*", maps)), sep="\\n")'
+    )
     output = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True).stdout
     assert len(output.split()) == 1, output

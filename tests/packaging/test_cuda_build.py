@@ -34,22 +34,32 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     The C++ is not optimised here, which takes half of the time and is another library's: the one under all tests.
     """
     folder = tmp_path_factory.mktemp('built')
-    package = Path(shutil.copytree(ROOT / 'cuda_ops', folder / 'cuda_ops',
-                                   ignore=shutil.ignore_patterns('__pycache__', '_C.so*', '_build_info.json*')))
-    script = f'''
+    package = Path(
+        shutil.copytree(
+            ROOT / 'cuda_ops',
+            folder / 'cuda_ops',
+            ignore=shutil.ignore_patterns('__pycache__', '_C.so*', '_build_info.json*'),
+        )
+    )
+    script = f"""
 import importlib.util, os, sys
 from pathlib import Path
 os.environ.update(FORCE_CUDA='1', TORCH_CUDA_ARCH_LIST='9.0')
-spec = importlib.util.spec_from_file_location('cuda_ops_build', {str(package / "_build.py")!r})
+spec = importlib.util.spec_from_file_location('cuda_ops_build', {str(package / '_build.py')!r})
 build = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = build
 spec.loader.exec_module(build)
 build.CXX_FLAGS[build.CXX_FLAGS.index('-O3')] = '-O0'
-build.build(Path({str(package)!r}), Path({str(folder / "objects")!r}))
-'''
-    flags = f"{os.environ.get('NVCC_APPEND_FLAGS', '')} -Xptxas -v"
-    result = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, timeout=600,
-                            env={**os.environ, 'NVCC_APPEND_FLAGS': flags})
+build.build(Path({str(package)!r}), Path({str(folder / 'objects')!r}))
+"""
+    flags = f'{os.environ.get("NVCC_APPEND_FLAGS", "")} -Xptxas -v'
+    result = subprocess.run(
+        [sys.executable, '-c', script],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, 'NVCC_APPEND_FLAGS': flags},
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     return folder, result.stdout
 
@@ -59,7 +69,7 @@ build.build(Path({str(package)!r}), Path({str(folder / "objects")!r}))
 def test_a_library_with_cuda_kernels_serves_the_cpu(built: tuple[Path, str]) -> None:
     folder, log = built
     assert 'CUDA kernels: yes: nvcc' in log and 'for 9.0 (TORCH_CUDA_ARCH_LIST)' in log
-    use = '''
+    use = """
 import torch, cuda_ops
 from cuda_ops import _library, reference
 from cuda_ops.__main__ import report
@@ -70,7 +80,7 @@ y = cuda_ops.line_scan(x, delta, A, B, C, axis='row')
 grid = (x, delta[:, :, :, None], A[None], B[:, :, :, None, None], C[:, :, :, None, None], None, None)
 torch.testing.assert_close(y, reference.route_scan(*grid, [0], True, True)[0])
 print(report())
-'''
+"""
     result = subprocess.run([sys.executable, '-c', use], cwd=folder, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert 'no such device here' in result.stdout and '9.0' in result.stdout
@@ -84,8 +94,14 @@ def test_kernels_keep_to_their_registers(built: tuple[Path, str], report: Module
     assert {usage.arch for usage in usages} == {'sm_90'}
     assert [usage for usage in usages if usage.spills] == []
     kernels = {usage.kernel for usage in usages}
-    assert {'scan_forward<bfloat16, 1>', 'scan_backward<float16, 16>', 'summarize<float32, 8, 1>', 'combine',
-            'wavefront_forward<bfloat16, 16>', 'wavefront_backward<float32, 4>'} <= kernels
+    assert {
+        'scan_forward<bfloat16, 1>',
+        'scan_backward<float16, 16>',
+        'summarize<float32, 8, 1>',
+        'combine',
+        'wavefront_forward<bfloat16, 16>',
+        'wavefront_backward<float32, 4>',
+    } <= kernels
 
 
 @NO_NVCC
@@ -107,8 +123,12 @@ __global__ void small(float* x) {{
 }}
 }}  // namespace cuda_ops
 """)
-    result = subprocess.run([sys.executable, str(tmp_path / 'tools' / 'kernel_report.py'), '--archs', '9.0'],
-                            capture_output=True, text=True, timeout=600)
+    result = subprocess.run(
+        [sys.executable, str(tmp_path / 'tools' / 'kernel_report.py'), '--archs', '9.0'],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert re.search(r'^\| small \| \d+ \|', result.stdout, re.MULTILINE), result.stdout + result.stderr
     assert (result.returncode, f'1 kernels compiled, {int(spills)} spill' in result.stdout) == (int(spills), True)
     assert ('error: small on sm_90 has a stack of' in result.stderr) == spills
@@ -124,13 +144,20 @@ def test_the_compiler_at_hand_works_and_knows_its_architectures(build: ModuleTyp
 
 
 @NO_NVCC
-@pytest.mark.parametrize(('archs', 'message'), [
-    ('8.0 99.0', r'nvcc .* does not compile for 99\.0 \(--archs\), only for .*8\.0, .*; install a newer toolkit'),
-    ('8.0 sm_90', "--archs has the entry 'sm_90'"),
-])
+@pytest.mark.parametrize(
+    ('archs', 'message'),
+    [
+        ('8.0 99.0', r'nvcc .* does not compile for 99\.0 \(--archs\), only for .*8\.0, .*; install a newer toolkit'),
+        ('8.0 sm_90', "--archs has the entry 'sm_90'"),
+    ],
+)
 def test_the_report_refuses_what_the_compiler_does_not_know(root: Path, archs: str, message: str) -> None:
-    result = subprocess.run([sys.executable, str(root / 'tools' / 'kernel_report.py'), '--archs', archs],
-                            capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, str(root / 'tools' / 'kernel_report.py'), '--archs', archs],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert result.returncode == 2 and re.match(f'error: {message}', result.stderr), result.stderr
 
 
@@ -144,7 +171,8 @@ ptxas info    : Used 168 registers, used 1 barriers, 24 bytes cumulative stack s
 """
     (usage,) = report.parse(log)
     assert usage == report.Usage('scan_forward<bfloat16, 16>', 'sm_90', 168, 512, 24, 20, 36) and usage.spills
-    assert not report.parse(log.replace('24 bytes stack', '0 bytes stack').replace('20 b', '0 b').replace(
-        '36 b', '0 b'))[0].spills
+    assert not report.parse(
+        log.replace('24 bytes stack', '0 bytes stack').replace('20 b', '0 b').replace('36 b', '0 b')
+    )[0].spills
     with pytest.raises(ValueError, match='no report'):
         report.parse('nothing')

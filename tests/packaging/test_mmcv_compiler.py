@@ -20,9 +20,24 @@ def compile_file(root, tmp_path):
     (tmp_path / 'a.cpp').write_text(SOURCE)
 
     def run(flags=FLAGS, header='vector', out='a.o', compiler='g++', **options) -> str:
-        command = [sys.executable, str(root / 'tools' / 'mmcv_compiler.py'), str(tmp_path / 'headers'), header,
-                   *shlex.split(compiler), '--', '-MMD', '-MF', str(tmp_path / 'a.d'), *shlex.split(flags), '-H', '-c',
-                   '-c', str(tmp_path / 'a.cpp'), '-o', str(tmp_path / out)]
+        command = [
+            sys.executable,
+            str(root / 'tools' / 'mmcv_compiler.py'),
+            str(tmp_path / 'headers'),
+            header,
+            *shlex.split(compiler),
+            '--',
+            '-MMD',
+            '-MF',
+            str(tmp_path / 'a.d'),
+            *shlex.split(flags),
+            '-H',
+            '-c',
+            '-c',
+            str(tmp_path / 'a.cpp'),
+            '-o',
+            str(tmp_path / out),
+        ]
         finished = subprocess.run(command, capture_output=True, text=True, **options)
         assert finished.returncode == 0, finished.stderr
         assert (tmp_path / out).exists()
@@ -103,10 +118,22 @@ def test_processes_share_one_header(compile_file, tmp_path):
     assert header.exists()
 
 
-@pytest.mark.parametrize('arguments', [
-    '-v', '-shared a.o -o lib.so', '-E a.cpp', '-c -x c++ a.cpp', '@options', '-c a.c -o a.o', '-c a.cpp b.cpp',
-    '-S a.cpp', '-c -include first.h a.cpp', 'a.cpp -o program', '-c b.cu',
-])
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        '-v',
+        '-shared a.o -o lib.so',
+        '-E a.cpp',
+        '-c -x c++ a.cpp',
+        '@options',
+        '-c a.c -o a.o',
+        '-c a.cpp b.cpp',
+        '-S a.cpp',
+        '-c -include first.h a.cpp',
+        'a.cpp -o program',
+        '-c b.cu',
+    ],
+)
 def test_anything_else_goes_through_as_it_is(root, tmp_path, arguments):
     command = [sys.executable, str(root / 'tools' / 'mmcv_compiler.py'), str(tmp_path), 'vector', 'echo', 'c++', '--']
     finished = subprocess.run([*command, *arguments.split()], capture_output=True, text=True)

@@ -63,14 +63,21 @@ def test_installed_versions_are_the_pinned_ones(root):
 def test_stacks_have_no_package_in_common_that_another_replaces(root):
     base = {requirement.name for requirement in requirements(root, 'base')}
     assert not {name for name in base if 'mm' in name}
-    first, second = ({requirement.name for requirement in requirements(root, stack) if 'mm' in requirement.name}
-                     for stack in STACKS)
+    first, second = (
+        {requirement.name for requirement in requirements(root, stack) if 'mm' in requirement.name} for stack in STACKS
+    )
     assert len(first) == len(second) == 5
     assert not first & second
 
 
 def test_no_package_index_is_named(root):
-    files = [*(root / 'requirements').glob('*.txt'), root / 'Makefile', root / 'pyproject.toml', root / 'setup.py',
-             root / 'tools' / 'bootstrap.py', root / '.ci' / 'run']
+    files = [
+        *(root / 'requirements').glob('*.txt'),
+        root / 'Makefile',
+        root / 'pyproject.toml',
+        root / 'setup.py',
+        root / 'tools' / 'bootstrap.py',
+        root / '.ci' / 'run',
+    ]
     index = re.compile(r'https?://|--(extra-)?index-url|--find-links|^-f |@ *(git|file)', re.MULTILINE)
     assert not [path.name for path in files if index.search(path.read_text())]

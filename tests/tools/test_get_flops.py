@@ -22,8 +22,13 @@ def main(tool):
 def test_prints_parameters_flops_and_the_convention(main, capsys):
     assert main([CONFIG, '--shape', '224', '224']) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-5:] == [f'config: {CONFIG}', 'image: 224x224 (height x width)', 'parameters: 30.25 M (30249064)',
-                          lines[-2], CONVENTION]
+    assert lines[-5:] == [
+        f'config: {CONFIG}',
+        'image: 224x224 (height x width)',
+        'parameters: 30.25 M (30249064)',
+        lines[-2],
+        CONVENTION,
+    ]
     assert re.fullmatch(r'FLOPs: 4\.90 G \(489\d{7}\)', lines[-2])
 
 
@@ -43,13 +48,16 @@ def test_counts_a_multiply_add_once(main, capsys):
     assert re.search(r'^ +fc +129\.00 K +128\.00 K +', table, re.MULTILINE)
 
 
-@pytest.mark.parametrize(('arguments', 'message'), [
-    (['nowhere.py', '--shape', '8', '8'], 'nowhere.py does not exist'),
-    ([CONFIG, '--shape', '0', '8'], 'at least 1 pixel'),
-    ([CONFIG, '--shape', '8', '8', '--per-layer', '-1'], 'at least 1, got -1'),
-    ([CONFIG, '--shape', '8', '8', '--per-layer', '0'], 'at least 1, got 0'),
-    ([CONFIG, '--shape', '8', '8', '--cfg-options', 'model.backbone.arch=huge'], "has no arch 'huge'"),
-])
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['nowhere.py', '--shape', '8', '8'], 'nowhere.py does not exist'),
+        ([CONFIG, '--shape', '0', '8'], 'at least 1 pixel'),
+        ([CONFIG, '--shape', '8', '8', '--per-layer', '-1'], 'at least 1, got -1'),
+        ([CONFIG, '--shape', '8', '8', '--per-layer', '0'], 'at least 1, got 0'),
+        ([CONFIG, '--shape', '8', '8', '--cfg-options', 'model.backbone.arch=huge'], "has no arch 'huge'"),
+    ],
+)
 def test_bad_arguments_get_one_line(main, capsys, arguments, message):
     assert main(arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]

@@ -54,8 +54,14 @@ def load_from(config, path):
     return runner.model
 
 
-WHOLE = [('mmdet', init_detector), ('mmdet', det_inferencer), ('mmdet', load_from), ('mmseg', init_segmentor),
-         ('mmseg', seg_inferencer), ('mmseg', load_from)]
+WHOLE = [
+    ('mmdet', init_detector),
+    ('mmdet', det_inferencer),
+    ('mmdet', load_from),
+    ('mmseg', init_segmentor),
+    ('mmseg', seg_inferencer),
+    ('mmseg', load_from),
+]
 
 
 @pytest.fixture
@@ -83,8 +89,10 @@ def test_detectors_and_segmentors_of_the_authors_are_converted(host, load, write
     assert state[head].eq(3).all()
 
 
-@pytest.mark.parametrize(('host', 'load'), [
-    *WHOLE, ('mmpretrain', get_model), ('mmpretrain', classification_inferencer), ('mmpretrain', load_from)])
+@pytest.mark.parametrize(
+    ('host', 'load'),
+    [*WHOLE, ('mmpretrain', get_model), ('mmpretrain', classification_inferencer), ('mmpretrain', load_from)],
+)
 def test_classifiers_of_the_authors_are_refused(host, load, write_config, save, forget_runs) -> None:
     """Their tensors lie where none of these looks, so that a random backbone was left behind."""
     forget_runs()

@@ -32,18 +32,27 @@ def test_dist_train_and_test_share_the_work(write_config, environment, tmp_path,
     assert out.is_file()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason='on GPUs SyncBN is PyTorch\'s own')
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs SyncBN is PyTorch's own")
 def test_upernet_trains_with_two_cpu_processes(shapes, environment, tmp_path, free_port) -> None:
     config, work_dir = ROOT / 'configs/vmamba/vmamba-nano_upernet_demo_shapes.py', tmp_path / 'work'
     data = shapes / 'ade20k'
-    options = ['model.decode_head.channels=16', 'model.auxiliary_head.channels=16', 'train_cfg.max_iters=2',
-               'train_cfg.val_interval=9', 'train_dataloader.batch_size=2', 'train_dataloader.num_workers=0',
-               'train_dataloader.persistent_workers=False', f'train_dataloader.dataset.data_root={data}',
-               f'val_dataloader.dataset.data_root={data}', 'default_hooks.logger.interval=1',
-               'default_hooks.checkpoint.interval=2']
+    options = [
+        'model.decode_head.channels=16',
+        'model.auxiliary_head.channels=16',
+        'train_cfg.max_iters=2',
+        'train_cfg.val_interval=9',
+        'train_dataloader.batch_size=2',
+        'train_dataloader.num_workers=0',
+        'train_dataloader.persistent_workers=False',
+        f'train_dataloader.dataset.data_root={data}',
+        f'val_dataloader.dataset.data_root={data}',
+        'default_hooks.logger.interval=1',
+        'default_hooks.checkpoint.interval=2',
+    ]
     command = [TOOLS / 'dist_train.sh', config, '2', '--work-dir', work_dir, '--cfg-options', *options]
-    result = subprocess.run(command, env={**environment, 'PORT': str(free_port)}, timeout=300, capture_output=True,
-                            text=True)
+    result = subprocess.run(
+        command, env={**environment, 'PORT': str(free_port)}, timeout=300, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     saved = torch.load(work_dir / 'iter_2.pth', weights_only=False)['state_dict']
     # Every normalisation has seen both steps, and goes by the names that SyncBN has.

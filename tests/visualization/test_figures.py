@@ -20,7 +20,7 @@ FAMILIES = {
     'mmdet': "model = dict(backbone=dict(type='VMamba', arch='test'))",
     'mmseg': "model = dict(backbone=dict(type='Mamba2D', arch='test'))",
     'mmpretrain': "model = dict(backbone=dict(type='V2M', arch='test', out_indices=(3, ), _delete_=True), "
-                  'head=dict(in_channels=16))',
+    'head=dict(in_channels=16))',
 }
 
 
@@ -97,9 +97,11 @@ def test_random_weights_are_those_of_the_seed(models, image_folder, tmp_path) ->
     config, checkpoint = models['mmseg']
     before = torch.get_rng_state()
     first, second, third = (
-        draw_erf_before_and_after(load_config(config), checkpoint, [image_folder / 'a.png'], tmp_path / f'{number}.png',
-                                  seed=seed, stage=0)
-        for number, seed in enumerate((0, 0, 1)))
+        draw_erf_before_and_after(
+            load_config(config), checkpoint, [image_folder / 'a.png'], tmp_path / f'{number}.png', seed=seed, stage=0
+        )
+        for number, seed in enumerate((0, 0, 1))
+    )
     assert torch.equal(torch.get_rng_state(), before)
     np.testing.assert_array_equal(first[0].field, second[0].field)
     assert (first[0].field != third[0].field).any()
@@ -111,8 +113,11 @@ def test_random_weights_are_those_of_the_seed(models, image_folder, tmp_path) ->
 def test_activation(host, tool, models, image_folder, drawn, tmp_path) -> None:
     config, checkpoint = models[host]
     command = ['activation', config, checkpoint, '--img', str(image_folder), '--out', str(tmp_path), '--device', 'cpu']
-    options = {'mmdet': [], 'mmseg': ['--kind', 'pca', '--stages', '0', '-1'],
-               'mmpretrain': ['--channels', '3', '15', '--stages', '2']}[host]
+    options = {
+        'mmdet': [],
+        'mmseg': ['--kind', 'pca', '--stages', '0', '-1'],
+        'mmpretrain': ['--channels', '3', '15', '--stages', '2'],
+    }[host]
     assert tool.main([*command, *options]) == 0
     assert written(tmp_path) == [f'{Path(config).stem}_{name}_activation.png' for name in 'abc']
     shapes = [{name: value.shape for name, value in maps.items()} for _, maps, *_ in drawn]
@@ -176,14 +181,23 @@ def test_bad_input(tool, models, image_folder, tmp_path, capsys, monkeypatch) ->
     Image.new('RGB', (64, 80)).save(tmp_path / 'a.png')
     out = tmp_path / 'out'
     for figure, arguments, message in (
-        ('erf', ['--img', good, str(image_folder / 'c.png')],
-         'c.png reach the model in different sizes, 80x64 and 50x48, and'),
-        ('erf', ['--img', good, '--stage', '4'],
-         'stage 4 does not exist: the Mamba2D that was built has stages 0 to 3'),
+        (
+            'erf',
+            ['--img', good, str(image_folder / 'c.png')],
+            'c.png reach the model in different sizes, 80x64 and 50x48, and',
+        ),
+        (
+            'erf',
+            ['--img', good, '--stage', '4'],
+            'stage 4 does not exist: the Mamba2D that was built has stages 0 to 3',
+        ),
         ('erf', ['--img', good, '--size', '0', '9'], '--size must be at least 1 1, got 0 9'),
         ('activation', ['--img', good, '--stages', '-5'], 'stage -5 does not exist'),
-        ('activation', ['--img', good, '--channels', '16', '--stages', '0'],
-         'channel 16 does not exist: stage 0 has channels 0 to 15'),
+        (
+            'activation',
+            ['--img', good, '--channels', '16', '--stages', '0'],
+            'channel 16 does not exist: stage 0 has channels 0 to 15',
+        ),
         ('activation', ['--img', str(tmp_path / 'cut.png')], 'cut.png cannot be read: the file is cut off'),
         ('activation', ['--img', str(tmp_path / 'words.png')], 'words.png cannot be read: no image, or damaged'),
         ('activation', ['--img', 'nothing.png'], 'nothing.png is no image, folder, pattern'),
@@ -191,11 +205,17 @@ def test_bad_input(tool, models, image_folder, tmp_path, capsys, monkeypatch) ->
         ('activation', ['--img', good, str(tmp_path / 'a.png')], 'would be drawn into one file, as both are called a'),
         ('activation', ['--img', good, '--limit', '0'], '--limit must be at least 1'),
         ('activation', ['--img', good, '--device', 'abacus'], '--device abacus is no device'),
-        ('scan-response', ['--img', good, '--stage', '3'], 'stage 3 mixes by RotaryAttention, which has no scan; '
-                                                           'stages that scan: 0, 1'),
+        (
+            'scan-response',
+            ['--img', good, '--stage', '3'],
+            'stage 3 mixes by RotaryAttention, which has no scan; stages that scan: 0, 1',
+        ),
         ('scan-response', ['--img', good, '--block', '5'], 'block 5 does not exist: stage 1 has'),
-        ('scan-response', ['--img', good, '--point', '80', '0'],
-         'row 0, column 80 lie outside the image as the model is given it, which has 64 rows and 80 columns'),
+        (
+            'scan-response',
+            ['--img', good, '--point', '80', '0'],
+            'row 0, column 80 lie outside the image as the model is given it, which has 64 rows and 80 columns',
+        ),
     ):
         assert tool.main([figure, config, checkpoint, *arguments, '--out', str(out)]) == 2, arguments
         error = capsys.readouterr().err

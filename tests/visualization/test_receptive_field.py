@@ -22,7 +22,7 @@ def test_a_convolution_has_its_kernel_for_a_field() -> None:
     field = receptive_field(conv, image)
     expected = np.zeros((11, 13))
     kernel = (sign[:, None, None, None] * conv.weight).sum(0).abs().sum(0)
-    expected[row - 1:row + 2, column - 2:column + 3] = kernel.detach().numpy()
+    expected[row - 1 : row + 2, column - 2 : column + 3] = kernel.detach().numpy()
     np.testing.assert_allclose(field.field, expected, rtol=1e-5)
     assert field.centre == (row, column) and field.images == 1
     assert field.side(1) == 5
@@ -75,8 +75,10 @@ def test_finite_differences(name: str) -> None:
 
 @pytest.mark.parametrize(
     'model',
-    [*[partial(create_backbone, name) for name in FAMILIES],
-     partial(VMamba, dict(embed_dims=8, depths=[1, 1], d_state=2, ssm_ratio=2.0, version='v0'), out_indices=(0, 1))],
+    [
+        *[partial(create_backbone, name) for name in FAMILIES],
+        partial(VMamba, dict(embed_dims=8, depths=[1, 1], d_state=2, ssm_ratio=2.0, version='v0'), out_indices=(0, 1)),
+    ],
     ids=[*FAMILIES, 'vmamba-v0'],
 )
 def test_centres_are_those_of_the_window(model) -> None:
@@ -103,6 +105,9 @@ def test_what_cannot_be_averaged() -> None:
         with pytest.raises(ValueError, match=message):
             receptive_field(model, images, stage)
     with pytest.raises(ValueError, match='zero everywhere'):
-        receptive_field(nn.Sequential(nn.Conv2d(3, 1, 1), nn.ReLU(), nn.Conv2d(1, 1, 1, bias=False)).apply(
-            lambda module: nn.init.constant_(module.weight, -1) if hasattr(module, 'weight') else None),
-            torch.full((1, 3, 4, 4), 5.0))
+        receptive_field(
+            nn.Sequential(nn.Conv2d(3, 1, 1), nn.ReLU(), nn.Conv2d(1, 1, 1, bias=False)).apply(
+                lambda module: nn.init.constant_(module.weight, -1) if hasattr(module, 'weight') else None
+            ),
+            torch.full((1, 3, 4, 4), 5.0),
+        )

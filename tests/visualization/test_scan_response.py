@@ -116,7 +116,7 @@ def test_vmamba_by_the_formula(sense: str) -> None:
             if first > last:
                 continue
             decay = torch.ones_like(A[k])
-            for place in order[first + 1:last + 1]:
+            for place in order[first + 1 : last + 1]:
                 decay = decay * torch.exp(delta[place][k][:, None] * A[k])
             expected[other] = (C[p][k] * decay * B[q][k]).sum(1) * delta[q][k] + (mixer.D[k] if p == q else 0)
         np.testing.assert_allclose(found.paths[k], expected.abs().sum(2).detach(), rtol=1e-6, atol=1e-12)
@@ -155,16 +155,22 @@ def test_mamba2d_by_the_recurrence() -> None:
 def test_paths_reach_what_they_should(name: str) -> None:
     """A corner fills its quadrant, a route all that it visits before; feeding is the other way round."""
     model = lively(name)
-    image = torch.randn(3, 96, 112, dtype=torch.float64) if name == 'v2m-test' else torch.randn(
-        3, 40, 48, dtype=torch.float64)
+    image = (
+        torch.randn(3, 96, 112, dtype=torch.float64)
+        if name == 'v2m-test'
+        else torch.randn(3, 40, 48, dtype=torch.float64)
+    )
     reads = respond(model, image, (2, 3))
     height, width = reads.total.shape
     rows, columns = np.mgrid[:height, :width]
     up, down, left, right = rows <= 2, rows >= 2, columns <= 3, columns >= 3
     regions = {
-        'from the upper left': up & left, 'from the upper right': up & right, 'from the lower left': down & left,
+        'from the upper left': up & left,
+        'from the upper right': up & right,
+        'from the lower left': down & left,
         'from the lower right': down & right,
-        'row by row': (rows < 2) | (rows == 2) & left, 'row by row, reversed': (rows > 2) | (rows == 2) & right,
+        'row by row': (rows < 2) | (rows == 2) & left,
+        'row by row, reversed': (rows > 2) | (rows == 2) & right,
         'column by column': (columns < 3) | (columns == 3) & up,
         'column by column, reversed': (columns > 3) | (columns == 3) & down,
     }

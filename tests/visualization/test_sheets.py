@@ -68,7 +68,7 @@ def test_contact_sheet(tmp_path) -> None:
     # Three pairs, in two columns: the place of each image, by its upper left corner.
     for value, corners in ((10, [(76, 10), (126, 10), (76, 164)]), (200, [(76, 74), (126, 74), (76, 228)])):
         for top, left in corners:
-            assert (sheet[top:top + 40, left:left + 60] == value).all(), (value, top, left)
+            assert (sheet[top : top + 40, left : left + 60] == value).all(), (value, top, left)
         assert (sheet == value).all(axis=2).sum() == 3 * 40 * 60
     assert [path.name for path in tmp_path.iterdir()] == ['sheet.png']
     with pytest.raises(ValueError, match='at least one pair'):
