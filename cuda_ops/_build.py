@@ -106,8 +106,10 @@ def find_compiler(environ: Mapping[str, str] = os.environ) -> list[str]:
         if shutil.which(command[0], path=environ.get('PATH')):
             return command
     names = ', '.join(command[0] for command in candidates)
-    raise BuildError(f'no C++ compiler found (looked for {names}); install one, for example with '
-                     '`apt install g++` or `dnf install gcc-c++`, or name it in CXX')
+    raise BuildError(
+        f'no C++ compiler found (looked for {names}); install one, for example with '
+        '`apt install g++` or `dnf install gcc-c++`, or name it in CXX'
+    )
 
 
 def compiler_version(command: Sequence[str]) -> str:
@@ -148,13 +150,22 @@ def default_archs(toolkit: Toolkit) -> str:
     known = set(toolkit.archs)
     archs = [arch for arch in ARCHS if arch.replace('.', '') in known]
     if not archs:
-        raise BuildError(f'nvcc {toolkit.version} knows none of the architectures {", ".join(ARCHS)}; name one that it '
-                         'knows in TORCH_CUDA_ARCH_LIST')
+        raise BuildError(
+            f'nvcc {toolkit.version} knows none of the architectures {", ".join(ARCHS)}; name one that it '
+            'knows in TORCH_CUDA_ARCH_LIST'
+        )
     return ';'.join(archs) + '+PTX'
 
 
-def plan_cuda(force: str, *, sources: Sequence[Path], torch_cuda: str | None, toolkit: Toolkit | None,
-              environ_archs: str, visible_archs: str) -> CudaPlan:
+def plan_cuda(
+    force: str,
+    *,
+    sources: Sequence[Path],
+    torch_cuda: str | None,
+    toolkit: Toolkit | None,
+    environ_archs: str,
+    visible_archs: str,
+) -> CudaPlan:
     """Decide whether CUDA kernels are compiled, and for which architectures.
 
     The kernels need nothing of torch, and the bindings only what is in every build of torch. So ``FORCE_CUDA=1`` also
@@ -179,18 +190,27 @@ def plan_cuda(force: str, *, sources: Sequence[Path], torch_cuda: str | None, to
     if not sources:
         return CudaPlan(False, 'there are no CUDA sources')
     if toolkit is None:
-        obstacle = ('there is no nvcc that runs, below CUDA_HOME or, where that is not set, on the path; install the '
-                    f'CUDA toolkit{f" {torch_cuda}" if torch_cuda else ""} and set CUDA_HOME')
+        obstacle = (
+            'there is no nvcc that runs, below CUDA_HOME or, where that is not set, on the path; install the '
+            f'CUDA toolkit{f" {torch_cuda}" if torch_cuda else ""} and set CUDA_HOME'
+        )
     elif torch_cuda is None and force != '1':
         obstacle = 'the installed torch is a CPU build; FORCE_CUDA=1 compiles them all the same'
     elif torch_cuda and toolkit.version.partition('.')[0] != torch_cuda.partition('.')[0]:
         ours, torchs = (version.partition('.')[0] for version in (toolkit.version, torch_cuda))
-        obstacle = (f'nvcc is version {toolkit.version}, while torch was built for CUDA {torch_cuda}; set CUDA_HOME to '
-                    f'a toolkit of CUDA {torchs}, best {torch_cuda}, or install a torch built for CUDA {ours}')
+        obstacle = (
+            f'nvcc is version {toolkit.version}, while torch was built for CUDA {torch_cuda}; set CUDA_HOME to '
+            f'a toolkit of CUDA {torchs}, best {torch_cuda}, or install a torch built for CUDA {ours}'
+        )
     else:
         archs = environ_archs or visible_archs or default_archs(toolkit)
-        why = ('TORCH_CUDA_ARCH_LIST' if environ_archs else 'the GPU at hand' if visible_archs else
-               'no GPU is visible, so all that this nvcc knows of the usual ones')
+        why = (
+            'TORCH_CUDA_ARCH_LIST'
+            if environ_archs
+            else 'the GPU at hand'
+            if visible_archs
+            else 'no GPU is visible, so all that this nvcc knows of the usual ones'
+        )
         torch_is = f'torch for CUDA {torch_cuda}' if torch_cuda else 'FORCE_CUDA=1 with a CPU build of torch'
         gencode = gencode_flags(archs)
         obstacle = toolkit.obstacle or unknown_archs(toolkit, archs, why)
@@ -211,11 +231,16 @@ def unknown_archs(toolkit: Toolkit, archs: str, origin: str) -> str:
         return ''
     known = [_dotted(arch) for arch in sorted(toolkit.archs, key=int)]
     too_new = known and int(unknown[-1]) > int(max(toolkit.archs, key=int))
-    remedy = ('install a newer toolkit, or set TORCH_CUDA_ARCH_LIST with '
-              f"'{known[-1]}+PTX', which the driver translates for newer GPUs" if too_new else
-              'install a toolkit that does, or leave them out of TORCH_CUDA_ARCH_LIST (of ARCHS for make kernels)')
-    return (f'nvcc {toolkit.version} does not compile for {", ".join(map(_dotted, unknown))} ({origin}), only for '
-            f'{", ".join(known)}; {remedy}')
+    remedy = (
+        'install a newer toolkit, or set TORCH_CUDA_ARCH_LIST with '
+        f"'{known[-1]}+PTX', which the driver translates for newer GPUs"
+        if too_new
+        else 'install a toolkit that does, or leave them out of TORCH_CUDA_ARCH_LIST (of ARCHS for make kernels)'
+    )
+    return (
+        f'nvcc {toolkit.version} does not compile for {", ".join(map(_dotted, unknown))} ({origin}), only for '
+        f'{", ".join(known)}; {remedy}'
+    )
 
 
 def find_toolkit(environ: Mapping[str, str] = os.environ) -> Toolkit | None:
@@ -224,8 +249,9 @@ def find_toolkit(environ: Mapping[str, str] = os.environ) -> Toolkit | None:
     Its host compiler is ``CUDAHOSTCXX`` where that is set, or what nvcc's own variables name; else the compiler of
     everything else, and where nvcc refuses that, the one that nvcc finds by itself.
     """
-    nvcc = shutil.which('nvcc', path=str(Path(environ['CUDA_HOME'], 'bin')) if environ.get('CUDA_HOME')
-                        else environ.get('PATH'))
+    nvcc = shutil.which(
+        'nvcc', path=str(Path(environ['CUDA_HOME'], 'bin')) if environ.get('CUDA_HOME') else environ.get('PATH')
+    )
     if nvcc is None:
         return None
     version = re.search(r'release (\d+\.\d+)', _ask([nvcc, '--version'], environ)[1])
@@ -236,8 +262,9 @@ def find_toolkit(environ: Mapping[str, str] = os.environ) -> Toolkit | None:
     for host in _host_options(environ):
         # The nvcc on the path may be a script or a link anywhere, so the compiler itself is asked for its folders. The
         # headers are those that kernels include; the runtime's, which nvcc adds, refuse unfit host compilers.
-        works, output = _ask([nvcc, *host, '-v', '-E', '-x', 'cu', '-include', 'cuda_bf16.h', os.devnull,
-                              '-o', os.devnull], environ)
+        works, output = _ask(
+            [nvcc, *host, '-v', '-E', '-x', 'cu', '-include', 'cuda_bf16.h', os.devnull, '-o', os.devnull], environ
+        )
         folders = re.search(r'^#\$ LIBRARIES=(.*)$', output, re.MULTILINE)
         if works and folders:
             libraries = tuple(flag[2:] for flag in shlex.split(folders.group(1)))
@@ -268,15 +295,26 @@ def cuda_steps(csrc: Path, objects: Path, toolkit: Toolkit, gencode: Sequence[st
     for source in sorted((csrc / 'cuda').glob('*.cu')):
         output = objects / f'{source.stem}.cuda.o'
         # Its version is named so that objects of another one, behind the same path, are compiled anew.
-        argv = [str(toolkit.nvcc), *toolkit.host, *NVCC_FLAGS, *gencode, f'-DSSM_NVCC={toolkit.version}', f'-I{csrc}',
-                '--generate-dependencies-with-compile', '--dependency-output', f'{output}.d',
-                '-c', str(source), '-o', str(output)]
+        argv = [
+            str(toolkit.nvcc),
+            *toolkit.host,
+            *NVCC_FLAGS,
+            *gencode,
+            f'-DSSM_NVCC={toolkit.version}',
+            f'-I{csrc}',
+            '--generate-dependencies-with-compile',
+            '--dependency-output',
+            f'{output}.d',
+            '-c',
+            str(source),
+            '-o',
+            str(output),
+        ]
         steps.append(Step(output, (source,), tuple(argv)))
     return steps
 
 
-def binding_steps(csrc: Path, objects: Path, compiler: Sequence[str], torch: Any,
-                  with_cuda: bool) -> list[Step]:
+def binding_steps(csrc: Path, objects: Path, compiler: Sequence[str], torch: Any, with_cuda: bool) -> list[Step]:
     """Compile every ``*_bindings.cpp``, the only files with torch's headers; they need none of CUDA's."""
     from torch.utils.cpp_extension import include_paths
 
@@ -284,20 +322,62 @@ def binding_steps(csrc: Path, objects: Path, compiler: Sequence[str], torch: Any
     flags += [flag for path in include_paths() for flag in ('-isystem', path)]
     if with_cuda:
         flags.append('-DSSM_WITH_CUDA')
-    return [_cxx(compiler, source, objects / f'{source.stem}.o', flags)
-            for source in sorted(csrc.glob('*_bindings.cpp'))]
+    return [
+        _cxx(compiler, source, objects / f'{source.stem}.o', flags) for source in sorted(csrc.glob('*_bindings.cpp'))
+    ]
 
 
 def link_step(library: Path, objects: Sequence[Path], compiler: Sequence[str], toolkit: Toolkit | None) -> Step:
     """Link the library. It carries no path to torch: torch is in the process before the library is loaded."""
     from torch.utils.cpp_extension import library_paths
 
-    argv = [*compiler, '-shared', *_openmp(), *map(str, objects), *(f'-L{path}' for path in library_paths()),
-            '-lc10', '-ltorch_cpu', '-ltorch']
+    argv = [
+        *compiler,
+        '-shared',
+        *_openmp(),
+        *map(str, objects),
+        *(f'-L{path}' for path in library_paths()),
+        '-lc10',
+        '-ltorch_cpu',
+        '-ltorch',
+    ]
     if toolkit:
         # The runtime is carried along, so that neither torch's nor the machine's version of it matters.
         argv += [*(f'-L{path}' for path in toolkit.libraries), '-lcudart_static', '-ldl', '-lrt', '-lpthread']
     return Step(library, tuple(objects), (*argv, '-o', str(library)))
+
+
+def build_exp_rate(folder: Path, capability: str, csrc: Path = CSRC, environ: Mapping[str, str] = os.environ) -> Path:
+    """Compile the CPU kernels' exponential by itself, which the benchmark measures; it is no part of the library.
+
+    Args:
+        folder: where to put the shared object.
+        capability: instruction set to compile for, one of :func:`cpu_capabilities`.
+        csrc: the sources.
+        environ: read for CXX.
+
+    Raises:
+        BuildError: if the sources are not installed, there is no compiler, or it does not compile them.
+    """
+    source = csrc / 'benchmark' / 'exp2_rate.cpp'
+    if not source.exists():
+        raise BuildError(f'{source} is not installed; run the benchmark in a checkout')
+    library = folder / 'exp2_rate.so'
+    argv = [
+        *find_compiler(environ),
+        *CXX_FLAGS,
+        *cpu_capabilities(platform.machine())[capability],
+        *_openmp(),
+        f'-DSSM_CPU_CAPABILITY={capability}',
+        '-shared',
+        str(source),
+        '-o',
+        str(library),
+    ]
+    compiled, output = _ask(argv, environ)
+    if not compiled:
+        raise BuildError(f'{source.name} does not compile: {output.strip()[-500:]}')
+    return library
 
 
 def build(package: Path, build_dir: Path, csrc: Path = CSRC, environ: Mapping[str, str] = os.environ) -> None:
@@ -319,17 +399,25 @@ def build(package: Path, build_dir: Path, csrc: Path = CSRC, environ: Mapping[st
     machine = platform.machine()
     toolkit = find_toolkit(environ)
     sources = sorted((csrc / 'cuda').glob('*.cu'))
-    cuda = plan_cuda(environ.get('FORCE_CUDA', ''), sources=sources, torch_cuda=torch.version.cuda, toolkit=toolkit,
-                     environ_archs=environ.get('TORCH_CUDA_ARCH_LIST', ''), visible_archs=_visible_archs(torch))
+    cuda = plan_cuda(
+        environ.get('FORCE_CUDA', ''),
+        sources=sources,
+        torch_cuda=torch.version.cuda,
+        toolkit=toolkit,
+        environ_archs=environ.get('TORCH_CUDA_ARCH_LIST', ''),
+        visible_archs=_visible_archs(torch),
+    )
     toolkit = toolkit if cuda.build else None
     print(f'cuda_ops: torch {torch.__version__}, {version}')
     print(f'cuda_ops: CPU kernels for {machine}: {", ".join(cpu_capabilities(machine))}')
     print(f'cuda_ops: CUDA kernels: {"yes" if cuda.build else "no"}: {cuda.reason}', flush=True)
 
     build_dir.mkdir(parents=True, exist_ok=True)
-    with _exclusive(build_dir / 'lock'):
-        steps = [*binding_steps(csrc, build_dir, compiler, torch, cuda.build),
-                 *cpu_steps(csrc, build_dir, compiler, machine)]
+    with exclusive(build_dir / 'lock'):
+        steps = [
+            *binding_steps(csrc, build_dir, compiler, torch, cuda.build),
+            *cpu_steps(csrc, build_dir, compiler, machine),
+        ]
         if toolkit:
             steps += cuda_steps(csrc, build_dir, toolkit, cuda.gencode)
         library = build_dir / LIBRARY_NAME
@@ -417,8 +505,11 @@ def _refusal(version: str, host: Sequence[str], output: str) -> str:
     error = re.search(r'(.+: No such file or directory)|(?:error|fatal)\s*:(?: #error --)? *(.+)', said, re.IGNORECASE)
     reason = (error.group(1) or error.group(2) if error else said[-200:]).partition(' The nvcc flag')[0].strip(' \n.!')
     newest = re.search(r'gcc versions later than (\d+)', reason)
-    remedy = (f'name an older one in CUDAHOSTCXX, for example CUDAHOSTCXX=g++-{newest.group(1)}' if newest else
-              'name a host compiler that it supports in CUDAHOSTCXX, or complete the CUDA toolkit')
+    remedy = (
+        f'name an older one in CUDAHOSTCXX, for example CUDAHOSTCXX=g++-{newest.group(1)}'
+        if newest
+        else 'name a host compiler that it supports in CUDAHOSTCXX, or complete the CUDA toolkit'
+    )
     return f'nvcc {version} does not compile{f" with {host[-1]}" if host else ""}: {reason}; {remedy}'
 
 
@@ -443,8 +534,10 @@ def _find_ninja(environ: Mapping[str, str]) -> str | None:
 
 def _import_torch() -> Any:
     if importlib.util.find_spec('torch') is None:
-        raise BuildError('torch is needed to compile cuda_ops and is not installed where the build runs; install it '
-                         'first and switch build isolation off: `pip install --no-build-isolation ...`')
+        raise BuildError(
+            'torch is needed to compile cuda_ops and is not installed where the build runs; install it '
+            'first and switch build isolation off: `pip install --no-build-isolation ...`'
+        )
     import torch
 
     return torch
@@ -458,7 +551,7 @@ def _visible_archs(torch: Any) -> str:
 
 
 @contextlib.contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
+def exclusive(path: Path) -> Iterator[None]:
     """Hold a lock file, so that two builds of one checkout take turns."""
     import fcntl
 

@@ -1,4 +1,4 @@
-// What the binding files share: checks, strides and the thread pool. Only binding files include torch.
+// Helpers shared by the bindings: checks, strides and the thread pool. Only binding files include torch.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -18,15 +18,22 @@ namespace cuda_ops {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Kernels that serve tensors on the CPU in place of the CPU's own: the tests' emulation of CUDA, else null.
+#if defined(SSM_EMULATION)
+// The tests compile the CUDA kernels for the CPU and bind them to operators of a namespace of their own.
+#define SSM_OPS_NAMESPACE cuda_ops_emulation
 extern const CudaKernels* emulated_kernels;
+#else
+#define SSM_OPS_NAMESPACE cuda_ops
+#endif
 
-// The CUDA kernels to serve a map with, or null where the CPU's do. What runs on a device does so on its current stream.
+// The CUDA kernels for a map, or null if it is on the CPU. They run on the device's current stream.
 class Cuda {
  public:
   explicit Cuda(const Tensor& x) {
     if (x.is_cpu()) {
+#if defined(SSM_EMULATION)
       kernels_ = emulated_kernels;
+#endif
     } else {
 #if defined(SSM_WITH_CUDA)
       TORCH_CHECK_VALUE(x.is_cuda(), "x must be on the CPU or a CUDA device, got ", x.device());
@@ -37,16 +44,19 @@ class Cuda {
       TORCH_CHECK_VALUE(false, "x must be on the CPU, got ", x.device());
 #endif
     }
-    TORCH_CHECK_TYPE(!kernels_ || x.scalar_type() != at::kDouble, "x is float64, which the scans serve on the CPU "
-                     "alone; use float32 on ", x.device());
+    TORCH_CHECK_TYPE(!kernels_ || x.scalar_type() != at::kDouble,
+                     "x is float64, which the scans serve on the CPU "
+                     "alone; use float32 on ",
+                     x.device());
   }
   explicit operator bool() const { return kernels_ != nullptr; }
   const CudaKernels* operator->() const { return kernels_; }
   void* stream() const { return stream_; }
 
-  // Raises where a launch, or the plan before it, failed.
+  // Raises if a launch, or the plan before it, failed.
   void check(int code, const char* op) const {
-    TORCH_CHECK(code == 0, op, ": CUDA error ", code, ": ", kernels_->error_string(code), ". An error before it may be "
+    TORCH_CHECK(code == 0, op, ": CUDA error ", code, ": ", kernels_->error_string(code),
+                ". An error before it may be "
                 "the cause (CUDA_LAUNCH_BLOCKING=1 shows which). \"no kernel image\" means that the library was not "
                 "compiled for this GPU: build it with TORCH_CUDA_ARCH_LIST naming its compute capability. \"invalid "
                 "configuration\" means that a chunk's states do not fit into shared memory: pass a smaller chunk.");
@@ -73,16 +83,12 @@ inline DataType data_type(const Tensor& x) {
   }
 }
 
-inline at::ScalarType state_type(const Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
+inline at::ScalarType state_type(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
-// Kernels need unit stride along the last dimension, and take any other stride.
+// Kernels need unit stride along the last dimension, and support any other stride.
 inline bool has_unit_stride(const Tensor& tensor) { return tensor.size(-1) <= 1 || tensor.stride(-1) == 1; }
 
-inline Tensor last_contiguous(const Tensor& tensor) {
-  return has_unit_stride(tensor) ? tensor : tensor.contiguous();
-}
+inline Tensor last_contiguous(const Tensor& tensor) { return has_unit_stride(tensor) ? tensor : tensor.contiguous(); }
 
 inline OptionalTensor last_contiguous(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(last_contiguous(*tensor)) : std::nullopt;
@@ -101,7 +107,7 @@ inline void check_shape(const char* name, const OptionalTensor& tensor, at::IntA
 }
 
 inline void check_decay_rates(const char* name, const Tensor& A) {
-  if (!A.is_cpu()) return;  // reading them would wait for the device
+  if (!A.is_cpu()) return;  // reading the values would synchronize
   AT_DISPATCH_FLOATING_TYPES(A.scalar_type(), "check_decay_rates", [&] {
     const scalar_t* rates = A.const_data_ptr<scalar_t>();
     for (int64_t i = 0; i < A.numel(); ++i)
@@ -112,20 +118,22 @@ inline void check_decay_rates(const char* name, const Tensor& A) {
   });
 }
 
-// The (B, H, W, [K, [G,]] ...) tensor's address and strides; dimensions that it lacks are never stepped along.
+// Address and strides of a (B, H, W, [K, [G,]] ...) tensor; the strides of missing dimensions are 0.
 inline GridTensor grid_tensor(const OptionalTensor& tensor) {
   GridTensor grid;
   if (!tensor) return grid;
   const auto strides = tensor->strides();
-  // A tensor of no elements has no address, and is given all the same.
+  // An empty tensor has no address, but must not look like one that was not given.
   static char no_elements;
   grid.data = tensor->numel() ? tensor->data_ptr() : &no_elements;
-  grid.batch = strides[0], grid.row = strides[1], grid.column = strides[2];
+  grid.batch = strides[0];
+  grid.row = strides[1];
+  grid.column = strides[2];
   grid.route = strides.size() > 4 ? strides[3] : 0;
   grid.group = strides.size() > 5 ? strides[4] : 0;
   return grid;
 }
 
-inline const void* address(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+inline const void* address_of(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 
 }  // namespace cuda_ops

@@ -1,4 +1,4 @@
-// The CUDA kernels as the bindings call them: by a table, which a build without CUDA lacks.
+// Table of the CUDA kernels that the bindings call. A build without CUDA has no table.
 #pragma once
 
 #include "route_scan.h"
@@ -6,7 +6,7 @@
 
 namespace cuda_ops {
 
-// Each function returns 0 or CUDA's error code. Kernels run on the given stream; nothing here waits for them.
+// Each function returns 0 or a CUDA error code. Kernels run asynchronously on the given stream.
 struct CudaKernels {
   int (*route_scan_plan)(const RouteScanParams& p, bool backward, RouteScanPlan* plan);
   int (*route_scan_forward)(const RouteScanParams& p, const RouteScanPlan& plan, void* stream);
@@ -17,7 +17,7 @@ struct CudaKernels {
   const char* (*error_string)(int code);
 };
 
-// What nvcc compiled; defined where the library is built with CUDA.
+// Defined by kernels.cu.
 extern const CudaKernels kCompiledCudaKernels;
 
 }  // namespace cuda_ops

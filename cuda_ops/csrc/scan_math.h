@@ -1,4 +1,4 @@
-// Arithmetic and indexing that the CPU and CUDA kernels share.
+// Routes and sizes shared by the CPU kernels, the CUDA kernels and the bindings.
 #pragma once
 
 #include <cstdint>
@@ -11,15 +11,15 @@
 
 namespace cuda_ops {
 
-// Routes over a grid. The lowest bit chooses the axis, the next one the direction.
+// Routes over a grid. Bit 0 selects the axis, bit 1 the direction.
 enum Route : int32_t { kRow = 0, kColumn = 1, kRowReversed = 2, kColumnReversed = 3 };
 
 SSM_HOST_DEVICE bool runs_along_columns(int32_t route) { return (route & 1) != 0; }
-SSM_HOST_DEVICE bool runs_backwards(int32_t route) { return (route & 2) != 0; }
+SSM_HOST_DEVICE bool is_reversed(int32_t route) { return (route & 2) != 0; }
 
 SSM_HOST_DEVICE int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 
-// A route as lines of positions: one line an image, or one line for each row or column.
+// A route as lines of positions: one line per image, or one per row or column.
 struct RouteShape {
   int64_t lines;
   int64_t length;
@@ -30,17 +30,24 @@ SSM_HOST_DEVICE RouteShape route_shape(int32_t route, bool per_line, int64_t hei
   return runs_along_columns(route) ? RouteShape{width, height} : RouteShape{height, width};
 }
 
-// States saved along a line: one behind each chunk of positions but the last.
-SSM_HOST_DEVICE int64_t saved_states(int64_t length, int64_t chunk) { return chunk > 0 ? (length - 1) / chunk : 0; }
-
-// Numbers of states with CUDA kernels of their own; any other goes in groups.
-constexpr int kGroup = 8;
-inline bool fast_states(int64_t states) {
-  return states == 1 || states == 2 || states == 4 || states == 8 || states == 16;
+// Number of states saved along a line: one after each chunk of positions except the last.
+SSM_HOST_DEVICE int64_t saved_state_count(int64_t length, int64_t chunk) {
+  return chunk > 0 ? (length - 1) / chunk : 0;
 }
 
-// States that a CUDA kernel's thread has at a time.
-inline int64_t states_at_a_time(int64_t states) { return fast_states(states) ? states : kGroup; }
+// CUDA kernels are specialised for these numbers of states. Any other number is processed in groups.
+constexpr int64_t kSpecializedStates[] = {1, 2, 4, 8, 16};
+constexpr int kStateGroup = 8;
+
+inline bool is_specialized(int64_t states) {
+  for (const int64_t specialized : kSpecializedStates) {
+    if (states == specialized) return true;
+  }
+  return false;
+}
+
+// States that a thread of a CUDA kernel holds at a time.
+inline int64_t states_per_pass(int64_t states) { return is_specialized(states) ? states : kStateGroup; }
 
 struct Pixel {
   int64_t row;
@@ -53,7 +60,7 @@ SSM_HOST_DEVICE Pixel route_pixel(int32_t route, bool per_line, int64_t height, 
   const bool columns = runs_along_columns(route);
   const int64_t inner = columns ? height : width;
   const int64_t length = per_line ? inner : height * width;
-  if (runs_backwards(route)) position = length - 1 - position;
+  if (is_reversed(route)) position = length - 1 - position;
   const int64_t outer_index = per_line ? line : position / inner;
   const int64_t inner_index = per_line ? position : position % inner;
   return columns ? Pixel{inner_index, outer_index} : Pixel{outer_index, inner_index};

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from cuda_ops.exp_rate import measure_exp_rate
 from ssm_backbones.benchmark.comparison import Floor
+from ssm_backbones.benchmark.exp_rate import measure_exp_rate
 from ssm_backbones.benchmark.timing import seconds
 from ssm_backbones.benchmark.unavailable import Unavailable
 

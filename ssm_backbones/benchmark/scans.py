@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from cuda_ops import _library
+from ssm_backbones.benchmark.exp_rate import exp2_repeatedly
 from ssm_backbones.benchmark.timing import Call
 from ssm_backbones.benchmark.unavailable import Unavailable
 
@@ -102,16 +102,18 @@ def copy_call(inputs: Sequence[Tensor], train: bool) -> Call:
 
 
 def exponentials_call(count: int, device: torch.device) -> Call:
-    """So many exponentials, by the CPU kernels' own vectorised function, on all threads, in the first cache.
+    """So many exponentials, by the CPU kernels' own vectorised function, on all threads, in the L1 cache.
 
-    No scan that computes them can take less time, as :func:`cuda_ops.exp_rate.measure_exp_rate` has it.
+    No scan that computes them can take less time, as :func:`ssm_backbones.benchmark.exp_rate.measure_exp_rate` has it.
 
     Raises:
-        Unavailable: if the op library is not compiled, or on another device.
+        Unavailable: if the function cannot be compiled, or on another device.
     """
     if device.type != 'cpu':
         raise Unavailable("the function whose speed is measured is the CPU kernels'")
-    if not _library.STATUS.compiled:
-        raise Unavailable(f'the exponential to measure is in the compiled library, and {_library.STATUS.reason}')
     x = torch.linspace(-20, 0, 1024 * torch.get_num_threads())
-    return partial(torch.ops.cuda_ops.exp2_repeatedly, x, max(1, round(count / x.numel())))
+    try:
+        exp2_repeatedly(x, 1)
+    except RuntimeError as error:
+        raise Unavailable(str(error)) from error
+    return partial(exp2_repeatedly, x, max(1, round(count / x.numel())))

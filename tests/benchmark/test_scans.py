@@ -1,14 +1,16 @@
 """The benchmark's scans: what they are compared with computes the same, and the floors count what must be done."""
 
+import os
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cuda_ops
-from cuda_ops import exp_rate
-from ssm_backbones.benchmark import floors, scans
+from cuda_ops import _build
+from ssm_backbones.benchmark import exp_rate, floors, scans
 from ssm_backbones.benchmark.baselines import (
     WavefrontByDiagonals,
     cross_scan_by_indexing,
@@ -16,6 +18,7 @@ from ssm_backbones.benchmark.baselines import (
     mamba_layout,
 )
 from ssm_backbones.benchmark.floors import Rates, Work, route_scan_work, wavefront_scan_work
+from ssm_backbones.benchmark.unavailable import Unavailable
 
 CPU = torch.device('cpu')
 SHAPE, STATES = (1, 4, 5, 6), 3
@@ -145,7 +148,43 @@ def test_floor_adds_each_pass_by_what_limits_it() -> None:
 def test_rates_are_those_of_a_machine() -> None:
     # From a slow core's to beyond any processor's.
     assert 1e8 < floors.measure_copy_rate(CPU, 2**22, duration=0.02) < 1e13
-    assert 1e7 < exp_rate.measure_exp_rate(0.02) < 1e13
+    # One at a time, no processor computes a thousand million of them a second on a thread.
+    assert 2e8 < exp_rate.measure_exp_rate(0.05) / torch.get_num_threads() < 1e12
+
+
+def test_what_is_measured_is_two_to_the_power() -> None:
+    x = torch.linspace(-130, 130, 2048)
+    y = exp_rate.exp2_repeatedly(x, 3)
+    # Below the smallest normal number, the kernels' exponential stays there.
+    expected = torch.exp2(x.double()).clamp(min=2**-126).float()
+    torch.testing.assert_close(y, expected, rtol=3e-7, atol=0)
+    for wrong, error, message in (
+        (x.double(), TypeError, 'float32'),
+        (x[:7], ValueError, 'blocks of 1024'),
+        (x.view(2, -1).mT, ValueError, 'contiguous'),
+    ):
+        with pytest.raises(error, match=message):
+            exp_rate.exp2_repeatedly(wrong, 1)
+    with pytest.raises(ValueError, match='repeats must be at least 1, got 0'):
+        exp_rate.exp2_repeatedly(x, 0)
+
+
+def test_without_sources_or_compiler_the_rate_is_unavailable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('CXX', 'no-such-compiler')
+    with pytest.raises(_build.BuildError, match='no C.. compiler found .looked for no-such-compiler'):
+        _build.build_exp_rate(tmp_path, 'baseline', environ=os.environ)
+    with pytest.raises(_build.BuildError, match='exp2_rate.cpp is not installed; run the benchmark in a checkout'):
+        _build.build_exp_rate(tmp_path, 'baseline', csrc=tmp_path)
+
+    def fail() -> None:
+        raise RuntimeError('the exponential cannot be compiled: a reason')
+
+    monkeypatch.setattr(exp_rate, '_compiled', fail)
+    with pytest.raises(scans.Unavailable, match='a reason'):
+        scans.exponentials_call(10, CPU)
+    floors.measure_rates.cache_clear()
+    with pytest.raises(Unavailable, match='rate of exponentials of cpu cannot be measured: .*a reason'):
+        floors.measure_rates(CPU)
 
 
 def test_the_exponentials_are_as_many_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-// What the tests set and read of the emulation, beside the kernels' table.
+// Interface of the tests: the kernels' table, the emulation's settings and its counters.
 #include <cuda_runtime.h>
 
 #include "cuda_kernels.h"
@@ -8,8 +8,13 @@
 EXPORT const void* emulated_kernels() { return &cuda_ops::kCompiledCudaKernels; }
 EXPORT void emulation_set(unsigned seed, int shared_limit, int multiprocessors, int residents, int fail_launch) {
   emulation::Machine& machine = emulation::machine;
-  machine.seed = seed, machine.shared_limit = shared_limit, machine.multiprocessors = multiprocessors;
-  machine.residents = residents, machine.fail_launch = fail_launch, machine.launches = machine.blocks = 0;
+  machine.seed = seed;
+  machine.shared_limit = shared_limit;
+  machine.multiprocessors = multiprocessors;
+  machine.residents = residents;
+  machine.fail_launch = fail_launch;
+  machine.launches = 0;
+  machine.blocks = 0;
 }
 EXPORT int64_t emulation_launches() { return emulation::machine.launches; }
 EXPORT int64_t emulation_blocks() { return emulation::machine.blocks; }

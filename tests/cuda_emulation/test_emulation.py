@@ -21,8 +21,12 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(program: Path, kernel: str, seed: int, residents: int = 2) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(program), kernel, str(seed), str(residents)], capture_output=True, text=True,
-                          env=os.environ | {'ASAN_OPTIONS': 'detect_leaks=0'})
+    return subprocess.run(
+        [str(program), kernel, str(seed), str(residents)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {'ASAN_OPTIONS': 'detect_leaks=0'},
+    )
 
 
 @pytest.mark.parametrize('seed', SEEDS)
@@ -46,22 +50,28 @@ def test_accesses_out_of_bounds_are_reported(program: Path, kernel: str) -> None
     assert kernel in result.stderr
 
 
-@pytest.mark.parametrize(('kernel', 'message'), [('divergent', 'divergent barrier in block 0 of 1'),
-                                                 ('lane_missing', 'lanes have ended that others of their warp wait')])
+@pytest.mark.parametrize(
+    ('kernel', 'message'),
+    [
+        ('divergent', 'divergent barrier in block 0 of 1'),
+        ('lane_missing', 'lanes have ended that others of their warp wait'),
+    ],
+)
 def test_threads_that_wait_for_ever_are_reported(program: Path, kernel: str, message: str) -> None:
     result = run(program, kernel, 0)
     assert result.returncode == 1 and message in result.stdout, result.stderr
 
 
 @pytest.mark.parametrize('seed', SEEDS)
-@pytest.mark.parametrize(('kernel', 'residents'), [('waits_by_number', 2), ('waits_by_ticket', 2),
-                                                   ('waits_by_ticket', 1)])
+@pytest.mark.parametrize(
+    ('kernel', 'residents'), [('waits_by_number', 2), ('waits_by_ticket', 2), ('waits_by_ticket', 1)]
+)
 def test_blocks_that_wait_for_each_other_are_right(program: Path, kernel: str, residents: int, seed: int) -> None:
     result = run(program, kernel, seed, residents)
     assert (result.returncode, result.stdout) == (0, '0 wrong\n'), result.stdout + result.stderr
 
 
-@pytest.mark.parametrize('kernel', ('overtakes', 'does_not_wait', 'waits_for_too_few', 'tells_too_early'))
+@pytest.mark.parametrize('kernel', ('overtakes', 'does_not_wait', 'waits_for_too_few', 'publishes_too_early'))
 def test_warps_and_blocks_that_do_not_wait_for_each_other_give_wrong_results(program: Path, kernel: str) -> None:
     """Many orders show it; others happen to be right."""
     results = [run(program, kernel, seed) for seed in range(12)]
@@ -79,7 +89,7 @@ def test_blocks_that_wait_for_ever_are_reported(program: Path) -> None:
 def test_half_precision_is_torchs(tmp_path: Path) -> None:
     """Every 16-bit value, and a float32 between each two of them, as torch converts them."""
     source = tmp_path / 'convert.cpp'
-    source.write_text('''
+    source.write_text("""
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cstdio>
@@ -91,24 +101,31 @@ int main(int argc, char**) {
     std::fwrite(&back, 4, 1, stdout);
   }
 }
-''')
+""")
     compile_for_cpu([source], tmp_path / 'convert', [])
     for dtype, arguments in ((torch.float16, ['half']), (torch.bfloat16, [])):
-        exact = torch.arange(-2 ** 15, 2 ** 15, dtype=torch.int32).to(torch.int16).view(dtype).float()
+        exact = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).float()
         exact = exact[exact.isfinite()].sort().values
-        values = torch.cat([exact, (exact[1:].double() + exact[:-1]).div(2).float(),
-                            torch.nextafter(exact, torch.tensor(float('inf'))),
-                            torch.tensor([1e6, -3e38, float('inf')])])
-        output = subprocess.run([str(tmp_path / 'convert'), *arguments], input=values.numpy().tobytes(),
-                                capture_output=True, check=True).stdout
+        values = torch.cat(
+            [
+                exact,
+                (exact[1:].double() + exact[:-1]).div(2).float(),
+                torch.nextafter(exact, torch.tensor(float('inf'))),
+                torch.tensor([1e6, -3e38, float('inf')]),
+            ]
+        )
+        output = subprocess.run(
+            [str(tmp_path / 'convert'), *arguments], input=values.numpy().tobytes(), capture_output=True, check=True
+        ).stdout
         got = torch.frombuffer(bytearray(output), dtype=torch.float32)
         assert torch.equal(got, values.to(dtype).float()), dtype
 
 
 def test_arithmetic_of_the_kernels(tmp_path: Path) -> None:
     compile_for_cpu([FOLDER / 'arithmetic.cu'], tmp_path / 'arithmetic', ['-O2'])
-    wrong_quotients, *errors = subprocess.run([tmp_path / 'arithmetic'], capture_output=True, text=True,
-                                              check=True).stdout.split()
+    wrong_quotients, *errors = subprocess.run(
+        [tmp_path / 'arithmetic'], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert wrong_quotients == '0'
     # 2^-22 of the polynomial, and what rounding its terms adds.
     assert all(float(error) < 8 for error in errors), errors

@@ -12,7 +12,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import cuda_ops
-from cuda_ops.exp_rate import measure_exp_rate
 from tests.ops.helpers import DTYPES, TOLERANCES, UseReference, differentiate, dtype_name, rounded, run_python
 from tests.ops.wavefront_cases import CASES, MAPS, PARAMETERS, Wavefront, loop
 
@@ -443,27 +442,6 @@ def test_wrong_decay_rates(name: str, value: float) -> None:
         call(**{name: change})
     with UseReference(), pytest.raises(ValueError, match=message):
         call(**{name: change})
-
-
-# The yardstick of the kernels' speed.
-
-def test_exponential_rate_is_that_of_a_vectorised_function() -> None:
-    # One at a time, no processor computes a thousand million of them a second on a thread.
-    assert 2e8 < measure_exp_rate(0.05) / torch.get_num_threads() < 1e12
-
-
-def test_what_is_measured_is_two_to_the_power() -> None:
-    x = torch.linspace(-130, 130, 2048)
-    y = torch.ops.cuda_ops.exp2_repeatedly(x, 3)
-    # Below the smallest normal number, the kernels' exponential stays there.
-    expected = torch.exp2(x.double()).clamp(min=2 ** -126).float()
-    torch.testing.assert_close(y, expected, rtol=3e-7, atol=0)
-    for wrong, error, message in ((x.double(), TypeError, 'float32'), (x[:7], ValueError, 'blocks of 1024'),
-                                  (x.view(2, -1).mT, ValueError, 'contiguous')):
-        with pytest.raises(error, match=message):
-            torch.ops.cuda_ops.exp2_repeatedly(wrong, 1)
-    with pytest.raises(ValueError, match='repeats must be at least 1, got 0'):
-        torch.ops.cuda_ops.exp2_repeatedly(x, 0)
 
 
 def test_the_loop_itself_has_the_borders_of_the_equations() -> None:

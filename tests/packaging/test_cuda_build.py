@@ -97,8 +97,9 @@ def test_kernels_keep_to_their_registers(built: tuple[Path, str], report: Module
     assert {
         'scan_forward<bfloat16, 1>',
         'scan_backward<float16, 16>',
-        'summarize<float32, 8, 1>',
-        'combine',
+        'segment_aggregates<float32, 8, 1>',
+        'state_passing',
+        'scan_backward_n1<bfloat16, 1>',
         'wavefront_forward<bfloat16, 16>',
         'wavefront_backward<float32, 4>',
     } <= kernels

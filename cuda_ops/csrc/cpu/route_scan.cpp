@@ -1,5 +1,5 @@
-// Route scan on the CPU. Vectors run over channels, the pool's threads over images, tiles of channels and parts of the
-// lines. Compiled once for each capability; scan_dispatch.cpp chooses at run time.
+// Route scan on the CPU. Vectors run over channels, threads over images, tiles of channels and parts of the lines.
+// Compiled once per capability; scan_dispatch.cpp chooses at run time.
 #include <memory>
 
 #include "../route_scan.h"
@@ -10,91 +10,100 @@ namespace cuda_ops {
 namespace SSM_CPU_CAPABILITY {
 namespace {
 
-// The piece of work of one task: an image, a tile of one group's channels, and a range of lines.
-struct Piece {
-  int64_t batch, group, tile, part;
-  int64_t channel;   // first of the tile, counted over all groups
-  int channels;      // of the tile
-  int64_t first_line, end_line;
+// An image, a tile of one group's channels, and a range of lines.
+struct WorkItem {
+  int64_t batch;
+  int64_t group;
+  int64_t tile;
+  int64_t part;
+  int64_t channel;  // first of the tile, counted over all groups
+  int channels;     // of the tile
+  int64_t first_line;
+  int64_t end_line;
 };
 
-struct Division {
-  RouteScanWork work;
-  int64_t lines_per_part;
-
-  explicit Division(const RouteScanParams& p) : work(route_scan_work(p)) {
-    const int64_t lines = route_shape(p.route[0], p.per_line, p.height, p.width).lines;
-    lines_per_part = ceil_div(lines, work.parts);
+// The work items of a scan.
+class WorkItems {
+ public:
+  explicit WorkItems(const RouteScanParams& p) : p_(p), split_(route_scan_split(p)) {
+    lines_ = route_shape(p.route[0], p.per_line, p.height, p.width).lines;
+    lines_per_part_ = ceil_div(lines_, split_.parts);
   }
-  int64_t count(const RouteScanParams& p) const { return p.batch * p.groups * work.tiles * work.parts; }
+  int64_t count() const { return p_.batch * p_.groups * split_.tiles * split_.parts; }
 
-  Piece piece(const RouteScanParams& p, int64_t index) const {
-    Piece piece;
-    piece.part = index % work.parts;
-    index /= work.parts;
-    piece.tile = index % work.tiles;
-    index /= work.tiles;
-    piece.group = index % p.groups;
-    piece.batch = index / p.groups;
-    const int64_t group_channels = p.channels / p.groups;
-    const int64_t units = ceil_div(group_channels, kTileUnit);
-    const int64_t begin = units * piece.tile / work.tiles * kTileUnit;
-    const int64_t end = min_of(units * (piece.tile + 1) / work.tiles * kTileUnit, group_channels);
-    piece.channel = piece.group * group_channels + begin;
-    piece.channels = int(end - begin);
-    const int64_t lines = route_shape(p.route[0], p.per_line, p.height, p.width).lines;
-    piece.first_line = min_of(piece.part * lines_per_part, lines);
-    piece.end_line = min_of(piece.first_line + lines_per_part, lines);
-    return piece;
+  WorkItem operator[](int64_t index) const {
+    WorkItem item;
+    item.part = index % split_.parts;
+    index /= split_.parts;
+    item.tile = index % split_.tiles;
+    index /= split_.tiles;
+    item.group = index % p_.groups;
+    item.batch = index / p_.groups;
+    const int64_t group_channels = p_.channels / p_.groups;
+    const int64_t units = ceil_div(group_channels, kCpuChannelUnit);
+    const int64_t begin = units * item.tile / split_.tiles * kCpuChannelUnit;
+    const int64_t end = min_of(units * (item.tile + 1) / split_.tiles * kCpuChannelUnit, group_channels);
+    item.channel = item.group * group_channels + begin;
+    item.channels = int(end - begin);
+    item.first_line = min_of(item.part * lines_per_part_, lines_);
+    item.end_line = min_of(item.first_line + lines_per_part_, lines_);
+    return item;
   }
+
+ private:
   static int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+  const RouteScanParams& p_;
+  const RouteScanSplit split_;
+  int64_t lines_;
+  int64_t lines_per_part_;
 };
 
 template <class T>
-T* at(const GridTensor& tensor, int64_t batch, Pixel pixel, int64_t route, int64_t group) {
+T* pixel_pointer(const GridTensor& tensor, int64_t batch, Pixel pixel, int64_t route, int64_t group) {
   return static_cast<T*>(tensor.data) + batch * tensor.batch + pixel.row * tensor.row + pixel.column * tensor.column +
          route * tensor.route + group * tensor.group;
 }
 
-// Everything about one route that does not depend on the position, for one tile of channels.
-// T is the map's element type, S the state's. Units is the tile's width where it holds whole units of channels, so that the
-// compiler can unroll the loops over vectors; 0 serves any width.
+// Scans one tile of channels: what both passes share. T is the element type of the map, S that of the state. Units is
+// the width of a tile of whole channel units, so that the compiler can unroll the loops over vectors; 0 supports any
+// width.
 template <class T, class S, int Units>
-class TileScan {
+class ScanTile {
  public:
   static constexpr int kLanes = Vector<S>::kLanes;
-  static constexpr int kVectors = Units * int(kTileUnit) / kLanes;
-  static constexpr int kMaxVectors = kVectors ? kVectors : (int(kTileChannels) + kLanes - 1) / kLanes;
+  static constexpr int kVectors = Units * int(kCpuChannelUnit) / kLanes;
+  static constexpr int kMaxVectors = kVectors ? kVectors : (int(kMaxCpuTileChannels) + kLanes - 1) / kLanes;
   using V = Vec<S>;
 
-  TileScan(const RouteScanParams& p, const Piece& piece)
+  ScanTile(const RouteScanParams& p, const WorkItem& item)
       : p_(p),
-        piece_(piece),
+        item_(item),
         states_(int(p.states)),
-        any_vectors_(int(ceil_div(piece.channels, kLanes))),
-        rate_(p.states * vectors()),
+        any_vectors_(int(ceil_div(item.channels, kLanes))),
+        A_log2e_(p.states * vectors()),
         state_(p.states * vectors()) {}
 
  protected:
   int vectors() const { return kVectors ? kVectors : any_vectors_; }
 
-  // Channels in a vector: all of its lanes but for the last one of a tile.
+  // Channels in a vector: all its lanes, except in the last vector of a tile.
   int lanes(int v) const {
     if (kVectors) return kLanes;
-    const int rest = piece_.channels - v * kLanes;
+    const int rest = item_.channels - v * kLanes;
     return rest < kLanes ? rest : kLanes;
   }
   const S* parameter(const void* data, int64_t k) const {
-    return static_cast<const S*>(data) + k * p_.channels + piece_.channel;
+    return static_cast<const S*>(data) + k * p_.channels + item_.channel;
   }
 
   void load_parameters(int64_t k) {
-    const S* A = static_cast<const S*>(p_.A) + (k * p_.channels + piece_.channel) * states_;
+    const S* A = static_cast<const S*>(p_.A) + (k * p_.channels + item_.channel) * states_;
     for (int n = 0; n < states_; ++n) {
       for (int v = 0; v < vectors(); ++v) {
-        V rate{};
-        for (int lane = 0; lane < lanes(v); ++lane) rate[lane] = A[(v * kLanes + lane) * states_ + n];
-        rate_.data()[n * vectors() + v] = rate * S(kLog2E);
+        V value{};
+        for (int lane = 0; lane < lanes(v); ++lane) value[lane] = A[(v * kLanes + lane) * states_ + n];
+        A_log2e_.data()[n * vectors() + v] = value * S(kLog2E);
       }
     }
     for (int v = 0; v < vectors(); ++v) {
@@ -111,13 +120,13 @@ class TileScan {
     return route_pixel(p_.route[k], p_.per_line, p_.height, p_.width, line, position);
   }
 
-  // The next pixel of a line without a division.
+  // Moves to the next pixel of a line, without a division.
   void advance(int64_t k, Pixel& pixel) const {
     const bool columns = runs_along_columns(p_.route[k]);
     int64_t& inner = columns ? pixel.row : pixel.column;
     int64_t& outer = columns ? pixel.column : pixel.row;
     const int64_t end = columns ? p_.height : p_.width;
-    if (runs_backwards(p_.route[k])) {
+    if (is_reversed(p_.route[k])) {
       if (--inner < 0) {
         inner = end - 1;
         --outer;
@@ -129,35 +138,35 @@ class TileScan {
   }
 
   S* saved(int64_t k, RouteShape shape, int64_t line, int64_t chunk) const {
-    const int64_t count = saved_states(shape.length, p_.chunk);
-    const int64_t index = ((piece_.batch * p_.routes + k) * shape.lines + line) * count + chunk;
-    return static_cast<S*>(p_.saved) + index * p_.states * p_.channels + piece_.channel;
+    const int64_t count = saved_state_count(shape.length, p_.chunk);
+    const int64_t index = ((item_.batch * p_.routes + k) * shape.lines + line) * count + chunk;
+    return static_cast<S*>(p_.saved_states) + index * p_.states * p_.channels + item_.channel;
   }
 
   S* per_map(void* data, Pixel pixel) const {
-    const int64_t index = (piece_.batch * p_.height + pixel.row) * p_.width + pixel.column;
-    return static_cast<S*>(data) + index * p_.channels + piece_.channel;
+    const int64_t index = (item_.batch * p_.height + pixel.row) * p_.width + pixel.column;
+    return static_cast<S*>(data) + index * p_.channels + item_.channel;
   }
 
-  // The first route writes its share of an output, the others add theirs.
+  // Writes the first route's share of an output, and adds those of the others.
   static void accumulate(S* target, V value, int count, bool first) {
     store(target, first ? value : value + load(target, count), count);
   }
 
   const RouteScanParams& p_;
-  const Piece& piece_;
+  const WorkItem& item_;
   const int states_, any_vectors_;
-  Scratch<S> rate_;   // A * log2(e), [n][v]
-  Scratch<S> state_;  // [n][v]
+  Scratch<S> A_log2e_;  // A * log2(e), [n][v]
+  Scratch<S> state_;    // [n][v]
   V D_[kMaxVectors], bias_[kMaxVectors];
 };
 
 template <class T, class S, int Units>
-class TileForward : TileScan<T, S, Units> {
-  using Base = TileScan<T, S, Units>;
-  using typename Base::V;
-  using Base::bias_, Base::D_, Base::kLanes, Base::kMaxVectors, Base::lanes, Base::p_, Base::piece_, Base::rate_,
+class ForwardTile : ScanTile<T, S, Units> {
+  using Base = ScanTile<T, S, Units>;
+  using Base::bias_, Base::D_, Base::kLanes, Base::kMaxVectors, Base::lanes, Base::p_, Base::item_, Base::A_log2e_,
       Base::state_, Base::states_, Base::vectors;
+  using typename Base::V;
 
  public:
   using Base::Base;
@@ -166,8 +175,8 @@ class TileForward : TileScan<T, S, Units> {
     for (int64_t k = 0; k < p_.routes; ++k) {
       this->load_parameters(k);
       const RouteShape shape = route_shape(p_.route[k], p_.per_line, p_.height, p_.width);
-      for (int64_t line = piece_.first_line; line < piece_.end_line; ++line) run_line(k, shape, line);
-      if (p_.last) save_last(k);
+      for (int64_t line = item_.first_line; line < item_.end_line; ++line) run_line(k, shape, line);
+      if (p_.last_state) store_last_state(k);
     }
   }
 
@@ -179,9 +188,9 @@ class TileForward : TileScan<T, S, Units> {
     int64_t chunk = 0;
     for (int64_t position = 0; position < shape.length; ++position, this->advance(k, pixel)) {
       if (states_ == 1) {
-        step<1>(k, pixel);
+        scan_position<1>(k, pixel);
       } else {
-        step<0>(k, pixel);
+        scan_position<0>(k, pixel);
       }
       if (--until_saved == 0 && position + 1 < shape.length) {
         S* target = this->saved(k, shape, line, chunk++);
@@ -192,70 +201,70 @@ class TileForward : TileScan<T, S, Units> {
     }
   }
 
-  // One position. States is the number of states where known when compiling, else 0.
+  // Scans one position. States is the number of states if known at compile time, else 0.
   template <int States>
-  void step(int64_t k, Pixel pixel) {
+  void scan_position(int64_t k, Pixel pixel) {
     const int states = States ? States : states_, vectors = this->vectors();
-    const T* x = at<T>(p_.x, piece_.batch, pixel, 0, 0) + piece_.channel;
-    const T* delta = at<T>(p_.delta, piece_.batch, pixel, k, 0) + piece_.channel;
-    const T* B = p_.B.data ? at<T>(p_.B, piece_.batch, pixel, k, piece_.group) : nullptr;
-    const T* C = p_.C.data ? at<T>(p_.C, piece_.batch, pixel, k, piece_.group) : nullptr;
+    const T* x = pixel_pointer<T>(p_.x, item_.batch, pixel, 0, 0) + item_.channel;
+    const T* delta_in = pixel_pointer<T>(p_.delta, item_.batch, pixel, k, 0) + item_.channel;
+    const T* B = p_.B.data ? pixel_pointer<T>(p_.B, item_.batch, pixel, k, item_.group) : nullptr;
+    const T* C = p_.C.data ? pixel_pointer<T>(p_.C, item_.batch, pixel, k, item_.group) : nullptr;
     S* y = this->per_map(p_.y, pixel);
-    V d[kMaxVectors], inflow[kMaxVectors], output[kMaxVectors];
+    V delta[kMaxVectors], inflow[kMaxVectors], output[kMaxVectors];
     for (int v = 0; v < vectors; ++v) {
-      const V raw = load(delta + v * kLanes, lanes(v)) + bias_[v];
+      const V biased = load(delta_in + v * kLanes, lanes(v)) + bias_[v];
       const V u = load(x + v * kLanes, lanes(v));
-      d[v] = p_.delta_softplus ? softplus(raw).value : raw;
-      inflow[v] = d[v] * u;
+      delta[v] = p_.delta_softplus ? softplus(biased).value : biased;
+      inflow[v] = delta[v] * u;
       output[v] = D_[v] * u;
     }
     for (int n = 0; n < states; ++n) {
       const S B_n = B ? scalar(B + n) : S(1), C_n = C ? scalar(C + n) : S(1);
       for (int v = 0; v < vectors; ++v) {
         V& h = state_.data()[n * vectors + v];
-        h = exp2(d[v] * rate_.data()[n * vectors + v]) * h + B_n * inflow[v];
+        h = exp2(delta[v] * A_log2e_.data()[n * vectors + v]) * h + B_n * inflow[v];
         output[v] += C_n * h;
       }
     }
     for (int v = 0; v < vectors; ++v) this->accumulate(y + v * kLanes, output[v], lanes(v), k == 0);
   }
 
-  void save_last(int64_t k) {
-    S* last = static_cast<S*>(p_.last) +
-              ((piece_.batch * p_.routes + k) * p_.channels + piece_.channel) * int64_t(states_);
+  void store_last_state(int64_t k) {
+    S* last = static_cast<S*>(p_.last_state) +
+              ((item_.batch * p_.routes + k) * p_.channels + item_.channel) * int64_t(states_);
     for (int n = 0; n < states_; ++n)
-      for (int c = 0; c < piece_.channels; ++c)
+      for (int c = 0; c < item_.channels; ++c)
         last[c * states_ + n] = state_.data()[n * vectors() + c / kLanes][c % kLanes];
   }
 };
 
 template <class T, class S, int Units>
-class TileBackward : TileScan<T, S, Units> {
-  using Base = TileScan<T, S, Units>;
-  using typename Base::V;
-  using Base::bias_, Base::D_, Base::kLanes, Base::kMaxVectors, Base::lanes, Base::p_, Base::piece_, Base::rate_,
+class BackwardTile : ScanTile<T, S, Units> {
+  using Base = ScanTile<T, S, Units>;
+  using Base::bias_, Base::D_, Base::kLanes, Base::kMaxVectors, Base::lanes, Base::p_, Base::item_, Base::A_log2e_,
       Base::state_, Base::states_, Base::vectors;
+  using typename Base::V;
 
  public:
-  TileBackward(const RouteScanParams& p, const Piece& piece)
-      : Base(p, piece),
+  BackwardTile(const RouteScanParams& p, const WorkItem& item)
+      : Base(p, item),
         chunk_(chunk_length(p)),
         pixels_(new Pixel[chunk_]),
-        step_(chunk_ * vectors()),
-        slope_(chunk_ * vectors()),
+        delta_(chunk_ * vectors()),
+        delta_slope_(chunk_ * vectors()),
         decay_(chunk_ * vectors() * states_),
-        states_of_((chunk_ + 1) * vectors() * states_),
+        chunk_states_((chunk_ + 1) * vectors() * states_),
         carry_(vectors() * states_),
-        grad_rate_(vectors() * states_),
-        total_rate_(vectors() * states_) {}
+        grad_A_(vectors() * states_),
+        total_A_(vectors() * states_) {}
 
   void run() {
     for (int64_t k = 0; k < p_.routes; ++k) {
       this->load_parameters(k);
-      for (int i = 0; i < vectors() * states_; ++i) grad_rate_.data()[i] = total_rate_.data()[i] = V{};
+      for (int i = 0; i < vectors() * states_; ++i) grad_A_.data()[i] = total_A_.data()[i] = V{};
       for (int v = 0; v < vectors(); ++v) grad_D_[v] = total_D_[v] = grad_bias_[v] = total_bias_[v] = V{};
       const RouteShape shape = route_shape(p_.route[k], p_.per_line, p_.height, p_.width);
-      for (int64_t line = piece_.first_line; line < piece_.end_line; ++line) run_line(k, shape, line);
+      for (int64_t line = item_.first_line; line < item_.end_line; ++line) run_line(k, shape, line);
       store_parameter_gradients(k);
     }
   }
@@ -267,12 +276,12 @@ class TileBackward : TileScan<T, S, Units> {
   }
 
   void run_line(int64_t k, RouteShape shape, int64_t line) {
-    start_carry(k);
-    for (int64_t chunk = saved_states(shape.length, p_.chunk); chunk >= 0; --chunk) {
+    load_carry(k);
+    for (int64_t chunk = saved_state_count(shape.length, p_.chunk); chunk >= 0; --chunk) {
       const int64_t begin = chunk * p_.chunk;
       const int64_t rest = shape.length - begin;
       const int count = int(rest < p_.chunk ? rest : p_.chunk);
-      load_state(k, shape, line, chunk);
+      load_saved_state(k, shape, line, chunk);
       Pixel pixel = this->pixel(k, line, begin);
       for (int i = 0; i < count; ++i, this->advance(k, pixel)) {
         pixels_[i] = pixel;
@@ -284,20 +293,20 @@ class TileBackward : TileScan<T, S, Units> {
       }
       for (int i = count - 1; i >= 0; --i) {
         if (states_ == 1) {
-          step<1>(k, i);
+          differentiate_position<1>(k, i);
         } else {
-          step<0>(k, i);
+          differentiate_position<0>(k, i);
         }
       }
       add_chunk_to_totals();
     }
   }
 
-  // Sums over positions are taken chunk by chunk: one long sum would lose precision with the length.
+  // Sums over positions are accumulated per chunk: the precision of a single sum would decrease with the length.
   void add_chunk_to_totals() {
     for (int i = 0; i < vectors() * states_; ++i) {
-      total_rate_.data()[i] += grad_rate_.data()[i];
-      grad_rate_.data()[i] = V{};
+      total_A_.data()[i] += grad_A_.data()[i];
+      grad_A_.data()[i] = V{};
     }
     for (int v = 0; v < vectors(); ++v) {
       total_D_[v] += grad_D_[v];
@@ -306,123 +315,123 @@ class TileBackward : TileScan<T, S, Units> {
     }
   }
 
-  void start_carry(int64_t k) {
+  void load_carry(int64_t k) {
     for (int i = 0; i < vectors() * states_; ++i) carry_.data()[i] = V{};
-    if (!p_.grad_last) return;
-    const S* grad = static_cast<const S*>(p_.grad_last) +
-                    ((piece_.batch * p_.routes + k) * p_.channels + piece_.channel) * int64_t(states_);
+    if (!p_.grad_last_state) return;
+    const S* grad = static_cast<const S*>(p_.grad_last_state) +
+                    ((item_.batch * p_.routes + k) * p_.channels + item_.channel) * int64_t(states_);
     for (int n = 0; n < states_; ++n)
-      for (int c = 0; c < piece_.channels; ++c)
+      for (int c = 0; c < item_.channels; ++c)
         carry_.data()[n * vectors() + c / kLanes][c % kLanes] = grad[c * states_ + n];
   }
 
-  // The state before the chunk.
-  void load_state(int64_t k, RouteShape shape, int64_t line, int64_t chunk) {
+  // Loads the state before the chunk.
+  void load_saved_state(int64_t k, RouteShape shape, int64_t line, int64_t chunk) {
     const S* source = chunk ? this->saved(k, shape, line, chunk - 1) : nullptr;
     for (int n = 0; n < states_; ++n)
       for (int v = 0; v < vectors(); ++v)
-        states_of_.data()[n * vectors() + v] = source ? load(source + n * p_.channels + v * kLanes, lanes(v)) : V{};
+        chunk_states_.data()[n * vectors() + v] = source ? load(source + n * p_.channels + v * kLanes, lanes(v)) : V{};
   }
 
   template <int States>
   void recompute(int64_t k, int i) {
     const int states = States ? States : states_, vectors = this->vectors();
     const Pixel pixel = pixels_[i];
-    const T* x = at<T>(p_.x, piece_.batch, pixel, 0, 0) + piece_.channel;
-    const T* delta = at<T>(p_.delta, piece_.batch, pixel, k, 0) + piece_.channel;
-    const T* B = p_.B.data ? at<T>(p_.B, piece_.batch, pixel, k, piece_.group) : nullptr;
+    const T* x = pixel_pointer<T>(p_.x, item_.batch, pixel, 0, 0) + item_.channel;
+    const T* delta_in = pixel_pointer<T>(p_.delta, item_.batch, pixel, k, 0) + item_.channel;
+    const T* B = p_.B.data ? pixel_pointer<T>(p_.B, item_.batch, pixel, k, item_.group) : nullptr;
     V inflow[kMaxVectors];
-    V* d = step_.data() + i * vectors;
-    V* slope = slope_.data() + i * vectors;
+    V* delta = delta_.data() + i * vectors;
+    V* delta_slope = delta_slope_.data() + i * vectors;
     for (int v = 0; v < vectors; ++v) {
-      const V raw = load(delta + v * kLanes, lanes(v)) + bias_[v];
+      const V biased = load(delta_in + v * kLanes, lanes(v)) + bias_[v];
       if (p_.delta_softplus) {
-        const Softplus<S> result = softplus(raw);
-        d[v] = result.value;
-        slope[v] = result.derivative;
+        const Softplus<S> result = softplus(biased);
+        delta[v] = result.value;
+        delta_slope[v] = result.derivative;
       } else {
-        d[v] = raw;
-        slope[v] = splat(S(1));
+        delta[v] = biased;
+        delta_slope[v] = splat(S(1));
       }
-      inflow[v] = d[v] * load(x + v * kLanes, lanes(v));
+      inflow[v] = delta[v] * load(x + v * kLanes, lanes(v));
     }
     V* decay = decay_.data() + int64_t(i) * states * vectors;
-    const V* before = states_of_.data() + int64_t(i) * states * vectors;
-    V* after = states_of_.data() + int64_t(i + 1) * states * vectors;
+    const V* before = chunk_states_.data() + int64_t(i) * states * vectors;
+    V* after = chunk_states_.data() + int64_t(i + 1) * states * vectors;
     for (int n = 0; n < states; ++n) {
       const S B_n = B ? scalar(B + n) : S(1);
       for (int v = 0; v < vectors; ++v) {
         const int s = n * vectors + v;
-        decay[s] = exp2(d[v] * rate_.data()[s]);
+        decay[s] = exp2(delta[v] * A_log2e_.data()[s]);
         after[s] = decay[s] * before[s] + B_n * inflow[v];
       }
     }
   }
 
   template <int States>
-  void step(int64_t k, int i) {
+  void differentiate_position(int64_t k, int i) {
     const int states = States ? States : states_, vectors = this->vectors();
     const Pixel pixel = pixels_[i];
-    const T* x = at<T>(p_.x, piece_.batch, pixel, 0, 0) + piece_.channel;
-    const T* grad_y = at<T>(p_.grad_y, piece_.batch, pixel, 0, 0) + piece_.channel;
-    const T* B = p_.B.data ? at<T>(p_.B, piece_.batch, pixel, k, piece_.group) : nullptr;
-    const T* C = p_.C.data ? at<T>(p_.C, piece_.batch, pixel, k, piece_.group) : nullptr;
+    const T* x = pixel_pointer<T>(p_.x, item_.batch, pixel, 0, 0) + item_.channel;
+    const T* grad_y = pixel_pointer<T>(p_.grad_y, item_.batch, pixel, 0, 0) + item_.channel;
+    const T* B = p_.B.data ? pixel_pointer<T>(p_.B, item_.batch, pixel, k, item_.group) : nullptr;
+    const T* C = p_.C.data ? pixel_pointer<T>(p_.C, item_.batch, pixel, k, item_.group) : nullptr;
     S* grad_B = p_.grad_B ? projection_gradient(p_.grad_B, k, pixel) : nullptr;
     S* grad_C = p_.grad_C ? projection_gradient(p_.grad_C, k, pixel) : nullptr;
-    const V* d = step_.data() + i * vectors;
-    V u[kMaxVectors], dy[kMaxVectors], inflow[kMaxVectors], through_input[kMaxVectors], grad_d[kMaxVectors];
+    const V* delta = delta_.data() + i * vectors;
+    V u[kMaxVectors], dy[kMaxVectors], inflow[kMaxVectors], through_inflow[kMaxVectors], grad_exponent[kMaxVectors];
     for (int v = 0; v < vectors; ++v) {
       u[v] = load(x + v * kLanes, lanes(v));
       dy[v] = load(grad_y + v * kLanes, lanes(v));
-      inflow[v] = d[v] * u[v];
-      through_input[v] = grad_d[v] = V{};
+      inflow[v] = delta[v] * u[v];
+      through_inflow[v] = grad_exponent[v] = V{};
     }
     const V* decay = decay_.data() + int64_t(i) * states * vectors;
-    const V* before = states_of_.data() + int64_t(i) * states * vectors;
-    const V* after = states_of_.data() + int64_t(i + 1) * states * vectors;
+    const V* before = chunk_states_.data() + int64_t(i) * states * vectors;
+    const V* after = chunk_states_.data() + int64_t(i + 1) * states * vectors;
     for (int n = 0; n < states; ++n) {
       const S B_n = B ? scalar(B + n) : S(1), C_n = C ? scalar(C + n) : S(1);
       V sum_B{}, sum_C{};
       for (int v = 0; v < vectors; ++v) {
         const int s = n * vectors + v;
-        const V g = carry_.data()[s] + C_n * dy[v];
-        const V carried = g * decay[s];
-        const V through_decay = carried * before[s];
-        carry_.data()[s] = carried;
-        grad_d[v] += through_decay * rate_.data()[s];
-        grad_rate_.data()[s] += through_decay * d[v];
-        through_input[v] += B_n * g;
-        sum_B += g * inflow[v];
+        const V grad_state = carry_.data()[s] + C_n * dy[v];
+        const V carry = grad_state * decay[s];
+        const V through_decay = carry * before[s];
+        carry_.data()[s] = carry;
+        grad_exponent[v] += through_decay * A_log2e_.data()[s];
+        grad_A_.data()[s] += through_decay * delta[v];
+        through_inflow[v] += B_n * grad_state;
+        sum_B += grad_state * inflow[v];
         sum_C += dy[v] * after[s];
       }
       if (grad_B) grad_B[n] = sum_lanes<S>(sum_B);
       if (grad_C) grad_C[n] = sum_lanes<S>(sum_C);
     }
     S* grad_x = this->per_map(p_.grad_x, pixel);
-    T* grad_delta = at<T>(p_.grad_delta, piece_.batch, pixel, k, 0) + piece_.channel;
-    const V* slope = slope_.data() + i * vectors;
+    T* grad_delta = pixel_pointer<T>(p_.grad_delta, item_.batch, pixel, k, 0) + item_.channel;
+    const V* delta_slope = delta_slope_.data() + i * vectors;
     for (int v = 0; v < vectors; ++v) {
-      // rate is A * log2(e), so the part that went through the exponent is scaled back.
-      const V grad_raw = (grad_d[v] * S(kLn2) + through_input[v] * u[v]) * slope[v];
-      store(grad_delta + v * kLanes, grad_raw, lanes(v));
-      grad_bias_[v] += grad_raw;
+      // A_log2e contains log2(e), so the exponent's gradient is scaled back.
+      const V grad_biased = (grad_exponent[v] * S(kLn2) + through_inflow[v] * u[v]) * delta_slope[v];
+      store(grad_delta + v * kLanes, grad_biased, lanes(v));
+      grad_bias_[v] += grad_biased;
       grad_D_[v] += dy[v] * u[v];
-      this->accumulate(grad_x + v * kLanes, through_input[v] * d[v] + D_[v] * dy[v], lanes(v), k == 0);
+      this->accumulate(grad_x + v * kLanes, through_inflow[v] * delta[v] + D_[v] * dy[v], lanes(v), k == 0);
     }
   }
 
   S* projection_gradient(void* data, int64_t k, Pixel pixel) const {
-    int64_t index = piece_.tile * p_.batch + piece_.batch;
+    int64_t index = item_.tile * p_.batch + item_.batch;
     index = (index * p_.height + pixel.row) * p_.width + pixel.column;
-    return static_cast<S*>(data) + ((index * p_.routes + k) * p_.groups + piece_.group) * int64_t(states_);
+    return static_cast<S*>(data) + ((index * p_.routes + k) * p_.groups + item_.group) * int64_t(states_);
   }
 
   void store_parameter_gradients(int64_t k) {
-    const int64_t row = ((piece_.part * p_.batch + piece_.batch) * p_.routes + k) * p_.channels + piece_.channel;
+    const int64_t row = ((item_.part * p_.batch + item_.batch) * p_.routes + k) * p_.channels + item_.channel;
     S* grad_A = static_cast<S*>(p_.grad_A) + row * states_;
     for (int n = 0; n < states_; ++n)
-      for (int c = 0; c < piece_.channels; ++c)
-        grad_A[c * states_ + n] = total_rate_.data()[n * vectors() + c / kLanes][c % kLanes];
+      for (int c = 0; c < item_.channels; ++c)
+        grad_A[c * states_ + n] = total_A_.data()[n * vectors() + c / kLanes][c % kLanes];
     for (int v = 0; v < vectors(); ++v) {
       if (p_.grad_D) store(static_cast<S*>(p_.grad_D) + row + v * kLanes, total_D_[v], lanes(v));
       if (p_.grad_delta_bias) store(static_cast<S*>(p_.grad_delta_bias) + row + v * kLanes, total_bias_[v], lanes(v));
@@ -432,43 +441,43 @@ class TileBackward : TileScan<T, S, Units> {
   static constexpr double kLn2 = 0.6931471805599453;
   const int64_t chunk_;
   std::unique_ptr<Pixel[]> pixels_;
-  Scratch<S> step_, slope_;       // [position][v]
-  Scratch<S> decay_, states_of_;  // [position][n][v]; states_of_ starts with the state before the chunk
-  Scratch<S> carry_;                      // [n][v]
-  Scratch<S> grad_rate_, total_rate_;     // [n][v]; of the chunk, and of the chunks behind it
+  Scratch<S> delta_, delta_slope_;   // [position][v]
+  Scratch<S> decay_, chunk_states_;  // [position][n][v]; chunk_states_ starts with the state before the chunk
+  Scratch<S> carry_;                 // [n][v]
+  Scratch<S> grad_A_, total_A_;      // [n][v]; of the chunk, and of the chunks after it
   V grad_D_[kMaxVectors], total_D_[kMaxVectors], grad_bias_[kMaxVectors], total_bias_[kMaxVectors];
 };
 
 template <template <class, class, int> class Tile, class T, class S>
-void run_piece(const RouteScanParams& p, const Piece& piece) {
-  // Narrow vectors gain nothing from more code.
+void run_item(const RouteScanParams& p, const WorkItem& item) {
+  // Narrow vectors do not profit from unrolling.
   constexpr bool kUnroll = kVectorBytes > 16 && sizeof(S) == 4;
-  if (kUnroll && piece.channels % kTileUnit == 0) {
-    switch (piece.channels / kTileUnit) {
-      case 1: return Tile<T, S, kUnroll ? 1 : 0>(p, piece).run();
-      case 2: return Tile<T, S, kUnroll ? 2 : 0>(p, piece).run();
-      case 3: return Tile<T, S, kUnroll ? 3 : 0>(p, piece).run();
-      case 4: return Tile<T, S, kUnroll ? 4 : 0>(p, piece).run();
+  if (kUnroll && item.channels % kCpuChannelUnit == 0) {
+    switch (item.channels / kCpuChannelUnit) {
+      case 1: return Tile<T, S, kUnroll ? 1 : 0>(p, item).run();
+      case 2: return Tile<T, S, kUnroll ? 2 : 0>(p, item).run();
+      case 3: return Tile<T, S, kUnroll ? 3 : 0>(p, item).run();
+      case 4: return Tile<T, S, kUnroll ? 4 : 0>(p, item).run();
     }
   }
-  Tile<T, S, 0>(p, piece).run();
+  Tile<T, S, 0>(p, item).run();
 }
 
 template <template <class, class, int> class Tile, class T, class S>
 void run_typed(const RouteScanParams& p, ParallelFor parallel_for) {
   struct Context {
     const RouteScanParams& p;
-    Division division;
-  } context{p, Division(p)};
-  const int64_t count = context.division.count(p);
+    WorkItems items;
+  } context{p, WorkItems(p)};
+  const int64_t count = context.items.count();
   const int64_t updates = p.batch * p.height * p.width * p.routes * p.channels * p.states;
-  const int64_t grain = count ? ceil_div(kGrain * count, updates > 0 ? updates : 1) : 1;
+  const int64_t grain = count ? ceil_div(kMinUpdatesPerThread * count, updates > 0 ? updates : 1) : 1;
   parallel_for(
       count, grain,
       [](int64_t begin, int64_t end, const void* opaque) {
         const Context& context = *static_cast<const Context*>(opaque);
         for (int64_t index = begin; index < end; ++index) {
-          run_piece<Tile, T, S>(context.p, context.division.piece(context.p, index));
+          run_item<Tile, T, S>(context.p, context.items[index]);
         }
       },
       &context);
@@ -486,8 +495,8 @@ void run(const RouteScanParams& p, ParallelFor parallel_for) {
 
 }  // namespace
 
-void route_scan_forward(const RouteScanParams& p, ParallelFor parallel_for) { run<TileForward>(p, parallel_for); }
-void route_scan_backward(const RouteScanParams& p, ParallelFor parallel_for) { run<TileBackward>(p, parallel_for); }
+void route_scan_forward(const RouteScanParams& p, ParallelFor parallel_for) { run<ForwardTile>(p, parallel_for); }
+void route_scan_backward(const RouteScanParams& p, ParallelFor parallel_for) { run<BackwardTile>(p, parallel_for); }
 
 }  // namespace SSM_CPU_CAPABILITY
 }  // namespace cuda_ops

@@ -1,4 +1,4 @@
-// Working memory of the CPU kernels. Included by kernels that are compiled once for each capability.
+// Scratch memory of the CPU kernels. Included by kernels that are compiled once per capability.
 #pragma once
 
 #include <cstdlib>

@@ -1,5 +1,5 @@
-// Fixed-width vectors and the few functions that the scans need, in the compilers' vector extensions, so that one source
-// serves every instruction set. Included by kernels that are compiled once for each capability.
+// Fixed-width vectors and the functions that the scans need, written with the compilers' vector extensions, so that one
+// source supports every instruction set. Included by kernels that are compiled once per capability.
 #pragma once
 
 #include <cmath>
@@ -47,7 +47,7 @@ static inline Vec<S> splat(S value) {
   return value - Vec<S>{};
 }
 
-// --- 16-bit types, by their bits ---
+// 16-bit types, represented by their bits.
 
 struct BFloat16 {
   uint16_t bits;
@@ -67,11 +67,11 @@ static inline Vec<float> widen(UIntVec bits, BFloat16*) { return bit_cast<Vec<fl
 static inline UIntVec narrow(Vec<float> value, BFloat16*) {
   const UIntVec bits = bit_cast<UIntVec>(value);
   const UIntVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-  return (value == value) ? rounded : (bits >> 16) | 0x40;             // a NaN stays one
+  return (value == value) ? rounded : (bits >> 16) | 0x40;             // NaN stays NaN
 }
 
 static inline Vec<float> widen(UIntVec bits, Float16*) {
-  // The exponent's bias differs by 112: a multiplication puts it right, for subnormal numbers too.
+  // The exponents' biases differ by 112. A multiplication corrects that, also for subnormal numbers.
   const UIntVec magnitude = (bits & 0x7fff) << 13;
   const UIntVec scaled = bit_cast<UIntVec>(bit_cast<Vec<float>>(magnitude) * 0x1p112f);
   const UIntVec finite_or_not = ((bits & 0x7c00) == 0x7c00) ? magnitude | 0x7f800000u : scaled;
@@ -80,9 +80,10 @@ static inline Vec<float> widen(UIntVec bits, Float16*) {
 
 static inline UIntVec narrow(Vec<float> value, Float16*) {
   const UIntVec bits = bit_cast<UIntVec>(value);
-  const UIntVec sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  const UIntVec sign = (bits >> 16) & 0x8000;
+  const UIntVec magnitude = bits & 0x7fffffff;
   const UIntVec rounded = (magnitude + 0xfff + ((magnitude >> 13) & 1) - 0x38000000u) >> 13;
-  // Adding 0.5 lines a subnormal result up with the last bit of the sum's mantissa, which rounds it.
+  // Adding 0.5 aligns a subnormal result with the last bit of the sum's mantissa, which rounds it.
   const UIntVec subnormal = bit_cast<UIntVec>(bit_cast<Vec<float>>(magnitude) + 0.5f) - 0x3f000000u;
   UIntVec result = (magnitude < 0x38800000u) ? subnormal : rounded;
   result = (magnitude >= 0x477ff000u) ? UIntVec{} + 0x7c00u : result;
@@ -90,7 +91,7 @@ static inline UIntVec narrow(Vec<float> value, Float16*) {
   return result | sign;
 }
 
-// --- loads and stores of `count` elements, at most a vector; lanes beyond are zero ---
+// Loads and stores of `count` elements, at most a vector. Loads set the other lanes to zero.
 
 template <class S>
 static inline Vec<S> load_state(const S* source, int count) {
@@ -137,15 +138,13 @@ static inline void store(double* target, Vec<double> value, int count) { store_s
 static inline void store(BFloat16* target, Vec<float> value, int count) { store_half(target, value, count); }
 static inline void store(Float16* target, Vec<float> value, int count) { store_half(target, value, count); }
 
-// One element, as a state scalar.
+// Loads one element as a state scalar.
 static inline float scalar(const float* source) { return *source; }
 static inline double scalar(const double* source) { return *source; }
 static inline float scalar(const BFloat16* source) { return bit_cast<float>(uint32_t(source->bits) << 16); }
 static inline float scalar(const Float16* source) { return load_half(source, 1)[0]; }
 
-// --- functions ---
-
-// Sum of the lanes, by halves.
+// Sums the lanes, by halves.
 template <class S, int Lanes = Vector<S>::kLanes, class V = Vec<S>>
 static inline S sum_lanes(V value) {
   if constexpr (Lanes == 2) {
@@ -158,7 +157,7 @@ static inline S sum_lanes(V value) {
   }
 }
 
-// Lane l of the result is `a` shuffled together with `b` at the index that I gives.
+// Lane l of the result is element I[l] of the concatenation of `a` and `b`.
 template <class V, size_t... I>
 static inline V shuffle(V a, V b, std::index_sequence<I...>) {
 #if defined(__clang__) || __GNUC__ >= 12
@@ -170,7 +169,7 @@ static inline V shuffle(V a, V b, std::index_sequence<I...>) {
 #endif
 }
 
-// Adds up pairs of lanes `Step` apart. Lanes without that bit in their number hold sums of `a`, the others of `b`.
+// Adds pairs of lanes `Step` apart. Lanes whose number lacks that bit hold sums of `a`, the others sums of `b`.
 template <class S, size_t Step, size_t... Lane>
 static inline Vec<S> add_pairs(Vec<S> a, Vec<S> b, std::index_sequence<Lane...>) {
   constexpr size_t kLanes = sizeof...(Lane);
@@ -178,7 +177,8 @@ static inline Vec<S> add_pairs(Vec<S> a, Vec<S> b, std::index_sequence<Lane...>)
          shuffle(a, b, std::index_sequence<(Lane & Step ? kLanes + (Lane ^ Step) : Lane ^ Step)...>());
 }
 
-// The sums of as many vectors as a vector has lanes, one in each lane. A tree of pairs costs three operations a sum.
+// Sums each of as many vectors as a vector has lanes; lane l gets the sum of vector l. A tree of pairs takes three
+// operations per sum.
 template <class S, size_t Step = Vector<S>::kLanes / 2>
 static inline Vec<S> sum_each(const Vec<S>* vectors) {
   constexpr auto lanes = std::make_index_sequence<Vector<S>::kLanes>();
@@ -204,19 +204,19 @@ static inline Vec<float> exp2_fraction(Vec<float> f) {
 static inline Vec<float> exp2(Vec<float> x) {
   const Vec<float> low = splat(-126.f);
 #if defined(__AVX512F__)
-  // Instructions that round, and that scale by a power of two with overflow as it should be.
-  constexpr __mmask16 all = 0xffff;  // GCC 12 warns of its own header's forms without a mask
-  const Vec<float> clamped = _mm512_maskz_max_ps(all, low, x);  // the second where one is a NaN
+  // These instructions round, and scale by a power of two with correct overflow.
+  constexpr __mmask16 all = 0xffff;  // GCC 12 warns about the unmasked forms in its own header
+  const Vec<float> clamped = _mm512_maskz_max_ps(all, low, x);  // the second operand if one is NaN
   const Vec<float> rounded = _mm512_maskz_roundscale_ps(all, clamped, _MM_FROUND_TO_NEAREST_INT);
   return _mm512_maskz_scalef_ps(all, exp2_fraction(clamped - rounded), rounded);
 #else
   const Vec<float> clamped = (x < low) ? low : x;
-  const Vec<float> magic = splat(0x1.8p23f);  // adding it rounds to an integer, left in the low bits
+  const Vec<float> magic = splat(0x1.8p23f);  // adding it rounds to an integer in the low bits
   const Vec<float> shifted = clamped + magic;
   const Vec<float> p = exp2_fraction(clamped - (shifted - magic));
   const UIntVec exponent = bit_cast<UIntVec>(shifted) << 23;
   const Vec<float> result = bit_cast<Vec<float>>(bit_cast<UIntVec>(p) + exponent);
-  return (x < splat(128.f)) ? result : x + INFINITY;  // a NaN stays one
+  return (x < splat(128.f)) ? result : x + INFINITY;  // NaN stays NaN
 #endif
 }
 

@@ -1,5 +1,5 @@
-// What the CUDA kernels share: element types, arithmetic, warp reductions, and launches. The tests compile the same
-// kernels for the CPU, by headers of their own that stand in for CUDA's.
+// Helpers shared by the CUDA kernels: element types, arithmetic, warp reductions and launches. The tests compile the
+// kernels for the CPU with headers that replace CUDA's.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -19,11 +19,12 @@
 
 namespace cuda_ops {
 
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr int kWarpSize = 32;
+constexpr unsigned kFullMask = 0xffffffffu;
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
 
-// Blocks of one launch. Tests lower it, to see that more of them are divided among launches.
+// Maximum number of blocks per launch. Tests lower it to check that larger grids are split.
 #if !defined(SSM_MAX_BLOCKS)
 #define SSM_MAX_BLOCKS 0x7fffffff
 #endif
@@ -47,7 +48,7 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) 
   return __float2bfloat16_rn(value);
 }
 
-// 2^x by one instruction of the special function unit; relative error 2^-22, and 0 below 2^-126.
+// 2^x by the special function unit; relative error 2^-22, and 0 below 2^-126.
 __device__ __forceinline__ float fast_exp2(float x) {
 #if defined(__CUDACC__)
   float result;
@@ -58,7 +59,7 @@ __device__ __forceinline__ float fast_exp2(float x) {
 #endif
 }
 
-// 1 / x by one instruction, for x from 1 to 2; relative error 2^-23.
+// 1 / x by the special function unit, for x in [1, 2]; relative error 2^-23.
 __device__ __forceinline__ float fast_reciprocal(float x) {
 #if defined(__CUDACC__)
   float result;
@@ -69,9 +70,9 @@ __device__ __forceinline__ float fast_reciprocal(float x) {
 #endif
 }
 
-// scale * log(1 + t), for t from 0 to 1: t times the polynomial of degree 7 whose largest relative error is the least, 2^-22.
-// The special function unit would take longer: it computes the exponentials.
-__device__ __forceinline__ float log_of_one_plus(float t, float scale) {
+// scale * log(1 + t) for t in [0, 1]: t times the minimax polynomial of degree 7, relative error 2^-22. The special
+// function unit is left to the exponentials.
+__device__ __forceinline__ float scaled_log1p(float t, float scale) {
   float q = -8.5391984489e-3f * scale;
   q = q * t + 4.4089596347e-2f * scale;
   q = q * t - 1.0768166416e-1f * scale;
@@ -83,8 +84,8 @@ __device__ __forceinline__ float log_of_one_plus(float t, float scale) {
   return q * t;
 }
 
-// log2(1 + 2^w), for t = 2^-|w|: a softplus of which both sides are in units of log(2).
-__device__ __forceinline__ float softplus2(float w, float t) { return log_of_one_plus(t, kLog2E) + fmaxf(w, 0.f); }
+// log2(1 + 2^w), given t = 2^-|w|: a softplus with argument and value in units of log(2).
+__device__ __forceinline__ float softplus_base2(float w, float t) { return scaled_log1p(t, kLog2E) + fmaxf(w, 0.f); }
 
 struct Softplus {
   float value;  // log(1 + exp(v))
@@ -92,103 +93,116 @@ struct Softplus {
 };
 
 __device__ __forceinline__ Softplus softplus(float v) {
-  const float t = fast_exp2(-fabsf(v) * kLog2E), reciprocal = fast_reciprocal(t + 1.f);
-  return {log_of_one_plus(t, 1.f) + fmaxf(v, 0.f), v > 0 ? reciprocal : t * reciprocal};
+  const float t = fast_exp2(-fabsf(v) * kLog2E);
+  const float reciprocal = fast_reciprocal(t + 1.f);
+  return {scaled_log1p(t, 1.f) + fmaxf(v, 0.f), v > 0 ? reciprocal : t * reciprocal};
 }
 
-// Sums each of some values over the lanes of a warp, or of each half of it: lane i gets the sum of values[i], modulo their
-// number, a power of two of at most as many as there are lanes. Every lane of the warp takes part. Half of the values
-// change sides at each level, so that 31 exchanges do for 32 sums.
-template <int Lanes, int Count, int Held = Count>
-__device__ __forceinline__ float sum_each(float (&values)[Count], int lane) {
-  if constexpr (Held > 1) {
-    constexpr int kHalf = Held / 2;
+// Sums each of Count values over groups of Lanes lanes. Lane i gets the sum of values[i % Count]. Count is a power of
+// two and at most Lanes; all lanes of the warp must call. Each level exchanges half of the remaining values, so that 32
+// sums take 31 shuffles.
+template <int Lanes, int Count, int Remaining = Count>
+__device__ __forceinline__ float warp_sum_each(float (&values)[Count], int lane) {
+  if constexpr (Remaining > 1) {
+    constexpr int kHalf = Remaining / 2;
     const bool upper = (lane & kHalf) != 0;
 #pragma unroll
     for (int i = 0; i < kHalf; ++i) {
-      const float given = upper ? values[i] : values[i + kHalf];
+      const float sent = upper ? values[i] : values[i + kHalf];
       const float kept = upper ? values[i + kHalf] : values[i];
-      values[i] = kept + __shfl_xor_sync(kAllLanes, given, kHalf);
+      values[i] = kept + __shfl_xor_sync(kFullMask, sent, kHalf);
     }
-    return sum_each<Lanes, Count, kHalf>(values, lane);
+    return warp_sum_each<Lanes, Count, kHalf>(values, lane);
   } else {
     float sum = values[0];
 #pragma unroll
-    for (int step = Count; step < Lanes; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+    for (int offset = Count; offset < Lanes; offset *= 2) sum += __shfl_xor_sync(kFullMask, sum, offset);
     return sum;
   }
 }
 
-// A row of NS floats, 16 bytes at a time where there are so many.
-template <int NS>
-__device__ __forceinline__ void read_row(const float* row, float (&values)[NS]) {
-  if constexpr (NS % 4 == 0) {
+// Loads N consecutive floats, 16 bytes at a time if N is a multiple of 4.
+template <int N>
+__device__ __forceinline__ void load_row(const float* row, float (&values)[N]) {
+  if constexpr (N % 4 == 0) {
 #pragma unroll
-    for (int n = 0; n < NS; n += 4) {
-      const float4 four = *reinterpret_cast<const float4*>(row + n);
-      values[n] = four.x, values[n + 1] = four.y, values[n + 2] = four.z, values[n + 3] = four.w;
+    for (int n = 0; n < N; n += 4) {
+      const float4 vector = *reinterpret_cast<const float4*>(row + n);
+      values[n] = vector.x;
+      values[n + 1] = vector.y;
+      values[n + 2] = vector.z;
+      values[n + 3] = vector.w;
     }
   } else {
 #pragma unroll
-    for (int n = 0; n < NS; ++n) values[n] = row[n];
+    for (int n = 0; n < N; ++n) values[n] = row[n];
   }
 }
 
-// Some states of a thread, which it reads and writes together.
-template <int NS>
-struct alignas(NS < 4 ? 4 * NS : 16) Pack {
-  static constexpr int kStates = NS < 4 ? NS : 4;
-  float of[kStates];
+// N values that are loaded and stored by one instruction; N * sizeof(T) is a power of two of at most 16.
+template <class T, int N>
+struct alignas(N * sizeof(T)) AlignedVector {
+  T val[N];
 };
 
+// States of a thread that are accessed together.
+template <int NS>
+constexpr int kPackStates = NS < 4 ? NS : 4;
+template <int NS>
+using StatePack = AlignedVector<float, kPackStates<NS>>;
+
 template <class T>
-__device__ __forceinline__ T* at(const GridTensor& tensor, int64_t batch, int64_t row, int64_t column) {
+__device__ __forceinline__ T* pixel_pointer(const GridTensor& tensor, int64_t batch, int64_t row, int64_t column) {
   return static_cast<T*>(tensor.data) + batch * tensor.batch + row * tensor.row + column * tensor.column;
 }
 
-// Divides by a number that the host knows, from 1 to 2^31 - 1, in three instructions. Numerators are below 2^31.
-struct Divisor {
-  uint32_t multiplier, shift;
+// Division by a divisor known to the host, in three instructions. The divisor is in [1, 2^31), the numerator in
+// [0, 2^31).
+struct FastDivisor {
+  uint32_t multiplier;
+  uint32_t shift;
 
-  Divisor() = default;
-  explicit Divisor(int64_t value) : shift(0) {
-    while ((int64_t(1) << shift) < value) ++shift;
-    multiplier = uint32_t((uint64_t((int64_t(1) << shift) - value) << 32) / uint64_t(value) + 1);
+  FastDivisor() = default;
+  explicit FastDivisor(int64_t divisor) : shift(0) {
+    while ((int64_t(1) << shift) < divisor) ++shift;
+    multiplier = uint32_t((uint64_t((int64_t(1) << shift) - divisor) << 32) / uint64_t(divisor) + 1);
   }
-  __device__ __forceinline__ int32_t quotient(int32_t numerator) const {
+  __device__ __forceinline__ int32_t divide(int32_t numerator) const {
     const uint32_t n = uint32_t(numerator);
     return int32_t((__umulhi(n, multiplier) + n) >> shift);
   }
 };
 
-// Shared memory that a block may have on the current device, in bytes.
+// Maximum shared memory per block of the current device, in bytes.
 inline int shared_memory_limit(int64_t* bytes) {
-  int device = 0, limit = 0;
+  int device = 0;
+  int limit = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   *bytes = limit;
   return int(error);
 }
 
-// Lets a kernel have as much shared memory as there is, if it wants more than any kernel may have without asking: the limit
-// is the kernel's own and not a launch's, so that launches by several threads, and in graphs, would get into each other's way.
-inline int allow_shared(const void* kernel, int64_t shared) {
+// Raises the kernel's dynamic shared-memory limit to the device maximum if it needs more than 48 KiB. The attribute is
+// per kernel, so a constant value keeps concurrent launches and graphs safe.
+inline int raise_shared_memory_limit(const void* kernel, int64_t shared) {
   if (shared <= 48 * 1024) return cudaSuccess;
   int64_t limit = 0;
   const int error = shared_memory_limit(&limit);
-  if (error || shared > limit) return error ? error : int(cudaErrorInvalidConfiguration);
+  if (error) return error;
+  if (shared > limit) return int(cudaErrorInvalidConfiguration);
   const cudaError_t refused = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(limit));
-  if (refused != cudaSuccess) cudaGetLastError();  // no later launch is to report it
+  if (refused != cudaSuccess) cudaGetLastError();  // clear it: a later launch must not report it
   return int(refused);
 }
 
-// Launches as many blocks as there are, in parts where they are too many for one grid: kernels add `first` to their
-// block's number. `Arguments` has a member `first_block`.
+// Launches `blocks` blocks, in several grids if they exceed the maximum. Kernels add `first_block`, a member of
+// `Arguments`, to their block index.
 template <class Arguments>
 int launch_blocks(void (*kernel)(Arguments), Arguments arguments, int64_t blocks, int threads, int64_t shared,
                   void* stream) {
   if (blocks == 0) return cudaSuccess;
-  const int refused = allow_shared(reinterpret_cast<const void*>(kernel), shared);
+  const int refused = raise_shared_memory_limit(reinterpret_cast<const void*>(kernel), shared);
   if (refused) return refused;
   for (int64_t first = 0; first < blocks; first += SSM_MAX_BLOCKS) {
     const int64_t rest = blocks - first;
@@ -201,8 +215,8 @@ int launch_blocks(void (*kernel)(Arguments), Arguments arguments, int64_t blocks
   return cudaSuccess;
 }
 
-// Says to other blocks how far this one has come. What the thread wrote before, and what others of its block wrote before
-// a barrier between them and the thread, is seen by whoever has acquired the value, and behind a barrier by its block.
+// Publishes a value to other blocks. Earlier writes of this thread, and writes of its block before a barrier that
+// precedes the call, are visible to a thread that acquires the value, and after a barrier to that thread's block.
 __device__ __forceinline__ void store_release(int64_t* global, int64_t value) {
 #if defined(__CUDA_ARCH__)
   asm volatile("st.release.gpu.global.s64 [%0], %1;" ::"l"(global), "l"(value) : "memory");
@@ -221,14 +235,14 @@ __device__ __forceinline__ int64_t load_acquire(const int64_t* global) {
 #endif
 }
 
-// Returns CALL(element type, number of states at a time).
+// Returns CALL(element type, states per pass).
 #define SSM_DISPATCH_STATES(NS_VALUE, T, CALL) \
   switch (NS_VALUE) {                          \
     case 1: return CALL(T, 1);                 \
     case 2: return CALL(T, 2);                 \
     case 4: return CALL(T, 4);                 \
     case 16: return CALL(T, 16);               \
-    default: return CALL(T, kGroup);           \
+    default: return CALL(T, kStateGroup);      \
   }
 #define SSM_DISPATCH(DTYPE, NS_VALUE, CALL)                                      \
   switch (DTYPE) {                                                               \

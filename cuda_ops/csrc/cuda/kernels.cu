@@ -1,4 +1,4 @@
-// The table of CUDA kernels.
+// Table of the CUDA kernels.
 #include <cuda_runtime.h>
 
 #include "../cuda_kernels.h"
@@ -17,9 +17,14 @@ const char* error_string(int code) { return cudaGetErrorString(static_cast<cudaE
 }  // namespace
 
 extern const CudaKernels kCompiledCudaKernels;
-const CudaKernels kCompiledCudaKernels = {route_scan_plan_cuda,        route_scan_forward_cuda,
-                                          route_scan_backward_cuda,    wavefront_scan_plan_cuda,
-                                          wavefront_scan_forward_cuda, wavefront_scan_backward_cuda,
-                                          error_string};
+const CudaKernels kCompiledCudaKernels = {
+    route_scan_plan_cuda,
+    route_scan_forward_cuda,
+    route_scan_backward_cuda,
+    wavefront_scan_plan_cuda,
+    wavefront_scan_forward_cuda,
+    wavefront_scan_backward_cuda,
+    error_string,
+};
 
 }  // namespace cuda_ops

@@ -1,4 +1,4 @@
-// Kernels with a fault each, and one without, for the tests of the emulation.
+// Kernels with one fault each, and correct ones, for the tests of the emulation.
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -11,12 +11,12 @@ struct Arguments {
   const float* source;
   float* target;
   int count;
-  float* between;     // [kTurns][count], NaN
-  int64_t* progress;  // how many turns are there to read
+  float* between;     // [kTurns][count], starts as NaN
+  int64_t* progress;  // turns that can be read
   unsigned long long* tickets;
 };
 
-// Each thread reads what its neighbour wrote.
+// Reverses the values through shared memory.
 __global__ void reverse(Arguments a) {
   SSM_DYNAMIC_SHARED(shared);
   shared[threadIdx.x] = a.source[threadIdx.x];
@@ -30,7 +30,7 @@ __global__ void without_barrier(Arguments a) {
   a.target[threadIdx.x] = shared[a.count - 1 - threadIdx.x];
 }
 
-// Reads are over before others write again, only if a barrier says so.
+// Lacks the barrier between reads and the next turn's writes.
 __global__ void without_second_barrier(Arguments a) {
   SSM_DYNAMIC_SHARED(shared);
   float value = a.source[threadIdx.x];
@@ -42,7 +42,7 @@ __global__ void without_second_barrier(Arguments a) {
   a.target[threadIdx.x] = value;
 }
 
-// Another warp may not have read yet what this one overwrites, although its lanes have met since.
+// Overwrites values that another warp may not have read yet; only the lanes of the warp have synchronized.
 __global__ void overtakes(Arguments a) {
   SSM_DYNAMIC_SHARED(shared);
   shared[threadIdx.x] = a.source[threadIdx.x];
@@ -80,11 +80,11 @@ __global__ void lane_missing(Arguments a) {
   a.target[threadIdx.x] = value;
 }
 
-// One block writes some turns of values, and another one reads what it has heard of.
+// One block writes several turns of values and publishes its progress; another block reads them.
 constexpr int kTurns = 8;
-enum Fault { kNone, kDoesNotWait, kWaitsForTooFew, kTellsTooEarly };
+enum Fault { kNone, kDoesNotWait, kWaitsForTooFew, kPublishesTooEarly };
 
-__device__ void hand_over(const Arguments& a, bool reads, Fault fault) {
+__device__ void pass_values(const Arguments& a, bool reads, Fault fault) {
   float sum = 0.f;
   for (int turn = 0; turn < kTurns; ++turn) {
     float* values = a.between + turn * a.count;
@@ -96,7 +96,7 @@ __device__ void hand_over(const Arguments& a, bool reads, Fault fault) {
       sum += __ldcg(values + a.count - 1 - threadIdx.x);
     } else {
       values[threadIdx.x] = a.source[threadIdx.x];
-      if (fault != kTellsTooEarly) __syncthreads();
+      if (fault != kPublishesTooEarly) __syncthreads();
       if (threadIdx.x == 0) cuda_ops::store_release(a.progress, turn + 1);
     }
     __syncthreads();
@@ -104,17 +104,17 @@ __device__ void hand_over(const Arguments& a, bool reads, Fault fault) {
   if (reads) a.target[threadIdx.x] = sum / kTurns;
 }
 
-__global__ void does_not_wait(Arguments a) { hand_over(a, blockIdx.x == 1, kDoesNotWait); }
-__global__ void waits_for_too_few(Arguments a) { hand_over(a, blockIdx.x == 1, kWaitsForTooFew); }
-__global__ void tells_too_early(Arguments a) { hand_over(a, blockIdx.x == 1, kTellsTooEarly); }
+__global__ void does_not_wait(Arguments a) { pass_values(a, blockIdx.x == 1, kDoesNotWait); }
+__global__ void waits_for_too_few(Arguments a) { pass_values(a, blockIdx.x == 1, kWaitsForTooFew); }
+__global__ void publishes_too_early(Arguments a) { pass_values(a, blockIdx.x == 1, kPublishesTooEarly); }
 
-// Right where both blocks are resident. Else the second one must not run first, which a ticket sees to.
-__global__ void waits_by_number(Arguments a) { hand_over(a, blockIdx.x == 1, kNone); }
+// Correct if both blocks are resident. Otherwise the reader must not run first, which a ticket ensures.
+__global__ void waits_by_number(Arguments a) { pass_values(a, blockIdx.x == 1, kNone); }
 __global__ void waits_by_ticket(Arguments a) {
   SSM_DYNAMIC_SHARED(shared);
   if (threadIdx.x == 0) shared[0] = float(atomicAdd(a.tickets, 1ull));
   __syncthreads();
-  hand_over(a, shared[0] == 1.f, kNone);
+  pass_values(a, shared[0] == 1.f, kNone);
 }
 
 int main(int argc, char** argv) {
@@ -133,7 +133,7 @@ int main(int argc, char** argv) {
                  {"lane_missing", lane_missing, 1},
                  {"does_not_wait", does_not_wait, 2},
                  {"waits_for_too_few", waits_for_too_few, 2},
-                 {"tells_too_early", tells_too_early, 2},
+                 {"publishes_too_early", publishes_too_early, 2},
                  {"waits_by_number", waits_by_number, 2},
                  {"waits_by_ticket", waits_by_ticket, 2}};
   const int count = 64;

@@ -1,4 +1,4 @@
-// Stands in for CUDA's header: bfloat16 by its bits, rounded to nearest even.
+// Replaces CUDA's header: bfloat16 represented by its bits, rounded to nearest even.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +18,6 @@ inline float __bfloat162float(__nv_bfloat16 value) {
 inline __nv_bfloat16 __float2bfloat16_rn(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fff};  // what CUDA makes of a NaN
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fff};  // as CUDA converts NaN
   return {uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
 }

@@ -1,4 +1,4 @@
-// Stands in for CUDA's header: half precision by its bits, rounded to nearest even.
+// Replaces CUDA's header: half precision represented by its bits, rounded to nearest even.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,9 @@ struct __half {
 };
 
 inline float __half2float(__half value) {
-  const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16, exponent = value.bits >> 10 & 31u, fraction = value.bits & 1023u;
+  const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16;
+  const uint32_t exponent = value.bits >> 10 & 31u;
+  const uint32_t fraction = value.bits & 1023u;
   float magnitude;
   if (exponent == 31) {
     const uint32_t bits = 0x7f800000u | fraction << 13;
@@ -32,11 +34,11 @@ inline __half __float2half_rn(float value) {
   std::memcpy(&bits, &value, 4);
   const uint16_t sign = uint16_t(bits >> 16 & 0x8000u);
   bits &= 0x7fffffffu;
-  if (bits > 0x7f800000u) return {0x7fff};  // what CUDA makes of a NaN
+  if (bits > 0x7f800000u) return {0x7fff};  // as CUDA converts NaN
   if (bits >= 0x47800000u) return {uint16_t(sign | 0x7c00u)};
   uint32_t result;
   if (bits < 0x38800000u) {
-    // Adding 1/2 leaves a subnormal's bits, rounded, at the low end.
+    // Adding 1/2 leaves the rounded bits of a subnormal number in the low bits.
     float magnitude;
     std::memcpy(&magnitude, &bits, 4);
     magnitude += 0.5f;

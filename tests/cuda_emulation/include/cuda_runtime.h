@@ -1,8 +1,9 @@
-// Stands in for CUDA's header where kernels are compiled for the CPU. The threads of a block are fibers of one thread of
-// the CPU, which change at barriers, warp operations and naps alone, in an order that a seed decides: what should be behind
-// a barrier and is not, shows. From one barrier to the next, warps go side by side or one after the other. Some blocks of a
-// launch are resident at a time and take turns, each at a pace of its own, between and within barriers; the others start as
-// those end. Shared memory is of the exact size and starts as NaN.
+// Replaces CUDA's header where the tests compile kernels for the CPU.
+//
+// The threads of a block are fibers of one CPU thread. They switch only at barriers, warp operations and sleeps, in an
+// order that a seed decides, so that a missing barrier shows. Between two barriers, warps run in turns or one after the
+// other. Some blocks of a launch are resident at a time and take turns, each at its own pace, between and within
+// barriers; the others start when those end. Shared memory has the exact size and starts as NaN.
 #pragma once
 
 #include <algorithm>
@@ -44,7 +45,12 @@ struct alignas(16) float4 {
   float x, y, z, w;
 };
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorLaunchFailure = 719
+};
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 using cudaStream_t = void*;
@@ -62,7 +68,7 @@ struct Fiber {
   State state = State::kReady;
   WarpOperation operation = WarpOperation::kNone;
   unsigned exchanges = 0;
-  bool polls = false;  // has napped since it last waited for anything else
+  bool polls = false;  // has slept since it last waited for anything else
   dim3 thread;
 #if defined(__x86_64__)
   void* stack_pointer = nullptr;
@@ -74,43 +80,44 @@ struct Fiber {
 
 using Memory = std::unique_ptr<char, decltype(&std::free)>;
 
-// A block that is resident. Its stacks serve the next one as well.
+// A resident block. Its stacks are reused by the next one.
 struct Block {
   bool runs = false;
   dim3 index;
-  unsigned pace = 1;  // of so many turns it takes one
+  unsigned pace = 1;  // it takes one of this many turns
   std::vector<Fiber> fibers;
   std::vector<char*> stacks;
   std::vector<std::array<std::array<uint64_t, kLanes>, 2>> exchange;
   Memory shared{nullptr, &std::free};
-  // The threads in the order of this round, how many of them had their turn, and what had been done before.
+  // The threads in the order of this round, and how many of them had their turn.
   std::vector<size_t> order;
   size_t turn = 0;
-  // The warps in the order in which they go to the next barrier, if they go there one by one, and the one whose turn it is.
+  // The warps in the order in which they run to the next barrier, if one by one, and the current one.
   std::vector<size_t> warps;
   bool one_by_one = false;
   size_t warp = 0;
-  int64_t done_before = 0, stalled_at = -1;
+  int64_t done_before = 0;  // Machine::done at the start of the round
+  int64_t stalled_at = -1;  // Machine::done at the end of the last round without progress
 };
 
 struct Machine {
   // Settings.
   unsigned seed = 0;
   int shared_limit = 227 * 1024, multiprocessors = 132;  // of an H200
-  int residents = 4;     // blocks that run at the same time
+  int residents = 4;                                     // blocks that run at the same time
   int fail_launch = -1;  // the number of the launch that is made to fail, counted from 0
-  // What happened.
+  // Results.
   cudaError_t error = cudaSuccess;
   std::string message;
   int64_t launches = 0, blocks = 0;
-  // The launch that runs.
+  // The current launch.
   dim3 grid, threads;
   size_t shared = 0;
   std::function<void()> body;
   std::vector<Block> resident;
   Block* block = nullptr;
   Fiber* current = nullptr;
-  int64_t done = 0;  // turns of threads that did not only poll
+  int64_t done = 0;  // turns of threads that did more than poll
   std::map<const void*, int> allowed_shared;
 #if defined(__x86_64__)
   void* scheduler = nullptr;
@@ -200,8 +207,8 @@ inline void prepare(Fiber& fiber, char* stack) {
   __asan_unpoison_memory_region(stack, kStackBytes);
 #endif
 #if defined(__x86_64__)
-  // As if the fiber had been left at its start: six saved registers, the address to return to, and that address' own
-  // place, which keeps the stack aligned as after a call.
+  // The state of a fiber that was left at its start: six saved registers, the return address, and a slot that keeps the
+  // stack aligned as after a call.
   void** top = reinterpret_cast<void**>(stack + kStackBytes) - 2;
   top[0] = reinterpret_cast<void*>(&start);
   top[1] = nullptr;
@@ -222,18 +229,18 @@ inline std::string where() {
   return "block " + std::to_string(machine.block->index.x) + " of " + std::to_string(machine.grid.x);
 }
 
-// Fisher and Yates' shuffle by hand: the standard one differs between libraries.
+// Fisher-Yates shuffle; the standard one differs between libraries.
 inline void shuffle(std::vector<size_t>& values, std::mt19937& random) {
   for (size_t i = values.size(); i > 1; --i) std::swap(values[i - 1], values[random() % i]);
 }
 
-// How a block's warps go to their next barrier: side by side, or as far ahead of each other as they can.
-inline void set_out(Block& block, std::mt19937& random) {
+// Decides how a block's warps run to their next barrier: in turns, or one after the other.
+inline void order_warps(Block& block, std::mt19937& random) {
   block.one_by_one = random() % 2;
   shuffle(block.warps, random);
 }
 
-// The first warp with a thread that can go on; one that polled only if there is no other.
+// The first warp with a thread that can continue; one that polled only if there is no other.
 inline size_t next_warp(const Block& block) {
   size_t polling = block.warps.front();
   for (const size_t warp : block.warps) {
@@ -248,7 +255,7 @@ inline size_t next_warp(const Block& block) {
   return polling;
 }
 
-// Lets go on who waits for nobody any more; whether there is anyone.
+// Resumes the threads whose wait is over. Returns false if the block has ended.
 inline bool release(Block& block, std::mt19937& random) {
   bool any = false;
   std::vector<Fiber>& fibers = block.fibers;
@@ -277,24 +284,29 @@ inline bool release(Block& block, std::mt19937& random) {
   }
   if (any) return true;
   size_t waiting = 0, ended = 0;
-  for (const Fiber& fiber : fibers) waiting += fiber.state == State::kAtBlock, ended += fiber.state == State::kEnded;
+  for (const Fiber& fiber : fibers) {
+    waiting += fiber.state == State::kAtBlock;
+    ended += fiber.state == State::kEnded;
+  }
   if (ended == count) return false;
   if (waiting + ended < count || ended)
     throw std::runtime_error("divergent barrier in " + where() + ": of " + std::to_string(count) + " threads " +
                              std::to_string(waiting) + " wait at __syncthreads, " + std::to_string(ended) +
                              " have ended, the others wait for their warps");
   for (Fiber& fiber : fibers) fiber.state = State::kReady;
-  set_out(block, random);
+  order_warps(block, random);
   return true;
 }
 
-// Starts a block of the launch in the place of one that has ended.
+// Starts a block of the launch in place of one that has ended.
 inline void start_block(Block& block, size_t number, std::mt19937& random) {
   Machine& m = machine;
   const size_t count = size_t(m.threads.x) * m.threads.y * m.threads.z;
-  block.runs = true, block.turn = count, block.stalled_at = -1;
-  block.index = dim3(unsigned(number % m.grid.x), unsigned(number / m.grid.x % m.grid.y),
-                     unsigned(number / m.grid.x / m.grid.y));
+  block.runs = true;
+  block.turn = count;
+  block.stalled_at = -1;
+  block.index =
+      dim3(unsigned(number % m.grid.x), unsigned(number / m.grid.x % m.grid.y), unsigned(number / m.grid.x / m.grid.y));
   block.pace = 1u << random() % 3 * 3;  // 1, 8 or 64
   while (block.stacks.size() < count) block.stacks.push_back(static_cast<char*>(std::aligned_alloc(64, kStackBytes)));
   block.fibers.assign(count, Fiber());
@@ -302,27 +314,28 @@ inline void start_block(Block& block, size_t number, std::mt19937& random) {
   block.exchange.resize((count + kLanes - 1) / kLanes);
   block.warps.resize(block.exchange.size());
   for (size_t warp = 0; warp < block.warps.size(); ++warp) block.warps[warp] = warp;
-  set_out(block, random);
+  order_warps(block, random);
   for (size_t i = 0; i < count; ++i) {
     block.fibers[i].thread = dim3(unsigned(i) % m.threads.x, unsigned(i) / m.threads.x % m.threads.y,
                                   unsigned(i) / m.threads.x / m.threads.y);
     prepare(block.fibers[i], block.stacks[i]);
     block.order[i] = i;
   }
-  // Of the very size, so that the address sanitizer sees what lies beyond.
+  // The exact size, so that the address sanitizer detects accesses beyond it.
   block.shared.reset(static_cast<char*>(std::malloc(m.shared ? m.shared : 1)));
   std::memset(block.shared.get(), 0xff, m.shared ? m.shared : 1);
   ++m.blocks;
 }
 
-// Lets some of the block's threads go on, all where it is alone, until they wait. After each has had its turn, a round
-// is over, and those go on that wait for nobody any more.
+// Runs some of the block's threads until they wait, or all of them if the block is alone. When each has had its turn,
+// the round ends, and threads whose wait is over are resumed.
 inline void take_turn(Block& block, bool alone, std::mt19937& random) {
   machine.block = &block;
   const size_t count = block.order.size();
   if (block.turn == count) {
     shuffle(block.order, random);
-    block.turn = 0, block.done_before = machine.done;
+    block.turn = 0;
+    block.done_before = machine.done;
     if (block.one_by_one) block.warp = next_warp(block);
   }
   const size_t until = alone ? count : block.turn + 1 + random() % (count - block.turn);
@@ -341,7 +354,7 @@ inline void take_turn(Block& block, bool alone, std::mt19937& random) {
   if (block.done_before == machine.done) block.stalled_at = machine.done;
 }
 
-// Runs all blocks of the launch: from the first to the last by even seeds, else from the last to the first.
+// Runs all blocks of the launch: from the first to the last for even seeds, else from the last to the first.
 inline void run_blocks(std::mt19937& random) {
   Machine& m = machine;
   const size_t total = size_t(m.grid.x) * m.grid.y * m.grid.z;
@@ -353,7 +366,8 @@ inline void run_blocks(std::mt19937& random) {
     for (size_t i = 0; i < residents && started < total; ++i) {
       if (m.resident[i].runs) continue;
       start_block(m.resident[i], m.seed % 2 ? total - 1 - started : started, random);
-      ++started, ++running;
+      ++started;
+      ++running;
     }
     if (!running) return;
     Block& block = m.resident[random() % residents];
@@ -369,11 +383,12 @@ inline void run_blocks(std::mt19937& random) {
 }
 
 inline void wait(State state, WarpOperation operation = WarpOperation::kNone) {
-  machine.current->state = state, machine.current->operation = operation;
+  machine.current->state = state;
+  machine.current->operation = operation;
   leave(false);
 }
 
-// What a lane of the own warp gives; all lanes take part.
+// Returns the value of another lane of the warp; all lanes must call.
 template <class Value>
 Value exchange(Value value, unsigned from, WarpOperation operation) {
   static_assert(sizeof(Value) <= 8);
@@ -390,25 +405,32 @@ inline void launch_body(const void* kernel, dim3 grid, dim3 threads, size_t shar
   Machine& m = machine;
   const size_t count = size_t(threads.x) * threads.y * threads.z;
   if (m.launches++ == m.fail_launch) {
-    m.error = cudaErrorLaunchFailure, m.message = "the launch was made to fail";
+    m.error = cudaErrorLaunchFailure;
+    m.message = "the launch was made to fail";
     return;
   }
   if (!grid.x || grid.x > 0x7fffffffu || !count || count > 1024 || shared > size_t(m.shared_limit) ||
       (shared > size_t(kSharedWithoutAsking) && size_t(m.allowed_shared[kernel]) < shared)) {
-    m.error = cudaErrorInvalidConfiguration, m.message = "the launch asks for what the device does not have";
+    m.error = cudaErrorInvalidConfiguration;
+    m.message = "the launch exceeds the limits of the device";
     return;
   }
-  m.grid = grid, m.threads = threads, m.shared = shared, m.body = std::move(body);
+  m.grid = grid;
+  m.threads = threads;
+  m.shared = shared;
+  m.body = std::move(body);
   std::mt19937 random(m.seed);
   try {
     run_blocks(random);
   } catch (const std::exception& error) {
-    m.error = cudaErrorLaunchFailure, m.message = error.what();
+    m.error = cudaErrorLaunchFailure;
+    m.message = error.what();
   }
 }
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t shared, cudaStream_t, Arguments... arguments) {
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t shared, cudaStream_t,
+            Arguments... arguments) {
   launch_body(reinterpret_cast<const void*>(kernel), grid, threads, shared, [=] { kernel(arguments...); });
 }
 
@@ -446,9 +468,9 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == 0xffffffffu; }
 
-// Threads of other blocks, and those of this one, have their turns in between.
 inline unsigned __umulhi(unsigned left, unsigned right) { return unsigned(uint64_t(left) * right >> 32); }
 
+// Other threads of this block and of others have their turns meanwhile.
 inline void __nanosleep(unsigned) { emulation::wait(emulation::State::kAsleep); }
 inline unsigned long long atomicAdd(unsigned long long* sum, unsigned long long value) {
   return std::exchange(*sum, *sum + value);
@@ -462,7 +484,8 @@ void __stcs(Value* target, Value value) {
   *target = value;
 }
 
-// Results of the special function unit: wrong by up to what NVIDIA's PTX manual allows, by an amount that looks random.
+// Results of the special function unit: wrong by a pseudo-random amount of up to the maximum error of NVIDIA's PTX
+// manual.
 inline float approximate(float exact, float argument, float bound) {
   uint32_t bits;
   std::memcpy(&bits, &argument, sizeof(bits));
@@ -479,7 +502,9 @@ inline float approximate_reciprocal(float x) { return approximate(1.f / x, x, 0x
 
 inline cudaError_t cudaGetLastError() { return std::exchange(emulation::machine.error, cudaSuccess); }
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess ? "no error" : emulation::machine.message.empty() ? "invalid argument" : emulation::machine.message.c_str();
+  return error == cudaSuccess                 ? "no error"
+         : emulation::machine.message.empty() ? "invalid argument"
+                                              : emulation::machine.message.c_str();
 }
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
