@@ -4,7 +4,8 @@ The package imports torch and nothing else. See the docstrings of the public fun
 ``python -m cuda_ops`` to see which backend serves which device.
 """
 
+from cuda_ops._reference_mode import use_reference
 from cuda_ops.route_scan import cross_selective_scan, line_scan, selective_scan
 from cuda_ops.wavefront_scan import wavefront_scan
 
-__all__ = ['cross_selective_scan', 'line_scan', 'selective_scan', 'wavefront_scan']
+__all__ = ['cross_selective_scan', 'line_scan', 'selective_scan', 'use_reference', 'wavefront_scan']

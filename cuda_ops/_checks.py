@@ -83,16 +83,22 @@ def same_device(first: Tensor, **tensors: Tensor | None) -> None:
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """Under autocast, cast float tensors to its dtype as matrix products do; float64 stays as it is."""
     device_type = tensors[0].device.type
-    # The meta device has no autocast, and asking for it is an error there.
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    # Asking is an error for a device without autocast, such as meta; and torch.compile cannot ask which have it before
+    # torch 2.7.
+    if device_type not in ('cpu', 'cuda') or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(value.to(dtype) if value is not None and value.dtype in _CAST_DTYPES else value for value in tensors)
 
 
 def decay_rates(A: Tensor, name: str = 'A') -> None:
-    """Raise ValueError if rates are positive or not finite; on other devices than the CPU reading it would stall."""
-    if A.device.type != 'cpu' or not A.numel():
+    """Raise ValueError if rates are positive or not finite; on other devices than the CPU reading it would stall.
+
+    Where values may not be known, while something traces operations or maps over them, nothing is checked.
+    """
+    if A.device.type != 'cpu' or not A.numel() or torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return
     wrong = ~(torch.isfinite(A) & (A <= 0))
     if wrong.any():

@@ -29,8 +29,10 @@ def step_sizes(factors: Tensor, weight: Tensor) -> Tensor:
     Returns:
         (B, H, W, K, E), routes lying apart in memory, as one product for each of them leaves them.
     """
-    products = torch.bmm(factors.flatten(0, 2).transpose(0, 1), weight.to(factors.dtype).transpose(1, 2))
-    return products.unflatten(1, factors.shape[:3]).permute(1, 2, 3, 0, 4)
+    batch, height, width, routes, rank = factors.shape
+    # By reshape: flatten has no rule for the vmap of torch.autograd.grad(is_grads_batched=True).
+    products = torch.bmm(factors.reshape(-1, routes, rank).transpose(0, 1), weight.to(factors.dtype).transpose(1, 2))
+    return products.view(routes, batch, height, width, weight.shape[1]).permute(1, 2, 3, 0, 4)
 
 
 def linear_recurrence(decay: Tensor, inflow: Tensor) -> Tensor:
@@ -123,19 +125,21 @@ def route_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Tensor 
         The output (B, H, W, E) in x's dtype, and the state behind the last position of each route (B, K, E, N) in the
         state dtype, empty with ``per_line``.
     """
-    batch, height, width, channels = x.shape
+    _, height, width, channels = x.shape
     dtype = state_dtype(x.dtype)
-    output = x.new_zeros(x.shape, dtype=dtype)
-    last = x.new_zeros((0 if per_line else batch, len(routes), channels, A.shape[2]), dtype=dtype)
+    # Converted once, so that the routes' gradients are added up in the state dtype.
+    wide, delta = x.to(dtype), delta.to(dtype)
+    B, C = (None if value is None else value.to(dtype) for value in (B, C))
+    outputs, lasts = [], []
     for k, route in enumerate(routes):
-        r = _Route(k, x, delta, A, B, C, delta_bias, route, per_line, delta_softplus)
+        r = _Route(k, wide, delta, A, B, C, delta_bias, route, per_line, delta_softplus)
         y = (r.states * r.C).sum(-1)
         if D is not None:
             y = y + D[k] * r.u
-        output += onto_grid(y, route, height, width)
-        if not per_line:
-            last[:, k] = r.states[:, -1]
-    return output.to(x.dtype), last
+        outputs.append(onto_grid(y, route, height, width))
+        lasts.append(r.states[:, -1])
+    last = x.new_zeros((0, len(routes), channels, A.shape[2]), dtype=dtype) if per_line else torch.stack(lasts, dim=1)
+    return sum(outputs[1:], outputs[0]).to(x.dtype), last
 
 
 def route_scan_backward(grad_output: Tensor, grad_last: Tensor | None, x: Tensor, delta: Tensor, A: Tensor,

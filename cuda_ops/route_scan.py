@@ -11,18 +11,25 @@ The equations, for one route with positions l and one channel, in float32 (float
     h_l[n] = exp(d_l * A[n]) * h_{l-1}[n] + d_l * B_l[n] * u_l          h_0 = 0
     y_l = sum_n C_l[n] * h_l[n] + D * u_l
 
+All of them have gradients, forward mode (dual numbers, ``torch.func.jvp``) and the transforms of ``torch.func``,
+``torch.vmap`` among them, under ``torch.compile`` too. Tangents are computed by PyTorch operations which store the
+states of every position; a vmap over parameters, and one over a backward pass, calls the kernels once for each sample.
+Second derivatives need :func:`cuda_ops.use_reference`; elsewhere they are refused with NotImplementedError, but for
+gradients of tangents.
+
 Source: Gu and Dao, "Mamba", arXiv 2312.00752; the four routes: Liu et al., "VMamba", arXiv 2401.10166.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from cuda_ops import _checks, _library, reference
+from cuda_ops import _autograd, _checks, _library, _reference_mode, reference
 from cuda_ops.reference import COLUMN, COLUMN_REVERSED, ROW, ROW_REVERSED, state_dtype
 
 _LIBRARY = torch.library.Library('cuda_ops', 'FRAGMENT')
@@ -140,11 +147,32 @@ def _reference_backward(grad_output, grad_last, x, delta, A, B, C, D, delta_bias
     return outputs
 
 
+def _differentiable_reference(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus, chunk,
+                              delta_weight=None):
+    """The operator by PyTorch operations; no states are saved, since autograd keeps what it needs itself."""
+    if delta_weight is not None:
+        delta = reference.step_sizes(delta, delta_weight)
+    y, last = reference.route_scan(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus)
+    return y, last, _empty_outputs(x, A, routes, per_line, 0)[2]
+
+
+def _checked_reference(x, delta, A, *arguments):
+    _checks.decay_rates(A)
+    return _differentiable_reference(x, delta, A, *arguments)
+
+
+def _with_chunk(arguments: Sequence[Any]) -> Sequence[Any]:
+    """Have states saved for a backward pass, at a distance that suits the device unless one was asked for."""
+    x, A, chunk = arguments[0], arguments[2], arguments[10]
+    return (*arguments[:10], chunk or _chunk_length(A.shape[2], x.device.type), *arguments[11:])
+
+
 def _save_for_backward(ctx, inputs, output) -> None:
     x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus, chunk, delta_weight = inputs
     ctx.save_for_backward(x, delta, A, B, C, D, delta_bias, output[2], delta_weight)
     ctx.options = (routes, per_line, delta_softplus, chunk)
-    ctx.mark_non_differentiable(output[2])
+    # There are no last states of lines.
+    ctx.mark_non_differentiable(*output[1 if per_line else 2:])
     ctx.set_materialize_grads(False)
 
 
@@ -153,9 +181,6 @@ def _backward(ctx, grad_output, grad_last, _grad_states):
     x, delta = tensors[:2]
     if grad_output is None:
         grad_output = torch.zeros_like(x)
-    if ctx.options[-1] == 0:
-        raise RuntimeError('route_scan ran with chunk=0, which saves no states for a backward pass; '
-                           'pass a chunk length')
     grads = list(torch.ops.cuda_ops.route_scan_backward(grad_output, grad_last, *tensors, states, *ctx.options,
                                                         delta_weight))
     grad_weight = None
@@ -167,21 +192,42 @@ def _backward(ctx, grad_output, grad_last, _grad_states):
 
 def _gradients_of_factors(grad_delta: Tensor, factors: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`cuda_ops.reference.step_sizes` in (B, H, W, K, R) factors and (K, E, R) weight."""
-    routes = grad_delta.flatten(0, 2).transpose(0, 1)
-    grad_factors = torch.bmm(routes, weight.to(routes.dtype)).unflatten(1, factors.shape[:3]).permute(1, 2, 3, 0, 4)
-    grad_weight = torch.bmm(routes.transpose(1, 2), factors.flatten(0, 2).transpose(0, 1))
-    return grad_factors, grad_weight.to(weight.dtype)
+    batch, height, width, routes, channels = grad_delta.shape
+    # By reshape: flatten has no rule for the vmap of torch.autograd.grad(is_grads_batched=True).
+    products = grad_delta.reshape(-1, routes, channels).transpose(0, 1)
+    grad_factors = torch.bmm(products, weight.to(products.dtype)).view(routes, batch, height, width, weight.shape[2])
+    grad_weight = torch.bmm(products.transpose(1, 2), factors.reshape(-1, routes, factors.shape[4]).transpose(0, 1))
+    return grad_factors.permute(1, 2, 3, 0, 4), grad_weight.to(weight.dtype)
 
 
-def _no_double_backward(ctx, *grads):
-    raise NotImplementedError('the scans cannot be differentiated twice: cuda_ops::route_scan_backward has no '
-                              'gradient of its own. Use cuda_ops.reference for second derivatives.')
+def _save_for_second_backward(ctx, inputs, output) -> None:
+    _, grad_last, *tensors = inputs[:9]
+    ctx.save_for_backward(*tensors, inputs[14])
+    ctx.options, ctx.with_last = inputs[10:13], grad_last is not None
+    ctx.set_materialize_grads(False)
 
 
-torch.library.register_autograd('cuda_ops::route_scan', _backward, setup_context=_save_for_backward)
-torch.library.register_autograd('cuda_ops::route_scan_backward', _no_double_backward,
-                                setup_context=lambda ctx, inputs, output: None)
+def _second_backward(ctx, *grads):
+    *tensors, delta_weight = ctx.saved_tensors
+    if delta_weight is not None:
+        # The gradient is that of the step sizes.
+        tensors[1] = reference.step_sizes(tensors[1], delta_weight)
+    tangents = [None if grad is None or tensor is None else grad.to(tensor.dtype)
+                for grad, tensor in zip(grads, tensors, strict=True)]
+    if all(tangent is None for tangent in tangents):
+        return None, None
+    y, last, _ = _autograd.push_forward(_differentiable_reference, (*tensors, *ctx.options, 0), tangents)
+    return y, last if ctx.with_last else None
+
+
+_autograd.register(_LIBRARY, 'route_scan', save=_save_for_backward, backward=_backward, prepare=_with_chunk,
+                   forward_mode=_autograd.reference_tangents(_differentiable_reference))
+_autograd.register_linear(_LIBRARY, 'route_scan_backward', 2, save=_save_for_second_backward,
+                          backward=_second_backward)
+_autograd.register_vmap('route_scan', maps=(0, 1, 3, 4), parameters=(2, 5, 6, 11))
+_autograd.register_vmap('route_scan_backward', maps=(), parameters=range(15))
 _library.serve(_LIBRARY, {'route_scan': _reference_forward, 'route_scan_backward': _reference_backward})
+_reference_mode.serve('route_scan', _checked_reference)
 
 
 @register_flop_formula(torch.ops.cuda_ops.route_scan)
@@ -202,16 +248,14 @@ def route_scan_flops(x_shape: Sequence[int], delta_shape: Sequence[int], A_shape
 def _scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Tensor | None, D: Tensor | None,
           delta_bias: Tensor | None, routes: list[int], per_line: bool, delta_softplus: bool,
           delta_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Call the operator on checked inputs: parameters in the state dtype, states saved if a backward pass may come."""
+    """Call the operator on checked inputs, with parameters in the state dtype."""
     dtype = state_dtype(x.dtype)
     A = A.to(dtype)
     D, delta_bias, delta_weight = (None if value is None else value.to(dtype)
                                    for value in (D, delta_bias, delta_weight))
-    tensors = (x, delta, A, B, C, D, delta_bias)
-    differentiable = torch.is_grad_enabled() and any(value is not None and value.requires_grad
-                                                     for value in (*tensors, delta_weight))
-    chunk = _chunk_length(A.shape[2], x.device.type) if differentiable else 0
-    output, last, _ = torch.ops.cuda_ops.route_scan(*tensors, routes, per_line, delta_softplus, chunk, delta_weight)
+    # States are saved where a backward pass may follow, which is known below: chunk is 0.
+    output, last, _ = torch.ops.cuda_ops.route_scan(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus,
+                                                    0, delta_weight)
     return output, last
 
 
@@ -238,8 +282,9 @@ def cross_selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tens
             elsewhere they are made in x's dtype before the scan, and made again in the backward pass.
 
     Returns:
-        (B, H, W, E) in x's dtype. Differentiable once, in every floating input. Under autocast, x, delta, B and C are
-        cast to autocast's dtype; states are float32 all the same.
+        (B, H, W, E) in x's dtype. Differentiable once, in every floating input, in all the ways that the module's
+        docstring names. Under autocast, x, delta, B and C are cast to autocast's dtype; states are float32 all the
+        same.
 
     Raises:
         ValueError: a shape does not fit, or A is positive or not finite.

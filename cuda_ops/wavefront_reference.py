@@ -63,10 +63,10 @@ def _oriented(reverse: bool, *maps: Tensor) -> list[Tensor]:
 
 def _without_neighbour(top: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
     """Zeros where a pixel has no such neighbour: what is given there, be it not a number, has no part in the scan."""
-    top, left = top.clone(), left.clone()
-    top[:, 0] = 0
-    left[:, 1:, 0] = 0
-    return top, left
+    first_row = torch.arange(top.shape[1], device=top.device)[:, None, None] == 0
+    # The first pixel takes the left neighbour's share.
+    first_column = (torch.arange(left.shape[2], device=left.device)[:, None] == 0) & ~first_row
+    return top.masked_fill(first_row, 0), left.masked_fill(first_column, 0)
 
 
 def _states(d: _Diagonal, last: Tensor, x: Tensor, delta_top: Tensor, delta_left: Tensor, A_top: Tensor, A_left: Tensor,
@@ -86,12 +86,14 @@ def wavefront_scan(x: Tensor, delta_top: Tensor, delta_left: Tensor, A_top: Tens
     maps = _oriented(reverse, x, delta_top, delta_left, B_top, B_left, C)
     u, d_top, d_left, b_top, b_left, c = maps
     (d_top, d_left), (b_top, b_left) = _without_neighbour(d_top, d_left), _without_neighbour(b_top, b_left)
-    output = torch.empty_like(u)
     last = u.new_zeros((u.shape[0], u.shape[1] + 1, *A_top.shape))
+    outputs, pixels = [], []
     for d in _diagonals(u):
         h = _states(d, last, u, d_top, d_left, A_top, A_left, b_top, b_left)
-        d.onto(output, (h * d.of(c)[:, :, None]).sum(-1))
-        last[:, d.first + 1:d.end + 1] = h
+        outputs.append((h * d.of(c)[:, :, None]).sum(-1))
+        pixels.append(d.rows * u.shape[2] + d.columns)
+        last = torch.cat([last[:, :d.first + 1], h, last[:, d.end + 1:]], dim=1)
+    output = torch.cat(outputs, dim=1)[:, torch.cat(pixels).argsort()].view(u.shape)
     if D is not None:
         output = output + D * u
     return (output.flip(1, 2) if reverse else output).to(x.dtype)

@@ -18,12 +18,13 @@ as a front; the forward pass keeps every 8th of these as well, and the backward 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from cuda_ops import _checks, _library, wavefront_reference
+from cuda_ops import _autograd, _checks, _library, _reference_mode, wavefront_reference
 from cuda_ops.reference import state_dtype
 
 _LIBRARY = torch.library.Library('cuda_ops', 'FRAGMENT')
@@ -115,6 +116,25 @@ def _reference_backward(grad_output, x, delta_top, delta_left, A_top, A_left, B_
     return outputs
 
 
+def _differentiable_reference(x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D, reverse, chunk):
+    """The operator by PyTorch operations; no states are saved, since autograd keeps what it needs itself."""
+    y = wavefront_reference.wavefront_scan(x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D, reverse)
+    return y, *_empty_outputs(x, A_top, 0)[1:]
+
+
+def _checked_reference(x, delta_top, delta_left, A_top, A_left, *arguments):
+    for name, A in (('A_top', A_top), ('A_left', A_left)):
+        _checks.decay_rates(A, name)
+    return _differentiable_reference(x, delta_top, delta_left, A_top, A_left, *arguments)
+
+
+def _with_chunk(arguments: Sequence[Any]) -> Sequence[Any]:
+    """Have states saved for a backward pass, at a distance that suits the device unless one was asked for."""
+    x, A_top, chunk = arguments[0], arguments[3], arguments[10]
+    _, height, width, _ = x.shape
+    return (*arguments[:10], chunk or _chunk_lines(height, width, A_top.shape[1], x.device.type))
+
+
 def _save_for_backward(ctx, inputs, output) -> None:
     *tensors, reverse, chunk = inputs
     ctx.save_for_backward(*tensors, *output[1:])
@@ -125,26 +145,35 @@ def _save_for_backward(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_output, _grad_states, _grad_fronts):
     *tensors, states, fronts = ctx.saved_tensors
-    reverse, chunk = ctx.options
     if grad_output is None:
         return (None,) * (len(tensors) + 2)
-    if chunk == 0:
-        raise RuntimeError('wavefront_scan ran with chunk=0, which saves no states for a backward pass; pass a chunk '
-                           'length')
-    grads = torch.ops.cuda_ops.wavefront_scan_backward(grad_output, *tensors, states, fronts, reverse, chunk)
+    grads = torch.ops.cuda_ops.wavefront_scan_backward(grad_output, *tensors, states, fronts, *ctx.options)
     given = [None if tensor is None else grad for grad, tensor in zip(grads, tensors, strict=True)]
     return *given, None, None
 
 
-def _no_double_backward(ctx, *grads):
-    raise NotImplementedError('the wavefront scan cannot be differentiated twice: cuda_ops::wavefront_scan_backward '
-                              'has no gradient of its own. Use cuda_ops.wavefront_reference for second derivatives.')
+def _save_for_second_backward(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[1:10])
+    ctx.reverse = inputs[12]
+    ctx.set_materialize_grads(False)
 
 
-torch.library.register_autograd('cuda_ops::wavefront_scan', _backward, setup_context=_save_for_backward)
-torch.library.register_autograd('cuda_ops::wavefront_scan_backward', _no_double_backward,
-                                setup_context=lambda ctx, inputs, output: None)
+def _second_backward(ctx, *grads):
+    tensors = ctx.saved_tensors
+    tangents = [None if tensor is None else grad for grad, tensor in zip(grads, tensors, strict=True)]
+    if all(tangent is None for tangent in tangents):
+        return (None,)
+    return _autograd.push_forward(_differentiable_reference, (*tensors, ctx.reverse, 0), tangents)[:1]
+
+
+_autograd.register(_LIBRARY, 'wavefront_scan', save=_save_for_backward, backward=_backward, prepare=_with_chunk,
+                   forward_mode=_autograd.reference_tangents(_differentiable_reference))
+_autograd.register_linear(_LIBRARY, 'wavefront_scan_backward', 1, save=_save_for_second_backward,
+                          backward=_second_backward)
+_autograd.register_vmap('wavefront_scan', maps=(0, 1, 2, 5, 6, 7), parameters=(3, 4, 8))
+_autograd.register_vmap('wavefront_scan_backward', maps=(), parameters=range(14))
 _library.serve(_LIBRARY, {'wavefront_scan': _reference_forward, 'wavefront_scan_backward': _reference_backward})
+_reference_mode.serve('wavefront_scan', _checked_reference)
 
 
 @register_flop_formula(torch.ops.cuda_ops.wavefront_scan)
@@ -175,8 +204,9 @@ def wavefront_scan(x: Tensor, delta_top: Tensor, delta_left: Tensor, A_top: Tens
         reverse: start from the bottom right corner: the neighbours are those at the bottom and on the right.
 
     Returns:
-        (B, H, W, E) in x's dtype. Differentiable once, in every floating input. Under autocast, x, the deltas, B and C
-        are cast to autocast's dtype; states are float32 all the same.
+        (B, H, W, E) in x's dtype. Differentiable once, in every floating input, in all the ways that
+        :mod:`cuda_ops.route_scan` names. Under autocast, x, the deltas, B and C are cast to autocast's dtype; states
+        are float32 all the same.
 
     Raises:
         ValueError: a shape does not fit, or a decay rate is positive or not finite.
@@ -205,7 +235,6 @@ def wavefront_scan(x: Tensor, delta_top: Tensor, delta_left: Tensor, A_top: Tens
     _checks.same_device(x, A_top=A_top, A_left=A_left, D=D)
     dtype = state_dtype(x.dtype)
     A_top, A_left, D = A_top.to(dtype), A_left.to(dtype), None if D is None else D.to(dtype)
+    # States are saved where a backward pass may follow, which is known below: chunk is 0.
     tensors = (x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D)
-    differentiable = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in tensors)
-    chunk = _chunk_lines(height, width, states, x.device.type) if differentiable else 0
-    return torch.ops.cuda_ops.wavefront_scan(*tensors, reverse, chunk)[0]
+    return torch.ops.cuda_ops.wavefront_scan(*tensors, reverse, 0)[0]

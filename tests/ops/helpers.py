@@ -1,4 +1,4 @@
-"""What the tests of all ops share: the tolerance table, the comparison with an exact result, the reference's switch.
+"""What the tests of all ops share: the tolerance table and the comparison with an exact result.
 
 A comparison runs an op three times on the same rounded inputs: compiled, by the library's PyTorch reference, and by a
 plain loop in float64, which is exact for this purpose. The compiled op may lose at most twice what the reference loses.
@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from cuda_ops import route_scan
+import cuda_ops
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,19 +55,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which an op on maps of ``dtype`` takes its parameters."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-REFERENCES = {
-    torch.ops.cuda_ops.route_scan.default: route_scan._reference_forward,
-    torch.ops.cuda_ops.route_scan_backward.default: route_scan._reference_backward,
-}
-
-
-class UseReference(TorchDispatchMode):
-    """Let the library's PyTorch reference serve the operators, as it does where there is no compiled library."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return REFERENCES.get(func, func)(*args, **(kwargs or {}))
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
@@ -156,7 +142,7 @@ def check_against_loop(function: Callable[..., Tensor | tuple[Tensor, ...]],
     """
     inputs = rounded(inputs, parameters, dtype)
     got, weights = differentiate(function, inputs, options)
-    with UseReference():
+    with cuda_ops.use_reference():
         reference, _ = differentiate(function, inputs, options, weights)
     wide = {name: None if value is None else value.double() for name, value in inputs.items()}
     exact, _ = differentiate(loop, wide, options, weights)

@@ -126,20 +126,15 @@ def test_operator_takes_any_routes_in_any_order() -> None:
     torch.testing.assert_close(last, torch.cat([single[1] for single in singles], dim=1))
 
 
-def test_double_backward_is_refused() -> None:
-    case = Cross(1, 2, 3, 3, 2)
-    inputs = {name: value.requires_grad_() for name, value in case.inputs().items()}
-    y = cuda_ops.cross_selective_scan(**inputs)
-    grad, = torch.autograd.grad(y.sum(), inputs['x'], create_graph=True)
-    with pytest.raises(NotImplementedError, match='cannot be differentiated twice'):
-        grad.sum().backward()
-
-
-def test_backward_without_saved_states_is_refused() -> None:
-    arguments = operator_arguments([0], 0, requires_grad=True)
-    y, _, _ = torch.ops.cuda_ops.route_scan(*arguments)
-    with pytest.raises(RuntimeError, match='chunk=0'):
-        y.sum().backward()
+def test_the_operator_chooses_what_to_save_for_a_backward_pass() -> None:
+    arguments = operator_arguments([0, 2], 0, height=9, width=23, requires_grad=True, dtype=torch.float64)
+    y, _, states = torch.ops.cuda_ops.route_scan(*arguments)
+    assert states.numel()
+    with torch.no_grad():
+        assert not torch.ops.cuda_ops.route_scan(*arguments)[2].numel()
+    expected = torch.autograd.grad(torch.ops.cuda_ops.route_scan(*arguments[:10], 3)[0].sum(), arguments[:7])
+    for got, value in zip(torch.autograd.grad(y.sum(), arguments[:7]), expected, strict=True):
+        torch.testing.assert_close(got, value, rtol=1e-12, atol=1e-12)
 
 
 def test_states_are_saved_only_for_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:

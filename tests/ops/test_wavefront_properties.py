@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import cuda_ops
-from tests.ops.helpers import DTYPES, TOLERANCES, UseReference, differentiate, dtype_name, rounded, run_python
+from tests.ops.helpers import DTYPES, TOLERANCES, differentiate, dtype_name, rounded, run_python
 from tests.ops.wavefront_cases import CASES, MAPS, PARAMETERS, Wavefront, loop
 
 EXACT = dict(rtol=1e-12, atol=1e-12)
@@ -192,17 +192,16 @@ def test_saved_states_change_nothing(size: tuple[int, int], chunk: int) -> None:
         torch.testing.assert_close(value, expected[name], **EXACT)
 
 
-def test_double_backward_is_refused() -> None:
-    inputs = {name: value.requires_grad_() for name, value in inputs_of(Wavefront(1, 2, 3, 3, 2)).items()}
-    grad, = torch.autograd.grad(cuda_ops.wavefront_scan(**inputs).sum(), inputs['x'], create_graph=True)
-    with pytest.raises(NotImplementedError, match='cannot be differentiated twice'):
-        grad.sum().backward()
-
-
-def test_backward_without_saved_states_is_refused() -> None:
-    y, *_ = SCAN(*operator_arguments(Wavefront(1, 2, 3, 3, 2), 0, requires_grad=True))
-    with pytest.raises(RuntimeError, match='chunk=0'):
-        y.sum().backward()
+def test_the_operator_chooses_what_to_save_for_a_backward_pass() -> None:
+    arguments = operator_arguments(Wavefront(2, 13, 20, 3, 2), 0, requires_grad=True)
+    y, states, _ = SCAN(*arguments)
+    assert states.numel()
+    with torch.no_grad():
+        assert not SCAN(*arguments)[1].numel()
+    given = [value for value in arguments[:9] if value is not None]
+    expected = torch.autograd.grad(SCAN(*arguments[:10], 3)[0].sum(), given)
+    for got, value in zip(torch.autograd.grad(y.sum(), given), expected, strict=True):
+        torch.testing.assert_close(got, value, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('dtype', (torch.bfloat16, torch.float16), ids=dtype_name)
@@ -440,7 +439,7 @@ def test_wrong_decay_rates(name: str, value: float) -> None:
     message = f'{name} must be finite and not positive, got -?{abs(value):g}'
     with pytest.raises(ValueError, match=message):
         call(**{name: change})
-    with UseReference(), pytest.raises(ValueError, match=message):
+    with cuda_ops.use_reference(), pytest.raises(ValueError, match=message):
         call(**{name: change})
 
 

@@ -6,17 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cuda_ops.wavefront_scan import _reference_backward, _reference_forward
-from tests.ops.helpers import REFERENCES
 from tests.ops.route_cases import decay_rates, normal
 
 PARAMETERS = {'A_top', 'A_left', 'D'}
 MAPS = ('x', 'delta_top', 'delta_left', 'B_top', 'B_left', 'C')
-
-REFERENCES |= {
-    torch.ops.cuda_ops.wavefront_scan.default: _reference_forward,
-    torch.ops.cuda_ops.wavefront_scan_backward.default: _reference_backward,
-}
 
 
 def loop(x: Tensor, delta_top: Tensor, delta_left: Tensor, A_top: Tensor, A_left: Tensor, B_top: Tensor, B_left: Tensor,
