@@ -29,6 +29,7 @@ demo: setup
 
 lint: setup
 	@$(IN_VENV) -m ruff check .
+	@find cuda_ops/csrc tests/cuda_emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs "$(VENV)/bin/clang-format" --dry-run --Werror
 	@$(IN_VENV) -m mypy
 
 test: lint
