@@ -8,6 +8,7 @@ from ssm_backbones.compat import apply_patches
 # Before anything else: the patches let the host libraries import and resume.
 apply_patches()
 
+from cuda_ops import __version__  # noqa: E402
 from ssm_backbones.backbones import V2M, Mamba2D, VMamba  # noqa: E402
 from ssm_backbones.checkpoints import load_official  # noqa: E402
 from ssm_backbones.compat import allow_inheritance  # noqa: E402
@@ -23,6 +24,7 @@ __all__ = [
     'Mamba2D',
     'V2M',
     'VMamba',
+    '__version__',
     'config_file',
     'create_backbone',
     'list_backbones',
