@@ -46,6 +46,9 @@ def linear_recurrence(decay: Tensor, inflow: Tensor) -> Tensor:
         The states of every position, in the shape and dtype of ``inflow``.
     """
     length, step = inflow.shape[1], 1
+    if length == 1:
+        # No decay takes part, and yet its gradient shall be zero, rather than missing.
+        return torch.where(torch.zeros((), dtype=torch.bool, device=decay.device), decay, inflow)
     while step < length:
         # Each pair (decay, inflow) absorbs the one `step` positions before it.
         inflow = torch.cat([inflow[:, :step], inflow[:, step:] + decay[:, step:] * inflow[:, :-step]], dim=1)
