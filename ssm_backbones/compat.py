@@ -1,4 +1,4 @@
-"""Patches for clashes between the libraries this package stands on.
+"""Patches for incompatibilities between the libraries that this package depends on.
 
 ``import ssm_backbones`` applies them, since a config's ``custom_imports`` is the earliest moment at which a plugin runs
 inside mmdet's, mmseg's or mmpretrain's own tools; the command lines in ``tools/`` therefore import this package before
@@ -45,7 +45,7 @@ _NUMERIC_DTYPES = '? b B h H i I l L q Q e f d g'.split()
 
 
 def apply_patches() -> None:
-    """Apply every patch that the installed versions need. Cheap, and harmless when called again."""
+    """Apply every patch that the installed versions need. Cheap and idempotent."""
     _patch_torchvision_import()
     _patch_checkpoint_loading()
     _patch_mmseg_bases()
@@ -53,10 +53,10 @@ def apply_patches() -> None:
 
 @functools.cache
 def _patch_mmseg_bases() -> None:
-    """Let configs inherit ``mmseg::`` ones where mmseg comes from the fork ``onedl-mmsegmentation``.
+    """Resolve ``mmseg::`` base configs if mmseg is installed from the fork ``onedl-mmsegmentation``.
 
-    mmengine looks for the distribution ``mmsegmentation``, whose name differs from its module's; the other libraries of
-    the fork are found by their modules' names, and so is mmseg then.
+    mmengine looks for the distribution ``mmsegmentation``, which that fork does not provide. The patch makes it look
+    for the module ``mmseg``, as it does for the other libraries.
     """
     if importlib.util.find_spec('mmseg') is None:
         return
@@ -69,11 +69,11 @@ def _patch_mmseg_bases() -> None:
 
 @functools.cache
 def _patch_torchvision_import() -> None:
-    """Let ``import torchvision`` succeed where its compiled library does not fit the installed torch.
+    """Let ``import torchvision`` succeed if its compiled library does not match the installed torch.
 
     The usual case is torchvision's CUDA wheel beside a CPU-only torch: the import then ends in
     ``operator torchvision::nms does not exist``. mmpretrain imports torchvision for its Python image transforms alone,
-    which work without that library; torchvision's own operators go on raising their own, clear error.
+    which work without that library; torchvision's own operators still raise their own, clear error.
     """
     library = _find_torchvision_library()
     if library is None:
@@ -88,8 +88,8 @@ def _patch_torchvision_import() -> None:
         if not hasattr(torch.ops.torchvision, name):
             torch.library.define(f'torchvision::{name}', schema[len(name) :])
     logger.warning(
-        "torchvision's compiled operators do not load beside torch %s (%s). Its Python parts serve without them; "
-        'install the torchvision that matches torch to have the operators too.',
+        "torchvision's compiled operators do not load with torch %s (%s). Its Python parts work without them; "
+        'install the torchvision that matches torch to use the operators too.',
         torch.__version__,
         reason,
     )
@@ -111,9 +111,9 @@ def _find_torchvision_library() -> str | None:
 def _patch_checkpoint_loading() -> None:
     """Let ``torch.load`` read the checkpoints of mmengine's runner with ``weights_only=True``, torch 2.6's default.
 
-    Beside tensors they hold the message hub: ``HistoryBuffer``, which pickles its statistics methods by ``getattr``,
-    NumPy arrays and NumPy scalars. Exactly these are declared safe. ``getattr`` itself would not be: the name is bound
-    to a function that hands out ``HistoryBuffer``'s public methods and refuses everything else.
+    Besides tensors, they contain the message hub: NumPy arrays, NumPy scalars and ``HistoryBuffer``, which pickles its
+    statistics methods by ``getattr``. Exactly these are allowed. ``getattr`` itself would not be safe: its name is
+    bound to a function that returns ``HistoryBuffer``'s public methods and rejects everything else.
     """
     multiarray = importlib.import_module('numpy._core.multiarray' if hasattr(np, '_core') else 'numpy.core.multiarray')
     classes = [HistoryBuffer, np.ndarray, np.dtype, *{type(np.dtype(code)) for code in _NUMERIC_DTYPES}]
@@ -135,10 +135,10 @@ def _history_buffer_method(owner: Any, name: str) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def name_unreadable_files() -> Iterator[None]:
-    """While active, an image or label map that cannot be read ends in a :class:`CommandError` that names the file.
+    """Raise a :class:`CommandError` that names the file if an image or label map cannot be read within the context.
 
-    The libraries' loading transforms let a decoder's error pass without the file's name, or say nothing at all of a
-    file that decodes to nothing; DataLoader workers, which are forked meanwhile, inherit the naming.
+    The host libraries' loading transforms raise the decoder's error without the file's name, or none at all for a file
+    that decodes to nothing. DataLoader workers forked within the context inherit the patch.
     """
     loading = importlib.import_module('mmcv.transforms.loading')
     originals = {cls: cls.transform for cls in (loading.LoadImageFromFile, loading.LoadAnnotations)}
@@ -170,17 +170,17 @@ def _naming(transform: Callable[..., Any], key: str, kind: str) -> Callable[...,
 
 @functools.cache
 def allow_inheritance() -> None:
-    """Let mmengine find ``'ssm_backbones::...'`` among configs, which it does for OpenMMLab's own packages only.
+    """Let mmengine resolve base configs named ``'ssm_backbones::...'``, as it does for OpenMMLab's own packages.
 
-    What mmengine reads from another package it builds in the registries of that package's name. These configs name the
-    parts of whichever host library they inherit from, so they are read as if they lay beside the config.
+    mmengine builds the parts of a config from another package in the registries of that package's scope. These configs
+    name parts of the host library that they inherit from, so no scope is returned for them.
     """
     MODULE2PACKAGE.setdefault(PACKAGE, PACKAGE)
     find = Config._get_cfg_path
 
     @functools.cache
     def find_elsewhere(cfg_path: str) -> tuple[str, str | None]:
-        # mmengine first reads all of a library's metafiles, in tenths of a second, where no metafile lists a base.
+        # mmengine would first read all of a library's metafiles, which takes tenths of a second and lists no base.
         return _find_base(cfg_path) or find(cfg_path, '')
 
     def find_here_too(cfg_path: str, filename: str) -> tuple[str, str | None]:
@@ -193,7 +193,7 @@ def allow_inheritance() -> None:
 
 
 def _find_base(cfg_path: str) -> tuple[str, str] | None:
-    """The file and scope for such as ``'mmdet::_base_/default_runtime.py'``; None where mmengine has to look."""
+    """Return the file and scope of e.g. ``'mmdet::_base_/default_runtime.py'``, or None to let mmengine search."""
     package, _, name = cfg_path.partition('::')
     if package not in MODULE2PACKAGE or not name.startswith('_base_/'):
         return None
@@ -204,6 +204,7 @@ def _find_base(cfg_path: str) -> tuple[str, str] | None:
 
 @functools.cache
 def let_mmcv_take_bfloat16() -> None:
+    """Make mmcv's RoIAlign and NMS, which do not support bfloat16, compute bfloat16 inputs in float32."""
     from mmcv.ops import RoIAlign
     from mmcv.ops.nms import NMSop
 
@@ -224,7 +225,7 @@ def _in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def without_pil_limit() -> Iterator[None]:
-    """Lift PIL's own bound on pixels; here the only bound is the one that was asked for."""
+    """Lift PIL's own limit on pixels, so that only the caller's limit applies."""
     from PIL import Image
 
     limit = Image.MAX_IMAGE_PIXELS

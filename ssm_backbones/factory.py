@@ -1,8 +1,7 @@
-"""The backbones as plain modules, for users without configs."""
+"""Build backbones by name as plain PyTorch modules, without a config."""
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,15 +9,16 @@ from typing import Any
 from ssm_backbones.backbones import V2M, Mamba2D, VMamba
 from ssm_backbones.backbones.base import SSMBackbone
 from ssm_backbones.checkpoints import load_backbone
+from ssm_backbones.utils.errors import did_you_mean
 
 _FAMILIES: dict[str, Any] = {'vmamba': VMamba, 'v2m': V2M, 'mamba2d': Mamba2D}
 
 
 class FeatureInfo(Sequence[Mapping[str, Any]]):
-    """What a backbone's maps are, with the interface of timm's class of this name.
+    """Channels, strides and names of a backbone's maps, with the interface of timm's class of this name.
 
     Each item is a dict with ``num_chs`` (channels), ``reduction`` (stride: pixels of the image along a side of one
-    pixel of the map), ``index`` (the out index) and ``module`` (the module that makes the map).
+    pixel of the map), ``index`` (the out index) and ``module`` (the module that computes the map).
 
     Attributes:
         out_indices: The out indices, in the order of the maps.
@@ -43,15 +43,15 @@ class FeatureInfo(Sequence[Mapping[str, Any]]):
         return iter(self._items)
 
     def channels(self, index: int | None = None) -> Any:
-        """Channels of all maps, or of one."""
+        """Return the channels of all maps, or of one."""
         return self._get('num_chs', index)
 
     def reduction(self, index: int | None = None) -> Any:
-        """Strides of all maps, or of one."""
+        """Return the strides of all maps, or of one."""
         return self._get('reduction', index)
 
     def module_name(self, index: int | None = None) -> Any:
-        """Names of the modules that make all maps, or one."""
+        """Return the names of the modules that compute all maps, or one."""
         return self._get('module', index)
 
     def _get(self, key: str, index: int | None) -> Any:
@@ -62,7 +62,7 @@ class FeatureInfo(Sequence[Mapping[str, Any]]):
 
 
 def list_backbones() -> list[str]:
-    """The names that :func:`create_backbone` takes: family and arch."""
+    """Return the names that :func:`create_backbone` takes: family and arch."""
     names = []
     for family, kind in _FAMILIES.items():
         archs = [*getattr(kind, 'ALIASES', {}), *kind.ARCHS]
@@ -78,7 +78,7 @@ def create_backbone(
     in_channels: int = 3,
     **options: Any,
 ) -> SSMBackbone:
-    """Build a backbone by its name, with weights from a file where one is given.
+    """Build a backbone by its name, optionally with weights from a checkpoint.
 
     Args:
         name: Family and arch, such as ``'vmamba-tiny'``, ``'v2m-hier-small'`` or ``'mamba2d-nano'``; see
@@ -88,23 +88,21 @@ def create_backbone(
             ``in_channels``.
         out_indices: Stages whose maps are returned; all of a hierarchical backbone, the last block of a plain one.
         in_channels: Channels of the images.
-        options: What else the family's class takes, such as ``drop_path_rate``, ``frozen_stages``, ``with_cp``, and
-            ``pyramid`` for a plain V2M.
+        options: Further arguments of the family's class, such as ``drop_path_rate``, ``frozen_stages``, ``with_cp``,
+            and ``pyramid`` for a plain V2M.
 
     Returns:
-        A module from images (B, in_channels, H, W), any H, W >= 1, float, to a tuple of maps (B, C_i, H_i, W_i). Its
-        ``feature_info``, a :class:`FeatureInfo`, tells channels and strides.
+        A module from floating-point images (B, in_channels, H, W), any H, W >= 1, to a tuple of maps
+        (B, C_i, H_i, W_i). Its ``feature_info``, a :class:`FeatureInfo`, gives channels and strides.
 
     Raises:
         ValueError: If the name is unknown or an option is out of range.
-        CheckpointError: If the checkpoint cannot be read or does not fit.
+        CheckpointError: If the checkpoint cannot be read or does not match.
     """
     family, _, arch = name.partition('-')
     if family not in _FAMILIES or not arch:
         known = list_backbones()
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f' (did you mean {close[0]!r}?)' if close else ''
-        raise ValueError(f'there is no backbone {name!r}{hint}. Known: {", ".join(known)}')
+        raise ValueError(f'there is no backbone {name!r}{did_you_mean(name, known)}. Known: {", ".join(known)}')
     if out_indices is not None:
         options['out_indices'] = out_indices
     backbone: SSMBackbone = _FAMILIES[family](arch=arch, in_channels=in_channels, **options)

@@ -1,1 +1,1 @@
-"""From a config and a checkpoint to a model and its images, one way for every tool."""
+"""Models, configs, images and checks: from a config and a checkpoint to a model, for every tool."""

@@ -1,4 +1,4 @@
-"""Checks before a training or a test starts, so that what is missing is named at once and nothing is half-written."""
+"""Checks before training or testing: missing data, checkpoints and devices are reported before anything is written."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from ssm_backbones.utils.errors import CommandError
 
 
 def check_data(cfg: Config, modes: Sequence[str]) -> None:
-    """Check that the files and folders that the datasets and evaluators of ``modes`` name exist.
+    """Check that the files and folders of the datasets and evaluators of ``modes`` exist.
 
-    Annotation files, image folders and data roots on the local disk are looked up; files behind another storage
-    backend are not, nor are datasets that download themselves.
+    Checked are annotation files, image folders and data roots on the local disk. Not checked are files in other
+    storage backends and datasets that download themselves.
 
     Args:
         cfg: The config.
         modes: Some of ``'train'``, ``'val'`` and ``'test'``.
 
     Raises:
-        CommandError: Naming the config key and the path that is missing.
+        CommandError: If a path is missing. The message names it and its config key.
     """
     for mode in modes:
         loader = cfg.get(f'{mode}_dataloader')
         if loader is not None:
-            for key, dataset in _leaf_datasets(loader.dataset, f'{mode}_dataloader.dataset'):
+            for key, dataset in leaf_datasets(loader.dataset, f'{mode}_dataloader.dataset'):
                 _check_dataset(dataset, key, cfg.default_scope)
         evaluators = cfg.get(f'{mode}_evaluator') or []
         for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
@@ -43,19 +43,19 @@ def check_checkpoint(path: str | None, key: str) -> None:
     """Check that a checkpoint on the local disk exists; URLs and ``scheme://`` names are left to mmengine.
 
     Raises:
-        CommandError: Naming the option or config key and the path.
+        CommandError: If the file is missing. The message names it and the option or config key.
     """
     if path is not None and '://' not in path and not os.path.isfile(os.path.expanduser(path)):
         raise CommandError(f'{key}: checkpoint {path} does not exist.')
 
 
 def check_device(name: str | None) -> torch.device:
-    """The device that a ``--device`` names: ``'cpu'``, ``'cuda'`` or ``'cuda:1'``; by default a GPU where there is one.
+    """Return the device named by ``--device``: ``'cpu'``, ``'cuda'`` or ``'cuda:1'``; by default a GPU if available.
 
-    Nothing is placed on it, so that processes which go on to other GPUs occupy none of its memory.
+    No memory is allocated on it, so that processes that use other GPUs occupy none of it.
 
     Raises:
-        CommandError: If there is no such device.
+        CommandError: If the device does not exist.
     """
     try:
         device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
@@ -72,13 +72,14 @@ def check_device(name: str | None) -> torch.device:
 
 
 def check_init_cfg(model: Mapping[str, Any], key: str = 'model') -> None:
-    """Check every checkpoint that an ``init_cfg`` anywhere in the model names.
+    """Check the checkpoint of every ``init_cfg`` in a model's config.
 
-    Of a backbone of this package, a local file of type ``Pretrained`` also has to fit: mmengine would log what does
-    not, and train from what the backbone was initialised to.
+    For a backbone of this package, a local file of type ``Pretrained`` also has to match the backbone: mmengine would
+    only log the mismatches and train from the random initialisation.
 
     Raises:
-        CommandError: Naming the config key and the path, and the first mismatches or the type or prefix to give.
+        CommandError: If a checkpoint is missing or does not match. The message names the config key and the path, and
+            the first mismatches or the type or prefix to set.
     """
     for name, value in model.items():
         inner = f'{key}.{name}'
@@ -97,12 +98,13 @@ def check_init_cfg(model: Mapping[str, Any], key: str = 'model') -> None:
                     check_init_cfg(item, f'{inner}[{index}]')
 
 
-def _leaf_datasets(dataset: Mapping[str, Any], key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def leaf_datasets(dataset: Any, key: str = '') -> Iterator[tuple[str, Any]]:
+    """Yield the config key and the config of each dataset inside wrappers such as RepeatDataset and ConcatDataset."""
     if isinstance(dataset.get('dataset'), Mapping):
-        yield from _leaf_datasets(dataset['dataset'], f'{key}.dataset')
+        yield from leaf_datasets(dataset['dataset'], f'{key}.dataset')
     elif isinstance(dataset.get('datasets'), (list, tuple)):
         for index, inner in enumerate(dataset['datasets']):
-            yield from _leaf_datasets(inner, f'{key}.datasets[{index}]')
+            yield from leaf_datasets(inner, f'{key}.datasets[{index}]')
     else:
         yield key, dataset
 
@@ -113,7 +115,7 @@ def _check_dataset(dataset: Mapping[str, Any], key: str, scope: str) -> None:
     root = dataset.get('data_root') or ''
     if root and _is_local(root) and not os.path.isdir(root):
         raise CommandError(_missing(f'{key}.data_root', root))
-    # mmpretrain's datasets with a `split` fall back on scanning the folder where their list file is not there.
+    # mmpretrain's datasets with a `split` scan the folder if their list file is missing.
     if not dataset.get('split'):
         _check_path(dataset, 'ann_file', root, key)
     prefix = dataset.get('data_prefix') or {}

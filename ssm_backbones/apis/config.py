@@ -1,4 +1,4 @@
-"""Read a config and import the library that it belongs to."""
+"""Read a config and import its host library."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ HOST_PACKAGES = {'mmpretrain': 'mmpretrain', 'mmdet': 'mmdet', 'mmseg': 'mmsegme
 
 
 def load_config(path: str | Path, cfg_options: Mapping[str, Any] | None = None) -> Config:
-    """Read a config file, import the library that it belongs to, and apply the options.
+    """Read a config file, apply the options and import the host library of its ``default_scope``.
 
     Raises:
-        CommandError: If the file is missing or no config, if its ``default_scope`` is none of mmpretrain, mmdet and
+        CommandError: If the file is missing or not a config, if its ``default_scope`` is not mmpretrain, mmdet or
             mmseg, or if that library is not installed.
     """
     path = Path(path)

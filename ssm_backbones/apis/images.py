@@ -1,11 +1,11 @@
-"""Find the images that an argument names, and check that they can be read."""
+"""Find the images that an argument stands for, and check that they can be read."""
 
 from __future__ import annotations
 
 import glob
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -14,7 +14,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 
-from ssm_backbones.apis.checks import check_data
+from ssm_backbones.apis.checks import check_data, leaf_datasets
 from ssm_backbones.compat import without_pil_limit
 from ssm_backbones.utils.errors import CommandError
 
@@ -28,9 +28,9 @@ class InputImage:
     """One image to export.
 
     Attributes:
-        id: What tells it from the others: a data set's own id, or its path below the folder that was given.
-        path: Its file.
-        extra: What a data set knows about it: ``label`` (class of the whole image), ``label_map`` (path).
+        id: Unique identifier: the data set's own id, or the path relative to the given folder.
+        path: Path of the image file.
+        extra: Annotations from a data set: ``label`` (class of the whole image), ``label_map`` (path).
     """
 
     id: str
@@ -39,7 +39,7 @@ class InputImage:
 
 
 class UnreadableImage(Exception):
-    """Raised for an image that cannot be used; the message says why."""
+    """An image that cannot be used; the message gives the reason."""
 
 
 def find_images(given: str, cfg: Config, image_folder: str | None = None) -> list[InputImage]:
@@ -49,11 +49,12 @@ def find_images(given: str, cfg: Config, image_folder: str | None = None) -> lis
         given: ``train``, ``val`` or ``test``, a split of the config; an image; a folder, searched for images below
             it; a pattern such as ``'shots/*.png'`` (``**`` for any folders); or a file of COCO annotations (.json).
         cfg: The config, for the splits.
-        image_folder: Where the images of a COCO file lie. By default the folder named like the end of its name
-            beside it or beside its folder (``val2017`` for ``annotations/instances_val2017.json``), else its own.
+        image_folder: Folder of the images of a COCO file. By default a folder named after the end of the file's name,
+            next to the file or to its folder (``val2017`` for ``annotations/instances_val2017.json``), else the file's
+            own folder.
 
     Raises:
-        CommandError: If there is no such image, or two have the same id.
+        CommandError: If no image is found, or two have the same id.
     """
     if image_folder is not None and not given.endswith('.json'):
         raise CommandError(f'--image-folder goes with a COCO file (.json), not with {given}.')
@@ -78,14 +79,14 @@ def find_images(given: str, cfg: Config, image_folder: str | None = None) -> lis
 
 
 def test_pipeline(cfg: Config) -> list[dict[str, Any]]:
-    """Return the transforms that the config puts a test image through, without those that load annotations.
+    """Return the config's test transforms, without those that load annotations.
 
     Raises:
-        CommandError: If the config has none.
+        CommandError: If the config has no test or validation pipeline.
     """
     for mode in ('test', 'val'):
         loader = cfg.get(f'{mode}_dataloader')
-        dataset = next(_leaves(loader.dataset), None) if loader is not None else None
+        dataset = next((leaf for _, leaf in leaf_datasets(loader.dataset)), None) if loader is not None else None
         if dataset is not None and dataset.get('pipeline'):
             pipeline = [dict(step) for step in deepcopy(dataset.pipeline)]
             return [step for step in pipeline if 'Annotations' not in str(step['type'])]
@@ -96,10 +97,10 @@ test_pipeline.__test__ = False  # type: ignore[attr-defined]
 
 
 def check_readable(path: str, max_pixels: int) -> None:
-    """Refuse what decoders would swallow in silence (files cut off) or choke on (huge images).
+    """Reject truncated files, which decoders accept silently, and images that are too large to process.
 
     Raises:
-        UnreadableImage: Saying what is wrong.
+        UnreadableImage: If the image cannot be used. The message gives the reason.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -129,7 +130,7 @@ def _of_split(split: str, cfg: Config) -> list[InputImage]:
         raise CommandError(f'the config has no {split}_dataloader.')
     check_data(cfg, (split,))
     images = []
-    for settings in _leaves(loader.dataset):
+    for _, settings in leaf_datasets(loader.dataset):
         settings = deepcopy(settings)
         settings.pipeline = []
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
@@ -191,13 +192,3 @@ def _check_ids(images: Sequence[InputImage]) -> None:
         if image.id in seen:
             raise CommandError(f'{seen[image.id]} and {image.path} have the same id, {image.id!r}.')
         seen[image.id] = image.path
-
-
-def _leaves(dataset: Any) -> Iterator[Any]:
-    if isinstance(dataset.get('dataset'), Mapping):
-        yield from _leaves(dataset['dataset'])
-    elif isinstance(dataset.get('datasets'), (list, tuple)):
-        for inner in dataset['datasets']:
-            yield from _leaves(inner)
-    else:
-        yield dataset

@@ -1,4 +1,4 @@
-"""Build models, and parts of them, from a config and a checkpoint, ready for inference."""
+"""Build models, or their backbone and neck, from a config and a checkpoint for inference."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _PREPROCESSORS = {'mmpretrain': 'ClsDataPreprocessor', 'mmdet': 'DetDataPreproce
 
 
 class FeatureExtractor(nn.Module):
-    """A model's preprocessing and its backbone, and its neck if asked for: images in, maps out.
+    """A model's data preprocessor, backbone and optional neck: images in, feature maps out.
 
     Attributes:
-        preprocessor: The host library's data preprocessor: normalises and pads.
+        preprocessor: The host library's data preprocessor, which normalises and pads.
         backbone: The backbone.
         neck: The neck, or None.
     """
@@ -42,11 +42,11 @@ class FeatureExtractor(nn.Module):
         self.neck = neck
 
     def preprocess(self, data: Mapping[str, Any]) -> Tensor:
-        """Turn packed images (lists ``inputs`` and ``data_samples``) into a batch (B, C, H, W), float32."""
+        """Collate packed images (lists ``inputs`` and ``data_samples``) into a batch (B, C, H, W), float32."""
         return self.preprocessor(dict(data), False)['inputs']
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Compute the maps (B, C_i, H_i, W_i) of preprocessed images (B, C, H, W)."""
+        """Compute the feature maps (B, C_i, H_i, W_i) of preprocessed images (B, C, H, W)."""
         maps = self.backbone(images)
         if self.neck is not None:
             maps = self.neck(maps)
@@ -57,13 +57,13 @@ def build_extractor(cfg: Config, checkpoint: str | None, with_neck: bool = False
     """Build the backbone (and neck) of a config's model with the weights of a checkpoint, in evaluation mode.
 
     Args:
-        cfg: An mmpretrain, mmdet or mmseg config, as :func:`~ssm_backbones.apis.config.load_config` gives it.
-        checkpoint: The model's checkpoint, or one of the backbone alone (official ones too) where no neck is asked
-            for; None leaves the weights as initialised.
-        with_neck: Whether the maps pass the neck.
+        cfg: An mmpretrain, mmdet or mmseg config, from :func:`~ssm_backbones.apis.config.load_config`.
+        checkpoint: The model's checkpoint or, without a neck, one of the backbone alone (official ones too). None keeps
+            the initial weights.
+        with_neck: Whether to include the neck.
 
     Raises:
-        CommandError: If the model has no such part, or the checkpoint does not fit.
+        CommandError: If the model has no such part, or the checkpoint does not match.
     """
     model = cfg.model
     if 'backbone' not in model:
@@ -93,13 +93,12 @@ def build_model(cfg: Config, checkpoint: str | None = None, device: str = 'cpu')
     """Build a config's whole model, in evaluation mode.
 
     Args:
-        cfg: An mmpretrain, mmdet or mmseg config, as :func:`~ssm_backbones.apis.config.load_config` gives it.
-        checkpoint: The model's checkpoint, which has to fit exactly; None leaves the weights as the constructors drew
-            them.
-        device: Where the model is built; ``'meta'`` takes no memory, and no checkpoint.
+        cfg: An mmpretrain, mmdet or mmseg config, from :func:`~ssm_backbones.apis.config.load_config`.
+        checkpoint: The model's checkpoint, which has to match exactly. None keeps the weights of the constructors.
+        device: Device of the model; ``'meta'`` allocates no memory and cannot load a checkpoint.
 
     Raises:
-        CommandError: If the checkpoint does not fit.
+        CommandError: If the checkpoint does not match.
     """
     check_checkpoint(checkpoint, 'checkpoint')
     importlib.import_module(f'{cfg.default_scope}.models')
@@ -114,16 +113,16 @@ def build_model(cfg: Config, checkpoint: str | None = None, device: str = 'cpu')
 
 
 def preprocessor_config(cfg: Config) -> dict[str, Any]:
-    """Return the data preprocessor's config, which lies in the model or beside it, by the library's default type."""
+    """Return the data preprocessor's config, from the model or the top level, with the library's default type."""
     settings = dict(cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {})
     settings.setdefault('type', _PREPROCESSORS[cfg.default_scope])
-    # What is mixed or resized for training alone: no part of inference, and its parts ask for more settings.
+    # Mixing and resizing for training only; building them would need more settings.
     settings.pop('batch_augments', None)
     return settings
 
 
 def fingerprint(extractor: FeatureExtractor, cfg: Config, pipeline: Sequence[Mapping[str, Any]]) -> str:
-    """Hash all that the features depend on: weights and settings of the parts, and the preprocessing.
+    """Hash everything that the features depend on: weights, settings and preprocessing.
 
     Returns:
         64 hexadecimal digits (SHA-256).
@@ -142,7 +141,7 @@ def fingerprint(extractor: FeatureExtractor, cfg: Config, pipeline: Sequence[Map
 
 
 def _plain(value: Any) -> Any:
-    """Drop ``init_cfg`` from settings: where the weights came from is not what they are."""
+    """Return settings as plain values without ``init_cfg``, since the weights are hashed themselves."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items() if key != 'init_cfg'}
     if isinstance(value, (list, tuple)):
@@ -151,10 +150,10 @@ def _plain(value: Any) -> Any:
 
 
 def _load_strictly(module: nn.Module, checkpoint: str, part: str = '') -> None:
-    """Load a part of the model, such as ``neck``, or the whole one.
+    """Load the whole model or the part with a given name, e.g. ``neck``.
 
     Raises:
-        CheckpointError: If the checkpoint does not hold exactly that.
+        CheckpointError: If the checkpoint's tensors do not match exactly.
     """
     prefix = f'{part}.' if part else ''
     held = own_weights(read_checkpoint(checkpoint))

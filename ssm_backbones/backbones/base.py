@@ -1,6 +1,5 @@
-"""What all backbones have in common: stages, output norms, freezing, layer depths, and checks of what users pass."""
+"""Base class of the backbones: stages, output norms, freezing, layer depths, and validation of arguments."""
 
-import difflib
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from ssm_backbones.layers.common import feature_map
+from ssm_backbones.utils.errors import did_you_mean
 
 
 class Stage(nn.Module):
@@ -21,9 +21,9 @@ class Stage(nn.Module):
     ``forward`` runs the blocks alone, because a feature map is taken before the downsampling.
 
     Args:
-        blocks: modules from (B, H, W, C) to (B, H, W, C).
-        downsample: what follows the blocks where there is a next stage; None means nothing.
-        with_cp: recompute each block in the backward pass instead of keeping its activations.
+        blocks: Modules from (B, H, W, C) to (B, H, W, C).
+        downsample: Layer that leads to the next stage, or None for the last one.
+        with_cp: Recompute each block in the backward pass instead of keeping its activations.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None = None, with_cp: bool = False) -> None:
@@ -46,24 +46,24 @@ class SSMBackbone(BaseModule):
 
     A subclass calls this constructor, assigns ``patch_embed`` (image (B, C, H, W) to map (B, H, W, C)) and ``stages``
     (an ``nn.ModuleList`` of :class:`Stage`, the first ``self.num_built_stages`` of the architecture), and ends its own
-    constructor with :meth:`_init_output_norms`. Stages behind the last chosen one are not built: they would hold
-    parameters that no gradient reaches.
+    constructor with :meth:`_init_output_norms`. Stages after the last chosen one are not built: their parameters would
+    get no gradient.
 
     Args:
-        num_features: channels of each of the architecture's stages.
-        in_channels: channels of the images.
-        out_indices: stages whose maps are returned, in the order of the returned tuple; negative ones count
+        num_features: Channels of each of the architecture's stages.
+        in_channels: Channels of the images.
+        out_indices: Stages whose maps are returned, in the order of the returned tuple; negative ones count
             from the end.
         frozen_stages: -1 trains everything, 0 freezes the stem, k the stem and the first k stages (with their output
             norms and downsampling).
-        with_cp: trade time for memory: recompute the blocks in the backward pass.
-        norm_eval: keep batch norms in evaluation mode while training. Layer norms behave alike in both modes, so this
-            matters only where a batch norm was put in.
+        with_cp: Trade time for memory: recompute the blocks in the backward pass.
+        norm_eval: Keep batch norms in evaluation mode while training. Layer norms behave the same in both modes, so
+            this only matters if batch norms were added.
         init_cfg: mmengine's initialisation config, e.g. ``dict(type='Pretrained', checkpoint=...)``.
     """
 
     before_loading: ClassVar[Callable[['SSMBackbone', dict[str, Any], str], None] | None] = None
-    """What looks at a state dict before it is loaded, as :mod:`ssm_backbones.checkpoints` does, which sets it."""
+    """Hook called with a state dict before it is loaded; set by :mod:`ssm_backbones.checkpoints`."""
 
     patch_embed: nn.Module
     # An nn.ModuleList, whose items would otherwise count as plain modules instead of stages.
@@ -90,7 +90,7 @@ class SSMBackbone(BaseModule):
 
     @property
     def num_built_stages(self) -> int:
-        """How many of the architecture's stages exist: up to the last one in ``out_indices``."""
+        """Number of the architecture's stages that are built: up to the last one in ``out_indices``."""
         return max(self.out_indices) + 1
 
     @property
@@ -105,7 +105,7 @@ class SSMBackbone(BaseModule):
 
     @property
     def output_modules(self) -> dict[int, str]:
-        """Name of the module that makes each returned map, by the map's index."""
+        """Name of the module that computes each returned map, by the map's index."""
         return {i: f'norm{i}' for i in self.out_indices}
 
     @property
@@ -115,7 +115,7 @@ class SSMBackbone(BaseModule):
 
     @property
     def stage_names(self) -> tuple[str, ...]:
-        """What titles call each built stage."""
+        """Name of each built stage, for titles."""
         return tuple(f'stage {i}' for i in range(self.num_built_stages))
 
     @property
@@ -124,17 +124,17 @@ class SSMBackbone(BaseModule):
         return tuple(len(stage.blocks) for stage in self.stages)
 
     def _init_output_norms(self) -> None:
-        """Add the output norms and freeze what is to be frozen; the last step of a subclass's constructor."""
+        """Add the output norms and freeze the frozen stages; the last call of a subclass's constructor."""
         for i in sorted(self.out_indices):
             self.add_module(f'norm{i}', self.build_output_norm(i))
         self._freeze()
 
     def build_output_norm(self, stage: int) -> nn.Module:
-        """The norm of a stage's feature map, on (B, H, W, C)."""
+        """Build the norm of a stage's feature map, on (B, H, W, C)."""
         return nn.LayerNorm(self.num_features[stage])
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Turn images (B, in_channels, H, W) of any H, W >= 1 into maps (B, C_i, H_i, W_i), one for each out index."""
+        """Compute maps (B, C_i, H_i, W_i), one per out index, of images (B, in_channels, H, W) of any H, W >= 1."""
         self.check_images(x)
         x = self.patch_embed(x)
         maps = {}
@@ -146,14 +146,14 @@ class SSMBackbone(BaseModule):
         return tuple(maps[i] for i in self.out_indices)
 
     def output(self, stage: int, x: Tensor) -> Tensor:
-        """Return what leaves the backbone of a stage, from the map (B, H, W, C) of its last block."""
+        """Return a stage's feature map (B, C, H, W) from the map (B, H, W, C) of its last block."""
         return feature_map(self.output_norm(stage)(x))
 
     def output_norm(self, stage: int) -> nn.Module:
         """Return the norm of a stage in ``out_indices``.
 
         Raises:
-            RuntimeError: if the subclass's constructor has not added it.
+            RuntimeError: If the subclass's constructor has not added it.
         """
         norm = getattr(self, f'norm{stage}', None)
         if norm is None:
@@ -163,13 +163,13 @@ class SSMBackbone(BaseModule):
         return norm
 
     def drop_class_tokens(self, x: Tensor) -> Tensor:
-        """Return a stage's map (B, H, W, C) without what is no part of the image; here there is none."""
+        """Return a stage's map (B, H, W, C) without class tokens; here there are none."""
         return x
 
     def leaves_out(self, name: str) -> bool:
-        """Whether a tensor is of a part of the architecture that this backbone was built without.
+        """Return whether a tensor belongs to a part of the architecture that this backbone was built without.
 
-        Those are the stages behind the last of ``out_indices``, the downsampling between, and output norms.
+        Those parts are the stages after the last of ``out_indices``, the downsampling between, and output norms.
         """
         part = re.match(r'(norm|stages\.)(\d+)\.(\w+)', name)
         if part is None:
@@ -181,13 +181,13 @@ class SSMBackbone(BaseModule):
         return last < stage < len(self.num_features) or (stage == last and part[3] == 'downsample')
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Called by torch and by mmengine alike, which loads state dicts its own way; both pass a copy.
+        # Called by torch and by mmengine, which has its own way of loading state dicts; both pass a copy.
         if SSMBackbone.before_loading is not None:
             SSMBackbone.before_loading(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def check_images(self, x: Tensor) -> None:
-        """Raise a ValueError or TypeError that says what is wrong with a batch of images."""
+        """Raise a ValueError or TypeError if a batch of images has an unsupported shape or dtype."""
         name = type(self).__name__
         if not isinstance(x, Tensor):
             raise TypeError(f'{name} takes a tensor of images (B, {self.in_channels}, H, W), got {type(x).__name__}')
@@ -205,7 +205,7 @@ class SSMBackbone(BaseModule):
             )
 
     def train(self, mode: bool = True) -> 'SSMBackbone':
-        """Switch the mode of everything but the frozen stages, which stay in evaluation mode."""
+        """Set training mode, except for the frozen stages, which stay in evaluation mode."""
         super().train(mode)
         self._freeze()
         if mode and self.norm_eval:
@@ -215,7 +215,7 @@ class SSMBackbone(BaseModule):
         return self
 
     def frozen_modules(self) -> Iterator[nn.Module]:
-        """The modules that ``frozen_stages`` covers."""
+        """Yield the modules that ``frozen_stages`` covers."""
         if self.frozen_stages >= 0:
             yield self.patch_embed
         for i, stage in enumerate(self.stages[: max(self.frozen_stages, 0)]):
@@ -228,15 +228,16 @@ class SSMBackbone(BaseModule):
             module.eval().requires_grad_(False)
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
-        """The depth of a parameter for layer-wise learning-rate decay, as mmpretrain's optimiser constructor asks.
+        """Return a parameter's layer for layer-wise learning-rate decay, in mmpretrain's interface.
 
         Args:
-            param_name: the parameter's name in the whole model.
-            prefix: the backbone's own prefix in that name, e.g. ``'backbone.'``.
+            param_name: The parameter's name in the whole model.
+            prefix: The backbone's own prefix in that name, e.g. ``'backbone.'``.
 
         Returns:
-            (layer_id, num_layers): 0 for the stem, the running number of the block (from 1) for blocks, that of the
-            stage's last block for a downsampling, num_layers - 1 for output norms and all that is not the backbone's.
+            (layer_id, num_layers): layer_id is 0 for the stem, the running number of the block (from 1) for blocks,
+            that of the stage's last block for a downsampling, and num_layers - 1 for output norms and parameters
+            outside the backbone.
         """
         depths = self.depths
         num_layers = sum(depths) + 2
@@ -258,26 +259,25 @@ def resolve_arch(
     aliases: Mapping[str, str],
     keys: Sequence[str],
 ) -> dict[str, Any]:
-    """The settings that ``arch`` stands for: a row of the family's table by its name or alias, or a dict of its own.
+    """Return the settings of ``arch``: a row of the family's table, given by name or alias, or a copy of the dict.
 
     Args:
-        family: the backbone's type, for messages.
-        arch: a name, or a mapping with exactly ``keys``.
-        archs: the family's table.
-        aliases: short names and what they stand for.
-        keys: what a dict has to set.
+        family: The backbone's type, for messages.
+        arch: A name, or a mapping with exactly ``keys``.
+        archs: The family's table.
+        aliases: Maps short names to names of the table.
+        keys: The required keys of a dict.
 
     Raises:
-        ValueError: if the name is unknown, or keys are missing or unknown.
-        TypeError: if ``arch`` is neither a name nor a mapping.
+        ValueError: If the name is unknown, or keys are missing or unknown.
+        TypeError: If ``arch`` is neither a name nor a mapping.
     """
     if isinstance(arch, str):
         name = aliases.get(arch, arch)
         if name not in archs:
             known = [*aliases, *archs]
-            close = difflib.get_close_matches(arch, known, n=1)
             raise ValueError(
-                f'{family} has no arch {arch!r}{f" (did you mean {close[0]!r}?)" if close else ""}. '
+                f'{family} has no arch {arch!r}{did_you_mean(arch, known)}. '
                 f'Known: {", ".join(known)}; or pass a dict with the keys {", ".join(keys)}'
             )
         return dict(archs[name])
@@ -294,11 +294,11 @@ def resolve_arch(
 
 
 def resolve_out_indices(out_indices: int | Sequence[int], num_stages: int) -> tuple[int, ...]:
-    """Stage numbers in the given order, negative ones counted from the end.
+    """Return stage numbers in the given order, with negative ones resolved from the end.
 
     Raises:
-        TypeError: for anything but an integer or a sequence of integers.
-        ValueError: if none is given, one is out of range, or one is given twice.
+        TypeError: If ``out_indices`` is neither an integer nor a sequence of integers.
+        ValueError: If it is empty, or an index is out of range or given twice.
     """
     given = [out_indices] if isinstance(out_indices, int) else out_indices
     if isinstance(given, str) or not isinstance(given, Sequence):
@@ -314,7 +314,7 @@ def resolve_out_indices(out_indices: int | Sequence[int], num_stages: int) -> tu
 
 
 def check_integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
-    """``value`` as an int, or an error that names it."""
+    """Return ``value`` as an int, or raise an error that names the argument."""
     if isinstance(value, bool):
         raise TypeError(f'{name} takes integers, got {value!r}')
     try:
@@ -328,14 +328,14 @@ def check_integer(name: str, value: Any, minimum: int, maximum: int | None = Non
 
 
 def check_depths(name: str, depths: Any) -> tuple[int, ...]:
-    """A non-empty sequence of positive block numbers, as a tuple."""
+    """Return a non-empty sequence of positive integers as a tuple."""
     if isinstance(depths, str) or not isinstance(depths, Sequence) or not depths:
         raise TypeError(f'{name} takes a non-empty sequence of integers, got {depths!r}')
     return tuple(check_integer(name, depth, minimum=1) for depth in depths)
 
 
 def drop_path_schedule(drop_path_rate: float, depths: Sequence[int]) -> list[list[float]]:
-    """Drop probabilities of each stage's blocks, rising linearly from 0 to ``drop_path_rate`` over all blocks."""
+    """Return the drop probabilities of each stage's blocks, rising linearly from 0 to ``drop_path_rate``."""
     if not 0.0 <= drop_path_rate < 1.0:
         raise ValueError(f'drop_path_rate must lie in [0, 1), got {drop_path_rate!r}')
     rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device='cpu').tolist())

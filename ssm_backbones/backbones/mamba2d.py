@@ -50,9 +50,9 @@ class Mamba2DBlock(nn.Module):
     """``x * scale1 + mixer(LN(x))``, then ``x * scale2 + MLP(LN(x))``, on maps (B, H, W, C).
 
     Args:
-        channels: width C.
-        mixer: module from (B, H, W, C) to the same.
-        drop_path: probability of dropping each branch of a sample while training.
+        channels: Width C.
+        mixer: Module from (B, H, W, C) to the same.
+        drop_path: Probability of dropping each branch of a sample while training.
     """
 
     def __init__(self, channels: int, mixer: nn.Module, drop_path: float = 0.0) -> None:
@@ -70,7 +70,7 @@ class Mamba2DBlock(nn.Module):
 
 
 class NormedStage(Stage):
-    """A stage that ends in a LayerNorm: what it returns is both the feature map and the next stage's input."""
+    """A stage that ends in a LayerNorm: its output is both the feature map and the next stage's input."""
 
     def __init__(self, channels: int, blocks: Sequence[nn.Module], downsample: nn.Module | None, with_cp: bool) -> None:
         super().__init__(blocks, downsample, with_cp)
@@ -83,7 +83,7 @@ class NormedStage(Stage):
 class Mamba2DStem(ConvNorm):
     """A 7x7 convolution of stride 4 and a LayerNorm: images (B, C_in, H, W) -> (B, H', W', C).
 
-    H' is floor((H + 1) / 4), and 1 where that is 0: an image of less than 3 pixels along a side has zeros added.
+    H' is max(1, floor((H + 1) / 4)): a side shorter than 3 pixels is padded with zeros.
     """
 
     def __init__(self, in_channels: int, embed_dims: int) -> None:
@@ -108,20 +108,20 @@ class Mamba2D(SSMBackbone):
     output is the feature map.
 
     Args:
-        arch: one of ``Mamba2D.ARCHS``, or a dict with the keys ``embed_dims`` (channels of each stage) and ``depths``
+        arch: One of ``Mamba2D.ARCHS``, or a dict with the keys ``embed_dims`` (channels of each stage) and ``depths``
             (blocks of each stage), and optionally ``mixers`` ('scan' or 'attention' for each stage; by default
             attention in the last two and scans before them) and ``d_state`` (state size of the scans, 16).
             Attention needs multiples of 32 channels.
-        in_channels: channels of the images.
-        out_indices: stages whose maps are returned.
-        drop_path_rate: probability of dropping a branch in the last block; it rises linearly from 0 in the first one.
+        in_channels: Channels of the images.
+        out_indices: Stages whose maps are returned.
+        drop_path_rate: Probability of dropping a branch in the last block; it rises linearly from 0 in the first one.
         frozen_stages: -1 trains everything, 0 freezes the stem, k the stem and the first k stages.
-        with_cp: recompute the blocks in the backward pass instead of keeping their activations.
-        norm_eval: keep batch norms in evaluation mode while training (there are none unless put in).
+        with_cp: Recompute the blocks in the backward pass instead of keeping their activations.
+        norm_eval: See :class:`~ssm_backbones.backbones.base.SSMBackbone`.
         init_cfg: mmengine's initialisation config.
 
-    Any image size works. The stem gives floor((size + 1) / 4) pixels (1 where that is 0: an image of less than 3 pixels
-    along a side has zeros added at the bottom or right), and each stage ceil(size / 2) of the one before it.
+    Any image size works. The stem gives max(1, floor((size + 1) / 4)) pixels (a side shorter than 3 pixels is padded
+    with zeros at the bottom or right), and each downsampling ceil(size / 2).
     """
 
     ARCHS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -176,12 +176,12 @@ class Mamba2D(SSMBackbone):
         self._init_output_norms()
 
     def build_output_norm(self, stage: int) -> nn.Module:
-        """Nothing: the stage's own LayerNorm has normalised its map."""
+        """Return an identity, because the stage's own LayerNorm has normalised its map."""
         return nn.Identity()
 
 
 def _check_mixers(mixers: Sequence[str] | None, widths: Sequence[int]) -> tuple[str, ...]:
-    """The mixer of each stage, or an error that names what is wrong."""
+    """Return the mixer of each stage, or raise an error."""
     stages = len(widths)
     if mixers is None:
         mixers = ['scan' if i < stages - 2 else 'attention' for i in range(stages)]

@@ -40,14 +40,14 @@ def _hierarchical(embed_dims: int, depths: list[int], d_state: int) -> dict[str,
 
 @MODELS.register_module()
 class V2M(SSMBackbone):
-    """V2M's backbones: building one gives a :class:`PlainV2M` or a :class:`HierarchicalV2M`, as ``arch`` says.
+    """V2M's backbones: the constructor returns a :class:`PlainV2M` or a :class:`HierarchicalV2M`, depending on ``arch``.
 
     Args:
-        arch: one of ``V2M.ARCHS``, or a dict with the keys ``layout``: 'plain' or 'hierarchical', ``embed_dims``
+        arch: One of ``V2M.ARCHS``, or a dict with the keys ``layout``: 'plain' or 'hierarchical', ``embed_dims``
             (channels; those of the first stage), ``d_state`` (state size), and ``depth`` (blocks) for a plain one, or
             ``depths`` (blocks of each stage) and ``ssm_ratio`` (inner width of the scan over the channels) for a
             hierarchical one.
-        options: of the class that the arch's layout names.
+        options: Arguments of the class of the arch's layout.
     """
 
     # The paper gives 30 M parameters and 5.4 GFLOPs, and 50 M and 9.6 G, for the hierarchical ones, and no more. Here
@@ -78,25 +78,24 @@ class PlainV2M(V2M):
     Every block is a stage: ``out_indices`` and ``frozen_stages`` count blocks.
 
     Args:
-        arch: see :class:`V2M`.
-        img_size: side, or height and width, of the images that the position embedding is made for. Any image can be
-            given, and weights trained at any other size: the embedding is resized bicubically.
-        cls_token: where the class output comes from: 'mean' pools the map, 'corner' and 'center' take the token where
-            an extra row and column of class tokens cross, at the upper left or in the middle. Those are no part of the
-            feature maps.
+        arch: See :class:`V2M`.
+        img_size: Side, or height and width, of the images that the position embedding is created for. It is resized
+            bicubically for images of any other size and for weights trained at any other size.
+        cls_token: Source of the class output: 'mean' pools the map; 'corner' and 'center' take the token where an extra
+            row and column of class tokens cross, at the upper left or in the middle. Feature maps exclude these tokens.
         out_type: 'featmap' returns maps; 'cls_token' class outputs (B, C) instead, for a head without a neck.
         pyramid: None returns the maps of stride 16 (normalised, C channels) of the blocks in ``out_indices``. 'single'
             and 'multi' return four maps of strides 4, 8, 16 and 32 with C/4, C/2, C and C channels, as a
-            hierarchical backbone's heads expect: 'single' makes all of one block's map, 'multi' makes each of the map
-            of one of four blocks. ``out_channels`` tells the channels.
-        in_channels: channels of the images.
-        out_indices: blocks whose maps are used, in that order; negative ones count from the end. One for 'single', four
+            hierarchical backbone's heads expect: 'single' computes all of them from one block's map, 'multi' each from
+            the map of one of four blocks. ``out_channels`` gives the channels.
+        in_channels: Channels of the images.
+        out_indices: Blocks whose maps are used, in that order; negative ones count from the end. One for 'single', four
             for 'multi', from the finest map to the coarsest. None takes the last one, or for 'multi' the last of each
             quarter of the depth.
-        drop_path_rate: probability of dropping the last block's branch; it rises linearly from 0 in the first one.
+        drop_path_rate: Probability of dropping the last block's branch; it rises linearly from 0 in the first one.
         frozen_stages: -1 trains everything, 0 freezes the stem, k the stem and the first k blocks.
-        with_cp: recompute the blocks in the backward pass to save memory.
-        norm_eval: see :class:`~ssm_backbones.backbones.base.SSMBackbone`.
+        with_cp: Recompute the blocks in the backward pass to save memory.
+        norm_eval: See :class:`~ssm_backbones.backbones.base.SSMBackbone`.
         init_cfg: mmengine's initialisation config.
     """
 
@@ -165,13 +164,13 @@ class PlainV2M(V2M):
         return tuple(f'block {i}' for i in range(self.num_built_stages))
 
     def build_output_norm(self, stage: int) -> nn.Module:
-        """The norm of a block's map; the pyramid has norms of its own."""
+        """Build the norm of a block's map; an identity with a pyramid, which has its own norms."""
         return nn.RMSNorm(self.num_features[stage], eps=1e-5) if self.pyramid is None else nn.Identity()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Turn images (B, in_channels, H, W) of any H, W >= 1 into maps (B, C_i, ceil(H/stride), ceil(W/stride)).
+        """Compute maps (B, C_i, ceil(H/stride), ceil(W/stride)) of images (B, in_channels, H, W) of any H, W >= 1.
 
-        With ``out_type='cls_token'`` into class outputs (B, C) instead. One for each out index, or four of the pyramid.
+        With ``out_type='cls_token'``, compute class outputs (B, C) instead. One per out index, or four of the pyramid.
         """
         outputs = super().forward(x)
         if self.pyramid is None:
@@ -179,11 +178,11 @@ class PlainV2M(V2M):
         return self.pyramid(outputs * (len(STRIDES) // len(outputs)), x.shape[2], x.shape[3])
 
     def leaves_out(self, name: str) -> bool:
-        """As of every backbone, and of the pyramid."""
+        """Return whether a tensor belongs to a part that was not built, the pyramid included."""
         return (self.pyramid is None and name.startswith('pyramid.')) or super().leaves_out(name)
 
     def output(self, stage: int, x: Tensor) -> Tensor:
-        """The block's map without class tokens, for the pyramid as it is; or its class output."""
+        """Return a block's map without class tokens (channel-last before a pyramid), or its class output."""
         if self.out_type == 'cls_token':
             return self.patch_embed.class_output(self.output_norm(stage)(x))
         x = self.drop_class_tokens(x)
@@ -198,10 +197,10 @@ class PlainBlock(nn.Module):
     """``x + mixer(RMSNorm(x))`` on maps (B, H, W, C).
 
     Args:
-        channels: width C.
-        d_state: state size N of the scans.
-        depth: blocks of the whole backbone.
-        drop_path: probability of dropping the branch of a sample while training.
+        channels: Width C.
+        d_state: State size N of the scans.
+        depth: Blocks of the whole backbone.
+        drop_path: Probability of dropping the branch of a sample while training.
     """
 
     def __init__(self, channels: int, d_state: int, depth: int, drop_path: float = 0.0) -> None:
@@ -220,13 +219,13 @@ class HierarchicalV2M(V2M, VSSBackbone):
     """V2M in stages: VMamba's stem, downsampling and MLPs around V2M's mixer.
 
     Args:
-        arch: see :class:`V2M`.
-        in_channels: channels of the images.
-        out_indices: stages whose maps are returned, in that order. Stage i has stride ``4 * 2**i``.
-        drop_path_rate: probability of dropping a branch in the last block; it rises linearly from 0 in the first one.
+        arch: See :class:`V2M`.
+        in_channels: Channels of the images.
+        out_indices: Stages whose maps are returned, in that order. Stage i has stride ``4 * 2**i``.
+        drop_path_rate: Probability of dropping a branch in the last block; it rises linearly from 0 in the first one.
         frozen_stages: -1 trains everything, 0 freezes the stem, k the stem and the first k stages.
-        with_cp: recompute the blocks in the backward pass to save memory.
-        norm_eval: see :class:`~ssm_backbones.backbones.base.SSMBackbone`.
+        with_cp: Recompute the blocks in the backward pass to save memory.
+        norm_eval: See :class:`~ssm_backbones.backbones.base.SSMBackbone`.
         init_cfg: mmengine's initialisation config.
     """
 
@@ -267,11 +266,11 @@ class HierarchicalV2M(V2M, VSSBackbone):
 
 
 def resolve_v2m_arch(arch: str | Mapping[str, Any], layout: str | None = None) -> dict[str, Any]:
-    """The settings that ``arch`` stands for.
+    """Return the settings of ``arch``.
 
     Raises:
-        ValueError: if the name, the layout or a key is unknown, a key is missing, or the layout is not the given one.
-        TypeError: if ``arch`` is neither a name nor a mapping.
+        ValueError: If the name, the layout or a key is unknown, a key is missing, or the layout is not the given one.
+        TypeError: If ``arch`` is neither a name nor a mapping.
     """
     keys = _ARCH_KEYS['plain']
     if isinstance(arch, Mapping):
@@ -287,7 +286,7 @@ def resolve_v2m_arch(arch: str | Mapping[str, Any], layout: str | None = None) -
 
 
 def _grid_size(img_size: int | Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of patches in an image of ``img_size``."""
+    """Return the rows and columns of patches in an image of ``img_size``."""
     sides = [img_size] * 2 if isinstance(img_size, str) or not isinstance(img_size, Sequence) else img_size
     if len(sides) != 2:
         raise ValueError(f'img_size is a side, or height and width, got {img_size!r}')
@@ -298,7 +297,7 @@ def _grid_size(img_size: int | Sequence[int]) -> tuple[int, int]:
 def _blocks_of_pyramid(
     pyramid: str | None, out_type: str, out_indices: int | Sequence[int] | None, depth: int
 ) -> tuple[int, ...]:
-    """The blocks whose maps are used, checked against the pyramid."""
+    """Return the blocks whose maps are used, checked against the pyramid."""
     if pyramid not in (None, 'single', 'multi'):
         raise ValueError(f"pyramid is None, 'single' or 'multi', got {pyramid!r}")
     if pyramid is not None and out_type != 'featmap':

@@ -25,10 +25,10 @@ class VSSBlock(nn.Module):
     """``x + mixer(LN(x))``, then ``x + MLP(LN(x))``, on maps (B, H, W, C).
 
     Args:
-        channels: width C.
-        mixer: module from (B, H, W, C) to the same.
-        mlp: whether there is the MLP, which VMamba's first release lacks.
-        drop_path: probability of dropping each branch of a sample while training.
+        channels: Width C.
+        mixer: Module from (B, H, W, C) to the same.
+        mlp: Whether to include the MLP, which VMamba's first release does not have.
+        drop_path: Probability of dropping each branch of a sample while training.
     """
 
     def __init__(self, channels: int, mixer: nn.Module, mlp: bool = True, drop_path: float = 0.0) -> None:
@@ -52,12 +52,12 @@ class VSSBackbone(SSMBackbone):
     """VMamba's macro design around any mixer: stem, stages of :class:`VSSBlock`, and downsampling between them.
 
     Args:
-        embed_dims: channels of the first stage; they double with each.
-        depths: blocks of each stage.
-        mixer: makes a mixer for a number of channels.
-        drop_path_rate: probability of dropping a branch in the last block; it rises linearly from 0 in the first one.
-        first_release: cut and merge patches instead of halving by padded convolutions, and leave out the MLPs.
-        options: of :class:`~ssm_backbones.backbones.base.SSMBackbone`.
+        embed_dims: Channels of the first stage; they double with each.
+        depths: Blocks of each stage.
+        mixer: Builds a mixer for a number of channels.
+        drop_path_rate: Probability of dropping a branch in the last block; it rises linearly from 0 in the first one.
+        first_release: Cut and merge patches instead of halving by padded convolutions, and leave out the MLPs.
+        options: Arguments of :class:`~ssm_backbones.backbones.base.SSMBackbone`.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class VSSBackbone(SSMBackbone):
 
 
 def check_ssm_ratio(ssm_ratio: float, embed_dims: int) -> float:
-    """The inner width of the scans over the channels, which has to give a whole number of channels."""
+    """Check the ratio of the scan's inner width to the channels, which has to give a whole number of channels."""
     if not ssm_ratio > 0 or ssm_ratio * embed_dims % 1:
         raise ValueError(
             f'ssm_ratio must be positive and give a whole number of channels, got {ssm_ratio!r} of {embed_dims}'
@@ -115,20 +115,20 @@ class VMamba(VSSBackbone):
     """VMamba's hierarchical backbone.
 
     Args:
-        arch: one of ``VMamba.ARCHS`` or ``VMamba.ALIASES`` ('tiny', 'small', 'base'), or a dict with the keys
+        arch: One of ``VMamba.ARCHS`` or ``VMamba.ALIASES`` ('tiny', 'small', 'base'), or a dict with the keys
             ``embed_dims`` (channels of the first stage; they double with each), ``depths`` (blocks of each stage),
             ``d_state`` (state size), ``ssm_ratio`` (inner width of the scan over the channels) and ``version``: 'v2',
             or 'v0' for the first release.
-        in_channels: channels of the images.
-        out_indices: stages whose maps are returned, in that order. Stage i has stride ``4 * 2**i``.
-        drop_path_rate: probability of dropping a branch in the last block; it rises linearly from 0 in the first one.
+        in_channels: Channels of the images.
+        out_indices: Stages whose maps are returned, in that order. Stage i has stride ``4 * 2**i``.
+        drop_path_rate: Probability of dropping a branch in the last block; it rises linearly from 0 in the first one.
         frozen_stages: -1 trains everything, 0 freezes the stem, k the stem and the first k stages.
-        with_cp: recompute the blocks in the backward pass to save memory.
-        norm_eval: see :class:`~ssm_backbones.backbones.base.SSMBackbone`.
+        with_cp: Recompute the blocks in the backward pass to save memory.
+        norm_eval: See :class:`~ssm_backbones.backbones.base.SSMBackbone`.
         init_cfg: mmengine's initialisation config.
 
-    Any image size works. v2 halves with padded convolutions, giving ceil(size / 2) each time. v0 cuts patches, and
-    fills incomplete ones with zeros at the bottom and right.
+    Any image size works. v2 downsamples by padded convolutions, each giving ceil(size / 2). v0 cuts patches and pads
+    incomplete ones with zeros at the bottom and right.
     """
 
     ARCHS: ClassVar[dict[str, dict[str, Any]]] = {

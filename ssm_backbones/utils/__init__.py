@@ -1,1 +1,1 @@
-"""What every room may use: errors, atomic files, signals, the configs' place, newer and older PyTorch."""
+"""Shared helpers: errors, atomic files, signals, the location of the configs, compatibility with PyTorch versions."""

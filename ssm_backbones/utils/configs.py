@@ -8,39 +8,40 @@ imported ``ssm_backbones`` when it reads the config, as this package's tools hav
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
+
+from ssm_backbones.utils.errors import did_you_mean
 
 PACKAGE = 'ssm_backbones'
 _FOLDER = Path(__file__).resolve().parents[1]
 
 
 def config_folder() -> Path:
-    """The folder of the configs: ``.mim/configs`` in an installed package, else the checkout's ``configs``.
+    """Return the folder of the configs: ``.mim/configs`` in an installed package, else the checkout's ``configs``.
 
     Raises:
-        FileNotFoundError: if neither is there.
+        FileNotFoundError: If neither exists.
     """
     for folder in (_FOLDER / '.mim' / 'configs', _FOLDER.parent / 'configs'):
         if (folder / '_base_').is_dir():
             return folder
-    raise FileNotFoundError(f'{_FOLDER} was installed without configs; install the package anew, by pip')
+    raise FileNotFoundError(f'{_FOLDER} was installed without configs; reinstall the package with pip')
 
 
 def config_file(name: str) -> str:
-    """The path of one of the package's configs.
+    """Return the path of one of the package's configs.
 
     Args:
-        name: path below the folder of configs, e.g. ``'vmamba/vmamba-tiny_8xb128_in1k.py'``.
+        name: Path below the folder of configs, e.g. ``'vmamba/vmamba-tiny_8xb128_in1k.py'``.
 
     Raises:
-        FileNotFoundError: if there is none of that name.
+        FileNotFoundError: If no config has that name.
     """
     folder = config_folder()
     path = folder / name
     if not path.is_file():
         known = [str(file.relative_to(folder)) for file in folder.rglob('*.py')]
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f'; did you mean {close[0]!r}?' if close else ''
-        raise FileNotFoundError(f'{PACKAGE} has no config {name!r}{hint}. The configs are in {folder}.')
+        raise FileNotFoundError(
+            f'{PACKAGE} has no config {name!r}{did_you_mean(name, known)}. The configs are in {folder}.'
+        )
     return str(path)

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written beside their place under another name, then renamed."""
+"""Atomic writes: a file is written beside its destination under a temporary name, then renamed."""
 
 import fcntl
 import hashlib
@@ -15,18 +15,18 @@ from safetensors import SafetensorError
 from ssm_backbones.utils.errors import CommandError
 
 PARTIAL_NAME = re.compile(r'\.[0-9a-f]{32}\.part')
-"""What :func:`atomic_file` calls a file that is being written; a process that was killed leaves it behind."""
+"""Pattern of the temporary names of :func:`atomic_file`; a killed process leaves such a file behind."""
 
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """An empty new file to write to instead of ``path``.
+    """Create an empty temporary file to write to, and rename it to ``path`` on success.
 
-    It takes that name if the block succeeds, in place of a file that has it, and is removed otherwise. It has the
-    permissions of any new file, and is made at once, so that a folder that cannot be written to shows before the work.
+    An existing file of that name is replaced. If the block fails, the temporary file is removed. It has the default
+    permissions of a new file and is created at once, so that an unwritable folder is noticed before the work.
 
     Raises:
-        OSError: If it cannot be written, naming ``path``.
+        OSError: If the file cannot be written. The error names ``path``.
     """
     path = Path(path)
     partial = path.with_name(f'.{uuid.uuid4().hex}.part')
@@ -44,19 +44,19 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_atomic(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text, UTF-8, as a whole file.
+    """Write a UTF-8 text file atomically.
 
     Raises:
-        OSError: As of :func:`atomic_file`.
+        OSError: If the file cannot be written. The error names ``path``.
     """
     with atomic_file(path) as partial:
         partial.write_text(text, encoding='utf-8')
 
 
 def file_name(id: str) -> str:
-    """Make the name of an image's file below ``features``: its id, without what a file system would misunderstand."""
+    """Return the name of an image's file below ``features``: its id with characters unsafe for file systems quoted."""
     parts = [quote(part, safe=" ()[]{}+,=@~!$&'") for part in id.split('/')]
-    # A name may have 255 bytes, and a part of one must not lead elsewhere.
+    # A name may have 255 bytes, and no part may be '.' or '..'.
     parts = [part.replace('.', '%2E') if part.strip('.') == '' else part for part in parts]
     long = max(len(part) for part in parts) > 200 or '' in parts
     return f'id-{hashlib.sha256(id.encode()).hexdigest()}' if long else '/'.join(parts)
@@ -64,10 +64,10 @@ def file_name(id: str) -> str:
 
 @contextmanager
 def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Keep other exports out of a folder.
+    """Hold an exclusive lock on an export folder.
 
     Raises:
-        CommandError: If one is at work there, or the folder cannot be written.
+        CommandError: If another export holds the lock, or the folder cannot be written.
     """
     with writing(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn a failure to write into a :class:`CommandError` that names the folder or file."""
+    """Convert write errors to a :class:`CommandError` that names the folder or file."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -1,4 +1,4 @@
-"""Handle being asked to end."""
+"""Signal handling."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def interrupt_on_sigterm() -> Iterator[None]:
-    """Treat being asked to end (SIGTERM) like Ctrl-C meanwhile, so that what cleans up or finishes files is run."""
+    """Raise KeyboardInterrupt on SIGTERM within the context, so that cleanup code runs as on Ctrl-C."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
@@ -18,7 +18,7 @@ def interrupt_on_sigterm() -> Iterator[None]:
     try:
         before = signal.signal(signal.SIGTERM, interrupt)
     except ValueError:
-        # Not the main thread, which alone may set handlers.
+        # Only the main thread may set handlers.
         yield
         return
     try:

@@ -1,6 +1,6 @@
-"""What the package uses of newer versions of PyTorch, for all from 2.4 on.
+"""Compatibility with PyTorch 2.4 and later.
 
-Nothing else in the package names a function that torch 2.4 has not.
+No other module of the package uses a function that torch 2.4 does not have.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-# torch 2.5 gave the error, which torch.cuda had before, its general name.
+# torch.cuda.OutOfMemoryError before torch 2.5.
 OutOfMemoryError: type[RuntimeError] = getattr(torch, 'OutOfMemoryError', torch.cuda.OutOfMemoryError)
 _is_exporting: Callable[[], bool] | None = getattr(torch.compiler, 'is_exporting', None)
 
 
 def is_exporting() -> bool:
-    """Whether ``torch.export`` traces the program, as ``torch.compiler.is_exporting`` of torch 2.7 says.
+    """Return whether ``torch.export`` is tracing the program, like ``torch.compiler.is_exporting`` of torch 2.7.
 
-    Before, only a trace with ``strict=False`` is told from ``torch.compile``.
+    Before 2.7, only a trace with ``strict=False`` can be distinguished from ``torch.compile``.
     """
     if _is_exporting is not None:
         return _is_exporting()
@@ -26,24 +26,24 @@ def is_exporting() -> bool:
 
 
 def allow_in_checkpoints(allowed: Mapping[str, Any]) -> None:
-    """Let ``torch.load(weights_only=True)`` find these classes and functions by these names, from now on.
+    """Allow classes and functions in ``torch.load(weights_only=True)`` permanently, under the given names.
 
-    Since torch 2.6 they stay allowed where other code ends a ``torch.serialization.safe_globals`` block that lists the
-    same class.
+    Since torch 2.6 they stay allowed when other code leaves a ``torch.serialization.safe_globals`` block that lists
+    the same class.
 
     Args:
-        allowed: by the full name that is in the file, what to take it for.
+        allowed: Maps the full name in the file to the class or function that is used for it.
     """
     named: list[Any] = [(thing, name) for name, thing in allowed.items()]
     if _takes_names():
         torch.serialization.add_safe_globals(named)
     else:
-        # They go by their own names there, and a single tuple makes every later reading fail.
+        # torch 2.4 and 2.5 use the objects' own names; a single tuple in the list makes every later load fail.
         torch.serialization.add_safe_globals([_renamed(thing, name) for thing, name in named])
 
 
 def set_recompile_limit(limit: int) -> None:
-    """Let ``torch.compile`` make up to this many graphs of a function."""
+    """Set how many graphs ``torch.compile`` may compile for one function."""
     config = torch._dynamo.config
     setattr(config, 'recompile_limit' if hasattr(config, 'recompile_limit') else 'cache_size_limit', limit)
 
@@ -53,7 +53,7 @@ def _takes_names() -> bool:
 
 
 def release() -> tuple[int, int]:
-    """Major and minor version of PyTorch."""
+    """Return the major and minor version of PyTorch."""
     major, minor = torch.__version__.split('.')[:2]
     return int(major), int(minor)
 
