@@ -85,21 +85,23 @@ def test_sizes_stay_open_when_exporting(newer, monkeypatch) -> None:
     elif torch_compat._is_exporting is None:
         pytest.skip('this torch has no torch.compiler.is_exporting')
     assert not torch_compat.is_exporting()
-    height = torch.export.Dim('height', min=3, max=99)
-    program = torch.export.export(Padded(), (torch.ones(1, 5, 7, 2),), dynamic_shapes=({1: height},), strict=False)
-    for size, padded in ((5, 6), (6, 6), (11, 12)):
-        assert program.module()(torch.ones(1, size, 7, 2)).shape == (1, padded, 8, 2)
     # torch.compile may ask for sizes, and then adds nothing where nothing is needed.
     compiled = torch.compile(Padded(), dynamic=True, fullgraph=True, backend='eager')
     assert compiled(torch.ones(1, 5, 7, 2)).shape == (1, 6, 8, 2)
+    if torch_compat.release() < (2, 6):
+        pytest.skip('before torch 2.6 its own padding settles sizes')
+    open_height = {1: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(Padded(), (torch.ones(1, 5, 7, 2),), dynamic_shapes=(open_height,), strict=False)
+    for size, padded in ((5, 6), (6, 6), (11, 12)):
+        assert program.module()(torch.ones(1, size, 7, 2)).shape == (1, padded, 8, 2)
 
 
 def test_limit_of_graphs() -> None:
-    with torch._dynamo.config.patch({}):
+    config = torch._dynamo.config
+    name = 'recompile_limit' if hasattr(config, 'recompile_limit') else 'cache_size_limit'
+    with config.patch({name: 8}):
         torch_compat.set_recompile_limit(17)
-        config = torch._dynamo.config
-        assert 17 in (getattr(config, 'recompile_limit', None), getattr(config, 'cache_size_limit', None))
-        torch_compat.set_recompile_limit(8)
+        assert getattr(config, name) == 17
 
 
 def test_newer_functions_are_used_here_alone() -> None:

@@ -35,6 +35,7 @@ from ssm_backbones.onnx_export.override import FunctionOverrideMode
 from ssm_backbones.utils.errors import CommandError
 from ssm_backbones.utils.files import atomic_file, writing
 from ssm_backbones.utils.signals import interrupt_on_sigterm
+from ssm_backbones.utils.torch_compat import release
 
 TOLERANCE = 1e-4
 PARTS = {'backbone': None, 'classifier': 'mmpretrain', 'segmentor': 'mmseg'}
@@ -238,11 +239,13 @@ def compare(session: Any, module: nn.Module, shape: Sequence[int]) -> dict[str, 
 
 
 def require_onnx() -> None:
-    """Refuse where the packages that exporting needs are missing.
+    """Refuse where torch is older than its exporter of open sizes, or the packages that exporting needs are missing.
 
     Raises:
         CommandError: Naming them.
     """
+    if release() < (2, 6):
+        raise CommandError(f'exporting to ONNX needs torch 2.6 or newer, and this is torch {torch.__version__}.')
     missing = [name for name in ('onnx', 'onnxscript', 'onnxruntime') if importlib.util.find_spec(name) is None]
     if missing:
         raise CommandError(f'{", ".join(missing)} not installed; pip install {" ".join(missing)}')

@@ -233,3 +233,10 @@ def test_bad_arguments(write_config, tool, tmp_path, capsys) -> None:
     ):
         assert tool.main([config, *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_older_torch_is_refused(monkeypatch) -> None:
+    exporting.require_onnx()
+    monkeypatch.setattr(exporting, 'release', lambda: (2, 5))
+    with pytest.raises(exporting.CommandError, match=r'needs torch 2\.6 or newer, and this is torch \d'):
+        exporting.require_onnx()
