@@ -1,5 +1,8 @@
 """A converted model computes what the official tensors mean, by an oracle that knows the official names alone."""
 
+import itertools
+import re
+
 import pytest
 import torch
 from mmpretrain.registry import MODELS as CLASSIFIERS
@@ -152,3 +155,49 @@ def test_mamba2d_pyramids():
     with torch.no_grad():
         for result, correct in zip(model(images), official_mamba2d.forward(tensors, images), strict=True):
             torch.testing.assert_close(result, correct, rtol=1e-5, atol=1e-5)
+
+
+def unit(name):
+    """The block, stem, downsampling or output norm that a tensor of ours is of."""
+    return re.match(r'stages\.\d+\.blocks\.\d+|stages\.\d+|patch_embed|norm\d+', name)[0]
+
+
+def exchanged(tensors):
+    """Every exchange of two tensors of one shape in one unit, and of neighbouring parts of one that holds several."""
+    for one, other in itertools.combinations(tensors, 2):
+        if unit(one) == unit(other) and tensors[one].shape == tensors[other].shape:
+            yield f'{one} and {other}', {one: tensors[other], other: tensors[one]}
+    for name, tensor in tensors.items():
+        part = re.search(r'mixer\.(dt_weight|dt_bias|A_log|x_proj|in_proj|qkv)(\.weight)?$', name)
+        if part is None:
+            continue
+        # D is summed over the routes, so that its routes have no order.
+        count = dict(in_proj=tensor.shape[0] // tensor.shape[-1], qkv=3).get(part[1], 4)
+        if count > 1 and tensor.shape[0] % count == 0:
+            parts = tensor.unflatten(0, (count, -1))
+            for i in range(count - 1):
+                order = [*range(i), i + 1, i, *range(i + 2, count)]
+                yield f'parts {i} and {i + 1} of {name}', {name: parts[order].flatten(0, 1)}
+
+
+@pytest.mark.parametrize('variant', ['v2', 'v0', 'mamba2d'])
+def test_exchanged_tensors_are_noticed(variant):
+    """The comparisons above are sharp: tensors in each other's place change a map by far more than they allow."""
+    if variant == 'mamba2d':
+        arch = dict(embed_dims=[16, 16, 32, 32], depths=[2, 1, 1, 1], d_state=3)
+        official, model = tensors_of(mamba2d_backbone(**arch)), Mamba2D(arch)
+    else:
+        arch = dict(embed_dims=16, depths=[1, 1], d_state=3, ssm_ratio=1.0, version=variant)
+        official, model = tensors_of(vmamba_pyramid(**arch, out_indices=(0, 1))), VMamba(arch, out_indices=(0, 1))
+    tensors = convert_checkpoint({'state_dict': official})[0]['state_dict']
+    model.double().eval().load_state_dict(tensors, strict=True)
+    images = torch.randn(1, 3, 32, 40, dtype=torch.float64)
+    unnoticed, count = [], 0
+    with torch.no_grad():
+        before = model(images)
+        for what, changed in exchanged(tensors):
+            maps = torch.func.functional_call(model, changed, images)
+            if max((a - b).abs().max() for a, b in zip(maps, before, strict=True)) < 1e-3:
+                unnoticed.append(what)
+            count += 1
+    assert not unnoticed and count > 40
