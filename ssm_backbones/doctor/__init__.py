@@ -11,11 +11,11 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ssm_backbones.doctor import hosts, machine
-from ssm_backbones.doctor.line import Line, short
+# Relative: the doctor also runs on its own, where the package around it cannot be imported.
+from . import hosts, machine
+from .line import Line, short
 
 _LABEL, _WIDTH = 24, 118
-_CUDA_OPS_LABEL = 21
 Section = tuple[str, list[Line]]
 
 
@@ -38,26 +38,19 @@ def examine() -> list[Section]:
     sections = [('base', base), ('host libraries', [*hosts.stack_lines(found), *tried])]
     sections.append(('machine', _guarded('compilers', machine.compiler_lines) + machine.gpu_lines(torch)))
     if torch is not None:
-        sections.append(('ops', _guarded('cuda_ops', lambda: backend_lines(torch))))
+        sections.append(('ops', _guarded('cuda_ops', backend_lines)))
         sections.append(('self-test', _guarded('cuda_ops', lambda: self_test(torch))))
     return sections
 
 
-def backend_lines(torch: Any) -> list[Line]:
-    """What serves each device, in the words of ``python -m cuda_ops``."""
-    report = importlib.import_module('cuda_ops.__main__').report()
-    lines = []
-    for line in report.splitlines():
-        label, text = line[:_CUDA_OPS_LABEL].strip(), line[_CUDA_OPS_LABEL:].strip()
-        # It begins with torch's version, and what it sets in is the build's record.
-        if line.startswith(' ') or label == 'torch':
-            continue
-        slow = 'PyTorch reference' in text
-        lines.append(
-            Line(
-                label, text, 'slow; build the ops: make setup, or pip install -e . --no-build-isolation' if slow else ''
-            )
-        )
+def backend_lines() -> list[Line]:
+    """Tell what serves each device."""
+    status = importlib.import_module('cuda_ops').backend_status()
+    lines = [Line('compiled library', status.library)]
+    for name, device in status.devices.items():
+        slow = device.present and device.backend == 'reference'
+        remedy = 'slow; build the ops: make setup, or pip install -e . --no-build-isolation' if slow else ''
+        lines.append(Line(name, str(device), remedy))
     return lines
 
 

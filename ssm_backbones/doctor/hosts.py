@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ssm_backbones.doctor.line import Line, short
+from .line import Line, short
 
 # By module: OpenMMLab's own distribution, and the fork's.
 DISTRIBUTIONS = {

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
-from ssm_backbones.doctor.line import Line, short
+from .line import Line, short
 
 _TORCH_REMEDY = 'install it anew, as https://pytorch.org says'
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import time
 import warnings
 from collections.abc import Callable
@@ -11,31 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import cuda_ops
-from ssm_backbones.doctor.line import Line, short
+
+from .line import Line, short
 
 # Of the largest root mean square error over outputs and gradients, relative to the exact values' own. Right ones lie
 # about a hundred times below, and a wrong index or sign far above.
 BOUND = 1e-5
 _REMEDY = 'build the ops anew: pip install -e . --no-build-isolation in the checkout'
-
-
-class _Reference(TorchDispatchMode):
-    """Lets the PyTorch references serve the operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = {}
-        for name in ('route_scan', 'wavefront_scan'):
-            module: Any = importlib.import_module(f'cuda_ops.{name}')
-            packet = getattr(torch.ops.cuda_ops, name), getattr(torch.ops.cuda_ops, f'{name}_backward')
-            self.table[packet[0].default] = module._reference_forward
-            self.table[packet[1].default] = module._reference_backward
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.table.get(func, func)(*args, **(kwargs or {}))
 
 
 def _cases() -> dict[str, tuple[Callable[..., Any], dict[str, Tensor]]]:
@@ -117,7 +100,7 @@ def examine_ops(devices: list[str]) -> list[Line]:
     lines = []
     for name, (op, inputs) in _cases().items():
         said, broken = [], False
-        with _Reference():
+        with cuda_ops.use_reference():
             exact = _results(op, inputs)
         for device in devices:
             began = time.perf_counter()
