@@ -89,7 +89,7 @@ def test_pipeline(cfg: Config) -> list[dict[str, Any]]:
         dataset = next((leaf for _, leaf in leaf_datasets(loader.dataset)), None) if loader is not None else None
         if dataset is not None and dataset.get('pipeline'):
             pipeline = [dict(step) for step in deepcopy(dataset.pipeline)]
-            return [step for step in pipeline if 'Annotations' not in str(step['type'])]
+            return [step for step in pipeline if 'Annotation' not in str(step['type'])]
     raise CommandError('the config has no test_dataloader with a pipeline, which says how images are read.')
 
 

@@ -69,6 +69,12 @@ class PlacedPipeline:
         first = 1 + max((place for place, name in enumerate(types) if 'Load' in name), default=-1)
         if first == 0:
             raise PlacementError(f'the test pipeline loads no image; it holds {", ".join(types) or "no steps"}.')
+        among = [name for name in types[:first] if not any(part in name for part in ('Load', *_NOT_GEOMETRIC))]
+        if among:
+            raise PlacementError(
+                f'the place of the features on the image is unknown: the test pipeline has {", ".join(among)} before '
+                f'{types[first - 1]}. Give test_dataloader.dataset.pipeline all that loads first.'
+            )
         geometric = [step for step in steps[first:] if not any(part in str(step['type']) for part in _NOT_GEOMETRIC)]
         self._named = ', '.join(str(step['type']) for step in geometric)
         with DefaultScope.overwrite_default_scope(scope):

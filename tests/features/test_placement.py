@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.registry import MODELS, TRANSFORMS, DefaultScope
 from PIL import Image
@@ -12,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ssm_backbones.apis.config import load_config
+from ssm_backbones.apis.images import test_pipeline
 from ssm_backbones.apis.model import build_model
 from ssm_backbones.features.dataset import FeatureDataset
 from ssm_backbones.features.export import ExportOptions, export_features
@@ -223,6 +225,19 @@ def test_what_cannot_be_placed_is_refused_early(host, step, write_config, checkp
 def test_a_pipeline_without_an_image_is_refused() -> None:
     with pytest.raises(PlacementError, match='loads no image; it holds PackInputs'):
         PlacedPipeline([dict(type='PackInputs')], 'mmpretrain')
+
+
+def test_what_is_loaded_behind_a_change_of_the_image_is_refused() -> None:
+    """The loaded image is what places count from."""
+    steps = [LOAD, EDGE, dict(type='LoadProposals'), dict(type='PackDetInputs')]
+    with pytest.raises(PlacementError, match='has ResizeEdge before LoadProposals'):
+        PlacedPipeline(steps, 'mmdet')
+
+
+def test_annotations_of_every_kind_are_left_out() -> None:
+    pipeline = [dict(type=name) for name in ('LoadImageFromFile', 'LoadAnnotations', 'LoadDepthAnnotation', 'Pack')]
+    cfg = Config(dict(test_dataloader=dict(dataset=dict(type='NYUDataset', pipeline=pipeline))))
+    assert [step['type'] for step in test_pipeline(cfg)] == ['LoadImageFromFile', 'Pack']
 
 
 @pytest.mark.parametrize('size', [(1, 1), (2, 1), (3, 40), (1000, 1), (5, 3)])
