@@ -23,7 +23,7 @@ from ssm_backbones.backbones.base import SSMBackbone
 from ssm_backbones.checkpoints.differences import Fit, Mismatch, explain, fit
 from ssm_backbones.checkpoints.files import CheckpointError, read_checkpoint
 from ssm_backbones.checkpoints.identify import FAMILIES, describe, identify_official
-from ssm_backbones.checkpoints.loading import remedy
+from ssm_backbones.checkpoints.loading import refuse_integers, remedy
 from ssm_backbones.checkpoints.locate import WeightSet, common_prefix, find_official, own_weights
 from ssm_backbones.layers.token_grid import TokenGrid
 
@@ -74,6 +74,7 @@ def convert_or_refuse(backbone: SSMBackbone, state_dict: dict[str, Any], prefix:
     found = _fit_known_parts(backbone, inside, everything=bool(prefix))
     if found.mismatches:
         raise CheckpointError(_refuse(backbone, found.mismatches, inside, 'the checkpoint'))
+    refuse_integers({name: tensor for name, tensor in found.tensors.items() if name in own})
 
 
 def check_pretrained(backbone: Mapping[str, Any], key: str) -> None:

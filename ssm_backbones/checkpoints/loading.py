@@ -40,14 +40,19 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], refuse: Calla
     if found.mismatches:
         raise CheckpointError(refuse(found.mismatches))
     if isinstance(module, SSMBackbone):
-        integers = [name for name, tensor in found.tensors.items() if not tensor.is_floating_point()]
-        if integers:
-            raise CheckpointError(
-                f'{integers[0]} is of {found.tensors[integers[0]].dtype}, expected floating-point '
-                'numbers; quantised weights cannot be loaded.'
-            )
+        refuse_integers(found.tensors)
     module.load_state_dict(found.tensors, strict=False)
     return found
+
+
+def refuse_integers(tensors: Mapping[str, Tensor]) -> None:
+    """Raise a CheckpointError if weights of a backbone are of other than floating-point numbers."""
+    integers = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    if integers:
+        raise CheckpointError(
+            f'{integers[0]} is of {tensors[integers[0]].dtype}, expected floating-point '
+            'numbers; quantised weights cannot be loaded.'
+        )
 
 
 def load_backbone(backbone: SSMBackbone, checkpoint: str | os.PathLike[str]) -> None:

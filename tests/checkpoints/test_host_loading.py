@@ -137,6 +137,10 @@ FILES = {
         },
         'adapt_stem',
     ),
+    'a quantised one': (
+        lambda own: {'state_dict': prefixed('backbone.', {name: (64 * t).to(torch.int8) for name, t in own.items()})},
+        'is of torch.int8, expected floating-point',
+    ),
     'a compiled one': (lambda own: {'state_dict': prefixed('backbone._orig_mod.', own)}, "begin with '_orig_mod.'"),
 }
 
