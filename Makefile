@@ -6,17 +6,20 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
 IN_VENV = "$(VENV)/bin/python"
+SOURCES = find cuda_ops/csrc tests/cuda_emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 given = $(filter command environment,$(firstword $(origin $(1))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint kernels clean
+.PHONY: help setup demo test lint format docs kernels clean
 
 help:
 	@echo 'make demo     set up, then train, evaluate and show a small model (DEMO_ARGS, FAMILY, TASK are passed on)'
 	@echo 'make test     set up, then check style and types and run the tests (PYTEST_ARGS are passed on)'
 	@echo 'make kernels  compile every CUDA kernel for every architecture by nvcc alone, and print what each takes (ARCHS="8.0 9.0")'
 	@echo 'make setup    make or complete the environment alone'
-	@echo 'make lint     set up, then check style and types alone'
+	@echo 'make lint     set up, then check format, style and types alone'
+	@echo 'make format   set up, then put Python, C++ and CUDA sources into the form that make lint checks'
+	@echo 'make docs     build the documentation site into build/docs, in an environment of its own (.venv-docs)'
 	@echo 'make clean    remove what compiling and testing left; the environment and the data stay'
 	@echo 'Variables: PYTHON=python3.12 (to make the environment with), VENV=folder, STACK=openmmlab or onedl'
 
@@ -29,11 +32,22 @@ demo: setup
 
 lint: setup
 	@$(IN_VENV) -m ruff check .
-	@find cuda_ops/csrc tests/cuda_emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs "$(VENV)/bin/clang-format" --dry-run --Werror
+	@$(SOURCES) | xargs "$(VENV)/bin/clang-format" --dry-run --Werror
 	@$(IN_VENV) -m mypy
+
+format: setup
+	@$(IN_VENV) -m ruff check --fix --quiet .
+	@$(IN_VENV) -m ruff format --quiet .
+	@$(SOURCES) | xargs "$(VENV)/bin/clang-format" -i
 
 test: lint
 	@$(IN_VENV) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
+
+docs:
+	@test -x .venv-docs/bin/mkdocs || $(PYTHON) -m venv .venv-docs
+	@.venv-docs/bin/python -m pip install --quiet -r requirements/docs.txt
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	@echo 'docs: build/docs/index.html'
 
 kernels:
 	@$(PYTHON) tools/kernel_report.py $(if $(ARCHS),--archs "$(ARCHS)")
