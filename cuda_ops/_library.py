@@ -54,6 +54,21 @@ def _load() -> Status:
 STATUS = _load()
 
 
+def _kernel_constants() -> tuple[Mapping[str, int], frozenset[int]]:
+    if not STATUS.compiled:
+        return {}, frozenset()
+    try:
+        return torch.ops.cuda_ops.kernel_constants(), frozenset(torch.ops.cuda_ops.specialized_states())
+    except AttributeError as error:
+        raise ImportError(f'{LIBRARY_PATH} was compiled from other sources than these: it does not tell its constants. '
+                          f'{_REMEDY}.') from error
+
+
+# What the CUDA kernels save depends on these (csrc/library_bindings.cpp); empty where there is no compiled library. The
+# reference needs none of them.
+KERNEL_CONSTANTS, SPECIALIZED_STATES = _kernel_constants()
+
+
 def define(library: torch.library.Library, schema: str) -> None:
     """Define an operator, whose kernels the compiled library may have registered already.
 

@@ -72,6 +72,8 @@ def _chunk_length(states: int, device_type: str) -> int:
     shared memory."""
     if device_type == 'cpu':
         return 64 if states <= 4 else 32
+    if states == 1 and _library.KERNEL_CONSTANTS:
+        return _library.KERNEL_CONSTANTS['route_n1_chunk']
     return 32 if states <= 2 else 16
 
 

@@ -38,17 +38,15 @@ _NAMES = ('x', 'delta_top', 'delta_left', 'A_top', 'A_left', 'B_top', 'B_left', 
 # Recomputed states of 16 channels that about fill a core's own cache, and the fewest lines between two saved ones. A
 # sixteenth of all states is the most that is saved then.
 _CACHED_STATES, _MIN_CHUNK = 16384, 16
-# Rows that a GPU's block advances side by side.
-_CUDA_CHUNK = 8
-# As in csrc: steps from one saved front to the next, channels of a block, numbers of states with kernels of their own,
-# and what any other one is rounded up to a multiple of.
-_FRONT_STEPS, _TILE, _FAST_STATES, _GROUP = 8, 16, (1, 2, 4, 8, 16), 8
 
 
 def _chunk_lines(height: int, width: int, states: int, device_type: str) -> int:
     """Lines between two saved ones, along the shorter side; chunks are of about equal length."""
     lines, length = max(height, width), min(height, width)
-    most = max(_MIN_CHUNK, _CACHED_STATES // (length * max(states, 1))) if device_type == 'cpu' else _CUDA_CHUNK
+    if device_type == 'cpu' or not _library.KERNEL_CONSTANTS:
+        most = max(_MIN_CHUNK, _CACHED_STATES // (length * max(states, 1)))
+    else:
+        most = _library.KERNEL_CONSTANTS['wavefront_strip_rows']
     chunks = -(-lines // most)
     return -(-lines // chunks)
 
@@ -58,8 +56,10 @@ def _fronts_shape(x: Tensor, states: int, chunk: int) -> tuple[int, ...]:
     batch, height, width, channels = x.shape
     lines, length = max(height, width), min(height, width)
     rows = min(chunk, lines)
-    padded = states if states in _FAST_STATES else -(-states // _GROUP) * _GROUP
-    return batch, -(-lines // rows), (length + rows - 2) // _FRONT_STEPS, -(-channels // _TILE), padded, rows, _TILE
+    steps, tile, group = (_library.KERNEL_CONSTANTS[name]
+                          for name in ('wavefront_checkpoint_steps', 'wavefront_tile_channels', 'state_group'))
+    padded = states if states in _library.SPECIALIZED_STATES else -(-states // group) * group
+    return batch, -(-lines // rows), (length + rows - 2) // steps, -(-channels // tile), padded, rows, tile
 
 
 def _empty_outputs(x: Tensor, A_top: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,7 +67,8 @@ def _empty_outputs(x: Tensor, A_top: Tensor, chunk: int) -> tuple[Tensor, Tensor
     batch, height, width, channels = x.shape
     states = A_top.shape[1]
     saved = (max(height, width) - 1) // chunk if chunk else 0
-    fronts = _fronts_shape(x, states, chunk) if chunk and x.device.type == 'cuda' else (0,)
+    kept = chunk and x.device.type == 'cuda' and _library.KERNEL_CONSTANTS
+    fronts = _fronts_shape(x, states, chunk) if kept else (0,)
     dtype = state_dtype(x.dtype)
     return (torch.empty_like(x, memory_format=torch.contiguous_format),
             x.new_empty((batch, saved, min(height, width), states, channels), dtype=dtype),
