@@ -92,6 +92,17 @@ def test_the_ops_import_torch_alone():
     assert not foreign
 
 
+def test_the_state_of_the_ops_is_asked_for_in_public():
+    """By ``cuda_ops.backend_status()``."""
+    found = [
+        f'{path.relative_to(ROOT)}: {name}'
+        for path in files(PACKAGE)
+        for name in imports(path)
+        if name.startswith(('cuda_ops._library', 'cuda_ops._status', 'cuda_ops.__main__'))
+    ]
+    assert not found
+
+
 def test_host_libraries_are_imported_by_the_tools_that_need_them():
     found = [
         f'{path.relative_to(ROOT)}: {name}'

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from cuda_ops import _library
+import cuda_ops
 
 
 def describe_machine(device: str) -> dict[str, Any]:
     """Processor, cores, threads, versions, the instruction set of the compiled scans, and the GPU and its driver."""
+    status = cuda_ops.backend_status()
     machine: dict[str, Any] = {
         'CPU': _cpu_model(),
         'cores': len(os.sched_getaffinity(0)),
@@ -25,8 +26,8 @@ def describe_machine(device: str) -> dict[str, Any]:
     if torch.device(device).type == 'cuda':
         machine['GPU'] = torch.cuda.get_device_name(device)
         machine['driver'] = _driver()
-        machine['CUDA scans'] = 'compiled' if 'cuda' in _library.STATUS.devices else _library.why_reference('cuda')
-    machine['scans'] = torch.ops.cuda_ops.cpu_capability() if _library.STATUS.compiled else 'PyTorch reference'
+        machine['CUDA scans'] = str(status.devices['cuda'])
+    machine['scans'] = status.devices['cpu'].instruction_set or 'PyTorch reference'
     machine['commit'] = _commit()
     machine['Python'] = platform.python_version()
     for package in ('torch', 'mmengine', 'mmpretrain'):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cuda_ops import _library
+import cuda_ops
 
 FOLDER = Path(__file__).parent
 
@@ -18,8 +18,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def _obstacle() -> str:
     if not torch.cuda.is_available():
         return 'there is no GPU'
-    if 'cuda' not in _library.STATUS.devices:
-        return f'cuda_ops has no CUDA kernels: {_library.why_reference("cuda")}'
+    status = cuda_ops.backend_status().devices['cuda']
+    if status.backend != 'compiled':
+        return f'cuda_ops has no CUDA kernels: {status.reason}'
     return ''
 
 

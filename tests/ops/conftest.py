@@ -5,14 +5,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from cuda_ops import _library
+import cuda_ops
 
 
 def pytest_report_header() -> str:
     """The kernels under test, which the tests of other instruction sets read as well."""
-    if not _library.STATUS.compiled:
-        return f'cuda_ops: not compiled: {_library.STATUS.reason}'
-    return f'cuda_ops: {torch.ops.cuda_ops.cpu_capability()} kernels'
+    status = cuda_ops.backend_status()
+    if not status.compiled:
+        return f'cuda_ops: not compiled: {status.reason}'
+    return f'cuda_ops: {status.devices["cpu"].instruction_set} kernels'
 
 
 @pytest.fixture

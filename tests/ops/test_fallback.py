@@ -1,5 +1,6 @@
 """Without a usable compiled library: what is said, what is computed, and what SSM_OPS_STRICT refuses."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cuda_ops
-from cuda_ops import _library, reference
+from cuda_ops import reference
 from tests.ops.helpers import differentiate, relative_error, rounded, run_python
 from tests.ops.route_cases import Cross, Lines, Sequence, decay_rates
 
@@ -59,7 +60,6 @@ CASES = (Sequence(2, 6, 35, 2, B=3, z=True), Sequence(1, 3, 9, 2, B=0, C=0), Cro
 # Uses a package at the current folder: strictly, then for every case, and saves what comes of it.
 USE = '''
 import os, warnings, torch, cuda_ops
-from cuda_ops.__main__ import report
 cases = torch.load('cases.pt')
 results, messages, refusal = [], [], None
 with warnings.catch_warnings(record=True) as caught:
@@ -79,7 +79,7 @@ with warnings.catch_warnings(record=True) as caught:
         results.append([value.detach() for value in (*outputs, *grads)])
     messages = [str(warning.message) for warning in caught]
 torch.save({'file': cuda_ops.__file__, 'results': results, 'messages': messages, 'refusal': refusal,
-            'report': report()}, 'used.pt')
+            'report': str(cuda_ops.backend_status())}, 'used.pt')
 '''
 
 
@@ -128,6 +128,15 @@ def test_a_library_with_other_arguments_is_refused(package: Path) -> None:
     assert 'cuda_ops::route_scan takes other arguments' in last and REMEDY in last, last
 
 
+def test_a_library_without_the_kernels_constants_is_refused(package: Path) -> None:
+    source = package / '_library.py'
+    source.write_text(source.read_text().replace('cuda_ops.kernel_constants', 'cuda_ops.constants_of_other_sources'))
+    result = run_python('import cuda_ops', path=package.parent)
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode and last.startswith('ImportError') and 'compiled from other sources' in last, result.stderr
+    assert REMEDY in last, last
+
+
 def test_an_intact_copy_says_nothing(package: Path) -> None:
     used = use(package.parent)
     assert used['messages'] == [] and used['refusal'] is None
@@ -145,7 +154,20 @@ def test_module_prints_the_report(package: Path) -> None:
 
 
 def test_the_library_under_test_is_the_compiled_one() -> None:
-    assert _library.STATUS.compiled, _library.STATUS.reason
+    status = cuda_ops.backend_status()
+    assert status.compiled and status.devices['cpu'].backend == 'compiled', status
+
+
+def test_status_tells_what_is_in_use() -> None:
+    status = cuda_ops.backend_status()
+    cpu, cuda = status.devices['cpu'], status.devices['cuda']
+    assert (status.version, status.torch) == (cuda_ops.__version__, torch.__version__)
+    assert status.build['torch'] == torch.__version__ and status.reason == f'compiled for torch {torch.__version__}'
+    assert cpu.present and not cpu.reason and cpu.instruction_set in status.build['capabilities']
+    assert cuda.present == torch.cuda.is_available() and cuda.instruction_set is None
+    assert (cuda.backend, bool(cuda.reason)) == (('compiled', False) if status.build['cuda'] else ('reference', True))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        status.compiled = False
 
 
 class CountOperations(TorchDispatchMode):
