@@ -40,7 +40,7 @@ def _hierarchical(embed_dims: int, depths: list[int], d_state: int) -> dict[str,
 
 @MODELS.register_module()
 class V2M(SSMBackbone):
-    """V2M's backbones: the constructor returns a :class:`PlainV2M` or a :class:`HierarchicalV2M`, depending on ``arch``.
+    """V2M's backbones: the constructor returns a :class:`PlainV2M` or a :class:`HierarchicalV2M`, as ``arch`` says.
 
     Args:
         arch: One of ``V2M.ARCHS``, or a dict with the keys ``layout``: 'plain' or 'hierarchical', ``embed_dims``

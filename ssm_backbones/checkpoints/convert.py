@@ -1,4 +1,4 @@
-"""From official checkpoints to ours and back."""
+"""Convert official checkpoints to ours and back."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ssm_backbones.checkpoints.report import (
 )
 
 RECORD = 'ssm_backbones'
-"""The key in ``meta`` of a converted checkpoint under which stands what the reverse conversion needs."""
+"""Key in a converted checkpoint's ``meta`` of the metadata for the reverse conversion."""
 _TIED_TO_PARAMETERS = ('optimizer', 'ema_state_dict')
 
 
@@ -46,21 +46,21 @@ def convert_checkpoint(
     """Convert an official checkpoint into one that OpenMMLab's runners load.
 
     A classification checkpoint becomes an mmpretrain one (``backbone.*``, ``head.*``); in a detector's or segmentor's
-    the backbone is converted and everything else passed through; a bare backbone stays bare.
+    the backbone is converted and everything else is kept unchanged; a bare backbone stays bare.
 
     Args:
-        checkpoint: what the file holds.
-        source: the file's name, for messages.
-        weights: 'auto' takes the main weights, 'raw' those that are no moving averages, 'ema' the moving averages, and
-            a label, from the error that lists them, that set.
-        backbone_only: convert the backbone alone, and leave its names without ``backbone.``.
-        in_channels: adapt the stem to images of so many channels, see :func:`adapt_stem`.
+        checkpoint: The contents of the file.
+        source: The file's name, for messages.
+        weights: Set of weights: 'auto' for the main weights, 'raw' for weights that are not moving averages, 'ema' for
+            the moving averages, or the label of a set. The error for an ambiguous choice lists the labels.
+        backbone_only: Convert only the backbone, with names without ``backbone.``.
+        in_channels: Number of image channels to adapt the stem to, see :func:`adapt_stem`.
 
     Returns:
-        The converted checkpoint (``meta`` and ``state_dict``), and the report.
+        The converted checkpoint (``meta`` and ``state_dict``) and the report.
 
     Raises:
-        CheckpointError: if the file is not exactly an official checkpoint.
+        CheckpointError: If the file is not exactly an official checkpoint.
     """
     chosen = choose_weights(checkpoint, weights, FAMILIES, source)
     found, dialect = identify_official(chosen, source)
@@ -95,19 +95,18 @@ def restore_checkpoint(
 ) -> tuple[dict[str, Any], Report]:
     """Convert a checkpoint of ours, converted or trained, back to the official names, shapes and keys.
 
-    What :func:`convert_checkpoint` noted in ``meta`` decides between the spellings that the authors have used. Without
-    the note (after training), classifiers get the spelling of the authors' classifiers, other models that of their
-    detectors.
+    Metadata that :func:`convert_checkpoint` recorded in ``meta`` selects among the authors' naming schemes. Without it
+    (after training), classifiers get the names of the authors' classifiers, other models those of their detectors.
 
     Args:
-        checkpoint: what the file holds: ``state_dict`` and, perhaps, ``meta``, or the tensors themselves.
-        source: the file's name, for messages.
+        checkpoint: The contents of the file: ``state_dict`` and optionally ``meta``, or the tensors themselves.
+        source: The file's name, for messages.
 
     Returns:
-        The official checkpoint, and the report.
+        The official checkpoint and the report.
 
     Raises:
-        CheckpointError: if the file is not exactly a checkpoint of ours.
+        CheckpointError: If the file is not exactly a checkpoint of ours.
     """
     path = ('state_dict',) if isinstance(checkpoint.get('state_dict'), Mapping) else ()
     held = checkpoint['state_dict'] if path else checkpoint
@@ -139,10 +138,10 @@ def restore_checkpoint(
 def convert_file(
     source: str | os.PathLike[str], destination: str | os.PathLike[str], *, overwrite: bool = False, **options: Any
 ) -> Report:
-    """:func:`convert_checkpoint` from a path or URL to a file; its options are passed on.
+    """Convert an official checkpoint at a path or URL to a file; ``options`` are those of :func:`convert_checkpoint`.
 
     Raises:
-        CheckpointError: if a file cannot be read, converted or written; then no destination is left.
+        CheckpointError: If a file cannot be read, converted or written. The destination is not created then.
     """
     check_destination(destination, overwrite)
     converted, report = convert_checkpoint(read_checkpoint(source), source=str(source), **options)
@@ -153,10 +152,10 @@ def convert_file(
 def restore_file(
     source: str | os.PathLike[str], destination: str | os.PathLike[str], *, overwrite: bool = False
 ) -> Report:
-    """:func:`restore_checkpoint` from a path or URL to a file.
+    """Convert a checkpoint of ours at a path or URL back to an official file, see :func:`restore_checkpoint`.
 
     Raises:
-        CheckpointError: if a file cannot be read, converted or written; then no destination is left.
+        CheckpointError: If a file cannot be read, converted or written. The destination is not created then.
     """
     check_destination(destination, overwrite)
     restored, report = restore_checkpoint(read_checkpoint(source), source=str(source))
@@ -165,7 +164,7 @@ def restore_file(
 
 
 def adapted_backbone(found: Identified, in_channels: int | None, report: Report) -> dict[str, Tensor]:
-    """The backbone of an identified model, with its stem for images of ``in_channels`` if that is asked for."""
+    """Return the backbone of an identified model, with its stem adapted to ``in_channels`` unless that is None."""
     if in_channels is None or in_channels == found.in_channels:
         return found.backbone
     report.notes.append(f'stem adapted from {found.in_channels} to {in_channels} channels of the image')
@@ -173,15 +172,15 @@ def adapted_backbone(found: Identified, in_channels: int | None, report: Report)
 
 
 def adapt_stem(weight: Tensor, in_channels: int) -> Tensor:
-    """The weight of a stem for images of another number of channels.
+    """Adapt the weight of a stem to another number of image channels.
 
     Channel i of the new image is treated as channel ``i % C`` of the old one, and the weight is scaled by
-    ``C / in_channels``, so that channels of equal content are answered as before (exactly, where C divides
-    ``in_channels``). A single channel gets the sum of the old ones: it is answered as a grey image was.
+    ``C / in_channels``, so that channels of equal content give the same output as before (exactly, if C divides
+    ``in_channels``). For a single channel the old weights are summed: the output is that of a grey image.
 
     Args:
-        weight: (C_out, C, kernel, kernel), floating-point.
-        in_channels: channels of the new images, at least 1.
+        weight: Floating-point weight (C_out, C, kernel, kernel).
+        in_channels: Channels of the new images, at least 1.
 
     Returns:
         (C_out, in_channels, kernel, kernel), of the same dtype.
@@ -200,13 +199,13 @@ def adapt_stem(weight: Tensor, in_channels: int) -> Tensor:
 def _passed_through(
     checkpoint: Mapping[str, Any], weights_at: set[str], whole: bool, report: Report
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What else a file holds beside its weights, as far as it stays valid, and its ``meta``.
+    """Return the entries of a file besides its weights that stay valid, and its ``meta``.
 
     Args:
-        checkpoint: what the file holds.
-        weights_at: the keys at which weights lie; none if the file holds nothing but them.
-        whole: whether it is a runner's checkpoint of a whole model; of others nothing is passed through.
-        report: where to note what is left out.
+        checkpoint: The contents of the file.
+        weights_at: Keys of the weights; empty if the file contains nothing else.
+        whole: Whether this is a runner's checkpoint of a whole model; from others nothing is kept.
+        report: The report, to which entries that are left out are added.
     """
     others = {key: value for key, value in checkpoint.items() if weights_at and key not in weights_at}
     meta = others.get('meta')
@@ -225,7 +224,7 @@ def _passed_through(
 
 
 def _note(checkpoint: Mapping[str, Any], found: Identified) -> dict[str, Any]:
-    """What the reverse conversion needs: the conversion's note, if it still fits, or what the authors published."""
+    """Return the metadata for the reverse conversion: recorded if still valid, else the published defaults."""
     family = found.family
     only_last_norm = found.norms == (len(found.settings['depths']) - 1,)
     classifier = found.kind == CLASSIFIER or (found.kind == BACKBONE and only_last_norm)

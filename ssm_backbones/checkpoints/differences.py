@@ -1,4 +1,4 @@
-"""What of a checkpoint's tensors does not fit a model, by our names, found before anything is loaded."""
+"""Compare a checkpoint's tensors with a model's, by our names, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -15,44 +15,44 @@ from ssm_backbones.checkpoints.naming import Shape, Shapes
 from ssm_backbones.layers.token_grid import TokenGrid
 
 _SHOWN = 5
-# The parts in which a classifier's backbone and a detector's differ.
+# Parts that differ between the backbones of classifiers and detectors.
 OUTPUT = re.compile(r'norm\d+|pyramid')
 _IncompatibleKeys = namedtuple('_IncompatibleKeys', ['missing_keys', 'unexpected_keys'])
 
 
 class Mismatch(NamedTuple):
-    """A tensor that a model lacks, does not have, or has in another shape."""
+    """A tensor that is missing from a checkpoint, unexpected in it, or of another shape than the model's."""
 
     name: str
     kind: Literal['missing', 'unexpected', 'shape']
     found: Shape | None
-    """The shape in the checkpoint; None of a missing tensor."""
+    """The shape in the checkpoint; None for a missing tensor."""
     expected: Shape | None
-    """The shape in the model; None of an unexpected tensor."""
+    """The shape in the model; None for an unexpected tensor."""
 
 
 class Fit(NamedTuple):
-    """A checkpoint's tensors beside a module."""
+    """Result of the comparison of a checkpoint's tensors with a module."""
 
     tensors: dict[str, Tensor]
-    """Those to load: without the parts that a backbone was built without, and with resized position embeddings."""
+    """Tensors to load: without parts that the backbone was built without, and with resized position embeddings."""
     initial: list[str]
-    """The output norms, and the pyramid, that a backbone has and the checkpoint lacks altogether."""
+    """Output norms and pyramid of a backbone that are entirely missing from the checkpoint."""
     mismatches: list[Mismatch]
-    """What of the others does not fit."""
+    """Mismatches of all other tensors."""
 
 
 def fit(module: nn.Module, tensors: Mapping[str, Tensor], resize: bool = True) -> Fit:
-    """Compare a checkpoint's tensors with a module, by names and shapes; nothing is loaded.
+    """Compare a checkpoint's tensors with a module by names and shapes, without loading.
 
-    Where a backbone of this package ends depends on what it is for: a classifier has one output norm, a pyramid has
-    norms of its own. Those may be missing, all else has to fit. Of any other module everything has to fit, as its parts
-    rename or resize it: modules of the host libraries that load older names are asked for their names first.
+    The outputs of a backbone of this package depend on its use: a classifier has one output norm, a pyramid has its own
+    norms. These may be missing; everything else has to match. In any other module everything has to match, after the
+    module's own loading code has renamed or resized tensors.
 
     Args:
-        module: a backbone, another part of a model, or a whole model.
-        tensors: by names relative to the module.
-        resize: whether position embeddings may be resized; where training goes on, the optimizer's averages have the
+        module: A backbone, another part of a model, or a whole model.
+        tensors: Tensors by name relative to the module.
+        resize: Whether position embeddings may be resized; False when resuming, because the optimizer's state has the
             saved shape.
     """
     tensors = dict(tensors)
@@ -72,7 +72,7 @@ def fit(module: nn.Module, tensors: Mapping[str, Tensor], resize: bool = True) -
 
 
 def compare(found: Shapes, expected: Shapes) -> list[Mismatch]:
-    """The mismatches between the shapes of named tensors: those expected in their order, then the unexpected."""
+    """Return the mismatches between the shapes of named tensors: expected names in order, then unexpected ones."""
     mismatches = []
     for name, shape in expected.items():
         if name not in found:
@@ -83,28 +83,28 @@ def compare(found: Shapes, expected: Shapes) -> list[Mismatch]:
 
 
 def shapes_of(tensors: Mapping[str, Any]) -> dict[str, Shape]:
-    """The shapes of those entries that are tensors."""
+    """Return the shapes of the entries that are tensors."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
 
 
 def explain(mismatches: Sequence[Mismatch], prefix: str = '') -> str:
-    """Name the first mismatches and count the others, for an error.
+    """Describe the first mismatches and count the others, for an error message.
 
     Args:
-        mismatches: at least one.
-        prefix: what to put before the names.
+        mismatches: At least one mismatch.
+        prefix: Prefix of the names.
     """
     return shorten([f'{prefix}{_explain_one(mismatch)}' for mismatch in mismatches])
 
 
 def shorten(items: Sequence[str], separator: str = '; ') -> str:
-    """Join the first few of many items, and say how many more there are."""
+    """Join the first few items and count the others."""
     more = len(items) - _SHOWN
     return separator.join(items[:_SHOWN]) + (f'{separator}and {more} more' if more > 0 else '')
 
 
 def shape_text(shape: Sequence[int]) -> str:
-    """A shape as messages show it, such as (64, 3, 3, 3)."""
+    """Format a shape for messages, e.g. (64, 3, 3, 3)."""
     return f'({", ".join(map(str, shape))})'
 
 
@@ -126,9 +126,10 @@ def _fit_backbone(backbone: SSMBackbone, tensors: dict[str, Tensor]) -> Fit:
 
 
 def _as_loaded(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The tensors as those parts of a module leave them that change names or shapes on loading.
+    """Apply the renaming and resizing that parts of a module do on loading.
 
-    They are copies with parameters of their own, so that nothing is loaded. Backbones of this package are passed over.
+    It runs on copies of these parts with copied parameters, so that nothing is loaded. Backbones of this package are
+    skipped.
     """
     state = dict(tensors)
     for path, part in module.named_modules():
@@ -150,13 +151,13 @@ def _as_loaded(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, An
 def _changes_what_it_loads(module: nn.Module) -> bool:
     if isinstance(module, (SSMBackbone, TokenGrid)):
         return False
-    # PyTorch's own, such as that of batch norms, only fills in counters.
+    # PyTorch's own overrides, such as that of batch norms, only add counters.
     overridden = not type(module)._load_from_state_dict.__module__.startswith('torch.')
     return overridden or bool(module._load_state_dict_pre_hooks)
 
 
 def _without_what_is_excused(module: nn.Module, mismatches: list[Mismatch]) -> list[Mismatch]:
-    """What is left once counters of batch norms and what the modules' own hooks excuse, as adapters' do, is gone."""
+    """Drop missing counters of batch norms, and mismatches that the modules' load hooks accept, as adapters' do."""
     missing = [m.name for m in mismatches if m.kind == 'missing' and not m.name.endswith('num_batches_tracked')]
     unexpected = [m.name for m in mismatches if m.kind == 'unexpected']
     for part in module.modules():

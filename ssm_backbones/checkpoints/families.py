@@ -1,4 +1,4 @@
-"""What the converters know of a family of models, and how they ask for it."""
+"""Interface of the families of models with official checkpoints."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from ssm_backbones.checkpoints.naming import Naming, Shape, Shapes
 class Family(ABC):
     """A family of models with official checkpoints.
 
-    A *dialect* is what the names of one file leave open: a dictionary of plain values from which the rules follow.
+    A *dialect* is a dictionary of plain values that selects the naming rules of one file.
     Backbone names below are relative to the backbone, head names to the whole model; ours always start with ``head.``.
     """
 
     name: ClassVar[str]
     model: ClassVar[type[SSMBackbone]]
     main_key: ClassVar[str]
-    """Where the official classification checkpoints keep their tensors."""
+    """Key of the tensors in official classification checkpoints."""
     classifier_prefix: ClassVar[str]
-    """What stands before the backbone's names in an official classification checkpoint."""
+    """Prefix of the backbone's names in official classification checkpoints."""
     norms_are_optional: ClassVar[bool]
-    """Whether official files may lack output norms that our backbone has."""
+    """Whether output norms of our backbone may be missing from official files."""
     last_layer: ClassVar[str]
     """Our name of the classifier's last layer."""
     official_mark: ClassVar[re.Pattern[str]]
@@ -35,50 +35,50 @@ class Family(ABC):
 
     @abstractmethod
     def is_ours(self, shapes: Shapes) -> bool:
-        """Whether these are the tensors of our backbone of this family."""
+        """Return whether these are the tensors of our backbone of this family."""
 
     @abstractmethod
     def dialect(self, official: Iterable[str]) -> dict[str, Any]:
-        """The dialect of a file, from its backbone's official names."""
+        """Return the dialect of a file, from its backbone's official names."""
 
     @abstractmethod
     def default_dialect(self, settings: Mapping[str, Any], classifier: bool) -> dict[str, Any]:
-        """The dialect in which the authors published models of these settings."""
+        """Return the dialect of the authors' published models of these settings."""
 
     @abstractmethod
     def naming(self, dialect: Mapping[str, Any]) -> Naming:
-        """The rules for the backbone's names."""
+        """Return the rules for the backbone's names."""
 
     @abstractmethod
     def head_naming(self, dialect: Mapping[str, Any]) -> Naming:
-        """The rules for the names of the classification head."""
+        """Return the rules for the names of the classification head."""
 
     @abstractmethod
     def settings(self, shapes: Shapes) -> dict[str, Any]:
-        """The arch dict that fits tensors with our names; the shapes may be official.
+        """Return the arch dict that matches tensors with our names; the shapes may be official.
 
         Raises:
-            KeyError: with our name of a tensor that decides and is missing.
+            KeyError: If a tensor that determines the arch is missing. Its argument is our name of the tensor.
         """
 
     @abstractmethod
     def head_shapes(self, settings: Mapping[str, Any], num_classes: int) -> dict[str, Shape]:
-        """Our names and shapes of the classification head."""
+        """Return our names and shapes of the classification head."""
 
     @abstractmethod
     def stem(self, names: Iterable[str]) -> str:
-        """Our name of the weight that sees the image's channels."""
+        """Return our name of the stem's weight, whose input is the image."""
 
     def arch(self, settings: Mapping[str, Any]) -> str | None:
-        """The name of the arch of these settings, if it has one."""
+        """Return the name of the arch with these settings, or None."""
         archs: dict[str, dict[str, Any]] = self.model.ARCHS
         return next((name for name, row in archs.items() if row == settings), None)
 
     def backbone_shapes(self, settings: Mapping[str, Any], in_channels: int) -> dict[str, Shape]:
-        """Our names and shapes of the whole backbone, with the output norms of all stages.
+        """Return our names and shapes of the whole backbone, with the output norms of all stages.
 
         Raises:
-            ValueError: if no such backbone can be built.
+            ValueError: If the settings are invalid.
         """
         options: dict[str, Any] = dict(
             arch=dict(settings), in_channels=max(in_channels, 1), out_indices=tuple(range(len(settings['depths'])))
@@ -89,11 +89,11 @@ class Family(ABC):
 
 
 def leading(shape: Shape) -> int:
-    """The first dimension, or 0 of a single number."""
+    """Return the first dimension, or 0 for a scalar."""
     return shape[0] if shape else 0
 
 
 def count(names: Iterable[str], pattern: str) -> int:
-    """One more than the greatest number that ``pattern`` captures at the start of a name; 0 if it never fits."""
+    """Return one more than the greatest number that ``pattern`` captures at a name's start, or 0 without a match."""
     found = (re.match(pattern, name) for name in names)
     return max((int(match[1]) + 1 for match in found if match), default=0)

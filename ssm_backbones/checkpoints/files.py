@@ -1,4 +1,4 @@
-"""Reading checkpoints from anywhere without running their code, and writing them whole or not at all."""
+"""Read checkpoints without running their code, and write them atomically."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from ssm_backbones.utils.errors import CommandError
 from ssm_backbones.utils.files import atomic_file
 from ssm_backbones.utils.torch_compat import allow_in_checkpoints
 
-# Trainers of the Swin and timm lines store their settings beside the weights. Neither class has code to run: the
-# first is read as the dictionary that it is. They are allowed once and for all: readings take place within each other.
+# Trainers derived from Swin and timm store their settings with the weights. Neither class runs code on loading; CfgNode
+# is read as a plain dict. They are allowed permanently, because loads can be nested.
 allow_in_checkpoints({'yacs.config.CfgNode': OrderedDict, 'argparse.Namespace': argparse.Namespace})
 _AGAIN = 'Get the file again.'
 _PICKLES = 5
-# What a fault of a program raises. Damaged bytes can look like one, but not in an archive with the right checksums.
+# Raised by programming errors. Damaged bytes can raise them too, but not in an archive with valid checksums.
 _FAULTS = (AttributeError, TypeError, NameError, ImportError, NotImplementedError, MemoryError)
 
 
 class CheckpointError(CommandError):
-    """A checkpoint cannot be read, recognised or fitted; the message says why and what to do."""
+    """A checkpoint that cannot be read or identified, or does not match; the message names cause and remedy."""
 
 
 def read_checkpoint(source: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint file with ``weights_only=True``, onto the CPU.
 
     Args:
-        source: a path, or an http, https or ftp URL, which is downloaded once into ``torch.hub``'s folder.
+        source: A path, or an http, https or ftp URL, which is downloaded once into ``torch.hub``'s folder.
 
     Raises:
-        CheckpointError: if there is no such file, or it is truncated, no checkpoint, or holds more than tensors and
-            plain Python values (code, in other words).
+        CheckpointError: If the file does not exist, is truncated or not a checkpoint, or contains anything but tensors
+            and plain Python values.
     """
     name = str(source)
     if not is_url(name):
@@ -53,16 +53,16 @@ def read_checkpoint(source: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         return _read(path, name)
     except CheckpointError:
-        # The next attempt is to download it anew.
+        # So that the next attempt downloads it again.
         path.unlink(missing_ok=True)
         raise
 
 
 def check_destination(path: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Refuse a destination that could not be written, before any work is done.
+    """Check that a destination can be written, before any work is done.
 
     Raises:
-        CheckpointError: if it is a folder, or exists and ``overwrite`` is False.
+        CheckpointError: If the path is a folder, or exists and ``overwrite`` is False.
     """
     if Path(path).expanduser().is_dir():
         raise CheckpointError(f'{path} is a folder; name a file.')
@@ -71,10 +71,10 @@ def check_destination(path: str | os.PathLike[str], overwrite: bool = False) -> 
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Write a checkpoint beside its destination, then rename it, so that no half-written file is ever left.
+    """Write a checkpoint atomically.
 
     Raises:
-        CheckpointError: if the destination exists and ``overwrite`` is False, or cannot be written.
+        CheckpointError: If the destination exists and ``overwrite`` is False, or cannot be written.
     """
     check_destination(path, overwrite)
     destination = Path(path).expanduser().resolve()
@@ -87,7 +87,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]
 
 
 def is_url(name: str) -> bool:
-    """Whether a checkpoint is named by a URL."""
+    """Return whether a checkpoint is named by a URL."""
     return name.startswith(('http://', 'https://', 'ftp://'))
 
 
@@ -139,7 +139,7 @@ def _check_start(start: bytes, name: str) -> None:
 
 def _check_archive(path: Path, name: str) -> None:
     if zipfile.is_zipfile(path):
-        # torch.load reads damaged tensors without a word; the archive's checksums tell.
+        # torch.load does not verify the archive's checksums.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
@@ -168,7 +168,7 @@ def _explain_refusal(path: Path, name: str) -> str:
 
 
 def _globals_in(path: Path) -> Iterator[str]:
-    """The classes and functions that a checkpoint's pickles ask for, in their order, as far as they can be parsed."""
+    """Yield the classes and functions that a checkpoint's pickles refer to, as far as they can be parsed."""
     with contextlib.ExitStack() as stack:
         if zipfile.is_zipfile(path):
             archive = stack.enter_context(zipfile.ZipFile(path))
@@ -176,7 +176,7 @@ def _globals_in(path: Path) -> Iterator[str]:
                 stack.enter_context(archive.open(entry)) for entry in archive.namelist() if entry.endswith('data.pkl')
             ]
         else:
-            # The old format is several pickles in a row, and the numbers behind them.
+            # The legacy format is several pickles in a row, followed by the numbers.
             files = [stack.enter_context(open(path, 'rb'))] * _PICKLES
         for file in files:
             strings: list[str] = []
@@ -205,7 +205,7 @@ def _download(url: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / '.lock', 'w') as lock:
-            # The processes of a distributed run arrive together; the first one downloads.
+            # In a distributed run, the first process downloads and the others wait.
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.exists():
                 with atomic_file(path) as temporary:

@@ -1,8 +1,8 @@
-"""What mmengine and PyTorch load into a backbone: the authors' tensors are converted, what does not fit is refused.
+"""Check state dicts that mmengine or PyTorch load into a backbone; convert official tensors, reject mismatches.
 
-The host libraries' own tools and inferencers load by mmengine, which logs what does not fit and goes on with whatever
-the backbone was initialised to. A backbone therefore looks at each state dict before it is loaded, by
-:attr:`SSMBackbone.before_loading`, and :func:`check_pretrained` at the file that a config names, before anything runs.
+The host libraries' own tools and inferencers load by mmengine, which logs mismatches and continues with the initial
+weights. A backbone therefore checks each state dict before it is loaded (:attr:`SSMBackbone.before_loading`), and
+:func:`check_pretrained` checks the file named in a config before anything runs.
 """
 
 from __future__ import annotations
@@ -34,19 +34,18 @@ _OFFICIAL_REMEDY = (
 
 
 def convert_or_refuse(backbone: SSMBackbone, state_dict: dict[str, Any], prefix: str) -> None:
-    """Convert the authors' tensors in a state dict in place, and refuse what mmengine would pass over.
+    """Convert official tensors in a state dict in place, and reject mismatches that mmengine would ignore.
 
-    In a whole model, the authors' tensors of its backbone are converted. Where mmengine loads, the stem and the stages
-    have to be there exactly, as in every loader of this package; PyTorch's own ``load_state_dict`` tells its caller
-    what does not fit.
+    In a whole model, the official tensors of its backbone are converted. If mmengine loads, stem and stages have to
+    match exactly, as in every loader of this package; PyTorch's own ``load_state_dict`` reports mismatches itself.
 
     Args:
-        backbone: what is loaded.
-        state_dict: tensors by name, a copy that may be changed.
-        prefix: what stands before the backbone's names there, '' for a backbone alone.
+        backbone: The backbone that is loaded.
+        state_dict: Tensors by name; modified in place.
+        prefix: Prefix of the backbone's names, '' for a backbone alone.
 
     Raises:
-        CheckpointError: if the tensors are the authors' and cannot be converted here, or do not fit.
+        CheckpointError: If the tensors are official and cannot be converted here, or do not match.
     """
     inside = _below(state_dict, prefix)
     own = {name for name, _ in backbone.named_parameters()}
@@ -63,7 +62,7 @@ def convert_or_refuse(backbone: SSMBackbone, state_dict: dict[str, Any], prefix:
             raise CheckpointError(
                 f"the {type(backbone).__name__} is given the authors' tensors, by their names. {_OFFICIAL_REMEDY}"
             )
-    # Files of adapters hold nothing else; the parts of sharded models have no shapes to compare.
+    # Adapters' files contain only their own tensors; the parts of sharded models have no shapes to compare.
     special = any('lora_' in name for name in own) or any(is_model_wrapper(part) for part in backbone.modules())
     if special or not _mmengine_loads():
         return
@@ -78,14 +77,14 @@ def convert_or_refuse(backbone: SSMBackbone, state_dict: dict[str, Any], prefix:
 
 
 def check_pretrained(backbone: Mapping[str, Any], key: str) -> None:
-    """Check that the local file which a backbone's ``init_cfg`` of type ``Pretrained`` names fits that backbone.
+    """Check that the local file in a backbone's ``init_cfg`` of type ``Pretrained`` matches the backbone.
 
     Args:
-        backbone: the config of a backbone of this package.
-        key: where it stands in the config, for messages.
+        backbone: The config of a backbone of this package.
+        key: Key of that config, for messages.
 
     Raises:
-        CheckpointError: naming the first mismatches, or the type or prefix to give.
+        CheckpointError: If it does not match. The message names the first mismatches, or the type or prefix to set.
     """
     init_cfg = backbone['init_cfg']
     source = str(init_cfg['checkpoint'])
@@ -112,7 +111,7 @@ def check_pretrained(backbone: Mapping[str, Any], key: str) -> None:
 
 
 def names_backbone(kind: Any) -> bool:
-    """Whether a config's ``type`` is a backbone of this package."""
+    """Return whether a config's ``type`` is a backbone of this package."""
     known = MODELS.get(kind.rpartition('.')[2]) if isinstance(kind, str) else kind
     return isinstance(known, type) and issubclass(known, SSMBackbone)
 
@@ -140,7 +139,7 @@ def _converted(backbone: SSMBackbone, weights: WeightSet, prefix: str) -> Fit:
 
 
 def _fit_known_parts(backbone: SSMBackbone, inside: Mapping[str, Any], everything: bool) -> Fit:
-    """Compare a state dict with a backbone; where it is not the backbone's alone, by the names of its parts only."""
+    """Compare a state dict with a backbone; unless ``everything``, ignore names outside the backbone's parts."""
     tensors = {name: value for name, value in inside.items() if isinstance(value, Tensor)}
     if not everything:
         part = re.compile(r'(patch_embed|stages|pyramid|norm\d+)\.')
@@ -149,7 +148,7 @@ def _fit_known_parts(backbone: SSMBackbone, inside: Mapping[str, Any], everythin
 
 
 def _is_resized(mismatch: Mismatch) -> bool:
-    """Whether loading resizes the tensor: a position embedding (1, h, w, C) of another grid."""
+    """Return whether loading resizes the tensor: a position embedding (1, h, w, C) of another grid."""
     found, expected = mismatch.found or (), mismatch.expected or ()
     return mismatch.name == 'patch_embed.pos_embed' and len(found) == len(expected) == 4 and found[::3] == expected[::3]
 
@@ -181,7 +180,7 @@ def _refuse(backbone: SSMBackbone, mismatches: list[Mismatch], held: Mapping[str
 
 
 def _mmengine_loads() -> bool:
-    """Whether mmengine's own ``load_state_dict`` is at work, and not PyTorch's; both make the same call."""
+    """Return whether the caller is mmengine's ``load_state_dict`` or PyTorch's; both call the modules alike."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         module = frame.f_globals.get('__name__')

@@ -1,4 +1,4 @@
-"""Identifying exactly what a checkpoint holds, the authors' model or ours."""
+"""Identify the model in a checkpoint, official or ours, from its tensors."""
 
 from __future__ import annotations
 
@@ -22,49 +22,49 @@ CLASSIFIER, BACKBONE, WHOLE = 'classifier', 'backbone', 'whole model'
 
 @dataclass(frozen=True)
 class Identified:
-    """A model whose every tensor is accounted for, by our names and in our shapes."""
+    """A model whose tensors are all identified, with our names and shapes."""
 
     family: Family
     settings: dict[str, Any]
-    """The arch dict that fits."""
+    """The matching arch dict."""
     kind: str
     """A classifier, a bare backbone, or a whole model (detector, segmentor)."""
     backbone: dict[str, Tensor]
-    """The tensors of all stages, and of those output norms that the file has; names relative to the backbone."""
+    """Tensors of all stages and of the output norms in the file, by names relative to the backbone."""
     head: dict[str, Tensor]
-    """The classifier's head, names beginning with ``head.``."""
+    """Tensors of the classification head, by names beginning with ``head.``."""
     rest: dict[str, Any]
-    """What else a whole model holds, by its own names."""
+    """Other entries of a whole model, by their own names."""
 
     @property
     def stem(self) -> str:
-        """The name of the weight that sees the image's channels."""
+        """Name of the stem's weight, whose input is the image."""
         return self.family.stem(self.backbone)
 
     @property
     def in_channels(self) -> int:
-        """The channels of the images that the stem expects."""
+        """Image channels that the stem expects."""
         return self.backbone[self.stem].shape[1]
 
     @property
     def norms(self) -> tuple[int, ...]:
-        """The stages whose output norms the file has."""
+        """Stages whose output norms are in the file."""
         stages = range(len(self.settings['depths']))
         return tuple(i for i in stages if f'norm{i}.weight' in self.backbone)
 
 
 def identify_official(weights: WeightSet, source: str) -> tuple[Identified, dict[str, Any]]:
-    """Account for every tensor of an official model, and translate it.
+    """Identify every tensor of an official model and translate it to our names and shapes.
 
     Args:
-        weights: the model's weights.
-        source: the file's name, for messages.
+        weights: The model's weights.
+        source: The file's name, for messages.
 
     Returns:
         The model, and the dialect of its names (see :class:`Family`).
 
     Raises:
-        CheckpointError: if it is not exactly a model of the authors'.
+        CheckpointError: If the tensors do not exactly match an official model.
     """
     family, prefix, held = weights.family, weights.prefix, weights.tensors
     inside, outside = _parted(held, prefix)
@@ -78,9 +78,9 @@ def identify_official(weights: WeightSet, source: str) -> tuple[Identified, dict
         settings = family.settings(shapes_of(found))
     except KeyError as error:
         official = naming.official(error.args[0])
-        lacking = prefix + official[0] if official else error.args[0]
+        missing = prefix + official[0] if official else error.args[0]
         raise CheckpointError(
-            f'{source} is no complete {family.name}: it lacks {lacking}, which tells the variants apart.'
+            f'{source} is no complete {family.name}: it lacks {missing}, which tells the variants apart.'
         ) from None
     shapes, head_shapes = _expected(family, settings, kind, found, head, source)
     layout = official_layout(naming, shapes, prefix) | official_layout(head_naming, head_shapes)
@@ -99,14 +99,14 @@ def identify_official(weights: WeightSet, source: str) -> tuple[Identified, dict
 
 
 def identify_ours(held: Mapping[str, Any], source: str) -> Identified:
-    """Account for every tensor of a model of ours: a bare backbone, or ``backbone.*`` in a whole one.
+    """Identify every tensor of a model of ours: a bare backbone, or ``backbone.*`` in a whole model.
 
     Args:
-        held: the model's tensors by name.
-        source: the file's name, for messages.
+        held: The model's tensors by name.
+        source: The file's name, for messages.
 
     Raises:
-        CheckpointError: if it is not exactly a model of ours whose family has official checkpoints.
+        CheckpointError: If the tensors do not exactly match a model of a family with official checkpoints.
     """
     prefix = 'backbone.' if any(name.startswith('backbone.') for name in held) else ''
     inside, outside = _parted(held, prefix)
@@ -132,25 +132,25 @@ def identify_ours(held: Mapping[str, Any], source: str) -> Identified:
 
 
 def describe(family: Family, settings: Mapping[str, Any]) -> str:
-    """A family and the arch that fits, as one writes them in a config."""
+    """Format the family and the matching arch as in a config."""
     return f'{family.name}, arch={family.arch(settings) or dict(settings)!r}'
 
 
 def _parted(held: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What lies under a prefix, without it, and what does not."""
+    """Split the entries with a prefix, which is removed, from the others."""
     inside = {name.removeprefix(prefix): value for name, value in held.items() if name.startswith(prefix)}
     return inside, {name: value for name, value in held.items() if not name.startswith(prefix)}
 
 
 def _translated(held: Mapping[str, Any], naming: Naming) -> dict[str, Any]:
-    """What the rules know, by our names."""
+    """Return the entries that the rules match, by our names."""
     return {ours: value for name, value in held.items() if (ours := naming.ours(name)) is not None}
 
 
 def _expected(
     family: Family, settings: dict[str, Any], kind: str, found: Mapping[str, Any], head: Mapping[str, Any], source: str
 ) -> tuple[dict[str, Shape], dict[str, Shape]]:
-    """Our names and shapes of the backbone and of the classifier's head that these tensors have to be."""
+    """Return our names and shapes that the backbone and the classification head must have."""
     in_channels = _dimension(found.get(family.stem(found)), 1)
     try:
         shapes = family.backbone_shapes(settings, in_channels)
@@ -171,19 +171,19 @@ def _expected(
         shapes = {name: shape for name, shape in shapes.items() if not name.startswith(tuple(norms - present))}
     if kind != CLASSIFIER:
         return shapes, {}
-    # Classes are counted in whichever half of the last layer is there.
+    # The number of classes is taken from the last layer's weight or bias, whichever is present.
     num_classes = max(_dimension(head.get(f'{family.last_layer}.{part}'), 0) for part in ('weight', 'bias'))
     return shapes, family.head_shapes(settings, num_classes)
 
 
 def _dimension(tensor: Any, dimension: int) -> int:
-    """A dimension of a tensor, or 0 if it has none such."""
+    """Return a dimension of a tensor, or 0 if it does not exist."""
     return tensor.shape[dimension] if isinstance(tensor, Tensor) and tensor.ndim > dimension else 0
 
 
 def _check(found: Mapping[str, Any], expected: Shapes, source: str, model: str) -> None:
     mismatches = compare(shapes_of(found), expected)
-    # What is no tensor counts as missing in the comparison.
+    # Entries that are not tensors count as missing in the comparison.
     for name in found:
         fault = _fault(found[name])
         if fault and name in expected:

@@ -1,4 +1,4 @@
-"""Official checkpoints straight into a config's backbone."""
+"""Initializer that loads official checkpoints into a config's backbone."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class OfficialPretrainedInit:
     """``init_cfg=dict(type='OfficialPretrained', checkpoint=...)`` of a backbone: :func:`load_official`.
 
     Args:
-        checkpoint: path or URL of a checkpoint of the authors'.
-        weights: which of the file's weights, see :func:`convert_checkpoint`.
-        in_channels: adapt the stem to images of so many channels, see :func:`adapt_stem`.
-        classifier_norm: whether a classifier's output norm is loaded, see :func:`load_official`. None loads it into a
-            backbone that returns the last stage's map alone, as a classifier's does; a backbone that returns any other
-            maps starts with new output norms for all of them, as in the authors' detectors and segmentors.
+        checkpoint: Path or URL of an official checkpoint.
+        weights: Set of weights in the file, see :func:`convert_checkpoint`.
+        in_channels: Number of image channels to adapt the stem to, see :func:`adapt_stem`.
+        classifier_norm: Whether to load a classifier's output norm, see :func:`load_official`. None loads it only into
+            a backbone that returns just the last stage's map, as a classifier's does; others start with new output
+            norms, as in the authors' detectors and segmentors.
     """
 
     def __init__(

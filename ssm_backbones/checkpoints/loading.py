@@ -1,4 +1,4 @@
-"""The one way by which a checkpoint's tensors get into a module, compared strictly before anything is loaded."""
+"""Load a checkpoint's tensors into a module; all loaders compare strictly before anything is loaded."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _CLASS_TOKEN = 'patch_embed.cls_token'
 
 
 def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], refuse: Callable[[list[Mismatch]], str]) -> Fit:
-    """Load tensors by a module's own names if they fit, as :func:`fit` says; nothing at all if not.
+    """Load tensors into a module if they match according to :func:`fit`, else load nothing.
 
     Args:
-        module: a backbone, another part of a model, or a whole model.
-        tensors: by names relative to the module.
-        refuse: makes the error's text of the mismatches.
+        module: A backbone, another part of a model, or a whole model.
+        tensors: Tensors by name relative to the module.
+        refuse: Builds the error message from the mismatches.
 
     Raises:
-        CheckpointError: if there are mismatches, or tensors of other than floating-point numbers among a backbone's.
+        CheckpointError: If there are mismatches, or a backbone's tensors are not floating-point.
     """
     found = fit(module, tensors)
     if found.mismatches:
@@ -56,19 +56,18 @@ def refuse_integers(tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_backbone(backbone: SSMBackbone, checkpoint: str | os.PathLike[str]) -> None:
-    """Load the backbone that a checkpoint holds, official or of this package, strictly.
+    """Load a backbone from a checkpoint, official or of this package, strictly.
 
     Stages, output norms and a pyramid that the backbone was built without are left out. Output norms and a pyramid that
-    the checkpoint lacks stay as they are, which the log names. A plain V2M's position embedding is resized bicubically
-    to the backbone's ``img_size``. Anything else that does not fit is an error, and then nothing is loaded.
+    are missing from the checkpoint keep their values; the log names them. A plain V2M's position embedding is resized
+    bicubically to the backbone's ``img_size``. Any other mismatch is an error, and then nothing is loaded.
 
     Args:
-        backbone: where to load the weights.
-        checkpoint: path or URL. Whatever common prefix stands before the backbone's names is taken off, as the log
-            says.
+        backbone: The backbone to load the weights into.
+        checkpoint: Path or URL. A common prefix of the backbone's names is removed and logged.
 
     Raises:
-        CheckpointError: if the file cannot be read or does not fit.
+        CheckpointError: If the file cannot be read or does not match.
     """
     source = str(checkpoint)
     held = read_checkpoint(checkpoint)
@@ -98,27 +97,26 @@ def load_official(
 ) -> Report:
     """Load the backbone of an official checkpoint into a model of this package, strictly.
 
-    Whatever the checkpoint is of, a classifier, a detector or a segmentor, the backbone is taken from it. Parts of it
-    that the model was built without (stages behind the last of its ``out_indices``, output norms of stages that are
-    not among them) are left out; output norms that the checkpoint lacks, as those of classifiers lack all but the
-    last, stay as initialised. The report names both. Anything else that does not fit is an error, and then nothing is
-    loaded.
+    The checkpoint may be of a classifier, a detector or a segmentor; its backbone is loaded. Parts that the model was
+    built without (stages after the last of its ``out_indices``, output norms of other stages) are left out. Output
+    norms that are missing from the checkpoint (classifiers have only the last one) keep their initial values. The
+    report names both. Any other mismatch is an error, and then nothing is loaded.
 
     Args:
-        model: a VMamba or Mamba2D.
-        checkpoint: path or URL.
-        weights: which of the file's weights, see :func:`convert_checkpoint`.
-        in_channels: adapt the stem to images of so many channels, see :func:`adapt_stem`; the model has to be built
+        model: A VMamba or Mamba2D.
+        checkpoint: Path or URL.
+        weights: Set of weights in the file, see :func:`convert_checkpoint`.
+        in_channels: Number of image channels to adapt the stem to, see :func:`adapt_stem`; the model has to be built
             with the same number.
-        classifier_norm: whether a VMamba classifier's output norm, that of the last stage, is loaded where the model
-            has one. False leaves that norm as initialised too, as the authors' detectors and segmentors have it; a
-            detector's or segmentor's own output norms are loaded in any case.
+        classifier_norm: Whether to load a VMamba classifier's output norm, that of the last stage, if the model has
+            one. False keeps its initial values, as in the authors' detectors and segmentors. A detector's or
+            segmentor's own output norms are always loaded.
 
     Returns:
-        What was loaded from where and what was not.
+        A report of the tensors that were loaded and left out.
 
     Raises:
-        CheckpointError: if the file cannot be read, is not exactly an official checkpoint, or is one of another arch.
+        CheckpointError: If the file cannot be read, is not exactly an official checkpoint, or has another arch.
     """
     return _load_official(model, read_checkpoint(checkpoint), str(checkpoint), weights, in_channels, classifier_norm)
 
@@ -164,25 +162,25 @@ def _load_official(
 
 
 def returns_last_stage_alone(backbone: SSMBackbone) -> bool:
-    """Whether a backbone is built as a classifier's: detectors and segmentors start with new output norms."""
+    """Return whether a backbone returns only the last stage's map, as a classifier's does."""
     return backbone.out_indices == (len(backbone.num_features) - 1,)
 
 
 def without_classifier_norm(found: Identified, tensors: dict[str, Tensor], report: Report) -> dict[str, Tensor]:
-    """A backbone's tensors without the output norm of the classifier that it is of, and a report that says so."""
+    """Drop the output norm of a classifier from the tensors of its backbone, and report it."""
     last = len(found.settings['depths']) - 1
     if found.kind == WHOLE or found.norms != (last,):
         return tensors
     report.left_out[f'norm{last}'] = "the classifier's own"
-    report.initial[f'norm{last}'] = "output norms start anew where a classifier's is not taken (classifier_norm)"
+    report.initial[f'norm{last}'] = "a classifier's output norm is not loaded (classifier_norm)"
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(f'norm{last}.')}
 
 
 def remedy(mismatches: Sequence[Mismatch]) -> str:
-    """What to do about a backbone's mismatches."""
+    """Return what to do about a backbone's mismatches."""
     if len(mismatches) == 1:
         (mismatch,) = mismatches
-        # Class tokens take part in the scans, so that a backbone with other ones computes something else.
+        # Class tokens take part in the scans, so a backbone with other ones computes different maps.
         if mismatch.name == _CLASS_TOKEN:
             return (
                 "Give the cls_token that the checkpoint was trained with: 'mean' has no such weight, the others have."

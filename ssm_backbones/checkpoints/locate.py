@@ -1,4 +1,4 @@
-"""Locating weights in a checkpoint: of classifiers and detectors, under wrappers' prefixes, and their averages."""
+"""Locate weights in a checkpoint: models, wrappers' prefixes, and moving averages."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from ssm_backbones.checkpoints.files import CheckpointError
 _MAIN_PATHS = [('state_dict',), ('model',), ()]
 _AVERAGE = re.compile(r'(?:^|[^A-Za-z])ema(?:[^a-z]|$)|EMA|ema[A-Z]|[Aa]verag')
 _DEPTH = 4
-# What torch.compile and the wrappers of sharded and recomputed modules put into names, anywhere.
+# Inserted anywhere in names by torch.compile and by the wrappers of sharded and recomputed modules.
 _WRAPPER = re.compile(r'(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
-# A name of fewer parts, such as norm.weight, may be any model's.
+# Shorter names, such as norm.weight, occur in many models.
 _DISTINCTIVE = 4
 
 
 @dataclass(frozen=True)
 class WeightSet:
-    """The weights of one model within a checkpoint, by their official names without a wrapper's prefix."""
+    """The weights of one model in a checkpoint, by official names without a wrapper's prefix."""
 
     family: Family
     path: tuple[str, ...]
     """The keys that lead to the dictionary of the tensors."""
     wrapper: str
-    """What a wrapper put before all names, such as 'module.'."""
+    """Prefix of a wrapper, such as 'module.'."""
     prefix: str
-    """What then stands before the backbone's names: '' or 'backbone.'."""
+    """Prefix of the backbone's names after the wrapper's: '' or 'backbone.'."""
     is_average: bool
     """Whether these are moving averages (EMA) of the weights."""
     tensors: dict[str, Tensor]
     outside: tuple[str, ...]
-    """Entries of the same dictionary that stand outside of the wrapper and belong to no other set."""
+    """Entries of the same dictionary outside the wrapper that belong to no other set."""
     others: tuple[WeightSet, ...] = ()
     """The other sets in the file."""
 
     @property
     def label(self) -> str:
-        """What to call the set, and to choose it by."""
+        """Name of the set, by which it can be chosen."""
         path = '/'.join(self.path) or 'top'
         return f'{path}:{self.wrapper}' if self.wrapper else path
 
@@ -54,13 +54,13 @@ def choose_weights(checkpoint: Mapping[str, Any], wanted: str, families: Sequenc
     """Find the weights to convert.
 
     Args:
-        checkpoint: what the file holds.
+        checkpoint: The contents of the file.
         wanted: 'auto' (the main weights), 'raw', 'ema' (their moving averages) or the label of a set.
-        families: the families to look for.
-        source: the file's name, for messages.
+        families: The families to look for.
+        source: The file's name, for messages.
 
     Raises:
-        CheckpointError: if there are none, or not exactly one that is wanted.
+        CheckpointError: If no weights, or not exactly one set of the wanted kind, are found.
     """
     sets = list(find_official(checkpoint, families))
     if not sets:
@@ -83,12 +83,12 @@ def choose_weights(checkpoint: Mapping[str, Any], wanted: str, families: Sequenc
 
 
 def holds_official(checkpoint: Mapping[str, Any], families: Sequence[Family]) -> bool:
-    """Whether there are weights by the authors' names anywhere in a checkpoint."""
+    """Return whether a checkpoint contains weights with official names."""
     return next(find_official(checkpoint, families), None) is not None
 
 
 def own_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors by name that a runner's checkpoint, a trainer's or a state dict holds as its weights."""
+    """Return the tensors by name in a runner's or trainer's checkpoint or in a state dict."""
     for key in ('state_dict', 'model'):
         if isinstance(checkpoint.get(key), Mapping):
             checkpoint = checkpoint[key]
@@ -97,18 +97,19 @@ def own_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def without_wrappers(tensors: Mapping[str, Tensor], expected: Collection[str], source: str) -> dict[str, Tensor]:
-    """The tensors under the names that a module expects, without what stands before them in the file.
+    """Remove prefixes from the tensors' names so that they match a module's.
 
-    That is any common prefix, such as ``backbone.`` in a whole model's file, ``model.`` or ``module.``, and what
-    ``torch.compile`` puts into names. The log says what was taken off and what was left out for lack of the prefix.
+    Removed are any common prefix, such as ``backbone.`` in a whole model's file, ``model.`` or ``module.``, and what
+    ``torch.compile`` inserts into names. The log lists removed prefixes and tensors without the prefix, which are left
+    out.
 
     Args:
-        tensors: by the names of the file.
-        expected: the module's names.
-        source: the file's name, for messages.
+        tensors: Tensors by their names in the file.
+        expected: The module's names.
+        source: The file's name, for messages.
 
     Raises:
-        CheckpointError: if there are several prefixes to choose from.
+        CheckpointError: If several prefixes match equally well.
     """
     cleaned = dict(tensors)
     if not any(_WRAPPER.search(name) for name in expected):
@@ -128,10 +129,10 @@ def without_wrappers(tensors: Mapping[str, Tensor], expected: Collection[str], s
 
 
 def common_prefix(names: Collection[str], expected: Collection[str], source: str = 'the checkpoint') -> str:
-    """What stands in a checkpoint before most of the names that a module expects; '' if nothing does.
+    """Return the prefix under which a checkpoint has most of a module's names; '' without one.
 
     Raises:
-        CheckpointError: if several such prefixes are equally good.
+        CheckpointError: If several prefixes match equally well.
     """
     known = {name for name in expected if name.count('.') + 1 >= _DISTINCTIVE}
     counts: Counter[str] = Counter()
@@ -154,11 +155,11 @@ def common_prefix(names: Collection[str], expected: Collection[str], source: str
 
 
 def find_official(checkpoint: Mapping[str, Any], families: Sequence[Family]) -> Iterator[WeightSet]:
-    """Find every set of weights by the authors' names in a checkpoint."""
+    """Yield every set of weights with official names in a checkpoint."""
     for path, mapping in _mappings(checkpoint, ()):
         found: dict[tuple[str, str], Family] = {}
         for family in families:
-            # The wrapper is as short as can be, so that 'backbone.' is never taken for one.
+            # The wrapper is matched as short as possible, so that 'backbone.' is never taken for one.
             mark = re.compile(rf'((?:.*?\.)??)((?:backbone\.)*){family.official_mark.pattern}')
             for name in mapping:
                 match = mark.fullmatch(name)
@@ -172,7 +173,7 @@ def find_official(checkpoint: Mapping[str, Any], families: Sequence[Family]) -> 
 
 
 def _mappings(value: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
-    """Every dictionary in a checkpoint that holds tensors by name, with the keys that lead to it."""
+    """Yield every dictionary in a checkpoint that contains tensors by name, with the keys that lead to it."""
     named = {name: item for name, item in value.items() if isinstance(name, str)}
     if any(isinstance(item, Tensor) for item in named.values()):
         yield path, named
@@ -183,10 +184,10 @@ def _mappings(value: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple
 
 
 def _share_out(mapping: Mapping[str, Any], wrappers: set[str]) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:
-    """What lies under each wrapper, without its prefix, and the names that lie under none.
+    """Return the entries of each wrapper, without its prefix, and the names outside all wrappers.
 
-    The empty wrapper gets what is left, save what stands beside another wrapper's names (as the counter of updates in
-    ``ema.n_averaged`` stands beside ``ema.module.*``).
+    The empty wrapper gets the remaining entries, except those that share the root of another wrapper, such as the
+    counter ``ema.n_averaged`` next to ``ema.module.*``.
     """
     prefixed = sorted(wrappers - {''}, key=len, reverse=True)
     roots = tuple(wrapper.partition('.')[0] + '.' for wrapper in prefixed)
@@ -204,7 +205,7 @@ def _share_out(mapping: Mapping[str, Any], wrappers: set[str]) -> tuple[dict[str
 
 
 def _is_average(checkpoint: Mapping[str, Any], path: tuple[str, ...], wrapper: str) -> bool:
-    # Lightning's WeightAveraging and mmengine's EMAHook save the averages in the place of the weights, and these aside.
+    # Lightning's WeightAveraging and mmengine's EMAHook save the averages as the weights, and the weights elsewhere.
     for aside, sign in (('current_model_state', 'state_dict'), ('ema_state_dict', 'message_hub')):
         if aside in checkpoint and sign in checkpoint and path in (('state_dict',), (aside,)):
             return path == ('state_dict',)

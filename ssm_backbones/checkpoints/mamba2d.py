@@ -1,4 +1,4 @@
-"""Mamba2D's official names."""
+"""Official names of Mamba2D's tensors."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _HIDDEN_RATIO = 4
 class Mamba2DFamily(Family):
     """Mamba2D.
 
-    Its dialect: ``depths``, the blocks of each stage. In the official names the norm that ends a stage is counted on
-    after them.
+    Its dialect is ``depths``, the blocks of each stage: in the official names, the norm that ends a stage has the
+    number after its last block.
     """
 
     name = 'Mamba2D'

@@ -1,4 +1,4 @@
-"""Two names for each tensor: rules that translate both ways, and the shapes that go with them."""
+"""Name rules between official and our tensors, in both directions, with the shapes."""
 
 from __future__ import annotations
 
@@ -11,25 +11,24 @@ Shapes = Mapping[str, Shape]
 
 
 def same(shape: Shape) -> Shape:
-    """The shape itself: most tensors have the same one under both names."""
+    """Return the shape unchanged: most tensors have the same one under both names."""
     return shape
 
 
 def merged(shape: Shape) -> Shape:
-    """The first two dimensions as one, (4, E, ...) -> (4E, ...)."""
+    """Merge the first two dimensions, (4, E, ...) -> (4E, ...)."""
     return (shape[0] * shape[1], *shape[2:])
 
 
 def by_route(shape: Shape) -> Shape:
-    """The first dimension split by the four routes, (4F, ...) -> (4, F, ...)."""
+    """Split the first dimension by the four routes, (4F, ...) -> (4, F, ...)."""
     return (4, shape[0] // 4, *shape[1:])
 
 
 class Rule(NamedTuple):
-    """An official name and ours, of a tensor or of a module, and the official shape as a function of ours.
+    """The official and our name of a tensor or module, and the official shape as a function of ours.
 
-    ``{s}`` stands for the number of a stage and ``{b}`` for that of a block. Both shapes hold the same elements in the
-    same order.
+    ``{s}`` is the number of a stage and ``{b}`` that of a block. Both shapes have the same elements in the same order.
     """
 
     official: str
@@ -38,14 +37,14 @@ class Rule(NamedTuple):
 
 
 class Naming:
-    """Rules, ready to translate. The first rule that fits a name holds."""
+    """Compiled rules. The first rule that matches a name applies."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self._to_ours = [(_pattern(rule.official), _template(rule.ours)) for rule in rules]
         self._to_official = [(_pattern(rule.ours), _template(rule.official), rule.official_shape) for rule in rules]
 
     def ours(self, official: str) -> str | None:
-        """Our name of an official one, or None if no rule fits."""
+        """Return our name of an official one, or None if no rule matches."""
         for pattern, template in self._to_ours:
             match = pattern.fullmatch(official)
             if match:
@@ -53,7 +52,7 @@ class Naming:
         return None
 
     def official(self, ours: str) -> tuple[str, Callable[[Shape], Shape]] | None:
-        """The official name of one of ours, and its shape as a function of ours; None if no rule fits."""
+        """Return the official name of ours and its shape as a function of ours, or None if no rule matches."""
         for pattern, template, official_shape in self._to_official:
             match = pattern.fullmatch(ours)
             if match:
@@ -62,12 +61,15 @@ class Naming:
 
 
 def official_layout(naming: Naming, shapes: Shapes, prefix: str = '') -> dict[str, tuple[str, Shape]]:
-    """For each official name that tensors of ours have: our name and the official shape.
+    """Map official names to our names and the official shapes.
 
     Args:
-        naming: the rules.
-        shapes: our names and shapes.
-        prefix: what to put before the official names.
+        naming: The rules.
+        shapes: Our names and shapes.
+        prefix: Prefix of the official names.
+
+    Raises:
+        LookupError: If no rule matches one of our names.
     """
     layout = {}
     for ours, shape in shapes.items():

@@ -1,4 +1,4 @@
-"""What a conversion did, for people to read."""
+"""Reports of conversions."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from ssm_backbones.checkpoints.locate import WeightSet
 
 @dataclass
 class Report:
-    """What was found in a checkpoint and what became of it."""
+    """Contents of a checkpoint and the result of its conversion or loading."""
 
     source: str
     """The file."""
     kind: str
     """'classifier', 'backbone' or 'whole model' (a detector or segmentor)."""
     model: str
-    """The family and the arch that fits, as one writes them in a config."""
+    """The family and matching arch, as in a config."""
     weights: str
-    """Which of the file's weights were taken."""
+    """The label of the set of weights that was chosen."""
     tensors: dict[str, int]
-    """How many tensors went where."""
+    """Number of tensors by destination."""
     left_out: dict[str, str] = field(default_factory=dict)
-    """What the file holds and the result does not, and why."""
+    """Parts of the file that are not in the result, with the reasons."""
     initial: dict[str, str] = field(default_factory=dict)
-    """What the model holds and the file does not, so that it stays as initialised, and why."""
+    """Parts of the model that are not in the file and keep their initial values, with the reasons."""
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -38,7 +38,7 @@ class Report:
 
 
 def start_report(found: Identified, source: str, weights: str) -> Report:
-    """What there is to say of an identified model before anything becomes of it."""
+    """Build the report of an identified model before its conversion."""
     sizes = {'backbone': len(found.backbone), 'head': len(found.head), 'passed through': len(found.rest)}
     return Report(
         source,
@@ -50,7 +50,7 @@ def start_report(found: Identified, source: str, weights: str) -> Report:
 
 
 def leave_out_other_weights(weights: WeightSet, report: Report) -> None:
-    """Note what was found beside the weights that were chosen."""
+    """Report the weights that were not chosen as left out."""
     if weights.outside:
         report.left_out[shorten(weights.outside, ', ')] = f'beside the model in {weights.label}'
     if weights.others:
@@ -58,7 +58,7 @@ def leave_out_other_weights(weights: WeightSet, report: Report) -> None:
 
 
 def leave_out_the_rest(found: Identified, report: Report) -> None:
-    """Note that a bare backbone holds neither the head nor what else was in the file."""
+    """Report the head and everything else outside the backbone as left out."""
     for tensors, where in ((found.head, 'head'), (found.rest, 'passed through')):
         if tensors:
             del report.tensors[where]

@@ -1,4 +1,4 @@
-"""VMamba's official names, in all the spellings that the authors' code has had."""
+"""Official names of VMamba's tensors, in all versions of the authors' code."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _BLOCK, _OUR_BLOCK = 'layers.{s}.blocks.{b}', 'stages.{s}.blocks.{b}'
 class VMambaFamily(Family):
     """VMamba v2 and v0.
 
-    Its dialect: ``version``; ``scan``, whether the projections of the four routes are 'stacked', ``x_proj_weight``
+    Its dialect is ``version``; ``scan``, whether the projections of the four routes are 'stacked', ``x_proj_weight``
     (4, F, E) and ``dt_projs_weight`` (4, E, R) as in all released files and in the code that reads them, or 'flat',
     ``x_proj.weight`` (4F, E) and ``dt_projs.weight`` (4E, R) as in the single-file ``vmamba.py`` of 2025, which reads
-    both; ``names``, 'current', or 'first' for those of the code that trained the first release; ``norms``, what the
-    output norms are called: 'classifier' (that of the last stage alone) or 'outnorm' (detectors and segmentors);
-    ``stages``.
+    both; ``names``, 'current', or 'first' for those of the code that trained the first release; ``norms``, the name of
+    the output norms: 'classifier' (last stage only) or 'outnorm' (detectors and segmentors); and ``stages``, their
+    number.
     """
 
     name = 'VMamba'
@@ -34,7 +34,7 @@ class VMambaFamily(Family):
 
     def is_ours(self, shapes: Shapes) -> bool:
         shape = shapes.get('stages.0.blocks.0.mixer.A_log', ())
-        # V2M's mixers have a tensor of that name too, for two passes instead of four routes.
+        # V2M's mixers also have an A_log, for two passes instead of four routes.
         return len(shape) == 3 and shape[0] == 4
 
     def dialect(self, official: Iterable[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Whole checkpoints on their way into a runner: the authors' are converted, and what does not fit is refused."""
+"""Runner hook that converts official checkpoints and rejects checkpoints that do not match the model."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ from ssm_backbones.checkpoints.identify import CLASSIFIER, FAMILIES
 from ssm_backbones.checkpoints.loading import returns_last_stage_alone
 from ssm_backbones.checkpoints.locate import holds_official, own_weights, without_wrappers
 
-# The normalisation of images, which the config gives, and averages that mmdet 2's hook kept among the weights.
-_BESIDE = ('data_preprocessor.', 'ema_')
+# Image normalisation is set by the config; 'ema_' are averages that mmdet 2's hook stored among the weights.
+_IGNORED = ('data_preprocessor.', 'ema_')
 
 
 class LoadCheckpointHook(Hook):
-    """Converts the authors' checkpoints as a runner loads them, and refuses those that do not fit its model.
+    """Hook that converts official checkpoints on loading and rejects those that do not match the runner's model.
 
-    mmengine itself loads what a file and the model have in common and passes over the rest, so that a foreign file
-    leaves the model as it was initialised.
+    mmengine itself loads only the tensors that match and ignores the rest, so that a checkpoint of another model would
+    leave the model at its initial weights.
 
     Args:
         source: The file's name, for messages.
-        whole: Whether the whole model has to be in the file, as for a test; for fine-tuning the backbone has to.
-        unused: Beginnings of names that may be in the file or the model alone.
-        convert: Whether the authors' checkpoints are converted, and position embeddings resized; they are nothing that
-            a training could go on from.
+        whole: Whether the file has to contain the whole model, as for testing, or only the backbone, as for
+            fine-tuning.
+        unused: Prefixes of names that may be missing from the file or the model.
+        convert: Whether to convert official checkpoints and resize position embeddings; False when resuming.
     """
 
-    # Before all others, such as EMAHook, which take the weights from the checkpoint too.
+    # Runs before other hooks that read the checkpoint's weights, such as EMAHook.
     priority = 'VERY_HIGH'
 
     def __init__(self, source: str, whole: bool, unused: Sequence[str] = (), convert: bool = True) -> None:
         self.source = source
         self.whole = whole
-        self.unused = (*_BESIDE, *unused)
+        self.unused = (*_IGNORED, *unused)
         self.convert = convert
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Convert the checkpoint in place, and check it against the runner's model.
+        """Convert the checkpoint in place and compare it with the runner's model.
 
         Raises:
-            CheckpointError: Naming the first tensors that are missing, not expected or of another shape.
+            CheckpointError: If tensors are missing, unexpected or of another shape. The message names the first ones.
         """
         model = runner.model
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
@@ -82,9 +82,9 @@ class LoadCheckpointHook(Hook):
             found = found._replace(tensors={f'backbone.{name}': tensor for name, tensor in found.tensors.items()})
         else:
             return
-        # Where the runner and its other hooks look for them, with position embeddings as they were resized.
+        # The runner and its other hooks read 'state_dict'; position embeddings in it are resized now.
         if tensors.keys() == held.keys() and isinstance(checkpoint.get('state_dict'), dict):
-            # It also holds its modules' versions.
+            # Updating in place keeps the modules' versions in the dict's _metadata.
             checkpoint['state_dict'].update(found.tensors)
         else:
             checkpoint['state_dict'] = tensors | found.tensors
@@ -117,7 +117,10 @@ class LoadCheckpointHook(Hook):
 
 
 def _is_foreign_output(mismatch: Mismatch, backbone: nn.Module) -> bool:
-    """Whether a host library's backbone has, or lacks, an output norm, as its classifiers and detectors differ."""
+    """Return whether the mismatch is a missing or unexpected output norm of a host library's backbone.
+
+    The host libraries' classifiers and detectors differ in these norms.
+    """
     return (
         not isinstance(backbone, SSMBackbone)
         and mismatch.kind != 'shape'

@@ -1,4 +1,4 @@
-"""Training on CPUs with several processes: batch normalisation over all of them, which PyTorch has for GPUs alone."""
+"""Distributed training on CPUs: synchronised batch normalisation, which PyTorch provides for GPUs only."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor, distributed, nn
 
 
 class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """``SyncBatchNorm`` for the CPU: in training, mean and variance are of the samples of all processes.
+    """``SyncBatchNorm`` for CPUs: in training, mean and variance are computed over the samples of all processes.
 
     Input and output are (B, C) or (B, C, *), of any floating dtype; float16 and bfloat16 are computed in float32.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x; every process of the group has to call this, with any batch and map sizes."""
+        """Normalise x. Every process of the group has to call this; batch and map sizes may differ."""
         if not self.training or not distributed.is_initialized():
             return super().forward(x)
         values = x if x.dtype == torch.float64 else x.float()
@@ -61,7 +61,7 @@ class _SumOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        # Each process's loss depends on the values of all.
+        # Each process's loss depends on the values of all processes.
         total = grad.clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(total)
         return total
@@ -69,14 +69,14 @@ class _SumOverProcesses(torch.autograd.Function):
 
 @MODEL_WRAPPERS.register_module()
 class CPUDistributedDataParallel(MMDistributedDataParallel):
-    """mmengine's ``MMDistributedDataParallel`` for CPUs: it refuses ``SyncBatchNorm``, so these are replaced first."""
+    """mmengine's ``MMDistributedDataParallel`` for CPUs, with every unsupported ``SyncBatchNorm`` replaced."""
 
     def __init__(self, module: nn.Module, **kwargs: Any) -> None:
         super().__init__(module=share_batch_norms(module), **kwargs)
 
 
 def share_batch_norms(module: nn.Module) -> nn.Module:
-    """Replace every ``SyncBatchNorm``, PyTorch's or mmcv's, by a :class:`SharedBatchNorm` of the same tensors."""
+    """Replace every ``SyncBatchNorm`` of PyTorch or mmcv by a :class:`SharedBatchNorm` with the same tensors."""
     if type(module).__name__ == 'SyncBatchNorm':
         layer: Any = module
         shared = SharedBatchNorm(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)

@@ -1,4 +1,4 @@
-"""Optimizers: layer-wise decay of the learning rate, and mixed precision in bfloat16."""
+"""Optimizer wrappers: layer-wise learning-rate decay, and bfloat16 mixed precision."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _OPTIONS = (
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """An optimiser whose learning rate falls from the heads to the stem, by a factor for each layer.
+    """Optimizer constructor whose learning rate decays from the heads to the stem by a constant factor per layer.
 
     ::
 
@@ -43,28 +43,29 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             constructor='LayerDecayOptimWrapperConstructor',
             paramwise_cfg=dict(layer_decay_rate=0.9))
 
-    A parameter of layer i of n learns at ``lr * layer_decay_rate ** (n - 1 - i)``, where the backbone's
-    ``get_layer_depth`` tells i and n: the stem is layer 0, each block is the next one, and output norms, necks and
-    heads are the last. It works in models of all libraries with any backbone that has this method.
+    The learning rate of layer i of n is ``lr * layer_decay_rate ** (n - 1 - i)``, where the backbone's
+    ``get_layer_depth`` returns i and n: the stem is layer 0, each block is one layer, and output norms, necks and heads
+    are the last. It works in models of all host libraries with any backbone that has this method.
 
-    Weight decay spares norms, biases, whatever else has a single dimension, the scans' rates and gains (``A_log``,
-    ``D``, ``dt_bias`` and learned scales), position embeddings and class tokens.
+    No weight decay is applied to norms, biases, other parameters of a single dimension, the scans' parameters
+    (``A_log``, ``D``, ``dt_bias`` and learned scales), position embeddings and class tokens.
 
     ``paramwise_cfg`` takes:
 
     - ``layer_decay_rate``: the factor, above 0 and at most 1. Required.
-    - ``norm_decay_mult``, ``bias_decay_mult``, ``flat_decay_mult`` (what else has one dimension), ``scan_decay_mult``
-      (the scans' rates and gains), ``embedding_decay_mult``: what multiplies their weight decay; 0 by default.
-    - ``custom_keys``: as everywhere in mmengine, from parts of names to ``lr_mult`` and ``decay_mult``, of which the
-      longest that a name contains holds. ``lr_mult`` comes on top of the layer's factor, ``decay_mult`` instead of the
-      rules above; either may be left out.
+    - ``norm_decay_mult``, ``bias_decay_mult``, ``flat_decay_mult`` (other parameters of one dimension),
+      ``scan_decay_mult`` (the scans' parameters), ``embedding_decay_mult``: factors of the weight decay; 0 by default.
+    - ``custom_keys``: as in mmengine, maps parts of parameter names to ``lr_mult`` and ``decay_mult``; the longest
+      matching key applies. ``lr_mult`` is multiplied with the layer's factor, ``decay_mult`` replaces the rules above.
+      Both are optional.
 
     Args:
-        optim_wrapper_cfg: the config of the wrapper, with its ``optimizer``, which sets ``lr``.
-        paramwise_cfg: see above.
+        optim_wrapper_cfg: The config of the wrapper, with its ``optimizer``, which sets ``lr``.
+        paramwise_cfg: The options above.
 
     Raises:
-        ValueError: for unknown or unfit options, and if the model has not exactly one backbone that tells its layers.
+        ValueError: If an option is unknown or invalid, or the model does not have exactly one backbone with
+            ``get_layer_depth``.
     """
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
@@ -85,15 +86,15 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 raise ValueError(f'custom_keys take lr_mult and decay_mult, got {key!r}: {dict(custom)}')
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
-        """The optimiser wrapper of a model, or of one wrapped for many devices."""
+        """Build the optimizer wrapper of a model, which may be wrapped for several devices."""
         return super().__call__(model.module if is_model_wrapper(model) else model)
 
     def add_params(
         self, params: list[dict], module: nn.Module, prefix: str = '', is_dcn_module: int | float | None = None
     ) -> None:
-        """Append a group to ``params`` for each learning rate and weight decay that parameters of the model have.
+        """Append one group to ``params`` for each pair of learning rate and weight decay in the model.
 
-        Frozen parameters are left out; one that stands in several places is taken once.
+        Frozen parameters are left out; shared parameters are added once.
         """
         prefix, backbone = _find_backbone(module)
         groups: dict[tuple[float, float | None], dict[str, Any]] = {}
@@ -127,7 +128,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         return keys[fitting[0]] if fitting else {}
 
     def _decay(self, owner: nn.Module, leaf: str, parameter: torch.Tensor) -> float:
-        """What multiplies a parameter's weight decay."""
+        """Return the factor of a parameter's weight decay."""
         if isinstance(owner, _NORMS):
             kind = 'norm'
         elif leaf in _RATES_AND_GAINS:
@@ -144,7 +145,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
 
 def _find_backbone(model: nn.Module) -> tuple[str, Any]:
-    """The prefix of its parameters' names, and the backbone."""
+    """Return the backbone, after the prefix of its parameters' names."""
     found = [
         (name, module)
         for name, module in model.named_modules()
@@ -163,11 +164,11 @@ def _find_backbone(model: nn.Module) -> tuple[str, Any]:
 
 @OPTIM_WRAPPERS.register_module()
 class BFloat16OptimWrapper(OptimWrapper):
-    """An optimizer wrapper under whose context the model runs in bfloat16 autocast, on any device.
+    """Optimizer wrapper that runs the model in bfloat16 autocast, on any device.
 
-    mmengine's ``AmpOptimWrapper`` refuses CPUs. bfloat16 has float32's range, so gradients are neither scaled nor
-    checked for overflow; parameters, gradients and the optimizer stay in float32. mmcv's RoIAlign and non-maximum
-    suppression, which know no bfloat16, are made to compute in float32. Takes ``OptimWrapper``'s arguments.
+    mmengine's ``AmpOptimWrapper`` does not support CPUs. bfloat16 has float32's range, so gradients are neither scaled
+    nor checked for overflow; parameters, gradients and the optimizer stay in float32. mmcv's RoIAlign and NMS, which do
+    not support bfloat16, are patched to compute in float32. Takes ``OptimWrapper``'s arguments.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -177,6 +178,6 @@ class BFloat16OptimWrapper(OptimWrapper):
 
     @contextmanager
     def optim_context(self, model: torch.nn.Module) -> Iterator[None]:
-        """Autocast to bfloat16, beside the gradient accumulation context of ``OptimWrapper``."""
+        """Enter bfloat16 autocast and the gradient accumulation context of ``OptimWrapper``."""
         with super().optim_context(model), autocast(dtype=torch.bfloat16):
             yield

@@ -1,8 +1,8 @@
-"""Training and testing of mmpretrain, mmdet and mmseg configs: what ``tools/train.py`` and ``tools/test.py`` do.
+"""Training and testing of mmpretrain, mmdet and mmseg configs, for ``tools/train.py`` and ``tools/test.py``.
 
-One pair of functions serves the three libraries. A config says which one it belongs to by its ``default_scope``; what
-its own command lines do beyond mmengine's runner (how images are drawn, how predictions are dumped, what ``--tta``
-means, dataloader defaults) is done here for that library.
+One pair of functions covers the three libraries. A config names its library by ``default_scope``. Whatever that
+library's own command lines add to mmengine's runner (drawing, dumping of predictions, ``--tta``, dataloader defaults)
+is done here.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What ``tools/train.py`` is told.
+    """Options of ``tools/train.py``.
 
     Attributes:
         config: The config file.
-        work_dir: Where logs and checkpoints go; by default the config's ``work_dir``, else ``work_dirs/<config name>``.
-        resume: ``None`` to start anew, ``'auto'`` to go on from the latest checkpoint in ``work_dir``, or from the
-            config's ``load_from`` where there is none yet, or the checkpoint to go on from.
+        work_dir: Folder for logs and checkpoints; default: the config's ``work_dir``, else ``work_dirs/<config name>``.
+        resume: The checkpoint to resume from, or ``'auto'`` for the latest one in ``work_dir`` or, if there is none,
+            to start from the config's ``load_from``. ``None`` starts a new training.
         amp: Mixed precision: float16 with dynamic loss scaling on a GPU, bfloat16 on a CPU.
         auto_scale_lr: Scale the learning rate by the actual over the config's ``auto_scale_lr.base_batch_size``.
         cfg_options: Values that replace the config's, by dotted key.
@@ -58,13 +58,13 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class TestOptions:
-    """What ``tools/test.py`` is told.
+    """Options of ``tools/test.py``.
 
     Attributes:
         config: The config file.
         checkpoint: The checkpoint to test, a path or a URL.
         work_dir: As in :class:`TrainOptions`.
-        out: Where predictions are dumped: a ``.pkl`` file for mmdet and mmpretrain, a folder of label maps for mmseg.
+        out: Destination of the predictions: a ``.pkl`` file for mmdet and mmpretrain, a folder of label maps for mmseg.
         show: Show every prediction in a window.
         show_dir: Folder for images with the predictions drawn on them, by each library's own rule for its place.
         wait_time: Seconds that each window stays.
@@ -88,11 +88,11 @@ class TestOptions:
 
 
 def train(options: TrainOptions) -> Runner:
-    """Train as the options say and return the runner that did.
+    """Train and return the runner.
 
     Raises:
-        CommandError: If the config, its data, a checkpoint or the machine does not allow it; the message says how to
-            fix it. Nothing has been written then, unless a file turned out unreadable during the training.
+        CommandError: If the config, its data, a checkpoint or the machine does not allow it. The message gives the
+            remedy. Nothing has been written by then, unless a file turned out to be unreadable during training.
     """
     cfg = load_config(options.config, options.cfg_options)
     _set_work_dir(cfg, options.config, options.work_dir)
@@ -123,7 +123,7 @@ def train(options: TrainOptions) -> Runner:
 
 
 def test(options: TestOptions) -> dict[str, float]:
-    """Test as the options say and return the metrics.
+    """Test and return the metrics.
 
     Raises:
         CommandError: If the config, its data, the checkpoint or the machine does not allow it.
@@ -198,7 +198,7 @@ def _enable_auto_scale_lr(cfg: Config) -> None:
 
 
 def _set_mmpretrain_dataloaders(cfg: Config, names: tuple[str, ...]) -> None:
-    """mmpretrain's command lines, not its configs, say how samples are collated."""
+    """Set the dataloader defaults that mmpretrain's command lines, not its configs, provide."""
     for name in names:
         loader = cfg.get(name)
         if loader is None:
@@ -210,10 +210,10 @@ def _set_mmpretrain_dataloaders(cfg: Config, names: tuple[str, ...]) -> None:
 
 
 def _choose_start(cfg: Config, resume: str | None) -> str:
-    """Set the config's ``resume`` and ``load_from`` to what the training starts from; return a line for the log.
+    """Set the config's ``resume`` and ``load_from``, and return a line for the log.
 
-    Where there is nothing to resume yet, mmdet's own command line drops ``load_from``, and mmseg's resumes from it,
-    with another training's epoch and optimizer.
+    If there is nothing to resume yet, mmdet's own command line drops ``load_from``, and mmseg's resumes from it, with
+    the epoch and optimizer of another training.
     """
     if resume is not None and resume != 'auto':
         cfg.resume, cfg.load_from = True, resume
@@ -235,10 +235,10 @@ def _choose_start(cfg: Config, resume: str | None) -> str:
 
 
 def _recorded_checkpoint(record: Path, named: str) -> str:
-    """The checkpoint that mmengine's record of the latest one means, after the work dir was moved or copied too.
+    """Return the latest checkpoint according to mmengine's record, also if the work dir was moved or copied.
 
     Raises:
-        CommandError: If there is none.
+        CommandError: If the checkpoint does not exist.
     """
     beside = record.parent / Path(named).name
     if named and beside.is_file():
@@ -249,19 +249,19 @@ def _recorded_checkpoint(record: Path, named: str) -> str:
     hint = f', the latest one there is {others[-1]}' if others else ''
     raise CommandError(
         f'{record} {f"names {named}, which does not exist" if named else "is empty"}. Go on from another checkpoint '
-        f'with --resume PATH{hint}; or remove {record} to start anew.'
+        f'with --resume PATH{hint}; or remove {record} to start a new training.'
     )
 
 
 def _check_start(checkpoint: str | None, key: str) -> None:
-    """Read a checkpoint on the local disk, so that one that cannot be read is refused before anything is built."""
+    """Read a local checkpoint, so that an unreadable one is rejected before anything is built."""
     check_checkpoint(checkpoint, key)
     if checkpoint is not None and '://' not in checkpoint:
         read_checkpoint(checkpoint)
 
 
 def _parts_without_a_test(scope: str, tta: bool) -> tuple[str, ...]:
-    """Beginnings of the names of those parts of a model that its test does without."""
+    """Return prefixes of the parameters that are not used in testing."""
     if scope == 'mmseg':
         return ('auxiliary_head.',)
     # See _predict_boxes_alone.
@@ -327,7 +327,7 @@ def _flip_pipeline(pipeline: list[Any], pack: Mapping[str, Any]) -> list[Any]:
 
 
 def _predict_boxes_alone(cfg: Config) -> None:
-    """mmdet merges augmented boxes but refuses masks, so a model with a mask head is tested for its boxes."""
+    """Remove the mask head for test-time augmentation, because mmdet merges augmented boxes but not masks."""
     roi_head = cfg.model.get('roi_head')
     if roi_head is None or roi_head.get('mask_head') is None:
         return
@@ -362,7 +362,7 @@ def _prepare_launch(cfg: Config, launcher: str) -> None:
         return
     if launcher != 'pytorch':
         raise CommandError(f'--launcher {launcher} needs a GPU for every process and none is visible here.')
-    # mmengine's own start selects a GPU first; on CPUs the processes join through gloo before it looks.
+    # mmengine's init_dist selects a GPU first; on CPUs the process group is initialised with gloo before that.
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group('gloo')
     wrapper = cfg.setdefault('model_wrapper_cfg', ConfigDict())
@@ -374,7 +374,7 @@ def _prepare_launch(cfg: Config, launcher: str) -> None:
 
 
 def _leave_launch() -> None:
-    """Leave the process group together: a process that exits before its peers can abort in the group's threads."""
+    """Destroy the process group in all processes at once: one that exits earlier can abort in the group's threads."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

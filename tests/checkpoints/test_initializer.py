@@ -59,7 +59,7 @@ def test_init_cfg_loads_a_classifier_into_a_detectors_backbone(scope, save, log)
         assert torch.equal(model.state_dict()[f'norm{i}.bias'], before[f'norm{i}.bias'])
     assert 'left as initialised: norm1: the checkpoint has no output norm for this stage' in text
     assert "left out: norm3: the classifier's own" in text
-    assert "left as initialised: norm3: output norms start anew where a classifier's is not taken" in text
+    assert "left as initialised: norm3: a classifier's output norm is not loaded (classifier_norm)" in text
     assert 'left out: classifier.head.weight, classifier.head.bias: a bare backbone does not hold it' not in text
     assert 'left out: head.fc.weight, head.fc.bias: a bare backbone does not hold it' in text
 
