@@ -1,4 +1,4 @@
-"""The command lines of ``tools/``: arguments in, the functions of this package, one clear line where they fail."""
+"""Command lines of ``tools/``: parse arguments, call the package's functions, print errors as one line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CFG_OPTIONS_HELP = (
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
-    """Run ``tools/train.py`` with these arguments (the process's by default) and return its exit status."""
+    """Run ``tools/train.py`` with the given or the process's arguments and return its exit status."""
     parser = argparse.ArgumentParser(description='Train a model from an mmpretrain, mmdet or mmseg config.')
     parser.add_argument('config', help='config file')
     parser.add_argument(
@@ -32,8 +32,8 @@ def train_main(argv: Sequence[str] | None = None) -> int:
         nargs='?',
         const='auto',
         metavar='PATH',
-        help='go on from this checkpoint; without PATH, or with auto, from the latest one in the work dir, or where '
-        "there is none yet start as without the option, from the config's load_from if it has one",
+        help='resume from this checkpoint; without PATH, or with auto, from the latest one in the work dir, or if '
+        "there is none start as without the option, from the config's load_from if it has one",
     )
     parser.add_argument('--amp', action='store_true', help='mixed precision: float16 on a GPU, bfloat16 on a CPU')
     parser.add_argument(
@@ -53,7 +53,7 @@ def train_main(argv: Sequence[str] | None = None) -> int:
 
 
 def test_main(argv: Sequence[str] | None = None) -> int:
-    """Run ``tools/test.py`` with these arguments (the process's by default) and return its exit status."""
+    """Run ``tools/test.py`` with the given or the process's arguments and return its exit status."""
     parser = argparse.ArgumentParser(description='Test a model from an mmpretrain, mmdet or mmseg config.')
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file or URL')
@@ -80,9 +80,9 @@ train_main.__test__ = test_main.__test__ = False  # type: ignore[attr-defined]
 
 
 def run_command(run: Callable[[], Any]) -> int:
-    """Call a command; print a :class:`CommandError` as one line and return 2, or 130 after Ctrl-C, else 0."""
+    """Call a command and return its exit status: 2 after printing a :class:`CommandError`, 130 after Ctrl-C, else 0."""
     logging.basicConfig(format='%(levelname)s: %(message)s')
-    # mmengine finds the libraries' own configs through pkg_resources, which says each time that it is deprecated.
+    # mmengine finds the libraries' own configs through pkg_resources, which warns each time that it is deprecated.
     warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
     try:
         run()
@@ -101,7 +101,7 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
         default='none',
-        help='what started the processes, if many',
+        help='launcher of the processes of a distributed run',
     )
     # torch.distributed.launch passes one spelling or the other; torchrun sets LOCAL_RANK instead.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
@@ -114,5 +114,5 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _without_worker_traceback(error: CommandError) -> str:
-    # A DataLoader worker's error comes as the text of its traceback, which ends in the message.
+    # A DataLoader worker's error contains its traceback as text, which ends in the message.
     return str(error).rstrip().rpartition(f'{CommandError.__name__}: ')[2]

@@ -1,10 +1,10 @@
 """Parameters and FLOPs of whole models, by mmengine's rules, with the scans counted.
 
-The convention (:data:`CONVENTION`) is that of mmengine's counter, which is the field's: it is the one in which the
-papers and the host libraries print their figures. A test holds the two counters equal. This one differs in two ways.
-It watches the operators that are dispatched instead of tracing the model for TorchScript, so that it runs on the meta
-device, where an image of 512x2048 costs no arithmetic (a trace leaves out what is computed in vain, and this does
-not); and it knows the scans, which :func:`mmengine_handles` teaches mmengine's own counter.
+The convention (:data:`CONVENTION`) is that of mmengine's counter, in which the papers and the host libraries report
+their figures. A test compares the two counters. This one differs in two ways. It counts dispatched operators instead of
+tracing the model with TorchScript, so that it runs on the meta device without arithmetic (unlike a trace, it also
+counts operators whose result is unused). And it counts the scans, which :func:`mmengine_handles` adds to mmengine's
+own counter.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ Formula = Callable[[Sequence[Any], Any], int]
 
 @dataclass(frozen=True)
 class Complexity:
-    """What a model holds and computes for one image.
+    """Parameters and FLOPs of a model for one image.
 
     Attributes:
-        params: numbers in all parameters.
-        flops: of one forward pass, see :data:`CONVENTION`.
-        params_by_module: by the name of every module, those of its submodules included; '' is the model.
-        flops_by_module: likewise; modules that were not called are missing.
-        flops_by_operator: by the name of the operator.
+        params: Number of elements of all parameters.
+        flops: FLOPs of one forward pass, see :data:`CONVENTION`.
+        params_by_module: Parameters by module name, including submodules; '' is the model.
+        flops_by_module: FLOPs by module name, including submodules, of the modules that were called.
+        flops_by_operator: FLOPs by operator name.
     """
 
     params: int
@@ -61,7 +61,7 @@ class Complexity:
     flops_by_operator: Mapping[str, int]
 
     def as_table(self, depth: int | None = None) -> str:
-        """A line for each module that was called, down to ``depth`` dots in its name, in the order of the model."""
+        """Format a table with a row for each called module with fewer than ``depth`` dots in its name."""
         names = [
             name
             for name in self.params_by_module
@@ -82,7 +82,7 @@ class Complexity:
 
 
 def human(number: int) -> str:
-    """A count with a unit: 30.25 M, 4.86 G."""
+    """Format a count with a unit: 30.25 M, 4.86 G."""
     for size, unit in ((10**12, 'T'), (10**9, 'G'), (10**6, 'M'), (10**3, 'K')):
         if number >= size:
             return f'{number / size:.2f} {unit}'
@@ -90,11 +90,11 @@ def human(number: int) -> str:
 
 
 def count_complexity(model: nn.Module, call: Callable[[], Any]) -> Complexity:
-    """Run ``call``, which calls the model or parts of it, and count.
+    """Count the FLOPs of a call of a model, and its parameters.
 
     Args:
-        model: names the modules and holds the parameters; put it into evaluation mode first.
-        call: runs what is to be counted. On the meta device nothing is computed.
+        model: The model, in evaluation mode.
+        call: Calls the model or parts of it. On the meta device nothing is computed.
     """
     counter = _Counter()
     with counter.watching(model), torch.no_grad(), _plain_attention(), counter:
@@ -110,17 +110,17 @@ def count_complexity(model: nn.Module, call: Callable[[], Any]) -> Complexity:
 def config_complexity(cfg: Config, height: int, width: int) -> Complexity:
     """Count a whole model from an mmpretrain, mmdet or mmseg config, for one image.
 
-    Each library's model does what that library's own counting tool has it do, ``mode='tensor'``: a classifier up to its
-    logits, a segmentor with its decode head (auxiliary heads hold parameters and are not run), a detector with all its
-    heads, on as many proposals as its first stage gives for an image of noise: 1000 with mmdet's settings.
+    The model runs with ``mode='tensor'``, as in each library's own counting tool: a classifier up to its logits, a
+    segmentor with its decode head (auxiliary heads are not run), a detector with all its heads, on the proposals of its
+    first stage for an image of noise (1000 with mmdet's settings).
 
     Args:
-        cfg: from :func:`ssm_backbones.apis.config.load_config`.
-        height: of the image as the model gets it, padding included.
-        width: likewise.
+        cfg: A config from :func:`ssm_backbones.apis.config.load_config`.
+        height: Height of the model's input, padding included.
+        width: Width of the model's input, padding included.
 
     Raises:
-        CommandError: if the image has no pixels, or the model cannot be built or run.
+        CommandError: If the image has no pixels, or the model cannot be built or run.
     """
     if min(height, width) < 1:
         raise CommandError(f'--shape takes at least 1 pixel each way, got {height} {width}')
@@ -135,7 +135,7 @@ def config_complexity(cfg: Config, height: int, width: int) -> Complexity:
 
 
 def mmengine_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
-    """What mmengine's own counter lacks: ``FlopAnalyzer(model, inputs).set_op_handle(**mmengine_handles())``."""
+    """Return handles of the scans for mmengine's ``FlopAnalyzer(model, inputs).set_op_handle(**handles)``."""
     return {
         'cuda_ops::route_scan': _traced(lambda shapes: flop_registry[torch.ops.cuda_ops.route_scan](*shapes)),
         'cuda_ops::wavefront_scan': _traced(lambda shapes: flop_registry[torch.ops.cuda_ops.wavefront_scan](*shapes)),
@@ -144,7 +144,7 @@ def mmengine_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up the FLOPs of the operators that run while it is active, for each module that is running."""
+    """Dispatch mode that sums the FLOPs of all operators, by running module and by operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class _Counter(TorchDispatchMode):
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Know which of the model's modules are running, also where ``forward`` is called as a method."""
+        """Track which of the model's modules are running, also when ``forward`` is called as a method."""
         with ExitStack() as replaced:
             for name, module in model.named_modules():
                 replaced.enter_context(_replaced_forward(module, partial(self._run, name, module.forward)))
@@ -179,7 +179,7 @@ class _Counter(TorchDispatchMode):
             self._running.pop()
 
     def _around(self) -> set[str]:
-        """The modules that are running, and those that hold one, whose other methods may have called it."""
+        """Return the running modules and their parents, whose other methods may have called them."""
         around = {''}
         for name in self._running:
             while name:
@@ -203,7 +203,7 @@ def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterato
 
 @contextmanager
 def _plain_attention() -> Iterator[None]:
-    """nn.MultiheadAttention as products: its fast path for inference is one operator without a formula."""
+    """Disable the inference fast path of nn.MultiheadAttention, a single operator without a formula."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -216,7 +216,7 @@ def _formula(operator: Any) -> Formula | None:
     formula = _FORMULAS.get(operator)
     if formula is None and operator in flop_registry:
         registered = flop_registry[operator]
-        # torch counts a multiply-add twice; the scans' formulas are the field's as they stand.
+        # torch counts a multiply-add twice; the scans' formulas follow the convention already.
         share = 2 if operator.__module__ == 'torch._ops.aten' else 1
         return lambda args, output: registered(*args, out_val=output) // share
     return formula
@@ -231,7 +231,7 @@ def _batch_norm(args: Sequence[Any], output: Any) -> int:
 
 
 def _mean(args: Sequence[Any], output: Any) -> int:
-    # What adaptive average pooling to a single pixel becomes.
+    # Adaptive average pooling to a single pixel is dispatched as mean.
     pooled = len(args) > 2 and args[2] and {dim % args[0].ndim for dim in args[1]} == {2, 3} and args[0].ndim == 4
     return args[0].numel() if pooled else 0
 
@@ -259,7 +259,7 @@ _FORMULAS: dict[Any, Formula] = {
 
 
 def _traced(flops: Callable[[list[Any]], int]) -> Callable[[list[Any], list[Any]], int]:
-    """A handle for mmengine's counter from a formula of the inputs' shapes (None for what is no tensor)."""
+    """Build a handle for mmengine's counter from a formula of the inputs' shapes (None for non-tensors)."""
 
     def handle(inputs: list[Any], outputs: list[Any]) -> int:
         return flops([value.type().sizes() if value.isCompleteTensor() else None for value in inputs])
@@ -295,7 +295,7 @@ def _count_segmentor(model: nn.Module, height: int, width: int) -> Complexity:
 
 
 def _count_detector(model: nn.Module, height: int, width: int) -> Complexity:
-    """The backbone on the meta device, and behind it everything on maps of noise."""
+    """Count a detector with the backbone on the meta device and the rest on maps of noise."""
     sample = importlib.import_module('mmdet.structures').DetDataSample(metainfo=_metainfo(height, width))
     images = torch.empty(1, _channels(model), height, width)
     backbone: Any = model.backbone

@@ -1,4 +1,4 @@
-"""Heads that mmpretrain lacks, registered in its ``MODELS``.
+"""Heads that mmpretrain does not have, registered in its ``MODELS``.
 
 ``custom_imports = dict(imports=['ssm_backbones', 'ssm_backbones.heads'])`` in a config makes them available. This
 module alone needs mmpretrain; ``import ssm_backbones`` does not import it.
@@ -24,9 +24,9 @@ class Mamba2DClsHead(ClsHead):
     backbone's last map (B, C, H, W) itself, so the classifier needs no neck.
 
     Args:
-        num_classes: number of classes.
-        in_channels: channels C of the last map.
-        dropout: probability of dropping a hidden unit while training; the paper's are 0, 0.15 and 0.4 for nano, tiny
+        num_classes: Number of classes.
+        in_channels: Channels C of the last map.
+        dropout: Probability of dropping a hidden unit while training; the paper's are 0, 0.15 and 0.4 for nano, tiny
             and small.
         init_cfg: mmengine's initialisation config. None keeps PyTorch's default of each layer, as the authors do.
         options: ``loss``, ``topk`` and ``cal_acc`` of mmpretrain's ``ClsHead``.
@@ -55,7 +55,7 @@ class Mamba2DClsHead(ClsHead):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if f'{prefix}norm.weight' in state_dict:
-            # Theirs has the norm behind the mean outside of the head: the linear layers alone would be loaded.
+            # In official checkpoints this norm is outside the head; without the check only linear layers would load.
             raise CheckpointError(
                 "Mamba2DClsHead is given the authors' classifier, by their names; convert the file "
                 'with tools/convert_checkpoint.py.'
@@ -63,7 +63,7 @@ class Mamba2DClsHead(ClsHead):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def pre_logits(self, feats: tuple[Tensor, ...]) -> Tensor:
-        """The features (B, 4C) before the last linear layer, from the backbone's maps."""
+        """Compute the features (B, 4C) before the last linear layer from the backbone's maps."""
         x = feats[-1]
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(
@@ -74,5 +74,5 @@ class Mamba2DClsHead(ClsHead):
         return self.dropout(self.norm2(F.gelu(self.fc1(x))))
 
     def forward(self, feats: tuple[Tensor, ...]) -> Tensor:
-        """Scores (B, num_classes) from the backbone's maps."""
+        """Compute scores (B, num_classes) from the backbone's maps."""
         return self.fc2(self.pre_logits(feats))

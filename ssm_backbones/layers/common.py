@@ -1,4 +1,4 @@
-"""Layers that the families share. Maps are channel-last, (B, H, W, C), throughout."""
+"""Layers shared by the families. All maps are channel-last, (B, H, W, C)."""
 
 import math
 from typing import Any
@@ -9,15 +9,15 @@ from torch.nn import functional as F
 
 from ssm_backbones.utils.torch_compat import is_exporting
 
-# Asked once: torch.compile cannot trace the question.
+# Evaluated once, because torch.compile cannot trace this call.
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 
 class ChannelLastConv2d(nn.Conv2d):
-    """A convolution from (B, H, W, C_in) to (B, H', W', C_out).
+    """Convolution from (B, H, W, C_in) to (B, H', W', C_out).
 
-    The kernels get the channels-last view of the map, so neither the map nor the result is reordered on a CPU, and the
-    weight lies in memory in the order that they read.
+    The map is passed as a channels-last view, so that neither it nor the result is reordered on a CPU. The weight is
+    stored in channels-last layout too.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -25,15 +25,15 @@ class ChannelLastConv2d(nn.Conv2d):
         self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
-        # A backend may answer in another layout; where it does not, contiguous() costs nothing.
+        # A backend may return another layout; otherwise contiguous() costs nothing.
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear`` on a map: (B, H, W, C_in) times weight (C_out, C_in), giving (B, H, W, C_out).
+    """Apply ``F.linear`` to a map: (B, H, W, C_in) times weight (C_out, C_in), giving (B, H, W, C_out).
 
-    In float32 on a CPU it is computed as a 1x1 convolution of the channels-last view, which oneDNN serves: two to five
-    times as fast as the BLAS behind ``F.linear`` on a processor which that BLAS was not tuned for.
+    In float32 on a CPU it is computed by oneDNN as a 1x1 convolution of the channels-last view. That is two to five
+    times as fast as the BLAS of ``F.linear`` on a processor for which that BLAS is not tuned.
     """
     if x.device.type == 'cpu' and x.dtype == torch.float32 and _HAS_ONEDNN:
         return F.conv2d(x.permute(0, 3, 1, 2), weight[:, :, None, None], bias).permute(0, 2, 3, 1).contiguous()
@@ -78,8 +78,8 @@ class ConvStem(nn.Module):
 class PatchEmbed(nn.Module):
     """Non-overlapping patches: an image (B, C_in, H, W) -> (B, ceil(H/patch), ceil(W/patch), embed_dims).
 
-    They pass a LayerNorm unless ``norm`` is False. An image whose sides the patch does not divide gets zeros at the
-    bottom and right, as mmpretrain's own patch embedding does by default.
+    They are followed by a LayerNorm unless ``norm`` is False. Incomplete patches are padded with zeros at the bottom
+    and right, as in mmpretrain's own patch embedding by default.
     """
 
     def __init__(self, in_channels: int, embed_dims: int, patch_size: int, norm: bool = True) -> None:
@@ -94,10 +94,10 @@ class PatchEmbed(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Halve a map: the four pixels of each 2x2 square side by side, LayerNorm, a linear layer without bias.
+    """Patch merging: the four pixels of each 2x2 square are concatenated; LayerNorm; a linear layer without bias.
 
-    (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), C_out); odd sides get a row or column of zeros at the bottom or right, as
-    in Swin. The pixels are taken in the order (0,0), (1,0), (0,1), (1,1) of (row, column).
+    (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), C_out); odd sides are padded with zeros at the bottom or right, as in
+    Swin. The pixels are concatenated in the order (0,0), (1,0), (0,1), (1,1) of (row, column).
     Source: Swin (arXiv 2103.14030).
     """
 
@@ -148,33 +148,33 @@ class Residual(nn.Module):
 
 
 def feature_map(x: Tensor) -> Tensor:
-    """The (B, C, H, W) map that leaves a backbone, from the channel-last one within.
+    """Convert a channel-last map to the (B, C, H, W) map that a backbone returns.
 
-    It is copied into PyTorch's default layout: mmcv's RoIAlign and other compiled operators of the host libraries read
-    the memory of a channels-last map as if it were that layout, and silently compute nonsense.
+    It is copied to PyTorch's default layout, because mmcv's RoIAlign and other compiled operators of the host libraries
+    ignore strides and silently return wrong results for channels-last maps.
     """
     return x.permute(0, 3, 1, 2).contiguous()
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """Zeros at the bottom and right of (B, H, W, C) until ``multiple`` divides both sides; ``x`` itself if it does."""
-    # Without %, which torch.compile does not trace where floats are made of sizes that it does not know.
-    # And without -(-size // multiple): PyTorch's exporter to ONNX rounds quotients of negative numbers towards zero.
+    """Pad (B, H, W, C) with zeros at the bottom and right until ``multiple`` divides both sides."""
+    # No %, which torch.compile cannot trace when floats are computed from dynamic sizes.
+    # No -(-size // multiple): PyTorch's ONNX exporter rounds quotients of negative numbers towards zero.
     bottom, right = ((size + multiple - 1) // multiple * multiple - size for size in x.shape[1:3])
     needed = is_unknown(bottom, right) or bottom or right
     return F.pad(x, (0, 0, 0, right, 0, bottom)) if needed else x
 
 
 def is_unknown(*sizes: Any) -> bool:
-    """Whether a size is left open by ``torch.export``: to ask for its value would settle it for the whole program."""
+    """Return whether a size is dynamic in ``torch.export``, where reading its value would fix it for the program."""
     return is_exporting() and any(isinstance(size, torch.SymInt) for size in sizes)
 
 
 def init_linear(*layers: nn.Linear) -> None:
     """Draw the weights from a truncated normal of standard deviation 0.02 and zero the biases, as VMamba does.
 
-    The layers are named one by one, because a projection that VMamba's authors keep as a plain parameter (``x_proj``)
-    keeps PyTorch's default there, and Mamba2D's and V2M's layers do too.
+    The layers are given explicitly, because ``x_proj`` (a plain parameter in the authors' code) and the layers of
+    Mamba2D and V2M keep PyTorch's default initialisation.
     """
     for layer in layers:
         nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -187,7 +187,7 @@ def init_lecun_normal(conv: nn.Conv2d) -> None:
 
     Source: LeCun et al., "Efficient BackProp", 1998; truncated as JAX and timm do.
     """
-    # Truncation at two standard deviations leaves this fraction of the deviation.
+    # Standard deviation of a standard normal truncated at two standard deviations.
     remaining = 0.87962566103423978
     std = conv.weight[0].numel() ** -0.5 / remaining
     nn.init.trunc_normal_(conv.weight, std=std, a=-2 * std, b=2 * std)
@@ -207,26 +207,26 @@ def init_scan_parameters(
 ) -> None:
     """Initialise a recurrence's parameters as Mamba does (arXiv 2312.00752, section 3.6).
 
-    ``A = -(1..N)``, ``D = 1``, and step sizes whose softplus is log-uniform in [dt_min, dt_max].
+    ``A = -(1..N)``, ``D = 1``, and dt biases whose softplus is log-uniform in [dt_min, dt_max].
 
     Args:
-        A_log: (..., E, N), the logarithm of -A.
-        D: (..., E).
-        dt_weight: (..., E, R) from the rank of the step sizes' projection.
-        dt_bias: (..., E).
-        dt_min: smallest step size drawn.
-        dt_max: largest step size drawn.
-        dt_floor: smallest step size left.
+        A_log: Logarithm of -A, (..., E, N).
+        D: Skip weights (..., E).
+        dt_weight: Weight of delta's projection (..., E, R), with R the rank of dt.
+        dt_bias: Bias of delta (..., E).
+        dt_min: Lower bound of the distribution of delta.
+        dt_max: Upper bound of the distribution of delta.
+        dt_floor: Minimum to which delta is clamped.
     """
     A_log.copy_(torch.arange(1, A_log.shape[-1] + 1, dtype=A_log.dtype, device=A_log.device).log().expand_as(A_log))
     D.fill_(1.0)
     bound = dt_weight.shape[-1] ** -0.5
     dt_weight.uniform_(-bound, bound)
-    step = torch.empty_like(dt_bias).uniform_(math.log(dt_min), math.log(dt_max)).exp_().clamp_(min=dt_floor)
-    # The inverse of softplus, in a form that does not cancel for small steps.
-    dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
+    delta = torch.empty_like(dt_bias).uniform_(math.log(dt_min), math.log(dt_max)).exp_().clamp_(min=dt_floor)
+    # The inverse of softplus, in a form without cancellation for small delta.
+    dt_bias.copy_(delta + torch.log(-torch.expm1(-delta)))
 
 
 def negative_exp(A_log: Tensor) -> Tensor:
-    """A = -exp(A_log), in at least float32 whatever the parameters' type."""
+    """Compute A = -exp(A_log), in at least float32 whatever the parameters' dtype."""
     return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))

@@ -15,10 +15,10 @@ class Neighbour(nn.Module):
     """Parameters of the wavefront scan towards one of a pixel's two neighbours: delta's projection and A.
 
     Args:
-        channels: width C of the scan.
-        d_state: state size N for each channel.
-        dt_rank: rank R of delta's projection.
-        D: the skip weights (C), which both neighbours share and this initialises as well.
+        channels: Width C of the scan.
+        d_state: State size N for each channel.
+        dt_rank: Rank R of delta's projection.
+        D: The skip weights (C), which both neighbours share and this initialises as well.
     """
 
     def __init__(self, channels: int, d_state: int, dt_rank: int, D: Tensor) -> None:
@@ -29,13 +29,13 @@ class Neighbour(nn.Module):
         init_scan_parameters(self.A_log, D, self.dt_weight, self.dt_bias)
 
     def delta(self, dt: Tensor) -> Tensor:
-        """Turn the low-rank dt (B, H, W, R) into delta (B, H, W, C), after softplus."""
+        """Compute delta (B, H, W, C), after softplus, from the low-rank dt (B, H, W, R)."""
         projected = torch.addmm(self.dt_bias, dt.flatten(0, 2), self.dt_weight.t())
         return F.softplus(projected).view(*dt.shape[:3], projected.shape[-1])
 
     @property
     def A(self) -> Tensor:
-        """The scan's A towards this neighbour, (C, N), negative, in at least float32."""
+        """A of the scan for this neighbour, (C, N), negative, in at least float32."""
         return negative_exp(self.A_log)
 
 
@@ -52,7 +52,7 @@ class StarReLU(nn.Module):
 
 
 class LocalPath(nn.Module):
-    """What the scan's mixer adds for a pixel's surroundings, on a map (B, H, W, C).
+    """Local path of the mixer, on a map (B, H, W, C).
 
     LayerNorm -> Linear to 2C -> StarReLU -> depthwise 3x3 convolution -> StarReLU -> Linear to C, all without biases.
     """
@@ -72,16 +72,16 @@ class LocalPath(nn.Module):
 
 
 class ScanMixer(nn.Module):
-    """The wavefront scan over a channel-last map (B, H, W, C), beside a local path.
+    """Mixer of a wavefront scan over a channel-last map (B, H, W, C) and a local path.
 
     ``in_proj -> GELU -> scan -> GELU -> out_proj``, plus :class:`LocalPath` of the same input. dt, B and C come from
     one projection of the scan's input; the operator takes them as strided views of it.
 
     Args:
-        channels: width C, of the scan too.
-        d_state: state size N for each channel.
-        dt_rank: rank R of delta's projections.
-        reverse: scan from the bottom right corner instead of the upper left one.
+        channels: Width C, of the scan too.
+        d_state: State size N for each channel.
+        dt_rank: Rank R of delta's projections.
+        reverse: Scan from the bottom right corner instead of the upper left one.
     """
 
     def __init__(self, channels: int, d_state: int, dt_rank: int, *, reverse: bool = False) -> None:
@@ -95,7 +95,7 @@ class ScanMixer(nn.Module):
         self.top = Neighbour(channels, d_state, dt_rank, self.D)
         self.left = Neighbour(channels, d_state, dt_rank, self.D)
         with torch.no_grad():
-            # A channel starts with the same step size in both directions, as in the authors' code.
+            # dt_bias is initialised alike for both neighbours, as in the authors' code.
             self.left.dt_bias.copy_(self.top.dt_bias)
         self.out_proj = Pointwise(channels, channels)
         self.local = LocalPath(channels)
@@ -130,8 +130,8 @@ class RotaryAttention(nn.Module):
     Queries and keys are rotated and then pass a LayerNorm over the width of a head; there are no other biases.
 
     Args:
-        channels: width C, a multiple of ``head_dim``.
-        head_dim: channels of each head, a multiple of 4.
+        channels: Width C, a multiple of ``head_dim``.
+        head_dim: Channels of each head, a multiple of 4.
     """
 
     def __init__(self, channels: int, head_dim: int = 32) -> None:
@@ -153,10 +153,11 @@ class RotaryAttention(nn.Module):
 
 
 def rotary_angles(height: int, width: int, head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (H * W, 1, head_dim / 2) by which the pairs of a head's channels turn, in ``like``'s dtype.
+    """Return cosines and sines (H * W, 1, head_dim / 2) of the rotation angles, in ``like``'s dtype.
 
-    Rows turn the first half of the pairs, columns the second; pair i of n by ``position * 10000**(-i / n)``, where the
-    position is the pixel's index. Source: RoFormer (arXiv 2104.09864), along two axes.
+    Rows rotate the first half of the channel pairs, columns the second; pair i of n by
+    ``position * 10000**(-i / n)``, where the position is the pixel's index. Source: RoFormer (arXiv 2104.09864), along
+    two axes.
     """
     pairs = head_dim // 4
     speeds = 10000 ** (-torch.arange(pairs, device=like.device, dtype=torch.float32) / pairs)
@@ -167,6 +168,6 @@ def rotary_angles(height: int, width: int, head_dim: int, like: Tensor) -> tuple
 
 
 def rotate_pairs(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn each pair of neighbouring channels of (..., heads, head_dim) by its angle."""
+    """Rotate each pair of neighbouring channels of (..., heads, head_dim) by its angle."""
     a, b = x.unflatten(-1, (x.shape[-1] // 2, 2)).unbind(-1)
     return torch.stack([a * cosine - b * sine, b * cosine + a * sine], dim=-1).flatten(-2)

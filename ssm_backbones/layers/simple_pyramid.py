@@ -1,4 +1,4 @@
-"""A feature pyramid for backbones that keep one resolution."""
+"""Feature pyramid for backbones of a single resolution."""
 
 from collections.abc import Sequence
 
@@ -11,13 +11,13 @@ STRIDES = (4, 8, 16, 32)
 
 
 class SimplePyramid(nn.Module):
-    """Maps of strides 4, 8, 16 and 32 from maps of stride 16, by deconvolutions, nothing, and max pooling.
+    """Maps of strides 4, 8, 16 and 32 from maps of stride 16, by deconvolutions, identity and max pooling.
 
     The widths are C/4, C/2, C and C; each map ends in a LayerNorm. Source: ViTDet's simple feature pyramid
-    (arXiv 2203.16527, section 3), without the convolutions that lead to the head's width: those are the head's.
+    (arXiv 2203.16527, section 3), without the convolutions to the head's width, which belong to the head.
 
     Args:
-        channels: width C, a multiple of 4.
+        channels: Width C, a multiple of 4.
     """
 
     def __init__(self, channels: int) -> None:
@@ -39,14 +39,14 @@ class SimplePyramid(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for width in self.out_channels)
 
     def forward(self, maps: Sequence[Tensor], height: int, width: int) -> tuple[Tensor, ...]:
-        """Turn four maps (B, ceil(H/16), ceil(W/16), C) of an image H x W into maps (B, C_i, ceil(H/s), ceil(W/s)).
+        """Compute maps (B, C_i, ceil(H/s), ceil(W/s)) from four maps (B, ceil(H/16), ceil(W/16), C).
 
-        What deconvolutions make of filling at the image's bottom and right is cut off, so that the sizes are those of a
+        The deconvolutions' outputs beyond the image's bottom and right are cropped, so that the sizes are those of a
         hierarchical backbone.
         """
         outputs = []
         for x, stride, level, norm in zip(maps, STRIDES, self.levels, self.norms, strict=True):
-            # Not -(-height // stride), which PyTorch's exporter to ONNX rounds towards zero.
+            # Not -(-height // stride), which PyTorch's ONNX exporter rounds towards zero.
             x = level(x)[:, : (height + stride - 1) // stride, : (width + stride - 1) // stride]
             outputs.append(feature_map(norm(x)))
         return tuple(outputs)

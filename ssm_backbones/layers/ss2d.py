@@ -26,12 +26,12 @@ class SS2D(nn.Module):
     pointwise projection of the map, so no route is ever materialised.
 
     Args:
-        channels: width C of the input and output.
-        inner_channels: width E at which the scan runs.
-        d_state: state size N for each channel.
-        dt_rank: rank R of delta's projection.
-        gate: whether a second half of ``in_proj`` gates the output (VMamba's first release).
-        conv_bias: whether the depthwise convolution has a bias.
+        channels: Width C of the input and output.
+        inner_channels: Width E at which the scan runs.
+        d_state: State size N for each channel.
+        dt_rank: Rank R of delta's projection.
+        gate: Whether a second half of ``in_proj`` gates the output (VMamba's first release).
+        conv_bias: Whether the depthwise convolution has a bias.
     """
 
     def __init__(
@@ -95,5 +95,5 @@ class SS2D(nn.Module):
 
     @property
     def A(self) -> Tensor:
-        """The scan's A, (4, E, N), negative, in at least float32."""
+        """A of the scan, (4, E, N), negative, in at least float32."""
         return negative_exp(self.A_log)

@@ -1,4 +1,4 @@
-"""The stem of V2M's plain layout: patches, their position embedding, and class tokens laid into the grid."""
+"""Stem of V2M's plain layout: patches, position embedding, and class tokens within the grid."""
 
 from collections.abc import MutableMapping
 from typing import Any
@@ -14,20 +14,19 @@ CLS_TOKENS = ('mean', 'corner', 'center')
 
 
 class TokenGrid(PatchEmbed):
-    """An image (B, C_in, H, W) -> the grid of its patches with their position embedding added, (B, h, w, embed_dims).
+    """Patch embedding with position embedding: an image (B, C_in, H, W) -> a grid (B, h, w, embed_dims).
 
-    Class tokens in the grid take a row and a column of their own, all of them the same learned vector, so that the grid
-    stays rectangular: the first row and column ('corner'), or those behind the first half of the patches ('center').
-    The token where the two meet is the class output. 'mean' stands for none.
+    Class tokens fill an extra row and an extra column of the grid, all with the same learned vector, so that the grid
+    stays rectangular: the first row and column ('corner'), or those in the middle ('center'). The token where the two
+    cross is the class output. 'mean' adds no tokens.
 
-    Loading a state dict resizes a position embedding that was made for another grid; see :meth:`resize_saved`.
+    Loading a state dict resizes a position embedding of another grid; see :meth:`resize_saved`.
 
     Args:
-        in_channels: C_in.
-        embed_dims: channels of the grid.
-        patch_size: side of a patch; incomplete patches are filled with zeros at the bottom and right.
-        grid_size: rows and columns of patches that the position embedding is made for. It is resized bicubically to
-            any other grid.
+        in_channels: Channels C_in of the images.
+        embed_dims: Channels of the grid.
+        patch_size: Side of a patch; incomplete patches are padded with zeros at the bottom and right.
+        grid_size: Rows and columns of the position embedding. It is resized bicubically to any other grid.
         cls_token: 'mean', 'corner' or 'center'.
     """
 
@@ -61,7 +60,7 @@ class TokenGrid(PatchEmbed):
         return torch.cat([x[:, :, :column], tokens, x[:, :, column:]], dim=2)
 
     def position_embedding(self, height: int, width: int) -> Tensor:
-        """The embedding (1, height, width, embed_dims) of a grid of that size."""
+        """Return the position embedding (1, height, width, embed_dims) of a grid of that size."""
         if not is_unknown(height, width) and self.pos_embed.shape[1:3] == (height, width):
             return self.pos_embed
         return _resize(self.pos_embed, height, width)
@@ -69,11 +68,11 @@ class TokenGrid(PatchEmbed):
     def resize_saved(self, state_dict: MutableMapping[str, Any], prefix: str = '') -> None:
         """Resize a saved position embedding (1, h, w, embed_dims) to this grid, in place, and log it.
 
-        Anything else under its name is left as it is, for the loading to refuse.
+        Anything else under its name is left unchanged, and rejected on loading.
 
         Args:
-            state_dict: tensors by name.
-            prefix: what stands before this module's names there.
+            state_dict: Tensors by name.
+            prefix: Prefix of this module's names.
         """
         name = f'{prefix}pos_embed'
         saved, shape = state_dict.get(name), self.pos_embed.shape
@@ -94,23 +93,23 @@ class TokenGrid(PatchEmbed):
         )
 
     def _load_from_state_dict(self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any) -> None:
-        # Called by torch and by mmengine alike, which loads state dicts its own way; both pass a copy.
+        # Called by torch and by mmengine, which has its own way of loading state dicts; both pass a copy.
         self.resize_saved(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def crossing(self, height: int, width: int) -> tuple[int, int]:
-        """Row and column of the class output among patches of ``height`` rows and ``width`` columns."""
+        """Return row and column of the class output in a grid of ``height`` x ``width`` patches."""
         return (height // 2, width // 2) if self.centred else (0, 0)
 
     def class_output(self, x: Tensor) -> Tensor:
-        """(B, C) from a grid (B, h, w, C): the token where the class tokens cross, or the mean where there are none."""
+        """Return the class output (B, C) of a grid (B, h, w, C): the crossing class token, or the mean without tokens."""
         if self.cls_token is None:
             return x.mean((1, 2))
         row, column = self.crossing(x.shape[1] - 1, x.shape[2] - 1)
         return x[:, row, column]
 
     def patches(self, x: Tensor) -> Tensor:
-        """A grid (B, h, w, C) without the row and column of class tokens, (B, h - 1, w - 1, C); itself without them."""
+        """Remove the row and column of class tokens, if any: (B, h, w, C) -> (B, h - 1, w - 1, C)."""
         if self.cls_token is None:
             return x
         row, column = self.crossing(x.shape[1] - 1, x.shape[2] - 1)
@@ -119,5 +118,5 @@ class TokenGrid(PatchEmbed):
 
 
 def _resize(positions: Tensor, height: int, width: int) -> Tensor:
-    """(1, h, w, C) -> (1, height, width, C)."""
+    """Resize a position embedding bicubically, (1, h, w, C) -> (1, height, width, C)."""
     return F.interpolate(positions.permute(0, 3, 1, 2), (height, width), mode='bicubic').permute(0, 2, 3, 1)

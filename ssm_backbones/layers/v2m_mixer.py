@@ -1,4 +1,4 @@
-"""V2M's token mixers: a 2-D state-space model, done as a scan along rows and then along columns, from four corners.
+"""V2M's token mixers: a 2-D state-space model as a scan along rows and then along columns, from four corners.
 
 With g the horizontal and v the vertical state, for the upper left corner and one channel (V2M, arXiv 2410.10382)::
 
@@ -26,15 +26,15 @@ ROW, COLUMN = range(PASSES)
 
 
 class V2MMixer(nn.Module):
-    """What the mixers of both layouts share: the projections into and out of the scans, and the two scans' parameters.
+    """Base class of the mixers of both layouts: projections into and out of the scans, and the scans' parameters.
 
     Args:
-        channels: width C of the input and output.
-        inner_channels: width E at which the scans run.
-        d_state: state size N for each channel.
-        dt_rank: rank R of delta's projection.
-        depth: blocks of the backbone. ``out_proj`` starts from PyTorch's default divided by its root, so that the sum
-            of all blocks' branches starts as large as one, as in the authors' code (after GPT-2).
+        channels: Width C of the input and output.
+        inner_channels: Width E at which the scans run.
+        d_state: State size N for each channel.
+        dt_rank: Rank R of delta's projection.
+        depth: Blocks of the backbone. The initial ``out_proj`` is PyTorch's default divided by sqrt(depth), so that the
+            sum of all blocks' branches has the scale of one branch, as in the authors' code (after GPT-2).
     """
 
     def __init__(self, channels: int, inner_channels: int, d_state: int, dt_rank: int, depth: int = 1) -> None:
@@ -49,8 +49,8 @@ class V2MMixer(nn.Module):
         self.out_proj = Pointwise(inner_channels, channels, bias=False)
         with torch.no_grad():
             self.out_proj.weight.div_(math.sqrt(depth))
-        # Both passes alike. The authors' code draws only the first one's dt_bias so and leaves the second one's at 0,
-        # step sizes of 0.69 that halve even the slowest state at every pixel.
+        # Both passes are initialised alike. The authors' code does so for the first pass only and leaves the second
+        # dt_bias at 0, a delta of 0.69 that halves even the slowest state at every pixel.
         init_scan_parameters(self.A_log, self.D, self.dt_weight, self.dt_bias)
 
     @property
@@ -60,33 +60,33 @@ class V2MMixer(nn.Module):
 
     def project_in(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Project a map (B, H, W, C) to the scans' input and the gate SiLU(z), both (B, H, W, E)."""
-        # Two products, because the halves of one would be strided and everything behind would have to copy its half.
+        # Two products, because halves of a single product would be strided and the next operators would copy them.
         weight, gate_weight = self.in_proj.weight.chunk(2)
         return pointwise(x, weight), F.silu(pointwise(x, gate_weight))
 
     def scan_rows(self, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, from_right: bool) -> Tensor:
-        """s of the module's equations, along W and away from the left or right edge; A is that of both passes."""
+        """Compute s of the module's equations, along W from the left or right edge; A is that of both passes."""
         return cuda_ops.line_scan(
             x, delta, A[ROW], B, None, self.D[ROW], self.dt_bias[ROW], axis='row', reverse=from_right
         )
 
     def scan_columns(self, x: Tensor, delta: Tensor, A: Tensor, C: Tensor, from_bottom: bool) -> Tensor:
-        """y of the module's equations, along H and away from the top or bottom edge; A is that of both passes."""
+        """Compute y of the module's equations, along H from the top or bottom edge; A is that of both passes."""
         return cuda_ops.line_scan(
             x, delta, A[COLUMN], None, C, self.D[COLUMN], self.dt_bias[COLUMN], axis='column', reverse=from_bottom
         )
 
 
 class PlainV2MMixer(V2MMixer):
-    """The mixer of the plain layout: each scan has a causal convolution before it, and projections of its own.
+    """Mixer of the plain layout: a causal convolution and a projection before each scan.
 
     ``in_proj`` to (x, z); causal depthwise convolution along W, SiLU, scan along W, times SiLU(z); causal depthwise
     convolution along H, SiLU, scan along H, times SiLU(z); ``out_proj``. A convolution is causal in its scan's own
     direction. The corners at one side share their scan along W, so that two scans along W and four along H are run.
 
     Args:
-        channels, inner_channels, d_state, dt_rank, depth: see :class:`V2MMixer`.
-        d_conv: length of the causal convolutions.
+        channels, inner_channels, d_state, dt_rank, depth: See :class:`V2MMixer`.
+        d_conv: Length of the causal convolutions.
     """
 
     def __init__(
@@ -109,18 +109,18 @@ class PlainV2MMixer(V2MMixer):
         return pointwise(y * gate, 0.5 * self.out_proj.weight)
 
     def corner(self, x: Tensor, gate: Tensor, from_right: bool, from_bottom: bool) -> Tensor:
-        """One corner's y, from what :meth:`project_in` returns; all maps are (B, H, W, E)."""
+        """Compute one corner's y from the outputs of :meth:`project_in`; all maps are (B, H, W, E)."""
         A = self.A
         return self.second_pass(self.first_pass(x, gate, A, from_right), A, from_bottom)
 
     def first_pass(self, x: Tensor, gate: Tensor, A: Tensor, from_right: bool) -> Tensor:
-        """The gated scan along W from one side, s'."""
+        """Compute s', the gated scan along W from one side."""
         x = F.silu(self.row_conv(x, from_right))
         delta, B = self.project(ROW, x)
         return gate * self.scan_rows(x, delta, A, B, from_right)
 
     def second_pass(self, s: Tensor, A: Tensor, from_bottom: bool) -> Tensor:
-        """The scan of s' along H from the top or bottom, y."""
+        """Compute y, the scan of s' along H from the top or bottom."""
         s = F.silu(self.column_conv(s, from_bottom))
         delta, C = self.project(COLUMN, s)
         return self.scan_columns(s, delta, A, C, from_bottom)
@@ -128,12 +128,12 @@ class PlainV2MMixer(V2MMixer):
     def project(self, which: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return a pass's delta (B, H, W, E), and its B or C (B, H, W, N)."""
         dt, projection = self.x_proj[which](x).split((self.dt_rank, self.d_state), dim=-1)
-        # dt is a part of each pixel's row: a matrix product reads it where it lies, a convolution copies.
+        # dt is a strided slice: a matrix product reads it in place, a convolution would copy it.
         return F.linear(dt, self.dt_weight[which]), projection
 
 
 class HierarchicalV2MMixer(V2MMixer):
-    """The mixer of the hierarchical layout: VMamba's SS2D with the 2-D state-space model for its scan.
+    """Mixer of the hierarchical layout: VMamba's SS2D with the 2-D state-space model as its scan.
 
     ``in_proj`` to (x, z) -> depthwise 3x3 convolution of x -> SiLU -> scans along W, times SiLU(z), scans along H
     -> LayerNorm -> times SiLU(z) -> ``out_proj``. Delta, B and C of both passes depend on x at the pixel. They are
@@ -141,7 +141,7 @@ class HierarchicalV2MMixer(V2MMixer):
     is two scans along W, added, and two along H.
 
     Args:
-        channels, inner_channels, d_state, dt_rank, depth: see :class:`V2MMixer`.
+        channels, inner_channels, d_state, dt_rank, depth: See :class:`V2MMixer`.
     """
 
     def __init__(self, channels: int, inner_channels: int, d_state: int, dt_rank: int, depth: int = 1) -> None:
@@ -162,7 +162,7 @@ class HierarchicalV2MMixer(V2MMixer):
         return self.out_proj(self.norm(torch.lerp(down, up, 0.5)) * gate)
 
     def corner(self, x: Tensor, gate: Tensor, from_right: bool, from_bottom: bool) -> Tensor:
-        """One corner's y, from x behind the convolution and SiLU, and the gate; all maps are (B, H, W, E)."""
+        """Compute one corner's y from x after the convolution and SiLU, and the gate; all maps are (B, H, W, E)."""
         A = self.A
         delta, B, C = self.project(x)
         s = gate * self.scan_rows(x, delta[ROW], A, B, from_right)
@@ -178,11 +178,11 @@ class HierarchicalV2MMixer(V2MMixer):
 
 
 class CausalConv(nn.Conv1d):
-    """A depthwise convolution along rows or columns that sees a pixel and the ones before it, (B, H, W, C) -> the same.
+    """Causal depthwise convolution along rows or columns, (B, H, W, C) -> the same.
 
     Args:
-        channels: C.
-        kernel_size: how many pixels it sees; beyond the edge they are zeros. The last one is the pixel itself.
+        channels: Channels C.
+        kernel_size: Length of the kernel, whose last weight is the pixel's own. The edge is padded with zeros.
         axis: 'row' (along W) or 'column' (along H).
     """
 
@@ -191,9 +191,9 @@ class CausalConv(nn.Conv1d):
         self.rows = axis == 'row'
 
     def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
-        """``reverse`` takes the pixels behind it, along the axis, for the ones before it."""
-        # Zeros for the weights that would look ahead make the window symmetric, which oneDNN's backward is six times as
-        # fast for as for a shorter, one-sided one; but only along columns, so a row is shown to it as a column.
+        """Convolve along the axis; ``reverse`` sees the following pixels instead of the preceding ones."""
+        # Padding the kernel with zeros makes the window symmetric, for which oneDNN's backward is six times as fast as
+        # for a shorter, one-sided one; but only along columns, so rows are viewed as columns.
         ahead = self.kernel_size[0] - 1
         weight = F.pad(self.weight, (0, ahead))
         weight = (weight.flip(2) if reverse else weight).unsqueeze(3)
