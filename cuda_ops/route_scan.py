@@ -36,8 +36,8 @@ _LIBRARY = torch.library.Library('cuda_ops', 'FRAGMENT')
 _library.define(_LIBRARY, 'route_scan(Tensor x, Tensor delta, Tensor A, Tensor? B, Tensor? C, Tensor? D, '
                 'Tensor? delta_bias, int[] routes, bool per_line, bool delta_softplus, int chunk, '
                 'Tensor? delta_weight=None) -> (Tensor, Tensor, Tensor)')
-# With delta_weight, delta holds the factors of step sizes, and the backward operator returns the gradient of the step
-# sizes themselves: those of factors and weight are matrix products of it.
+# With delta_weight, the argument delta is the low-rank dt, and the backward operator returns the gradient of the full
+# delta: those of dt and weight are matrix products of it.
 _library.define(_LIBRARY, 'route_scan_backward(Tensor grad_output, Tensor? grad_last, Tensor x, Tensor delta, '
                 'Tensor A, Tensor? B, Tensor? C, Tensor? D, Tensor? delta_bias, Tensor states, int[] routes, '
                 'bool per_line, bool delta_softplus, int chunk, Tensor? delta_weight=None) '
@@ -45,8 +45,8 @@ _library.define(_LIBRARY, 'route_scan_backward(Tensor grad_output, Tensor? grad_
 
 CROSS_ROUTES = [ROW, COLUMN, ROW_REVERSED, COLUMN_REVERSED]
 _AXES = {'row': ROW, 'column': COLUMN}
-# Factors of a step size up to which the scan is counted to gain by making it (docs/kernels.md); kernels take up to 16.
-_MOST_FACTORS = 8
+# The dt_rank up to which the scan is counted to gain by computing delta (docs/kernels.md); kernels take up to 16.
+_MAX_DT_RANK = 8
 
 
 def _on_gpu(x: Tensor) -> bool:
@@ -54,17 +54,12 @@ def _on_gpu(x: Tensor) -> bool:
     return x.device.type == 'cuda' and 'cuda' in _library.STATUS.devices
 
 
-def takes_low_rank(x: Tensor, states: int, rank: int) -> bool:
-    """Whether a scan makes step sizes of their low-rank factors itself, and gains by it.
+def _takes_low_rank(x: Tensor, states: int, rank: int) -> bool:
+    """Whether a scan of (B, H, W, E) with N states projects dt of this rank to delta itself, and gains by it.
 
     Where it does not, a matrix product before the scan is the better way; the results are the same but for rounding.
-
-    Args:
-        x: (B, H, W, E) map.
-        states: N.
-        rank: R, the number of factors of each step size.
     """
-    return _on_gpu(x) and states == 1 and x.shape[3] % 2 == 0 and rank % 2 == 0 and 2 <= rank <= _MOST_FACTORS
+    return _on_gpu(x) and states == 1 and x.shape[3] % 2 == 0 and rank % 2 == 0 and 2 <= rank <= _MAX_DT_RANK
 
 
 def _chunk_length(states: int, device_type: str) -> int:
@@ -130,7 +125,7 @@ def _(grad_output, grad_last, x, delta, A, B, C, D, delta_bias, states, routes, 
 def _reference_forward(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus, chunk, delta_weight=None):
     _checks.decay_rates(A)
     if delta_weight is not None:
-        delta = reference.step_sizes(delta, delta_weight)
+        delta = reference.low_rank_delta(delta, delta_weight)
     outputs = _empty_outputs(x, A, routes, per_line, 0)
     y, last = reference.route_scan(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus)
     return y, last, outputs[2] if not chunk else _empty_outputs(x, A, routes, per_line, chunk)[2].zero_()
@@ -140,7 +135,7 @@ def _reference_backward(grad_output, grad_last, x, delta, A, B, C, D, delta_bias
                         delta_softplus, chunk, delta_weight=None):
     outputs = _empty_gradients(x, delta, A, B, C, D, delta_bias, delta_weight)
     if delta_weight is not None:
-        delta = reference.step_sizes(delta, delta_weight)
+        delta = reference.low_rank_delta(delta, delta_weight)
     grads = reference.route_scan_backward(grad_output, grad_last, x, delta, A, B, C, D, delta_bias, routes, per_line,
                                           delta_softplus)
     for name, output in zip(('x', 'delta', 'A', 'B', 'C', 'D', 'delta_bias'), outputs, strict=True):
@@ -153,7 +148,7 @@ def _differentiable_reference(x, delta, A, B, C, D, delta_bias, routes, per_line
                               delta_weight=None):
     """The operator by PyTorch operations; no states are saved, since autograd keeps what it needs itself."""
     if delta_weight is not None:
-        delta = reference.step_sizes(delta, delta_weight)
+        delta = reference.low_rank_delta(delta, delta_weight)
     y, last = reference.route_scan(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus)
     return y, last, _empty_outputs(x, A, routes, per_line, 0)[2]
 
@@ -187,19 +182,19 @@ def _backward(ctx, grad_output, grad_last, _grad_states):
                                                         delta_weight))
     grad_weight = None
     if delta_weight is not None:
-        grads[1], grad_weight = _gradients_of_factors(grads[1], delta, delta_weight)
+        grads[1], grad_weight = _low_rank_delta_backward(grads[1], delta, delta_weight)
     given = [grad.to(tensor.dtype) if tensor is not None else None for grad, tensor in zip(grads, tensors, strict=True)]
     return *given, None, None, None, None, grad_weight
 
 
-def _gradients_of_factors(grad_delta: Tensor, factors: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`cuda_ops.reference.step_sizes` in (B, H, W, K, R) factors and (K, E, R) weight."""
+def _low_rank_delta_backward(grad_delta: Tensor, dt: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`cuda_ops.reference.low_rank_delta` in dt (B, H, W, K, R) and weight (K, E, R)."""
     batch, height, width, routes, channels = grad_delta.shape
     # By reshape: flatten has no rule for the vmap of torch.autograd.grad(is_grads_batched=True).
     products = grad_delta.reshape(-1, routes, channels).transpose(0, 1)
-    grad_factors = torch.bmm(products, weight.to(products.dtype)).view(routes, batch, height, width, weight.shape[2])
-    grad_weight = torch.bmm(products.transpose(1, 2), factors.reshape(-1, routes, factors.shape[4]).transpose(0, 1))
-    return grad_factors.permute(1, 2, 3, 0, 4), grad_weight.to(weight.dtype)
+    grad_dt = torch.bmm(products, weight.to(products.dtype)).view(routes, batch, height, width, weight.shape[2])
+    grad_weight = torch.bmm(products.transpose(1, 2), dt.reshape(-1, routes, dt.shape[4]).transpose(0, 1))
+    return grad_dt.permute(1, 2, 3, 0, 4), grad_weight.to(weight.dtype)
 
 
 def _save_for_second_backward(ctx, inputs, output) -> None:
@@ -212,8 +207,8 @@ def _save_for_second_backward(ctx, inputs, output) -> None:
 def _second_backward(ctx, *grads):
     *tensors, delta_weight = ctx.saved_tensors
     if delta_weight is not None:
-        # The gradient is that of the step sizes.
-        tensors[1] = reference.step_sizes(tensors[1], delta_weight)
+        # The gradient is that of the full delta.
+        tensors[1] = reference.low_rank_delta(tensors[1], delta_weight)
     tangents = [None if grad is None or tensor is None else grad.to(tensor.dtype)
                 for grad, tensor in zip(grads, tensors, strict=True)]
     if all(tangent is None for tangent in tangents):
@@ -237,7 +232,7 @@ def route_scan_flops(x_shape: Sequence[int], delta_shape: Sequence[int], A_shape
                      **kwargs: object) -> int:
     """The field's count of a selective scan, 9 * L * E * N for each route and image (multiply-adds counted once).
 
-    With step sizes of R factors there are L * E * R more, those of the product that makes them.
+    With a low-rank dt of rank R there are L * E * R more, those of its projection.
     """
     batch, height, width, channels = x_shape
     routes, _, states = A_shape
@@ -271,17 +266,17 @@ def cross_selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tens
 
     Args:
         x: (B, H, W, E) map; float32, bfloat16 or float16 (float64 on CPU). H and W are at least 1.
-        delta: (B, H, W, 4, E) step sizes before bias and softplus, in x's dtype; with ``delta_weight`` their factors,
-            (B, H, W, 4, R) with R of at least 1.
+        delta: (B, H, W, 4, E), before bias and softplus, in x's dtype; with ``delta_weight`` the low-rank dt,
+            (B, H, W, 4, R) with dt_rank R of at least 1.
         A: (4, E, N) decay rates, finite and not positive (checked on CPU; a GPU would have to wait for the answer).
         B: (B, H, W, 4, N) input projections, in x's dtype.
         C: (B, H, W, 4, N) output projections, in x's dtype.
         D: (4, E) skip weights, or None for no skip.
         delta_bias: (4, E), or None.
         delta_softplus: whether delta + delta_bias passes a softplus.
-        delta_weight: (4, E, R), or None. With it the step sizes are ``delta_weight[k] @ delta[..., k, :]``. Where the
-            scan takes their factors itself (see :func:`cuda_ops.route_scan.takes_low_rank`) they are never stored;
-            elsewhere they are made in x's dtype before the scan, and made again in the backward pass.
+        delta_weight: (4, E, R), or None. With it delta is ``delta_weight[k] @ delta[..., k, :]``. Where the scan gains by
+            it, on GPUs with one state and a small dt_rank, it computes this itself and delta is never stored; elsewhere
+            a matrix product in x's dtype does.
 
     Returns:
         (B, H, W, E) in x's dtype. Differentiable once, in every floating input, in all the ways that the module's
@@ -316,6 +311,8 @@ def cross_selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tens
     x, delta, B, C = _checks.autocast(x, delta, B, C)
     _checks.same_dtype_and_device(x=x, delta=delta, B=B, C=C)
     _checks.same_device(x, A=A, D=D, delta_bias=delta_bias, delta_weight=delta_weight)
+    if delta_weight is not None and not _takes_low_rank(x, states, delta_weight.shape[2]):
+        delta, delta_weight = reference.low_rank_delta(delta, delta_weight), None
     return _scan(x, delta, A, B.unsqueeze(4), C.unsqueeze(4), D, delta_bias, CROSS_ROUTES, False, delta_softplus,
                  delta_weight)[0]
 
@@ -329,7 +326,7 @@ def line_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Tensor |
 
     Args:
         x: (B, H, W, E) map; float32, bfloat16 or float16 (float64 on CPU). H and W are at least 1.
-        delta: (B, H, W, E) step sizes before bias and softplus, in x's dtype.
+        delta: (B, H, W, E), before bias and softplus, in x's dtype.
         A: (E, N) decay rates, finite and not positive (checked on CPU).
         B: (B, H, W, N) input projections in x's dtype, or None, meaning ones.
         C: (B, H, W, N) output projections in x's dtype, or None, meaning ones: the states are summed.
@@ -381,7 +378,7 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
 
     Args:
         u: (B, E, L) sequence; float32, bfloat16 or float16 (float64 on CPU). L is at least 1.
-        delta: (B, E, L) step sizes before bias and softplus, in u's dtype.
+        delta: (B, E, L), before bias and softplus, in u's dtype.
         A: (E, N) real decay rates, finite and not positive (checked on CPU).
         B: input projections: (B, N, L) or (B, G, N, L) with G dividing E in u's dtype, or constant (E, N), a parameter
             like A.
@@ -424,14 +421,14 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
         groups = math.lcm(B_sequence.shape[4], C_sequence.shape[4])
         B_sequence, C_sequence = (value.repeat_interleave(groups // value.shape[4], dim=4)
                                   for value in (B_sequence, C_sequence))
-    x, step = u.transpose(1, 2).unsqueeze(1), delta.transpose(1, 2)[:, None, :, None]
+    x, delta = u.transpose(1, 2).unsqueeze(1), delta.transpose(1, 2)[:, None, :, None]
     A = A.unsqueeze(0)
     bias = None if delta_bias is None else delta_bias.unsqueeze(0)
     skip = None if D is None else D.unsqueeze(0)
     if B_constant is None and C_constant is None:
-        y, last = _scan(x, step, A, B_sequence, C_sequence, skip, bias, [ROW], False, delta_softplus)
+        y, last = _scan(x, delta, A, B_sequence, C_sequence, skip, bias, [ROW], False, delta_softplus)
     else:
-        y, last = _scan_by_state(x, step, A, B_sequence, C_sequence, skip, bias, delta_softplus, B_constant, C_constant)
+        y, last = _scan_by_state(x, delta, A, B_sequence, C_sequence, skip, bias, delta_softplus, B_constant, C_constant)
     y = y.squeeze(1).transpose(1, 2)
     if z is not None:
         y = y * F.silu(z)

@@ -82,7 +82,7 @@ def _empty_gradients(x: Tensor, delta_top: Tensor, delta_left: Tensor, A_top: Te
     def contiguous(value: Tensor) -> Tensor:
         return torch.empty_like(value, memory_format=torch.contiguous_format)
 
-    # Step sizes keep the strides they came with, so that what produced them need not copy.
+    # The deltas' gradients have the strides of the deltas, so that what produced them need not copy.
     return (contiguous(x), torch.empty_like(delta_top), torch.empty_like(delta_left), contiguous(A_top),
             contiguous(A_left), contiguous(B_top), contiguous(B_left), contiguous(C),
             x.new_empty((0,), dtype=state_dtype(x.dtype)) if D is None else contiguous(D))
@@ -193,8 +193,8 @@ def wavefront_scan(x: Tensor, delta_top: Tensor, delta_left: Tensor, A_top: Tens
 
     Args:
         x: (B, H, W, E) map; float32, bfloat16 or float16 (float64 on CPU). H, W and E are at least 1.
-        delta_top: (B, H, W, E) step sizes from the top neighbour, after softplus, in x's dtype.
-        delta_left: (B, H, W, E) step sizes from the left neighbour, likewise.
+        delta_top: (B, H, W, E), for the top neighbour, after softplus, in x's dtype.
+        delta_left: (B, H, W, E), for the left neighbour, after softplus, in x's dtype.
         A_top: (E, N) decay rates from the top neighbour, finite and not positive (checked on CPU; a GPU would have to
             wait for the answer). N is at least 1.
         A_left: (E, N) decay rates from the left neighbour, likewise.
