@@ -1,11 +1,13 @@
-"""README.md and the pages under docs/: every block of Python is run, and every config trains."""
+"""README.md and the pages under docs/ and configs/: blocks of Python run, configs train, links lead somewhere."""
 
+import copy
 import json
 import math
 import re
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mmdet.datasets import CocoDataset
@@ -14,9 +16,10 @@ from mmengine.registry import HOOKS, DefaultScope
 from PIL import Image
 from torch import nn
 
+import ssm_backbones
 from ssm_backbones import V2M, Mamba2D, VMamba
 from ssm_backbones.apis.config import load_config
-from ssm_backbones.checkpoints import convert_checkpoint
+from ssm_backbones.checkpoints import convert_checkpoint, convert_file
 from ssm_backbones.engine.runner import TrainOptions, train
 from ssm_backbones.flops import config_complexity
 from ssm_backbones.shapes.generate import make_shapes
@@ -29,22 +32,28 @@ from tests.checkpoints.layouts import (
     vmamba_classifier,
     vmamba_pyramid,
 )
+from tests.checkpoints.small import classifier, prefixed, pyramid
 from tests.configs.recipes import PUBLISHED, TASKS
-from tests.configs.small_runs import RecordSteps, narrow_heads, shrink
+from tests.configs.small_runs import RecordSteps, narrow_heads, shrink, shrink_proposals
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / 'docs' / 'use_with_other_heads.md'
+README = ' '.join((ROOT / 'README.md').read_text(encoding='utf-8').split())
+PAGES = [ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md')), *sorted(ROOT.glob('configs/*/README.md'))]
 BLOCKS = {
-    f'{path.stem}-{number}': block
-    for path in [ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md'))]
+    f'{path.stem if path.parent.parent.name != "configs" else path.parent.name}-{number}': block
+    for path in PAGES
     for number, block in enumerate(
         re.findall(r'^```python\n(.*?)^```$', path.read_text(encoding='utf-8'), re.MULTILINE | re.DOTALL)
     )
 }
-CONFIGS = [name for name, block in BLOCKS.items() if block.startswith('_base_')]
+# Configs that only inherit are those of the zoo, which tests/configs trains.
+INHERITED = [name for name, block in BLOCKS.items() if re.fullmatch(r"_base_ = '\S+'\n", block)]
+CONFIGS = [name for name, block in BLOCKS.items() if block.startswith('_base_') and name not in INHERITED]
 PARTS = [name for name, block in BLOCKS.items() if block.startswith('backbone=')]
-SCRIPTS = [name for name in BLOCKS if name not in CONFIGS + PARTS]
-EPOCHS = 5
+INFERENCE = [name for name, block in BLOCKS.items() if 'DetInferencer' in block]
+SCRIPTS = [name for name in BLOCKS if name not in INHERITED + CONFIGS + PARTS + INFERENCE]
+EPOCHS = 4
 # The small arch that takes the full one's place, and its channels.
 SMALL = {'VMamba': [16, 32, 64, 128], 'Mamba2D': [16, 24, 32, 64]}
 SCAN_PARAMETERS = ('A_log', 'D', 'dt_bias')
@@ -99,8 +108,110 @@ def read(name, monkeypatch, folder):
     return load_config('my_config.py')
 
 
-def test_there_are_blocks_of_every_kind():
-    assert [len(CONFIGS), len(PARTS), len(SCRIPTS)] == [8, 1, 4]
+def test_every_block_is_found():
+    """None of Python stands in a fence that the pattern above does not read, and there are some of every kind."""
+    assert sum(path.read_text(encoding='utf-8').lower().count('```py') for path in PAGES) == len(BLOCKS)
+    assert INHERITED and CONFIGS and PARTS and INFERENCE and SCRIPTS
+
+
+def links(path):
+    """The targets of a page's links and images, its blocks of code left out."""
+    text = re.sub(r'^```.*?^```$', '', path.read_text(encoding='utf-8'), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r'\]\(<?([^)\s>]+)', text)
+
+
+@pytest.mark.parametrize('path', PAGES, ids=[str(path.relative_to(ROOT)) for path in PAGES])
+def test_links_within_the_project_lead_somewhere(path):
+    for link in links(path):
+        if re.match(r'[a-z]+:', link):
+            continue
+        target, _, section = link.partition('#')
+        file = (path.parent / target) if target else path
+        assert file.exists(), link
+        if section:
+            headings = re.findall(r'^#+ (.*)$', file.read_text(encoding='utf-8'), re.MULTILINE)
+            assert section in {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}, link
+
+
+@pytest.mark.parametrize('name', INHERITED)
+def test_configs_that_only_inherit_are_the_zoo_s(name, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    Path('my_config.py').write_text(BLOCKS[name])
+    whole, _, base = BLOCKS[name].strip().strip("'").partition('ssm_backbones::')
+    assert whole and load_config('my_config.py').to_dict() == load_config(ROOT / 'configs' / base).to_dict()
+
+
+@pytest.fixture
+def street(shapes, tmp_path, monkeypatch):
+    """The working folder, with an image that is called as in README.md; returns its width and height."""
+    monkeypatch.chdir(tmp_path)
+    with Image.open(sorted(shapes.glob('coco/val2017/*'))[0]) as image:
+        image.save('street.jpg')
+        return image.size
+
+
+def save_official(name, model):
+    """A whole model's file as the authors have them: small, its backbone under their names."""
+    rest = {key: value for key, value in model.state_dict().items() if not key.startswith('backbone.')}
+    official = {key: value * 0.2 for key, value in prefixed('backbone.', pyramid()).items()}
+    meta = dict(dataset_meta=dict(classes=list('abcdefg'), palette=[[30 * i, 90, 200] for i in range(7)]))
+    torch.save(dict(meta=meta, state_dict=official | rest), name)
+    converted = convert_checkpoint(dict(state_dict=official | rest))[0]['state_dict']
+    return {key: value for key, value in converted.items() if key.startswith('backbone.')}
+
+
+def build(config):
+    cfg = load_config(config)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        return import_module(f'{cfg.default_scope}.registry').MODELS.build(cfg.model)
+
+
+@pytest.mark.parametrize('name', INFERENCE)
+def test_the_authors_detector_finds_boxes_and_draws_them(name, street, write_config, monkeypatch):
+    """The block as it stands, with a small model for the one that it names."""
+    (named,) = re.findall(r"config_file\('(\S+)'\)", BLOCKS[name])
+    (weights,) = re.findall(r"'(\S+\.pth)'", BLOCKS[name])
+    assert weights in (ROOT / 'configs' / 'vmamba' / 'metafile.yml').read_text(encoding='utf-8')
+    assert Path(ssm_backbones.config_file(named)).is_file()
+    config = str(write_config('mmdet'))
+    monkeypatch.setattr(ssm_backbones, 'config_file', {named: config}.get)
+    converted = save_official(weights, build(config))
+
+    namespace = {'__name__': 'snippet'}
+    exec(compile(BLOCKS[name], name, 'exec'), namespace)
+    state = namespace['detector'].model.state_dict()
+    assert converted and all(torch.equal(state[key], tensor) for key, tensor in converted.items())
+    found = json.loads(Path('out/preds/street.json').read_text())
+    boxes = np.array(found['bboxes'])
+    assert len(boxes) == len(found['scores']) == len(found['masks']) == 10
+    assert (boxes >= 0).all() and (boxes[:, 2:] > boxes[:, :2]).any()
+    assert (boxes[:, [0, 2]] <= street[0]).all() and (boxes[:, [1, 3]] <= street[1]).all()
+    with Image.open('out/vis/street.jpg') as drawn:
+        assert drawn.size == street
+
+
+def test_the_authors_segmentor_labels_an_image(street, write_config):
+    from mmseg.apis import MMSegInferencer
+
+    assert '`mmseg.apis.MMSegInferencer(config, checkpoint)` segments' in README
+    config = str(write_config('mmseg'))
+    save_official('segmentor.pth', build(config))
+    labels = MMSegInferencer(config, 'segmentor.pth')('street.jpg', out_dir='out')['predictions']
+    assert labels.shape == street[::-1] and set(np.unique(labels)) <= set(range(7))
+    assert Path('out/vis/street.jpg').is_file()
+
+
+def test_a_converted_classifier_classifies_an_image(street, write_config):
+    from mmpretrain import ImageClassificationInferencer
+
+    assert '`mmpretrain.ImageClassificationInferencer(config, pretrained=checkpoint)` classifies' in README
+    tensors = {key: value * 0.2 for key, value in classifier(num_classes=6).items()}
+    torch.save({'model': tensors}, 'official.pth')
+    convert_file('official.pth', 'classifier.pth')
+    inferencer = ImageClassificationInferencer(str(write_config('mmpretrain')), pretrained='classifier.pth')
+    assert torch.equal(inferencer.model.head.fc.weight, tensors['classifier.head.weight'])
+    (result,) = inferencer('street.jpg')
+    assert result['pred_score'] == max(result['pred_scores']) and len(result['pred_scores']) == 6
 
 
 @pytest.mark.parametrize('name', SCRIPTS)
@@ -143,8 +254,11 @@ def test_parts_of_configs_build(name, folder, monkeypatch):
 def test_configs_build_run_and_load_their_weights(name, folder, monkeypatch):
     cfg = read(name, monkeypatch, folder)
     block = BLOCKS[name]
-    # On small pictures: the heads fit the maps.
-    assert config_complexity(cfg, 128, 96).flops > 0
+    # On small images and few proposals: the heads fit the maps.
+    few = copy.deepcopy(cfg)
+    if 'roi_head' in few.model:
+        shrink_proposals(few.model)
+    assert config_complexity(few, 128, 96).flops > 0
 
     registry = import_module(f'{cfg.default_scope}.registry').MODELS
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
@@ -177,12 +291,12 @@ def check_groups(model, groups, lr, decay):
             assert group['weight_decay'] == decay, name
 
 
-def small(cfg):
+def small(cfg, epochs=EPOCHS):
     """The same config with the small arch of the family in the place of the full one, whose weights are not loaded.
 
-    Necks, heads, pictures, batches and schedules are smaller, too. Without warm-up, at whose rates nothing would fall.
+    Necks, heads, images, batches and schedules are smaller, too. Without warm-up, at whose rates nothing would fall.
     """
-    shrink(cfg, epochs=EPOCHS, side=96)
+    shrink(cfg, epochs=epochs, side=96)
     if cfg.default_scope != 'mmpretrain':
         narrow_heads(cfg.model, 32)
     backbone, widths = cfg.model.backbone, SMALL[cfg.model.backbone.type]
@@ -241,13 +355,13 @@ def test_the_block_of_four_channels_serves_grey_images(folder, monkeypatch, tmp_
     cfg = read(name, monkeypatch, folder)
     with DefaultScope.overwrite_default_scope('mmseg'):
         import_module('mmseg.registry').MODELS.build(cfg.model.backbone).init_weights()
-    _, record = run(small(cfg), tmp_path)
-    assert len(record.losses) == 2 * EPOCHS
+    _, record = run(small(cfg, epochs=1), tmp_path)
+    assert len(record.losses) == 2
 
 
 @pytest.mark.parametrize('name', [name for name in CONFIGS if 'EMAHook' in BLOCKS[name]])
 def test_averages_forget_the_untrained_heads(name, folder, monkeypatch):
-    """Of 1000 pictures in batches of two, within the config's epochs; the page says how long it takes."""
+    """Of 1000 images in batches of two, within the config's epochs; the page says how long it takes."""
     cfg = read(name, monkeypatch, folder)
     (hook,) = [
         HOOKS.build({key: value for key, value in hook.items() if key != 'priority'}) for hook in cfg.custom_hooks
