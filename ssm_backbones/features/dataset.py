@@ -1,4 +1,4 @@
-"""Read an export of ``tools/export_features.py`` back, for training heads on frozen features."""
+"""Read an export of ``tools/export_features.py``, for training heads on frozen features."""
 
 from __future__ import annotations
 
@@ -19,43 +19,43 @@ from ssm_backbones.utils.errors import CommandError
 
 
 class FeatureDataset(Dataset):
-    """The exported maps of images.
+    """Data set of exported feature maps.
 
     An item is a dict with ``id`` (str), ``index`` (int) and ``maps``, a tuple of tensors (C, H, W). Files are mapped
-    into memory, so a level that is not asked for is not read. What else is known of an image is in ``records[index]``:
+    into memory, so levels that are not selected are not read. ``records[index]`` has further information on an image:
 
     ``path``
         The image's file.
     ``original_size``, ``input_size``, ``padded_size``
-        Height and width of the image, of what the config's pipeline made of it, and of what the maps cover, which the
-        data preprocessor may have padded at the bottom and on the right.
+        Height and width of the image, of the pipeline's output, and of the area that the maps cover, which the data
+        preprocessor may have padded at the bottom and right.
     ``scale_x``, ``scale_y``, ``offset_x``, ``offset_y``
-        Where the pipeline's resizing, cropping, padding and mirroring put the input on the original image:
-        ``original_x = offset_x + scale_x * input_x``, likewise y. Coordinates are in pixels and continuous, 0 at the
-        left (upper) edge of the first pixel. See :meth:`cell_edges` and :meth:`to_input`.
+        Coordinate map from the input to the original image after the pipeline's resizing, cropping, padding and
+        flipping: ``original_x = offset_x + scale_x * input_x``, and the same for y. Coordinates are in pixels and
+        continuous, 0 at the left (upper) edge of the first pixel. See :meth:`cell_edges` and :meth:`to_input`.
     ``image_box``
-        Left, top, right and bottom of what is image in the input, in its pixels; what the pipeline padded is beyond.
+        Left, top, right and bottom of the image within the input, in pixels; padding of the pipeline is outside.
     ``levels``
-        Name, ``stride`` and ``shape`` (C, H, W) of each map. Cell (i, j) stands for the square of ``stride`` pixels of
-        the input whose upper left corner is (i * stride, j * stride), as resizing a map to the input has it. What a
-        backbone's convolutions see is centred up to half a cell off.
+        Name, ``stride`` and ``shape`` (C, H, W) of each map. Cell (i, j) covers the square of ``stride`` pixels of the
+        input whose upper left corner is (i * stride, j * stride), consistent with resizing a map to the input. The
+        receptive fields of a backbone's convolutions are centred up to half a cell off.
     ``label``, ``label_map``
-        Where the data set had them.
+        The data set's annotations, if any.
 
     Args:
         folder: The folder of the export.
         levels: Names of the levels to read, such as ``['level0', 'level3']``; all by default.
-        crop: Cut off what of the maps lies in the padding at the bottom and on the right.
-        dtype: Convert maps to this type; by default they come as they are stored.
-        transform: Called with each item; what it returns is the item then.
+        crop: Crop the maps' padding at the bottom and right.
+        dtype: Convert maps to this dtype; by default they keep the stored one.
+        transform: Called with each item; its result replaces the item.
 
     Attributes:
         records: One dict for each image, in the order of the export's input.
-        settings: What made the features: ``fingerprint``, ``dtype``, ``neck``, and for each level ``name``, ``stride``
+        settings: Settings of the export: ``fingerprint``, ``dtype``, ``neck``, and for each level ``name``, ``stride``
             and ``channels``.
 
     Raises:
-        CommandError: If the folder holds no finished export of this format, or a level is not in it.
+        CommandError: If the folder does not contain a finished export of this format, or a level does not exist.
     """
 
     def __init__(
@@ -106,23 +106,22 @@ class FeatureDataset(Dataset):
         return maps if self.dtype is None else tuple(value.to(self.dtype) for value in maps)
 
     def channels(self) -> list[int]:
-        """Count the channels of each level that is read."""
+        """Return the channels of each selected level."""
         by_name = {level['name']: level['channels'] for level in self.settings['levels']}
         return [by_name[name] for name in self.levels]
 
     def strides(self) -> list[int]:
-        """List the stride of each level that is read: pixels of the input along a side of a cell."""
+        """Return the stride of each selected level: pixels of the input along a side of a cell."""
         by_name = {level['name']: level['stride'] for level in self.settings['levels']}
         return [by_name[name] for name in self.levels]
 
     def cell_edges(self, index: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-        """Lay the cells of an image's maps on the original image.
+        """Compute the cell edges of an image's maps in coordinates of the original image.
 
         Returns:
-            For each level that is read ``(y, x)``, float64 of H + 1 and W + 1 coordinates in pixels of the original:
-            cell (i, j) of the map stands for what lies between ``y[i]`` and ``y[i + 1]``, ``x[j]`` and ``x[j + 1]``.
-            They descend where the pipeline mirrors. Cells of padding lie beyond the image, or beyond what was cropped
-            from it.
+            For each selected level ``(y, x)``, float64 arrays of H + 1 and W + 1 coordinates in pixels of the original:
+            cell (i, j) of the map covers ``y[i]`` to ``y[i + 1]`` and ``x[j]`` to ``x[j + 1]``. They descend if the
+            pipeline flips. Cells of padding lie outside the image or its crop.
         """
         record = self.records[index]
         edges = []
@@ -137,19 +136,19 @@ class FeatureDataset(Dataset):
         return tuple(edges)
 
     def to_input(self, index: int, image: np.ndarray, fill: float = 0) -> np.ndarray:
-        """Bring what lies over the original image, such as a label map, to where the maps are.
+        """Resample an array over the original image, such as a label map, to the model's input.
 
         Args:
             index: Number of the image.
-            image: (H, W) or (H, W, C) of the original size, of any dtype.
-            fill: What stands where the maps see padding: for label maps, the label that the loss ignores.
+            image: Array (H, W) or (H, W, C) of the original size, of any dtype.
+            fill: Value of padding: for label maps, the label that the loss ignores.
 
         Returns:
-            Height and width are the record's ``padded_size``; the other dimensions and the dtype are the image's. Each
-            pixel is the nearest one of the image.
+            An array of the record's ``padded_size`` with the other dimensions and the dtype of ``image``, by nearest
+            neighbours.
 
         Raises:
-            ValueError: If the image is not of the original size.
+            ValueError: If the array does not have the original size.
         """
         record = self.records[index]
         if list(image.shape[:2]) != record['original_size']:
@@ -168,14 +167,14 @@ class FeatureDataset(Dataset):
         return result
 
     def _covered(self, record: Record, name: str) -> tuple[int, int]:
-        """Count the rows and columns of a level's map that do not lie in the padding altogether."""
+        """Return the rows and columns of a level's map that are not entirely padding."""
         level = _level(record, name)
         _, height, width = level['shape']
         _, _, right, bottom = record['image_box']
         return min(height, -(-bottom // level['stride'])), min(width, -(-right // level['stride']))
 
     def _file(self, name: str) -> Any:
-        # The images of a shard follow each other, so that one open file serves.
+        # The images of a shard are consecutive, so one open file is enough.
         if self._open is None or self._open[0] != name:
             self._open = (name, safe_open(str(self.folder / name), framework='pt'))
         return self._open[1]

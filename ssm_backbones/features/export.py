@@ -1,7 +1,7 @@
-"""Export features for ``tools/export_features.py``: the pyramid of every image, by the config's own preprocessing.
+"""Export the feature maps of images, with the config's own preprocessing, for ``tools/export_features.py``.
 
-Images are batched only with images of the same size, so that no map depends
-on which images were its neighbours, and an export that was interrupted ends as one that was not.
+Images are batched only with images of the same size, so that no map depends on the other images of its batch, and an
+export that was interrupted and resumed equals one that was not.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ssm_backbones.utils.files import locked
 from ssm_backbones.utils.signals import interrupt_on_sigterm
 from ssm_backbones.utils.torch_compat import OutOfMemoryError
 
-# Images that wait for others of their size, in batches: a bound on memory, beyond which batches are left unfilled.
+# Limit on the images that wait for others of their size, in batches; beyond it, smaller batches are computed.
 _WAITING_BATCHES = 4
 _PROBE = 256
 _PATIENCE = timedelta(days=30)
@@ -50,20 +50,20 @@ class ExportOptions:
     Attributes:
         config: The config file.
         checkpoint: The checkpoint of its model, or of the backbone alone, official ones too.
-        input: Which images, see :func:`~ssm_backbones.apis.images.find_images`.
+        input: The images, see :func:`~ssm_backbones.apis.images.find_images`.
         out: The folder to write to.
-        image_folder: Where the images of a COCO file lie.
-        neck: Whether the maps pass the model's neck.
-        levels: Which of the maps to write, by their place in what the backbone or neck returns; all by default.
-        dtype: ``'fp32'``, ``'fp16'`` or ``'bf16'``, of what is written; computed is in float32.
-        shard_size: Images a file; 0 for one file an image.
-        batch_size: Images computed at once, where so many of one size come.
+        image_folder: Folder of the images of a COCO file.
+        neck: Whether to export the maps of the model's neck.
+        levels: Indices of the maps to write among those of the backbone or neck; all by default.
+        dtype: Stored dtype, ``'fp32'``, ``'fp16'`` or ``'bf16'``; the computation is in float32.
+        shard_size: Images per file; 0 for one file per image.
+        batch_size: Maximum batch size; only images of one size form a batch.
         workers: Processes that read images.
         device: ``'cpu'``, ``'cuda'`` or ``'cuda:1'``; by default a GPU where there is one.
         max_pixels: Images with more pixels are not read.
-        preview: Draw each level of each image beside it.
+        preview: Draw each image next to its levels.
         cfg_options: Values that replace the config's, by dotted key.
-        launcher: ``'none'``, or ``'pytorch'`` where torchrun started several processes, which share the images.
+        launcher: ``'none'``, or ``'pytorch'`` if torchrun started several processes, which share the images.
     """
 
     config: str
@@ -89,11 +89,11 @@ class ExportResult:
     """Result of an export, over all processes.
 
     Attributes:
-        exported: Images computed now.
-        kept: Images that an earlier run had exported.
+        exported: Images exported by this run.
+        kept: Images exported by earlier runs.
         unreadable: For each image that could not be exported, its id, path and the reason.
         levels: Stride and channels of each level, as in ``export.json``.
-        fingerprint: The model's.
+        fingerprint: Hash of the model and its preprocessing.
     """
 
     exported: int
@@ -105,7 +105,7 @@ class ExportResult:
 
 @dataclass
 class _Sample:
-    """An image behind the pipeline and its place, or why it could not be read."""
+    """An image after the pipeline with its placement, or the reason why it could not be read."""
 
     image: InputImage
     data: dict[str, Any] | None = None
@@ -113,14 +113,14 @@ class _Sample:
     reason: str = ''
 
     def pin_memory(self) -> _Sample:
-        """Pin the image's pixels for the loader, where a GPU fetches them without waiting."""
+        """Pin the image's pixels for the loader, for asynchronous copies to a GPU."""
         if self.data is not None:
             self.data['inputs'] = self.data['inputs'].pin_memory()
         return self
 
 
 class _Images(Dataset):
-    """Read images through the pipeline; for one that cannot be read, return the reason instead of raising."""
+    """Data set of images after the pipeline; an unreadable image gives its reason instead of raising."""
 
     def __init__(self, images: Sequence[InputImage], pipeline: PlacedPipeline, max_pixels: int) -> None:
         self.images = images
@@ -138,17 +138,17 @@ class _Images(Dataset):
         except (UnreadableImage, PlacementError) as error:
             return _Sample(image, reason=str(error))
         except Exception as error:
-            # Decoders and transforms raise what they will for damaged files; the rest of the images goes on.
+            # Decoders and transforms raise arbitrary errors for damaged files; the other images are still exported.
             return _Sample(image, reason=f'{type(error).__name__}: {str(error).strip()}')
         return _Sample(image, data, placement)
 
 
 def export_features(options: ExportOptions) -> ExportResult:
-    """Export as the options say; leave alone what is there already.
+    """Export the feature maps of images that are not in the folder yet.
 
     Raises:
-        CommandError: If the config, the checkpoint, the input or the folder does not allow it. Images that cannot be
-            read are no such error; the result lists them.
+        CommandError: If the config, the checkpoint, the input or the folder is invalid. Unreadable images do not raise;
+            they are listed in the result.
     """
     _check_options(options)
     cfg = load_config(options.config, options.cfg_options)
@@ -159,7 +159,7 @@ def export_features(options: ExportOptions) -> ExportResult:
     extractor = build_extractor(cfg, options.checkpoint, options.neck)
     levels = describe_levels(extractor, options.levels)
     extractor = extractor.to(device)
-    # It keeps a device of its own, which the move of a module around it leaves as it was.
+    # The preprocessor stores its device, which moving its parent does not update.
     extractor.preprocessor.to(device)
     mark = fingerprint(extractor, cfg, steps)
     settings = dict(fingerprint=mark, dtype=options.dtype, neck=options.neck, levels=levels)
@@ -188,7 +188,7 @@ def export_features(options: ExportOptions) -> ExportResult:
 
 
 def describe_levels(extractor: FeatureExtractor, wanted: Sequence[int] | None = None) -> list[dict[str, Any]]:
-    """Find name, place, stride and channels of the maps to write by running the extractor on an empty image.
+    """Find name, index, stride and channels of the maps to write by running the extractor on an empty image.
 
     Raises:
         CommandError: If a wanted level does not exist.
@@ -211,7 +211,7 @@ def describe_levels(extractor: FeatureExtractor, wanted: Sequence[int] | None = 
 
 
 def batches(samples: Iterable[_Sample], batch_size: int) -> Iterator[list[_Sample]]:
-    """Gather samples of one size, up to ``batch_size``; of few of a size, less, lest too many wait."""
+    """Yield batches of samples of one size, with at most ``batch_size`` each, and a bounded number waiting."""
     waiting: dict[tuple[int, ...], list[_Sample]] = {}
     for sample in samples:
         assert sample.data is not None, 'only what could be read is batched'
@@ -250,7 +250,7 @@ def _run(
         dataset,
         batch_size=None,
         num_workers=workers,
-        # So that, while a batch is computed, the next one is read as a whole.
+        # The next batch is read completely while one is computed.
         prefetch_factor=max(2, -(-2 * options.batch_size // workers)) if workers else None,
         pin_memory=device.type == 'cuda',
     )
@@ -265,7 +265,7 @@ def _run(
                 pending = [writer.submit(_store, store, exported)]
                 advance(len(batch))
         finally:
-            # Interrupted or not, what was computed is kept.
+            # Computed maps are written even after an interruption.
             for future in pending:
                 future.result()
             store.flush()
@@ -274,7 +274,7 @@ def _run(
 
 @dataclass
 class _Computed:
-    """The maps (B, C, H, W) of a batch, on their way to the CPU, with the records of its images."""
+    """The maps (B, C, H, W) of a batch, possibly still being copied to the CPU, with the records of its images."""
 
     records: list[Record]
     maps: dict[str, Tensor]
@@ -308,7 +308,7 @@ def _compute(
     mark: str,
 ) -> _Computed:
     data = [sample.data for sample in batch if sample.data is not None]
-    # A GPU is handed work without waiting for it: pixels go there as bytes, maps come back behind the computation.
+    # Work for a GPU is queued without synchronisation: pixels are copied as uint8, maps are copied back afterwards.
     inputs = [each['inputs'].to(device, non_blocking=True) for each in data]
     try:
         images = extractor.preprocess(dict(inputs=inputs, data_samples=[each['data_samples'] for each in data]))
@@ -353,7 +353,7 @@ def _compute(
 
 
 def _largest(value: Tensor) -> Tensor:
-    """Return the largest finite magnitude; what the model itself has made infinite is written as it is."""
+    """Return the largest finite magnitude; infinities of the model itself are written unchanged."""
     return torch.where(torch.isfinite(value), value, torch.zeros_like(value)).abs().amax()
 
 
@@ -369,7 +369,7 @@ def _check_options(options: ExportOptions) -> None:
 
 
 def _check_same_images(out: str, images: Sequence[InputImage], done: Mapping[str, Record]) -> None:
-    """Refuse images that are called like others whose features are there: an id says nothing of the folder."""
+    """Reject images whose id is that of another exported image: ids do not contain the folder."""
     for image in images:
         if image.id not in done:
             continue
@@ -382,7 +382,7 @@ def _check_same_images(out: str, images: Sequence[InputImage], done: Mapping[str
 
 
 def _start(options: ExportOptions) -> tuple[int, int, torch.device]:
-    """Return rank, number of processes and device; join the processes where there are many."""
+    """Return rank, number of processes and device; initialise the process group if there are several."""
     device = check_device(options.device)
     if options.launcher == 'none':
         return 0, 1, device
@@ -395,8 +395,8 @@ def _start(options: ExportOptions) -> tuple[int, int, torch.device]:
     if device.type == 'cuda':
         device = check_device(f'cuda:{os.environ["LOCAL_RANK"]}')
         torch.cuda.set_device(device)
-    # Only small messages are exchanged, so gloo serves GPUs as well. A process that is through with its images waits
-    # for the slowest one; of a process that ended, the others hear at once.
+    # Only small messages are exchanged, so gloo is used for GPUs as well. A process that has finished its images waits
+    # for the slowest one; if a process dies, the others fail at once.
     torch.distributed.init_process_group('gloo', timeout=_PATIENCE)
     return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
 
@@ -427,7 +427,7 @@ def _draw_previews(options: ExportOptions, images: Sequence[InputImage], rank: i
 
 @contextlib.contextmanager
 def _progress(total: int, rank: int) -> Iterator[Any]:
-    """Show a bar on the error stream of the first process; yield a function that takes how many images are done."""
+    """Show a progress bar on stderr of the first process; yield a function that advances it by a number of images."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -1,4 +1,4 @@
-"""Find where a model's input lies on the original image, whatever a config's test pipeline does to it."""
+"""Find the position of a model's input on the original image, for arbitrary test pipelines."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from mmengine.registry import TRANSFORMS, DefaultScope
 
 from ssm_backbones.utils.errors import CommandError
 
-# These change values alone, or pack; anything else that a pipeline holds is run on coordinates.
+# These only change values, or pack; all other transforms of a pipeline are run on coordinates.
 _NOT_GEOMETRIC = ('Normalize', 'Pack', 'RGB2Gray', 'CLAHE', 'AdjustGamma', 'Rerange')
-# Marks what is image in the third channel of the coordinates; no padding has this value.
+# Value of the third channel of the coordinates within the image; no padding has it.
 _MARK = -1e6
 _TRIED = (480, 640)
 _REMEMBERED = 10_000
 
 
 class PlacementError(CommandError):
-    """Raised for a pipeline that does not keep an image's rows and columns; the message says what to do."""
+    """A pipeline that does not keep an image's rows and columns; the message gives the remedy."""
 
 
 @dataclass(frozen=True)
 class Placement:
     """The map from a model's input back to the original image, along each axis.
 
-    ``original_x = offset_x + scale_x * input_x``, and likewise for y. Coordinates are in pixels and continuous: 0 is
+    ``original_x = offset_x + scale_x * input_x``, and the same for y. Coordinates are in pixels and continuous: 0 is
     the left (upper) edge of the first pixel, 0.5 its centre.
 
     Attributes:
-        scale_x, scale_y: Original pixels for each input pixel; negative where the pipeline mirrors the image.
-        offset_x, offset_y: Where the input's left and upper edge lies on the original image; negative where the
-            pipeline pads there.
-        image_box: Left, top, right and bottom of what is image in the input, in its pixels; the rest is padding.
+        scale_x, scale_y: Original pixels per input pixel; negative if the pipeline flips the image.
+        offset_x, offset_y: Position of the input's left and upper edge on the original image; negative if the pipeline
+            pads there.
+        image_box: Left, top, right and bottom of the image within the input, in pixels; the rest is padding.
     """
 
     scale_x: float
@@ -50,18 +50,18 @@ class Placement:
 
 
 class PlacedPipeline:
-    """Run a config's test pipeline and tell where its output lies on the original image.
+    """A config's test pipeline that also returns the position of its output on the original image.
 
-    The place is found by sending an image of coordinates through the transforms behind the loading, with the same
-    random numbers, so that it holds for any transform that scales, crops, pads or mirrors.
+    An image of coordinates is run through the transforms after loading, with the same random numbers. This works for
+    any transform that scales, crops, pads or flips.
 
     Args:
-        steps: The pipeline, as :func:`~ssm_backbones.apis.images.test_pipeline` gives it.
+        steps: The pipeline, from :func:`~ssm_backbones.apis.images.test_pipeline`.
         scope: The config's default scope, where the transforms are registered.
 
     Raises:
-        PlacementError: If no step loads an image, or the steps behind it rotate or distort it, change what cannot be
-            followed, or fail on coordinates.
+        PlacementError: If no step loads an image, or the steps after it rotate or distort the image, or fail on
+            coordinates.
     """
 
     def __init__(self, steps: Sequence[Mapping[str, Any]], scope: str) -> None:
@@ -82,7 +82,7 @@ class PlacedPipeline:
             self._rest = Compose([TRANSFORMS.build(deepcopy(dict(step))) for step in steps[first:]])
             self._follow = Compose([TRANSFORMS.build(_on_coordinates(step)) for step in geometric])
         self._known: OrderedDict[tuple[int, ...], Placement] = OrderedDict()
-        # What cannot be followed is refused before a model is built for it.
+        # Unsupported pipelines are rejected before a model is built.
         before = _random_state()
         told = dict(img_path='', img_id=0, sample_idx=0, seg_fields=[], img_shape=_TRIED, ori_shape=_TRIED)
         self._place(told, _TRIED)
@@ -94,14 +94,14 @@ class PlacedPipeline:
         Args:
             path: The file.
             id: The image's id, for the packed sample.
-            index: The image's index, likewise.
+            index: The image's index, for the packed sample.
 
         Returns:
-            What the pipeline packs, and its place.
+            The pipeline's output and its placement.
 
         Raises:
-            PlacementError: If the image is not placed by scaling, cropping, padding and mirroring. Loaders and
-                transforms raise what they will for damaged files.
+            PlacementError: If the pipeline does more than scale, crop, pad and flip. For damaged files, loaders and
+                transforms raise their own errors.
         """
         loaded = self._load(dict(img_path=path, img_id=id, sample_idx=index, seg_fields=[]))
         original = loaded['img'].shape[:2]
@@ -127,7 +127,7 @@ class PlacedPipeline:
         return data, self._known[key]
 
     def _place(self, told: Mapping[str, Any], size: tuple[int, ...]) -> tuple[Placement, tuple[int, ...]]:
-        """Find the place of an image of a size, and the size that it has behind the steps."""
+        """Find the placement of an image of a size, and its size after the steps."""
         height, width = size
         image = np.empty((height, width, 3), np.float32)
         image[:, :, 0] = np.arange(width) + 0.5
@@ -136,7 +136,7 @@ class PlacedPipeline:
         try:
             followed = self._follow({**told, 'img': image})['img']
         except Exception as error:
-            # Transforms raise what they will for what they were not made for.
+            # Transforms raise arbitrary errors for unsupported input.
             raise self._error(f'they cannot be followed ({type(error).__name__}: {str(error).strip()})') from error
         if not isinstance(followed, np.ndarray) or followed.ndim != 3 or followed.shape[2] != 3:
             raise self._error('they do not give one image of the channels that was loaded')
@@ -159,19 +159,19 @@ class PlacedPipeline:
         """Find scale and offset of an axis.
 
         Args:
-            found: (n,), the original coordinates at the centres of the pixels ``first`` to ``first + n - 1``.
-            first: Pixels of padding before them.
-            length: Of the original.
+            found: Original coordinates (n,) at the centres of the pixels ``first`` to ``first + n - 1``.
+            first: Number of padding pixels before them.
+            length: Length of the original axis.
         """
         centres = first + np.arange(len(found)) + 0.5
-        # Where an image is enlarged, its outermost pixels are repeated beyond their centres.
+        # Enlarging replicates the outermost pixels beyond their centres.
         exact = np.flatnonzero((found > 0.51) & (found < length - 0.51))
         if len(exact) > 1:
             one, other = exact[0], exact[-1]
             scale = float(found[other] - found[one]) / float(centres[other] - centres[one])
             offset = float(found[one]) - scale * float(centres[one])
         elif len(found) > 1 or length <= 2:
-            # Of so few pixels, all are there; what follows checks it.
+            # With so few pixels, none are cropped; this is verified below.
             scale = length / len(found)
             offset = -scale * float(first)
         else:
@@ -179,7 +179,7 @@ class PlacedPipeline:
         expected = np.clip(offset + scale * centres, 0.5, length - 0.5)
         if abs(expected - found).max() > max(0.5, 0.5 * abs(scale)):
             raise self._error('they distort the image')
-        # Adding 0 makes a 0 of -0.
+        # Adding 0 turns -0 into 0.
         return round(scale, 6) + 0.0, round(offset, 3) + 0.0
 
     def _error(self, reason: str) -> PlacementError:
@@ -192,7 +192,7 @@ class PlacedPipeline:
 def _on_coordinates(step: Any) -> Any:
     """Change a transform's settings so that it takes coordinates.
 
-    Pillow has no images of three floating-point channels, and bilinear interpolation leaves coordinates what they are.
+    Pillow has no images of three floating-point channels; bilinear interpolation is exact on coordinates.
     """
     if isinstance(step, Mapping):
         changed = {key: _on_coordinates(value) for key, value in step.items()}

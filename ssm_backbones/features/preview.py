@@ -1,4 +1,4 @@
-"""Draw features as colours: each level's first three principal components, beside the image as the model got it."""
+"""Draw features as colours: the first three principal components of each level next to the input image."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _PAPER, _INK, _MUTED = (255, 255, 255), (32, 36, 44), (120, 126, 138)
 
 
 def draw_preview(dataset: FeatureDataset, index: int, path: str | os.PathLike[str]) -> None:
-    """Draw an image of an export beside the colours of its levels, into a PNG file.
+    """Draw an image of an export next to the colours of its levels, into a PNG file.
 
-    All panels show what the model was given, behind the config's resizing and cropping and without the data
-    preprocessor's padding, so that the same place in each is the same place in the image.
+    All panels show the model's input, after the config's resizing and cropping and without the data preprocessor's
+    padding, so that they are aligned.
 
     Raises:
-        UnreadableImage: If the image can no longer be read, or is of another size than the one that was exported.
+        UnreadableImage: If the image can no longer be read, or its size differs from the exported one's.
         OSError: If the file cannot be written.
     """
     from PIL import Image, ImageDraw, ImageFont
@@ -45,7 +45,7 @@ def draw_preview(dataset: FeatureDataset, index: int, path: str | os.PathLike[st
     note = f'{width} x {height}, of {original.shape[1]} x {original.shape[0]}'
     panels = [(_as_given(original, record, size), 'input', note)]
     for level, value in zip(record['levels'], dataset.maps(index, crop=True), strict=True):
-        # The last cells may reach beyond an odd input.
+        # The last cells may extend beyond an odd input.
         seen = (0, 0, width / level['stride'], height / level['stride'])
         colours = Image.fromarray(pca_colours(value)).transform(
             size, Image.Transform.EXTENT, seen, Image.Resampling.NEAREST, fillcolor=_MUTED
@@ -68,7 +68,7 @@ def draw_preview(dataset: FeatureDataset, index: int, path: str | os.PathLike[st
 
 
 def _as_given(original: np.ndarray, record: Record, size: tuple[int, int]) -> Any:
-    """Resize, crop, pad and mirror an image as the record says, drawn ``size`` (width, height) large."""
+    """Resize, crop, pad and flip an image according to its record, to ``size`` (width, height)."""
     from PIL import Image
 
     image = Image.fromarray(original)
@@ -92,20 +92,20 @@ def _as_given(original: np.ndarray, record: Record, size: tuple[int, int]) -> An
 
 
 def _read(path: str) -> np.ndarray:
-    """Read uint8 (H, W, 3), RGB, as the pipelines' default reader does: 16 bits become 8, and EXIF turns the image."""
+    """Read uint8 (H, W, 3), RGB, like the pipelines' default reader: 16 bits become 8, and EXIF rotation applies."""
     import mmcv
 
     try:
         return mmcv.imread(path, channel_order='rgb', backend='cv2')
     except Exception as error:
-        # The decoder raises what it will for files that are damaged, too large for it, or gone by now.
+        # The decoder raises arbitrary errors for files that are damaged, too large or missing.
         raise UnreadableImage(f'{type(error).__name__}: {str(error).strip()}') from error
 
 
 def draw_missing_previews(folder: str | os.PathLike[str], ids: Collection[str], quiet: bool = False) -> None:
-    """Draw the previews of these images of an export that are not there yet, into its ``previews`` folder.
+    """Draw the missing previews of images of an export, into its ``previews`` folder.
 
-    An image that cannot be read now is told on the error stream, and left out.
+    Images that can no longer be read are reported on stderr and left out.
 
     Raises:
         CommandError: If the folder cannot be written, or the disk is full.

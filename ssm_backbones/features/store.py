@@ -1,16 +1,16 @@
-"""The files of a feature export: written aside and renamed, so that each is whole or not there.
+"""Files of a feature export, all written atomically.
 
 Layout of the folder::
 
-    export.json            what made the features: fingerprint, levels, dtype
+    export.json            settings of the export: fingerprint, levels, dtype
     index.jsonl            one record for each image, in the order of the input
     features/<id>.safetensors                one image a file, or
     features/shard-<hash>.safetensors        many images a file
     unreadable.jsonl       images that could not be exported, if any
-    previews/<id>.png      drawings of the levels, if asked for
+    previews/<id>.png      drawings of the levels, with --preview
 
 A file holds the tensors ``<id>/<level>``, each (C, H, W), and in its metadata, under ``images``, the records of its
-images as JSON. The index repeats them, so that it can be made anew from the files at any time.
+images as JSON. The index repeats them, so that it can be rebuilt from the files at any time.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class FeatureStore:
     """The folder of an export, for writing.
 
     Args:
-        folder: The folder; made if need be.
-        settings: What made the features, JSON. An export that was made otherwise is refused.
-        shard_size: Images a file; 0 for one file an image, named by its id.
+        folder: The folder; created if missing.
+        settings: JSON-serialisable settings of the export. An existing export with other settings is rejected.
+        shard_size: Images per file; 0 for one file per image, named by its id.
     """
 
     def __init__(self, folder: str | os.PathLike[str], settings: Mapping[str, Any], shard_size: int = 0) -> None:
@@ -55,7 +55,7 @@ class FeatureStore:
         self._settings = {'format': FORMAT, **settings}
 
     def open(self) -> None:
-        """Make the folder or check that it is of the same export, and remove what a killed run left half-written.
+        """Create the folder or check that its export has the same settings, and remove partial files of killed runs.
 
         Raises:
             CommandError: If the folder holds another export or cannot be written.
@@ -71,7 +71,7 @@ class FeatureStore:
                 left.unlink()
 
     def _left(self) -> list[Path]:
-        """Find what a killed run left in the folders of an export; other files and folders there are not ours."""
+        """Find partial files of killed runs in the folders of an export; other files there are not touched."""
         found = list(self.folder.glob('.*.part'))
         for name in (FEATURES, PREVIEWS):
             found += (self.folder / name).rglob('.*.part')
@@ -87,7 +87,7 @@ class FeatureStore:
                 )
 
     def done(self) -> dict[str, Record]:
-        """Read the records of all images whose features are there, by id."""
+        """Read the records of all exported images, by id."""
         return {record['id']: record for record in read_records(self.folder)}
 
     def add(self, record: Record, maps: Mapping[str, Tensor]) -> None:
@@ -97,7 +97,7 @@ class FeatureStore:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is kept, as a shard of its own if it is fewer than a full one.
+        """Write the waiting maps, as a smaller shard if they do not fill one.
 
         Raises:
             CommandError: If the folder cannot be written, or the disk is full.
@@ -112,7 +112,7 @@ class FeatureStore:
         path = self.folder / FEATURES / f'{name}.safetensors'
         records = [{**record, 'file': path.relative_to(self.folder).as_posix()} for record, _ in self._waiting]
         tensors = {key: value for _, maps in self._waiting for key, value in maps.items()}
-        # Whatever comes of it, these are not tried again.
+        # If writing fails, these are not tried again.
         self._waiting.clear()
         with writing(self.folder):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,10 +120,10 @@ class FeatureStore:
                 save_file(tensors, str(partial), metadata={'format': FORMAT, 'images': json.dumps(records)})
 
     def write_index(self, order: Sequence[str]) -> int:
-        """Write the index of all features that are there: the given ids first, in their order.
+        """Write the index of all exported features: the given ids first, in their order.
 
         Returns:
-            How many images it lists.
+            The number of images in the index.
 
         Raises:
             CommandError: If the folder cannot be written, or the disk is full.
@@ -150,10 +150,10 @@ class FeatureStore:
 
 
 def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read what made the features in a folder.
+    """Read the settings of the export in a folder.
 
     Raises:
-        CommandError: If the folder holds no export, or one of another format.
+        CommandError: If the folder does not contain an export of this format.
     """
     path = Path(folder, EXPORT)
     try:

@@ -102,7 +102,7 @@ class TokenGrid(PatchEmbed):
         return (height // 2, width // 2) if self.centred else (0, 0)
 
     def class_output(self, x: Tensor) -> Tensor:
-        """Return the class output (B, C) of a grid (B, h, w, C): the crossing class token, or the mean without tokens."""
+        """Return the class output (B, C) of a grid (B, h, w, C): the crossing class token, or the mean for 'mean'."""
         if self.cls_token is None:
             return x.mean((1, 2))
         row, column = self.crossing(x.shape[1] - 1, x.shape[2] - 1)

@@ -1,13 +1,13 @@
-"""The scans in operators that other runtimes have: tensor arithmetic around one plain first-order recurrence.
+"""Decompositions of the scans into standard operators around a plain first-order recurrence.
 
-``cuda_ops::route_scan`` and ``cuda_ops::wavefront_scan`` are rewritten for :func:`torch.export` programs. What is left
-of them that is no elementwise arithmetic are two loops over a leading dimension, operators of their own here, each of
-which ONNX says with its standard ``Scan``::
+``cuda_ops::route_scan`` and ``cuda_ops::wavefront_scan`` are rewritten for :func:`torch.export` programs as elementwise
+arithmetic and two loops over a leading dimension. The loops are custom operators, exported as ONNX's standard
+``Scan``::
 
     ssm_export::line    h_l = decay_l * h_{l-1} + inflow_l
     ssm_export::front   h_l[i] = left_l[i] * h_{l-1}[i] + top_l[i] * h_{l-1}[i-1] + inflow_l[i]
 
-The second one goes over the anti-diagonals of a map, i being the row. All lengths may be unknown until run time.
+The second one iterates over the anti-diagonals of a map; i is the row. All lengths may be dynamic.
 Decay, inflow and states of all positions are materialised, (positions, channels, states) for each route.
 """
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cuda_ops.reference import COLUMN, COLUMN_REVERSED, ROW_REVERSED, step_sizes
+from cuda_ops.reference import COLUMN, COLUMN_REVERSED, ROW_REVERSED, low_rank_delta
 
 _LIBRARY = torch.library.Library('ssm_export', 'DEF')
 _LIBRARY.define('line(Tensor decay, Tensor inflow) -> Tensor')
@@ -29,7 +29,7 @@ _LIBRARY.define('front(Tensor left, Tensor top, Tensor inflow) -> Tensor')
 
 @torch.library.impl('ssm_export::line', 'CompositeExplicitAutograd', lib=_LIBRARY)
 def line(decay: Tensor, inflow: Tensor) -> Tensor:
-    """``h_l = decay_l * h_{l-1} + inflow_l`` along dim 0 from zero; both (L, ...), as is the result."""
+    """Compute ``h_l = decay_l * h_{l-1} + inflow_l`` along dim 0 from zero; all (L, ...)."""
     states = torch.empty_like(inflow)
     state = torch.zeros_like(inflow[0])
     for position in range(inflow.shape[0]):
@@ -40,7 +40,7 @@ def line(decay: Tensor, inflow: Tensor) -> Tensor:
 
 @torch.library.impl('ssm_export::front', 'CompositeExplicitAutograd', lib=_LIBRARY)
 def front(left: Tensor, top: Tensor, inflow: Tensor) -> Tensor:
-    """``h_l[i] = left_l[i] * h_{l-1}[i] + top_l[i] * h_{l-1}[i-1] + inflow_l[i]`` from zero; all (L, I, ...)."""
+    """Compute ``h_l[i] = left_l[i] * h_{l-1}[i] + top_l[i] * h_{l-1}[i-1] + inflow_l[i]``; all (L, I, ...)."""
     states = torch.empty_like(inflow)
     state = torch.zeros_like(inflow[0])
     for position in range(inflow.shape[0]):
@@ -74,16 +74,16 @@ def route_scan(
     chunk: int,
     delta_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``cuda_ops::route_scan`` for inference; arguments and results as there, but empty states.
+    """Decompose ``cuda_ops::route_scan`` for inference; same arguments and results, but empty states.
 
     Raises:
-        NotImplementedError: With groups of channels, which no backbone uses.
+        NotImplementedError: If there are groups of channels, which no backbone uses.
     """
     if any(value is not None and value.shape[4] != 1 for value in (B, C)):
         raise NotImplementedError('only scans with one group of channels are exported')
     batch, height, width, channels = x.shape
     if delta_weight is not None:
-        delta = step_sizes(delta, delta_weight)
+        delta = low_rank_delta(delta, delta_weight)
     d = delta.float() if delta_bias is None else delta.float() + delta_bias
     d = F.softplus(d) if delta_softplus else d
     u = x.float()
@@ -122,7 +122,7 @@ def wavefront_scan(
     reverse: bool,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``cuda_ops::wavefront_scan`` for inference; arguments and results as there, but empty states."""
+    """Decompose ``cuda_ops::wavefront_scan`` for inference; same arguments and results, but empty states."""
     height, width = x.shape[1], x.shape[2]
     maps = [value.float() for value in (x, delta_top, delta_left, B_top, B_left, C)]
     if reverse:
@@ -130,7 +130,7 @@ def wavefront_scan(
     u, d_top, d_left, b_top, b_left, c = maps
     rows = torch.arange(height, device=x.device)[:, None]
     columns = torch.arange(width, device=x.device)[None]
-    # Both neighbours count half; where there is one alone it counts whole, and the first pixel takes the left inflow.
+    # Two neighbours count half each, a single one counts whole; the first pixel has the left inflow.
     top = (rows > 0).float() * torch.where(columns > 0, 0.5, 1.0)
     top, left = top[..., None, None], (1.0 - top)[..., None, None]
     decay_top = top * torch.exp(d_top.unsqueeze(4) * A_top)
@@ -147,12 +147,12 @@ def wavefront_scan(
 
 
 def replacements() -> dict[Any, Callable[..., Any]]:
-    """For :class:`ssm_backbones.onnx_export.override.FunctionOverrideMode`: what to call for each scan."""
+    """Map the scans to their decompositions, for :class:`ssm_backbones.onnx_export.override.FunctionOverrideMode`."""
     return {torch.ops.cuda_ops.route_scan: route_scan, torch.ops.cuda_ops.wavefront_scan: wavefront_scan}
 
 
 def _along(route: int, per_line: bool) -> Callable[[Tensor], Tensor]:
-    """Reorders (B, H, W, ...) into the order in which a route goes: (positions, B or (B, lines), ...)."""
+    """Reorder (B, H, W, ...) along a route: (positions, B or (B, lines), ...)."""
 
     def reorder(grid: Tensor) -> Tensor:
         column = route in (COLUMN, COLUMN_REVERSED)
@@ -166,7 +166,7 @@ def _along(route: int, per_line: bool) -> Callable[[Tensor], Tensor]:
 
 
 def _back(sequence: Tensor, route: int, per_line: bool, height: int, width: int) -> Tensor:
-    """Undoes :func:`_along`: (positions, ...) back to (B, H, W, ...)."""
+    """Invert :func:`_along`: (positions, ...) -> (B, H, W, ...)."""
     column = route in (COLUMN, COLUMN_REVERSED)
     if route in (ROW_REVERSED, COLUMN_REVERSED):
         sequence = sequence.flip(0)
@@ -177,16 +177,16 @@ def _back(sequence: Tensor, route: int, per_line: bool, height: int, width: int)
 
 
 def _skew(grid: Tensor) -> Tensor:
-    """(B, H, W, E, N) -> (H + W - 1, H, B, E, N): row i moved right by i, so that anti-diagonals become columns."""
+    """Shift row i right by i, (B, H, W, E, N) -> (H + W - 1, H, B, E, N), so that anti-diagonals become columns."""
     batch, height, width, channels, states = grid.shape
     padded = F.pad(grid, (0, 0, 0, 0, 0, height)).flatten(1, 2)
-    # With one pixel less in each row, every row starts one further to the right than the one above.
+    # Reading rows that are one pixel shorter shifts each row right by one relative to the row above.
     skewed = padded[:, : height * (height + width - 1)].reshape(batch, height, height + width - 1, channels, states)
     return skewed.permute(2, 1, 0, 3, 4).contiguous()
 
 
 def _unskew(skewed: Tensor, width: int) -> Tensor:
-    """Undoes :func:`_skew`."""
+    """Invert :func:`_skew`."""
     _, height, batch, channels, states = skewed.shape
     flat = skewed.permute(2, 1, 0, 3, 4).flatten(1, 2)
     padded = F.pad(flat, (0, 0, 0, 0, 0, height))

@@ -1,7 +1,4 @@
-"""Export to ONNX: backbone, classifier or segmentor, in standard operators, checked against PyTorch.
-
-What ``tools/export_onnx.py`` does.
-"""
+"""Export backbones, classifiers and segmentors to ONNX in standard operators, for ``tools/export_onnx.py``."""
 
 from __future__ import annotations
 
@@ -40,28 +37,28 @@ from ssm_backbones.utils.torch_compat import release
 TOLERANCE = 1e-4
 PARTS = {'backbone': None, 'classifier': 'mmpretrain', 'segmentor': 'mmseg'}
 _TIMED_RUNS = 5
-# What torch.export and torch.onnx raise for models that they have no graph for.
+# Raised by torch.export and torch.onnx for unsupported models.
 _REFUSALS = (UserError, ConstraintViolationError, GuardOnDataDependentSymNode, OnnxExporterError, NotImplementedError)
-# What a graph of open sizes is traced with. PyTorch settles for the whole program what holds of an example by chance:
-# that the batch is one, that sides are equal, or that a patch or a merging divides them. Here nothing does: a stride
-# of 4 makes 17 and 33 of these sides, and halving that 9 and 17, 5 and 9, 3 and 5.
+# Example sizes for graphs with dynamic sizes. PyTorch specialises on coincidences of the example: a batch of 1, equal
+# sides, or sides that a patch or a merging divides. These have none: stride 4 gives 17 and 33, halving gives 9 and 17,
+# 5 and 9, 3 and 5.
 _OPEN_BATCH, _OPEN_SIDES = 2, (67, 131)
 
 
 @dataclass(frozen=True)
 class OnnxOptions:
-    """What ``tools/export_onnx.py`` is told.
+    """Options of ``tools/export_onnx.py``.
 
     Attributes:
         config: The config file.
-        checkpoint: The model's checkpoint, or of a backbone alone where that is the part; None exports the weights as
-            they are initialised, for a look at the graph or the speed.
+        checkpoint: The model's checkpoint, or one of the backbone if that is the part; None exports the initial
+            weights, to inspect the graph or its speed.
         shape: Height and width of the images.
         out: The file to write; the config's name with .onnx by default.
-        part: ``'backbone'``, ``'classifier'`` or ``'segmentor'``; by default what the config is of, and of a detector
-            the backbone.
-        batch_size: Images that the graph takes at once.
-        dynamic: Leave batch, height and width open.
+        part: ``'backbone'``, ``'classifier'`` or ``'segmentor'``; by default the config's model, or the backbone of a
+            detector.
+        batch_size: Batch size of the graph.
+        dynamic: Make batch, height and width dynamic.
         cfg_options: Values that replace the config's, by dotted key.
     """
 
@@ -77,15 +74,15 @@ class OnnxOptions:
 
 @dataclass(frozen=True)
 class OnnxResult:
-    """What was exported and how it compares.
+    """Result of an export and of its comparison with PyTorch.
 
     Attributes:
         path: The file.
-        part: What it is of.
+        part: The exported part of the model.
         opset: Version of ONNX's operators.
-        nodes: Operators in the graph.
-        inputs, outputs: Names.
-        differences: For each shape of images (B, C, H, W) that was tried, the largest difference of each output from
+        nodes: Number of operators in the graph.
+        inputs, outputs: Names of the graph's inputs and outputs.
+        differences: For each tested shape of images (B, C, H, W), the largest difference of each output from
             PyTorch's, relative to the output's largest value.
         seconds: Best time of a run at the exported shape, by runtime ('onnxruntime', 'PyTorch').
     """
@@ -103,7 +100,7 @@ class OnnxResult:
 class Segmentor(nn.Module):
     """An mmseg segmentor from normalised images to class scores of their size, (B, classes, H, W).
 
-    Each image goes through as a whole, also where the config's ``test_cfg`` slides a window over it.
+    Each image is processed as a whole, even if the config's ``test_cfg`` uses a sliding window.
     """
 
     def __init__(self, model: Any) -> None:
@@ -127,11 +124,11 @@ class Classifier(nn.Module):
 
 
 def export_onnx(options: OnnxOptions) -> OnnxResult:
-    """Export as the options say, run the file in onnxruntime, and compare it with PyTorch.
+    """Export a model, run the file in onnxruntime and compare the outputs with PyTorch's.
 
     All backbones of this package can be exported, with mmpretrain's ``ImageClassifier`` and mmseg's ``EncoderDecoder``
-    around them. Segmentors of several decoding heads in a row (``CascadeEncoderDecoder``) and detectors cannot be as a
-    whole; their backbones can. With ``dynamic``, a head that computes with the sizes in plain Python may be refused.
+    around them. Of segmentors with several successive decode heads (``CascadeEncoderDecoder``) and of detectors, only
+    the backbones can be exported. With ``dynamic``, heads that compute with sizes in plain Python may be unsupported.
 
     Raises:
         CommandError: If the config, the checkpoint or the shape does not allow it, PyTorch cannot say the model in
@@ -150,7 +147,7 @@ def export_onnx(options: OnnxOptions) -> OnnxResult:
         opset, nodes = _write(module, images, partial, options, _notes(cfg, part))
         shapes = [tuple(images.shape)]
         if options.dynamic:
-            # Another batch, and sides that no stride divides.
+            # Another batch size, and sides that no stride divides.
             shapes += [(1, channels, height + 37, width + 11), (3, channels, width, height)]
         session = open_session(partial)
         differences = {shape: compare(session, module, shape) for shape in shapes}
@@ -167,13 +164,13 @@ def write_onnx(
     dynamic: bool = False,
     notes: Mapping[str, str] | None = None,
 ) -> tuple[int, int]:
-    """Write a module that takes images as ONNX, its scans as standard operators.
+    """Write a module as ONNX, with its scans as standard operators.
 
     Args:
-        module: From images (B, C, H, W) to a tensor or a tuple of tensors; in evaluation mode.
-        images: An example: what the graph takes has its shape, or with ``dynamic`` its channels alone.
+        module: Module from images (B, C, H, W) to a tensor or a tuple of tensors, in evaluation mode.
+        images: Example images, which set the graph's input shape, or with ``dynamic`` only its channels.
         path: The file.
-        dynamic: Leave batch, height and width open.
+        dynamic: Make batch, height and width dynamic.
         notes: Metadata of the file.
 
     Returns:
@@ -207,7 +204,7 @@ def write_onnx(
 
 
 def open_session(path: str | os.PathLike[str]) -> Any:
-    """onnxruntime's session of a file, on the CPU, with as many threads as PyTorch has."""
+    """Open an onnxruntime session of a file, on the CPU, with as many threads as PyTorch uses."""
     runtime = importlib.import_module('onnxruntime')
     settings = runtime.SessionOptions()
     settings.intra_op_num_threads = torch.get_num_threads()
@@ -216,16 +213,16 @@ def open_session(path: str | os.PathLike[str]) -> Any:
 
 
 def compare(session: Any, module: nn.Module, shape: Sequence[int]) -> dict[str, float]:
-    """How far onnxruntime's outputs are from PyTorch's on random images, relative to their largest value.
+    """Return the differences between onnxruntime's and PyTorch's outputs on random images, relative to the maxima.
 
     Raises:
-        CommandError: If onnxruntime does not take the images, or gives outputs of other shapes.
+        CommandError: If onnxruntime rejects the images, or its outputs have other shapes.
     """
     images = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
     try:
         found = session.run(None, {'images': images.numpy()})
     except Exception as error:
-        # Its errors have no class in common but this one.
+        # onnxruntime's errors have no other common base class.
         raise CommandError(f'onnxruntime fails for images {tuple(shape)}: {str(error).strip()}') from error
     expected = _as_tuple(_run(module, images))
     names = [each.name for each in session.get_outputs()]
@@ -242,7 +239,7 @@ def require_onnx() -> None:
     """Refuse where torch is older than its exporter of open sizes, or the packages that exporting needs are missing.
 
     Raises:
-        CommandError: Naming them.
+        CommandError: If so. The message names the version or the packages.
     """
     if release() < (2, 6):
         raise CommandError(f'exporting to ONNX needs torch 2.6 or newer, and this is torch {torch.__version__}.')
@@ -289,7 +286,7 @@ def _module(cfg: Config, checkpoint: str | None, part: str) -> tuple[nn.Module, 
 
 
 def _notes(cfg: Config, part: str) -> dict[str, str]:
-    """What a user of the file has to know: how images are normalised."""
+    """Return the file's metadata: how to normalise images."""
     settings = preprocessor_config(cfg)
     wanted = ('mean', 'std', 'bgr_to_rgb', 'to_rgb')
     return {'part': part, **{key: str(settings[key]) for key in wanted if key in settings}}
@@ -307,7 +304,7 @@ def _check_differences(differences: Mapping[tuple[int, ...], Mapping[str, float]
 
 
 def _times(session: Any, module: nn.Module, images: Tensor) -> dict[str, float]:
-    """The best of a few runs; they take turns, so that both meet the same machine."""
+    """Return the best times of a few runs, in interleaved rounds, so that both are measured under the same load."""
     feed = {'images': images.numpy()}
     best = {'onnxruntime': float('inf'), 'PyTorch': float('inf')}
     for _ in range(_TIMED_RUNS):
@@ -321,7 +318,7 @@ def _times(session: Any, module: nn.Module, images: Tensor) -> dict[str, float]:
 def _write(
     module: nn.Module, images: Tensor, path: Path, options: OnnxOptions, notes: Mapping[str, str]
 ) -> tuple[int, int]:
-    """:func:`write_onnx`, and what PyTorch cannot export told in a line."""
+    """Call :func:`write_onnx`, and report models that PyTorch cannot export as a :class:`CommandError`."""
     try:
         return write_onnx(module, images, path, options.dynamic, notes)
     except _REFUSALS as error:
@@ -343,7 +340,7 @@ def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's notes on PyTorch's own internals, which it also prints; errors come as exceptions."""
+    """Silence the exporter's messages about PyTorch's internals; errors are raised as exceptions."""
     loggers = [logging.getLogger(name) for name in ('torch.onnx', 'torch.export', 'onnxscript', 'onnx_ir')]
     levels = [each.level for each in loggers]
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):

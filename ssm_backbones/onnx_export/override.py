@@ -1,4 +1,4 @@
-"""Other functions in the place of some, for whatever is called meanwhile."""
+"""Override torch functions within a context."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch.overrides import TorchFunctionMode
 
 
 class FunctionOverrideMode(TorchFunctionMode):
-    """While it is active, calls of some of PyTorch's functions and operators go to others.
+    """Context in which calls of some of PyTorch's functions and operators are replaced.
 
-    Also while ``torch.export`` traces a module: the program then holds what the replacements consist of. Decomposing
-    the finished program (``ExportedProgram.run_decompositions``) would trace it once more.
+    It also applies while ``torch.export`` traces a module: the program then contains the replacements. Decomposing the
+    finished program (``ExportedProgram.run_decompositions``) would trace it once more.
 
     Args:
-        table: what to call instead; operators as they are called, ``torch.ops.namespace.name``.
+        table: Maps functions, and operators as ``torch.ops.namespace.name``, to their replacements.
     """
 
     def __init__(self, table: Mapping[Any, Callable[..., Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Pool adaptively in operators that serve sizes unknown until run time, which ONNX's own pooling does not."""
+"""Adaptive average pooling in operators that support dynamic sizes, which ONNX's own pooling does not."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 
 def adaptive_average_pool(x: Tensor, output_size: int | Sequence[int | None]) -> Tensor:
-    """Compute what ``torch.nn.functional.adaptive_avg_pool2d`` does, as two products with the cells' weights.
+    """Compute ``torch.nn.functional.adaptive_avg_pool2d`` as two products with the cells' weights.
 
     Args:
-        x: (..., H, W), floating-point.
-        output_size: How many cells, down and across, or both; None keeps the positions. Cell k of K averages the
-            positions from ``floor(k * H / K)`` to, excluded, ``ceil((k + 1) * H / K)``.
+        x: Floating-point tensor (..., H, W).
+        output_size: Number of cells along height and width, or one number for both; None keeps the size. Cell k of K
+            averages the positions from ``floor(k * H / K)`` to ``ceil((k + 1) * H / K)``, excluded.
     """
     down, across = (output_size, output_size) if isinstance(output_size, int) else output_size
     if down is not None:
@@ -25,7 +25,7 @@ def adaptive_average_pool(x: Tensor, output_size: int | Sequence[int | None]) ->
 
 
 def _weights(x: Tensor, dim: int, cells: int) -> Tensor:
-    """Compute how much each position along a dimension counts in each cell: (cells, positions)."""
+    """Compute the weight of each position along a dimension in each cell: (cells, positions)."""
     length = x.shape[dim]
     numbers = torch.arange(cells, device=x.device)[:, None]
     start = torch.div(numbers * length, cells, rounding_mode='floor')

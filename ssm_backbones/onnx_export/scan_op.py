@@ -1,6 +1,6 @@
 """The two loops of :mod:`ssm_backbones.onnx_export.decompositions` as ONNX's standard ``Scan``.
 
-PyTorch's exporter translates them to placeholders, because what it lets a translation build has no loops; then each
+PyTorch's exporter translates them to placeholders, because a custom translation cannot build loops; then each
 placeholder is replaced in the finished graph.
 """
 
@@ -19,7 +19,7 @@ _DOMAIN = 'ssm_export'
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
-    """For ``torch.onnx.export(custom_translation_table=...)``: the placeholders."""
+    """Return the placeholders, for ``torch.onnx.export(custom_translation_table=...)``."""
     line = _placeholder('line', ['decay', 'inflow'])
     front = _placeholder('front', ['left', 'top', 'inflow'])
     return {
@@ -41,10 +41,10 @@ def _placeholder(name: str, inputs: Sequence[str]) -> values.Op:
 
 
 def replace_placeholders(model: ir.Model) -> int:
-    """Put a ``Scan`` for every placeholder in a model, in place.
+    """Replace every placeholder in a model by a ``Scan``, in place.
 
     Returns:
-        How many there were.
+        The number of replaced placeholders.
     """
     placeholders = [node for node in model.graph if node.domain == _DOMAIN]
     for number, node in enumerate(placeholders):
@@ -56,7 +56,7 @@ def replace_placeholders(model: ir.Model) -> int:
 
 
 def _line(name: str) -> _Body:
-    """``h_l = decay_l * h_{l-1} + inflow_l``."""
+    """Build the body of ``h_l = decay_l * h_{l-1} + inflow_l``."""
     body = _Body(name, ['state', 'decay', 'inflow'])
     state, decay, inflow = body.inputs
     body.finish(body.add('Add', body.add('Mul', decay, state), inflow))
@@ -64,11 +64,11 @@ def _line(name: str) -> _Body:
 
 
 def _front(name: str) -> _Body:
-    """``h_l[i] = left_l[i] * h_{l-1}[i] + top_l[i] * h_{l-1}[i-1] + inflow_l[i]``."""
+    """Build the body of ``h_l[i] = left_l[i] * h_{l-1}[i] + top_l[i] * h_{l-1}[i-1] + inflow_l[i]``."""
     body = _Body(name, ['state', 'left', 'top', 'inflow'])
     state, left, top, inflow = body.inputs
     start, one, end = body.constant(0), body.constant(1), body.constant(-1)
-    # Above the first row there are zeros.
+    # The row above the first one is zero.
     row = body.add('Slice', state, start, one, start)
     above = body.add('Concat', body.add('Sub', row, row), body.add('Slice', state, start, end, start), axis=0)
     moved = body.add('Add', body.add('Mul', left, state), body.add('Mul', top, above))
@@ -77,7 +77,7 @@ def _front(name: str) -> _Body:
 
 
 class _Body:
-    """The graph of one step of a ``Scan``: the state first, then what comes with the position."""
+    """Builder of the body graph of a ``Scan``: inputs are the state and then the position's elements."""
 
     def __init__(self, name: str, inputs: Sequence[str]) -> None:
         self.name = name
@@ -93,19 +93,19 @@ class _Body:
         return output
 
     def constant(self, value: int) -> Any:
-        """A vector of one integer."""
+        """Add a constant vector of one integer and return it."""
         output = self.add('Constant', value=ir.tensor([value], dtype=ir.DataType.INT64))
         output.type = ir.TensorType(ir.DataType.INT64)
         return output
 
     def finish(self, state: Any) -> None:
-        """The next state, which is also the step's output."""
+        """Set the next state, which is also the step's output."""
         copy = self.add('Identity', state)
         self.graph = ir.Graph(self.inputs, [state, copy], nodes=self.nodes, opset_imports={'': OPSET}, name=self.name)
 
 
 def _scan(body: _Body, sequences: Sequence[ir.Value], output: ir.Value) -> tuple[list[ir.Node], ir.Value]:
-    """The nodes that run a body over the first axis of the sequences from a zero state, and the states of all steps."""
+    """Build the nodes that scan over the first axis from a zero state; return them and the states of all steps."""
     outer = _Body(f'{body.name}_start', [])
     start, one = outer.constant(0), outer.constant(1)
     first = outer.add('Squeeze', outer.add('Slice', sequences[-1], start, one, start), start)

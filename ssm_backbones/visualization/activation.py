@@ -1,4 +1,4 @@
-"""Compute activation maps: where in an image the features of a stage are large, or alike."""
+"""Activation maps of a backbone's stages."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def activation_maps(
         model: The backbone.
         image: One preprocessed image, (1, in_channels, H, W) or (in_channels, H, W).
         stages: Numbers of the stages; negative ones count from the end.
-        kind: Of each pixel of the map behind the stage's blocks, before any norm: ``'norm'``, its Euclidean norm over
-            the channels; ``'mean'``, the mean of its absolute values; ``'pca'``, its first three principal components
-            among the map's pixels, as colours.
-        channels: Instead, the values of these channels.
+        kind: Value of each pixel of the map after the stage's blocks, before any norm: ``'norm'``, the Euclidean norm
+            over channels; ``'mean'``, the mean absolute value; ``'pca'``, the first three principal components of the
+            map's pixels, as colours.
+        channels: Channels whose values are returned instead.
 
     Returns:
         By the number of the stage: float32 (h, w); uint8 (h, w, 3) for ``'pca'``; float32 (len(channels), h, w) for

@@ -6,24 +6,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# torch.quantile takes no more than 2^24 values; so many pixels tell a component's range.
+# torch.quantile takes at most 2^24 values; a sample of pixels determines a component's range.
 _SAMPLES = 1_000_000
 
 
 def pca_colours(features: Tensor) -> np.ndarray:
-    """Turn the first three principal components of a map into red, green and blue.
+    """Map the first three principal components of a feature map to red, green and blue.
 
     Args:
-        features: (C, H, W), floating-point, of any dtype.
+        features: Feature map (C, H, W) of any floating dtype.
 
     Returns:
-        uint8 (H, W, 3). The colours of one map tell what is alike in it; those of two maps are not comparable. A map of
-        fewer than three components leaves the other colours grey.
+        uint8 (H, W, 3). Colours are comparable within a map, not between maps. If the map has fewer than three
+        components, the other channels are grey.
     """
     channels, height, width = features.shape
     pixels = features.float().flatten(1).t()
     pixels = pixels - pixels.mean(0)
-    # Through the covariance, which is small however large the map is.
+    # The covariance is small however large the map is.
     values, vectors = torch.linalg.eigh((pixels.t() @ pixels).double() / max(len(pixels) - 1, 1))
     basis = vectors[:, values.argsort(descending=True)[:3]]
     # A component's sign is arbitrary: the largest weight is made positive, so that drawing twice gives one image.

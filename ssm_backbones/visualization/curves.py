@@ -19,7 +19,7 @@ class History:
     Attributes:
         losses: For each loss by name, (time, value) in order; epochs are fractional.
         metrics: For each validation metric by name, (time, value) in order.
-        unit: What times count: 'epoch' or 'iteration'.
+        unit: Unit of the times: 'epoch' or 'iteration'.
     """
 
     losses: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
@@ -30,10 +30,10 @@ class History:
 def read_history(work_dir: str | Path) -> History:
     """Read mmengine's scalar logs below a work dir, joining those of a training that was interrupted and resumed.
 
-    Where two runs logged the same step, the later one counts, since its steps are those that the model went through.
+    If two runs logged the same step, the later run's record is used, because the model continued from it.
 
     Raises:
-        FileNotFoundError: If nothing was logged there.
+        FileNotFoundError: If there are no logs.
     """
     train: dict[int, dict[str, float]] = {}
     val: dict[int, dict[str, float]] = {}
@@ -64,11 +64,11 @@ def save_curves(
     """Plot the losses and the validation metrics of a training side by side.
 
     Args:
-        history: What was logged.
-        metrics: Which metrics to plot: shown name by logged name.
+        history: The logged values.
+        metrics: The metrics to plot: shown name by logged name.
         heading: Title over both plots.
         path: The PNG file to write.
-        scale: Factor that makes fractions of the metrics.
+        scale: Factor that converts the metrics to fractions.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -40,21 +40,20 @@ class VisualizeOptions:
         config: The config file.
         checkpoint: The checkpoint of its model, or of the backbone alone, official ones too.
         img: Images, folders, patterns, files of COCO annotations, or splits of the config.
-        out: The folder to write to; where one figure is drawn, a name that ends in .png is its file.
-        limit: How many images to take, from the first on; all by default.
-        size: Height and width that images are resized to, instead of what the config's pipeline does.
-        max_pixels: Larger images are refused.
-        device: ``'cpu'``, ``'cuda'`` or ``'cuda:1'``; by default a GPU where there is one.
+        out: The folder to write to, or for a single figure a file name that ends in .png.
+        limit: Maximum number of images, from the first on; all by default.
+        size: Height and width that images are resized to, instead of the config's resizing.
+        max_pixels: Larger images are rejected.
+        device: ``'cpu'``, ``'cuda'`` or ``'cuda:1'``; by default a GPU if available.
         cfg_options: Values that replace the config's, by dotted key.
-        stage: Of ``erf`` and ``scan-response``: the stage, or block of a V2M of one resolution.
-        seed: Of ``erf``: of the random weights.
-        stages: Of ``activation``: the stages.
-        kind: Of ``activation``: see :func:`~ssm_backbones.visualization.activation_maps`.
-        channels: Of ``activation``: channels to draw instead.
-        block: Of ``scan-response``: the block of the stage.
-        point: Of ``scan-response``: column and row of a pixel of the image as the model is given it; by default the
-            middle.
-        sense: Of ``scan-response``: ``'reads'`` or ``'feeds'``.
+        stage: For ``erf`` and ``scan-response``: the stage, or the block of a plain V2M.
+        seed: For ``erf``: seed of the random weights.
+        stages: For ``activation``: the stages.
+        kind: For ``activation``: see :func:`~ssm_backbones.visualization.activation_maps`.
+        channels: For ``activation``: channels to draw instead.
+        block: For ``scan-response``: the block of the stage.
+        point: For ``scan-response``: column and row of a pixel of the model's input; by default the centre.
+        sense: For ``scan-response``: ``'reads'`` or ``'feeds'``.
     """
 
     figure: str
@@ -78,7 +77,7 @@ class VisualizeOptions:
 
 
 def visualize(options: VisualizeOptions) -> Iterator[Path]:
-    """Draw as the options say: one figure of receptive fields for all images, one of the others for each.
+    """Draw one figure of receptive fields for all images, or one figure of another kind for each image.
 
     Yields:
         The path of each figure, once it is written.
@@ -153,7 +152,7 @@ def draw_erf_before_and_after(
         The fields before and after training.
 
     Raises:
-        CommandError: If the checkpoint does not fit, an image cannot be read, the sizes differ, or the figure cannot
+        CommandError: If the checkpoint does not match, an image cannot be read, the sizes differ, or the figure cannot
             be written.
     """
     with _in_one_line():
@@ -242,7 +241,7 @@ def _images(options: VisualizeOptions, cfg: Config) -> list[InputImage]:
 
 
 def _names(images: Sequence[InputImage]) -> list[str]:
-    """Name the images for the names of figures."""
+    """Return names of the images, for the names of figures."""
     names: dict[str, str] = {}
     for image in images:
         stem, suffix = os.path.splitext(image.id)
@@ -300,7 +299,7 @@ def _size(image: Tensor) -> str:
 
 @contextmanager
 def _in_one_line() -> Iterator[None]:
-    """Turn what the parts raise for bad arguments, files and too little memory into a :class:`CommandError`."""
+    """Convert errors of bad arguments, files and insufficient memory to a :class:`CommandError`."""
     try:
         yield
     except OutOfMemoryError as error:

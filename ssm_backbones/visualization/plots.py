@@ -1,7 +1,7 @@
-"""Figures of what the other modules compute, as PNG files.
+"""Figures of receptive fields, activation maps and scan responses, as PNG files.
 
-Images are uint8 (H, W, 3), RGB, as the model is given them. A map's pixel is drawn over the square of ``stride``
-pixels that it stands for. Files are written aside and renamed.
+Images are uint8 (H, W, 3), RGB, the model's input. A pixel of a map is drawn over the square of ``stride`` pixels that
+it covers. Files are written atomically.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def draw_receptive_fields(fields: Mapping[str, ReceptiveField], path: str | os.P
         axes.set_title(f'{name}\n{sides}', fontsize=11)
         axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
         axes.tick_params(labelsize=8)
-        # The curve starts at nothing, for a square of no size.
+        # The curve starts at 0, for an empty square.
         sides_at, shares = field.curve()
         curves.plot([0, *sides_at], [0, *shares], color=colour, linewidth=2, label=name)
     bar = figure.colorbar(drawn, ax=panels[:-1], fraction=0.05, pad=0.02)
@@ -103,7 +103,7 @@ def draw_activation_maps(
     unit: str = '',
     channels: Sequence[int] | None = None,
 ) -> None:
-    """Draw activation maps over an image: a column for each stage, and a row for each channel where some are chosen.
+    """Draw activation maps over an image: a column for each stage, and a row for each chosen channel.
 
     Args:
         image: What the model was given, uint8 (H, W, 3), RGB.
@@ -133,7 +133,7 @@ def draw_activation_maps(
             title = f'{name}, {value.shape[1]}x{value.shape[0]}'
             _show_image(axes, image, title if channels is None else f'{title}\nchannel {channels[row]}', grey=True)
             signed = channels is not None
-            # A few pixels stand out by far in many backbones; the scale is that of the rest.
+            # Many backbones have a few outlier pixels; the scale is that of the others.
             low, high = (0.0, 255.0) if colours else np.percentile(value, (1, 99)).tolist()
             if signed:
                 high = max(abs(low), abs(high))
@@ -162,8 +162,8 @@ def draw_scan_response(
 ) -> None:
     """Draw a pixel's response through a scan: the image, all paths together, and each alone, on one scale.
 
-    Weights are relative to the largest of another pixel, on a logarithmic scale; the pixel's own, in which the skip
-    weight D counts, is told in the title, and marked. Grey is what no path reaches.
+    Weights are relative to the largest one of another pixel, on a logarithmic scale. The pixel's own weight, which
+    includes the skip weight D, is in the title and marked. Pixels that no path reaches are grey.
 
     Args:
         image: What the model was given, uint8 (H, W, 3), RGB.
@@ -212,7 +212,7 @@ def draw_scan_response(
 
 
 def _figure(columns: int, aspect: float, heading: str, rows: int = 1, size: float = _PANEL) -> tuple[Any, list[Any]]:
-    """Make a figure with room for titles and colour bars; return it with its axes, row by row."""
+    """Create a figure with room for titles and colour bars; return it with its axes, row by row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -241,7 +241,7 @@ def _extent(value: np.ndarray, stride: int) -> tuple[float, float, float, float]
 
 
 def _fit(axes: Any, image: np.ndarray) -> None:
-    """Limit axes to the image: maps of odd images reach beyond them, by less than a pixel of the map."""
+    """Limit axes to the image: maps of odd images extend beyond it by less than a pixel of the map."""
     height, width = image.shape[:2]
     axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), aspect='equal')
 

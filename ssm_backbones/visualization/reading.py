@@ -1,4 +1,4 @@
-"""Read images as a config's model is given them, and as they look before they are normalised."""
+"""Read images as a config's model receives them, and as they look before normalisation."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from ssm_backbones.apis.images import MAX_PIXELS, UnreadableImage, check_readabl
 from ssm_backbones.apis.model import FeatureExtractor
 from ssm_backbones.utils.errors import CommandError
 
-# Transforms of test pipelines that change which pixels there are, by a part of their names.
+# Parts of the names of transforms that resize, crop or pad.
 _GEOMETRIC = ('Resize', 'Crop', 'Pad', 'Flip')
 
 
 class Given(NamedTuple):
-    """An image behind a config's preprocessing.
+    """An image after a config's preprocessing.
 
     Attributes:
-        shown: uint8 (H, W, 3), RGB, for drawing: behind the pipeline, with its cropping, before normalisation.
+        shown: uint8 (H, W, 3), RGB, for drawing: after the pipeline with its cropping, before normalisation.
         image: float32 (1, C, H, W), normalised, for the backbone. Without the padding that some libraries add at the
-            bottom and right for the sake of batches and necks: the backbones take any size.
+            bottom and right for batches and necks: the backbones take any size.
     """
 
     shown: np.ndarray
@@ -38,10 +38,10 @@ class ImageReader:
 
     Args:
         cfg: The config.
-        extractor: Its preprocessing.
-        size: Height and width that images are resized to, in place of all resizing, cropping and padding of the
-            pipeline; None leaves the pipeline as it is.
-        max_pixels: Larger images are refused.
+        extractor: The extractor whose preprocessing is used.
+        size: Height and width that images are resized to, instead of the pipeline's resizing, cropping and padding;
+            None keeps the pipeline.
+        max_pixels: Larger images are rejected.
 
     Raises:
         CommandError: If the config has no test pipeline, or the size is not positive.
@@ -75,7 +75,7 @@ class ImageReader:
         except UnreadableImage as error:
             raise CommandError(f'image {path} cannot be read: {error}.') from error
         except Exception as error:
-            # Decoders and transforms raise what they will for damaged files.
+            # Decoders and transforms raise arbitrary errors for damaged files.
             reason = f'{type(error).__name__}: {str(error).strip()}'
             raise CommandError(f'image {path} cannot be read: {reason}') from error
         inputs = data['inputs']
@@ -84,7 +84,7 @@ class ImageReader:
 
 
 def as_rgb(inputs: Tensor) -> np.ndarray:
-    """Turn a packed image (C, H, W) into uint8 (H, W, 3), RGB, for drawing.
+    """Convert a packed image (C, H, W) to uint8 (H, W, 3), RGB, for drawing.
 
     Three channels are BGR, as mmcv reads; fewer become grey; of more, the first three are taken. Other values than
     uint8 are stretched to 0..255.
@@ -101,7 +101,7 @@ def as_rgb(inputs: Tensor) -> np.ndarray:
 
 
 def _resized(pipeline: list[dict[str, Any]], size: tuple[int, int]) -> list[dict[str, Any]]:
-    """Change a pipeline to one resizing, behind what loads, in place of all that changes which pixels there are."""
+    """Replace all resizing, cropping and padding of a pipeline by one resizing after loading."""
     kept = [deepcopy(step) for step in pipeline if not any(part in str(step['type']) for part in _GEOMETRIC)]
     loading = max((place for place, step in enumerate(kept) if 'Load' in str(step['type'])), default=-1)
     kept.insert(loading + 1, dict(type='Resize', scale=(size[1], size[0])))

@@ -2,8 +2,8 @@
 
 Source: Luo et al., "Understanding the Effective Receptive Field in Deep Convolutional Neural Networks", NeurIPS 2016
 (arXiv 1701.04128), averaged over images and drawn on a logarithmic scale as RepLKNet (Ding et al., arXiv 2203.06717)
-and VMamba (Liu et al., arXiv 2401.10166) do. Those take the gradient of the positive values alone; here all values
-count by their magnitude, so that no map is left without a field.
+and VMamba (Liu et al., arXiv 2401.10166) do. Those take the gradient of the positive values only; here all values count
+by their magnitude, so that every map has a field.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ReceptiveField:
     Attributes:
         field: float64 (H, W), at least 0: the contribution of each pixel of the image, averaged over images.
         centre: Row and column of the image at which the output pixel is centred; whole or half numbers.
-        images: How many images it is the mean of.
+        images: Number of images averaged over.
     """
 
     field: np.ndarray
@@ -34,11 +34,11 @@ class ReceptiveField:
     images: int
 
     def curve(self) -> tuple[np.ndarray, np.ndarray]:
-        """Compute how much of the contribution lies within centred squares.
+        """Compute the share of the contribution within centred squares.
 
         Returns:
-            Sides of the squares in pixels, ascending, and the share (0..1) of all contribution within each. A pixel
-            belongs to a square that holds the whole of it.
+            Sides of the squares in pixels, ascending, and the share (0..1) of the total contribution within each. A
+            pixel counts for squares that contain it entirely.
         """
         rows, columns = np.ogrid[: self.field.shape[0], : self.field.shape[1]]
         distance = np.maximum(abs(rows - self.centre[0]), abs(columns - self.centre[1]))
@@ -47,11 +47,11 @@ class ReceptiveField:
         return sides, np.cumsum(rings) / rings.sum()
 
     def side(self, share: float) -> float:
-        """Find the side in pixels of the smallest centred square that holds ``share`` (0..1) of the contribution."""
+        """Return the side in pixels of the smallest centred square with ``share`` (0..1) of the contribution."""
         if not 0 < share <= 1:
             raise ValueError(f'a share lies in (0, 1], got {share!r}.')
         sides, shares = self.curve()
-        # The last share is 1 but for rounding.
+        # The last share is 1 except for rounding.
         return float(sides[min(int(np.searchsorted(shares, share - 1e-9)), len(sides) - 1)])
 
 
@@ -71,10 +71,10 @@ def receptive_field(model: nn.Module, images: Tensor | Iterable[Tensor], stage: 
     """Compute the effective receptive field of the centre of a stage's map, and the centre's place in the image.
 
     Args:
-        model: One of the package's backbones: the map is that behind the blocks of the stage, before its norm. Any
-            other module from images to a map (B, C, h, w) or a sequence of them will do.
-        images: (B, in_channels, H, W) preprocessed images, or an iterable of such batches, all of one H and W.
-            Gradients are taken for one image at a time.
+        model: A backbone of this package, whose map after the blocks of the stage, before its norm, is used; or any
+            other module from images to a map (B, C, h, w) or a sequence of maps.
+        images: Preprocessed images (B, in_channels, H, W), or an iterable of such batches, all of one H and W.
+            Gradients are computed for one image at a time.
         stage: Number of the stage; negative ones count from the end, None is the last one.
 
     Raises:

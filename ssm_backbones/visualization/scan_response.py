@@ -1,13 +1,13 @@
 """The response of a pixel to every other one through a scan: the attention of a state-space model.
 
-With step sizes, B and C held at what they are for an image, a scan is linear in its input u and acts on each channel
-alone, so each pixel of its output is a weighted sum of pixels of u, as in attention::
+With delta, B and C fixed at their values for an image, a scan is linear in its input u and acts on each channel
+separately, so each pixel of its output is a weighted sum of pixels of u, as in attention::
 
     y_e(p) = sum_q w_e(p <- q) * u_e(q)
 
-For a scan along a route, ``w_e(p <- q) = C_p^T (product of exp(d_l * A) over l behind q, up to p) d_q * B_q`` where the
-route visits q before p, 0 where it visits q behind p, and D more at q = p. The weights are taken from the compiled
-operators themselves: all that a pixel reads is one backward pass, all that it feeds one forward pass.
+For a scan along a route, ``w_e(p <- q) = C_p^T (product of exp(d_l * A) over l after q, up to p) d_q * B_q`` if the
+route visits q before p, 0 if it visits q after p, plus D at q = p. The weights are computed by the compiled operators
+themselves: all weights that a pixel reads by one backward pass, all that it feeds by one forward pass.
 
 Source of the view: Ali et al., "The Hidden Attention of Mamba Models" (arXiv 2403.01590); VMamba (arXiv 2401.10166),
 appendix on activation maps of SS2D.
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cuda_ops
-from cuda_ops.reference import COLUMN, COLUMN_REVERSED, ROW_REVERSED, step_sizes
+from cuda_ops.reference import COLUMN, COLUMN_REVERSED, ROW_REVERSED, low_rank_delta
 from ssm_backbones.backbones.base import SSMBackbone
 from ssm_backbones.layers.mamba2d_mixer import ScanMixer
 from ssm_backbones.layers.ss2d import ROUTES, SS2D
@@ -51,7 +51,7 @@ class ScanResponse:
     """The weights between one pixel of a scan's map and all others.
 
     Attributes:
-        names: What the K paths are: routes, corners or directions.
+        names: Names of the K paths: routes, corners or directions.
         paths: float64 (K, h, w): ``sum_e |w_e|`` of each path alone.
         total: float64 (h, w): ``sum_e |sum over paths of w_e|``, at most the sum of ``paths``.
         point: Row and column of the pixel in the map.
@@ -106,7 +106,7 @@ def scan_response(
         model: The backbone.
         image: One preprocessed image, (1, in_channels, H, W) or (in_channels, H, W).
         stage: Number of the stage, negative ones counted from the end; None is :func:`default_scan_stage`.
-        block: Number of the block in the stage, likewise; None is the last one.
+        block: Number of the block in the stage, negative ones counted from the end; None is the last one.
         pixel: Row and column of a pixel of the image; the pixel of the stage's map is the one whose square of
             ``stride`` pixels it lies in. None is (h // 2, w // 2) of the map.
         sense: ``'reads'`` or ``'feeds'``, see :class:`ScanResponse`.
@@ -138,7 +138,7 @@ def scan_response(
     if pixel is None:
         row, column = (size // 2 for size in cells.shape)
     else:
-        # A map may leave an odd image's last pixels out.
+        # A map may not cover an odd image's last pixels.
         row, column = (
             min(place // model.stage_strides[number], size - 1) for place, size in zip(pixel, cells.shape, strict=True)
         )
@@ -233,7 +233,7 @@ class _RouteScan:
     ) -> None:
         self.given, self.channels = x, x.shape[3]
         if delta_weight is not None:
-            delta = step_sizes(delta, delta_weight)
+            delta = low_rank_delta(delta, delta_weight)
         # The operator knows groups of channels with a B and C of their own; here there is one.
         B, C = (None if value is None else value.squeeze(4) for value in (B, C))
         self.held: tuple[Any, ...] = (delta, A, B, C, D, delta_bias)
@@ -260,7 +260,7 @@ class _RouteScan:
         )
 
     def path(self, k: int) -> Linear:
-        """One of SS2D's routes alone: nothing is read out of the others' states."""
+        """Return one of SS2D's routes as a function of the input, with C of the other routes set to zero."""
         delta, A, B, C, D, bias = self.held
         only = torch.zeros(ROUTES, 1, dtype=torch.bool, device=C.device)
         only[k] = True
@@ -268,7 +268,7 @@ class _RouteScan:
 
 
 class _WavefrontScan:
-    """A wavefront scan as it ran for an image, as a function of its input alone; see :class:`_RouteScan`."""
+    """A recorded wavefront scan as a function of its input only; see :class:`_RouteScan`."""
 
     def __init__(self, x: Tensor, *held: Any) -> None:
         self.given, self.channels = x, x.shape[3]
@@ -279,7 +279,7 @@ class _WavefrontScan:
 
 
 class _Recorder(TorchDispatchMode):
-    """Keep what the scans below it were called with."""
+    """Dispatch mode that records the arguments of the scans."""
 
     def __init__(self) -> None:
         super().__init__()

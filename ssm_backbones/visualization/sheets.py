@@ -1,4 +1,4 @@
-"""Draw results: contact sheets of truth beside prediction, and training curves."""
+"""Contact sheets of results, truth next to prediction."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Instances:
     """Objects in one image, true or predicted.
 
     Attributes:
-        labels: int (n,), index into the class names.
-        boxes: float (n, 4), left, top, right and bottom in pixels.
-        masks: bool (n, height, width).
-        scores: float (n,) for predictions, None for the truth.
+        labels: Integers (n,), index into the class names.
+        boxes: Floats (n, 4), left, top, right and bottom in pixels.
+        masks: Boolean (n, height, width).
+        scores: Floats (n,) for predictions, None for the truth.
     """
 
     labels: np.ndarray
@@ -37,7 +37,7 @@ def draw_instances(
 
     Args:
         image: uint8 (height, width, 3), RGB.
-        found: What to draw.
+        found: The objects to draw.
         classes, palette: Name and RGB colour (0..255) of each label.
         zoom: Factor by which the image is enlarged, so that lines and names stay legible.
 
@@ -76,20 +76,20 @@ def draw_instances(
 def draw_label_map(
     image: np.ndarray, labels: np.ndarray, palette: Sequence[Sequence[int]], ignored: int = 255, zoom: int = 2
 ) -> np.ndarray:
-    """Lay the classes' colours over an enlarged image, which is made grey so that only they are colourful.
+    """Overlay the classes' colours on an enlarged grey version of an image.
 
     Args:
         image: uint8 (height, width, 3), RGB.
-        labels: int (height, width), the class of each pixel, or ``ignored``, which darkens it.
+        labels: Integers (height, width), the class of each pixel, or ``ignored``, which darkens it.
         palette: RGB colour (0..255) of each class.
-        ignored: label of pixels that belong to no class.
-        zoom: factor by which the image is enlarged.
+        ignored: Label of pixels that belong to no class.
+        zoom: Factor by which the image is enlarged.
 
     Returns:
         uint8 (zoom * height, zoom * width, 3), RGB.
 
     Raises:
-        ValueError: a label without a colour.
+        ValueError: If a label has no colour.
     """
     wrong = labels[(labels != ignored) & (labels >= len(palette))]
     if wrong.size:
@@ -105,10 +105,10 @@ def draw_scores(scores: np.ndarray, truth: int, classes: Sequence[str], size: tu
     """Draw class scores as bars: the highest one green if it is the truth's and red otherwise, the truth outlined.
 
     Args:
-        scores: float (classes,), 0..1.
-        truth: index of the true class.
-        classes: names.
-        size: height and width of the result in pixels.
+        scores: Floats (classes,), 0..1.
+        truth: Index of the true class.
+        classes: Names.
+        size: Height and width of the result in pixels.
 
     Returns:
         uint8 (height, width, 3), RGB.
@@ -145,11 +145,11 @@ def save_contact_sheet(
 
     Args:
         pairs: uint8 (height, width, 3) each, RGB.
-        titles: of the two images of each pair.
-        heading: title over everything, in as large a font as the width has room for.
-        path: the PNG file to write.
-        columns: of pairs.
-        legend: names and RGB colours to explain below the heading.
+        titles: Titles of the two images of each pair.
+        heading: Title of the sheet, in the largest font that fits.
+        path: The PNG file to write.
+        columns: Number of columns of pairs.
+        legend: Names and RGB colours of the legend below the heading.
     """
     from PIL import Image, ImageDraw, ImageFont
 

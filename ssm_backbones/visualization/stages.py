@@ -1,4 +1,4 @@
-"""Find the stages of a backbone: their numbers, strides and places, and the maps behind their blocks."""
+"""Stages of a backbone: numbers, strides, positions in the image, and the maps after their blocks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _resolve(kind: str, number: int | None, count: int, owner: str) -> int:
 
 
 def spread_stages(backbone: SSMBackbone) -> list[int]:
-    """Choose the stages to show by default: all, or of one resolution the last block of each quarter."""
+    """Return the stages to show by default: all, or for a plain V2M the last block of each quarter."""
     count = len(backbone.stages)
     return sorted({max(count * quarter // 4 - 1, 0) for quarter in range(1, 5)}) if count > 4 else list(range(count))
 
@@ -50,7 +50,7 @@ def spread_stages(backbone: SSMBackbone) -> list[int]:
 def cell_centre(backbone: SSMBackbone, stage: int, index: float) -> float:
     """Find the coordinate in the image, along one axis, at which pixel ``index`` of a stage's map is centred.
 
-    The centre of the window that the stem's and the downsamplings' convolutions see; pixel centres are whole numbers.
+    It is the centre of the receptive field of the stem's and downsamplings' convolutions; pixel centres are integers.
     A convolution of size k, stride s and padding p centres its output i at ``s * i - p + (k - 1) / 2``.
     """
     layers = [backbone.patch_embed, *(backbone.stages[i].downsample for i in range(stage))]
@@ -66,14 +66,13 @@ def cell_centre(backbone: SSMBackbone, stage: int, index: float) -> float:
 
 
 def stage_maps(backbone: SSMBackbone, images: Tensor, stages: Sequence[int]) -> dict[int, Tensor]:
-    """Compute the maps behind the blocks of chosen stages, before any norm of the stage or of the output.
+    """Compute the maps after the blocks of chosen stages, before any norm of the stage or of the output.
 
-    A LayerNorm makes all pixels equally large and their channels sum to a constant, so the norms of pixels and sums
-    over channels tell something only before it.
+    A LayerNorm gives all pixels the same norm and the same sum over channels, so these are informative only before it.
 
     Args:
         backbone: The backbone.
-        images: (B, in_channels, H, W), preprocessed.
+        images: Preprocessed images (B, in_channels, H, W).
         stages: Numbers of the stages, from 0 on.
 
     Returns:
@@ -98,7 +97,7 @@ def runs_of(model: nn.Module, images: Tensor, modules: Mapping[str, nn.Module]) 
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            # With activation checkpointing a module runs again in the backward pass; the first run counts.
+            # With activation checkpointing a module runs again in the backward pass; the first run is recorded.
             runs.setdefault(name, Run(inputs[0], output))
 
         return hook
@@ -112,7 +111,7 @@ def runs_of(model: nn.Module, images: Tensor, modules: Mapping[str, nn.Module]) 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode (nothing dropped at random), and each of its modules back as it was."""
+    """Set a model to evaluation mode within the context, and restore the mode of each module."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
