@@ -224,6 +224,12 @@ def _choose_start(cfg: Config, resume: str | None) -> str:
     record = Path(cfg.work_dir, 'last_checkpoint')
     cfg.resume = record.is_file()
     if not cfg.resume:
+        unrecorded = [path for kind in ('epoch', 'iter') for path in record.parent.glob(f'{kind}_*.pth')]
+        if unrecorded:
+            raise CommandError(
+                f'There is no {record} to resume from, but checkpoints, which a new training would overwrite. Go on '
+                f'from the latest with --resume {max(unrecorded, key=os.path.getmtime)}, or name another work dir.'
+            )
         source = cfg.get('load_from')
         first = 'starts as the config says' if source is None else f'starts from load_from={source!r}'
         return f'There is no {record} to resume from: the training {first}.'

@@ -203,6 +203,18 @@ def test_a_moved_work_dir_is_resumed_from_its_own_file(started, train, write_con
     assert started.pop() == (True, str(elsewhere), [])
 
 
+def test_checkpoints_without_a_record_are_not_trained_over(started, train, write_config, tmp_path) -> None:
+    torch.save(dict(state_dict={}), tmp_path / 'start.pth')
+    train(write_config('mmpretrain'), tmp_path, resume='auto')
+    assert started.pop()[:2] == (False, None)
+    for name in ('iter_20.pth', 'iter_10.pth'):
+        torch.save(dict(state_dict={}), tmp_path / name)
+    os.utime(tmp_path / 'iter_10.pth', (0, 0))
+    with pytest.raises(CommandError, match='There is no .*last_checkpoint ') as failure:
+        train(write_config('mmpretrain'), tmp_path, resume='auto')
+    assert f'--resume {tmp_path / "iter_20.pth"}, ' in str(failure.value) and not started
+
+
 @pytest.mark.parametrize('named', ['/old/epoch_2.pth', ''])
 def test_a_record_without_its_file_names_the_way_on(named, started, train, write_config, tmp_path) -> None:
     record = tmp_path / 'last_checkpoint'
