@@ -114,6 +114,11 @@ def test_configs_tools_and_index_are_shipped(installed) -> None:
     assert (mim / 'model-index.yml').read_bytes() == (ROOT / 'model-index.yml').read_bytes()
 
 
+def test_type_checkers_may_read_the_annotations(installed) -> None:
+    for package in ('cuda_ops', 'ssm_backbones'):
+        assert (installed / package / 'py.typed').is_file()
+
+
 def test_configs_in_any_folder_inherit_from_the_installed_ones(inherited, installed) -> None:
     assert Path(inherited['package']) == installed / 'ssm_backbones' / '__init__.py'
     expected = Config.fromfile(ROOT / 'configs' / BASE)
