@@ -2,8 +2,8 @@
 
 What is compared is data (:mod:`~ssm_backbones.benchmark.registry`). To add a family, name its models in
 :data:`~ssm_backbones.benchmark.backbones.BACKBONES` and list its comparisons and its scaling in the registry.
-Everything of one comparison is measured in one run, in turns, so that a disturbance of the machine hits all alike; a
-ratio is the median of the ratios of the single turns.
+All entries of a comparison are measured in one run, in interleaved rounds, so that disturbances of the machine affect
+all of them alike; a ratio is the median over the rounds.
 """
 
 from ssm_backbones.benchmark.comparison import Comparison, Floor, Pair, Scaling, Unavailable

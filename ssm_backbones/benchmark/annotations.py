@@ -1,4 +1,4 @@
-"""Made-up batches for the host libraries' models: noise, with the metadata and annotations that they ask for."""
+"""Synthetic batches for the host libraries' models: noise with the required metadata and annotations."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _CANDIDATES = 5
 def made_up_batch(
     cfg: Config, model: nn.Module, batch_size: int, height: int, width: int, device: torch.device
 ) -> dict[str, Any]:
-    """What a data loader of the config's library would give: ``inputs``, uint8 (C, H, W), and ``data_samples``.
+    """Build a batch as a data loader would: ``inputs``, uint8 (C, H, W) each, and ``data_samples``.
 
     Args:
-        cfg: the config, for its library and the number of classes.
-        model: its model, for the number of channels.
-        batch_size: images.
-        height: of each.
-        width: of each.
-        device: where the images are made.
+        cfg: The config, for its library and the number of classes.
+        model: Its model, for the number of channels.
+        batch_size: Images.
+        height: Height of the images.
+        width: Width of the images.
+        device: Device of the images.
     """
     generator = torch.Generator().manual_seed(0)
     channels = getattr(getattr(model, 'backbone', None), 'in_channels', 3)

@@ -1,4 +1,4 @@
-"""The backbones that are compared, and the calls that are measured of them."""
+"""Backbones to compare, and the calls to measure."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def build_backbone(name: str, device: torch.device) -> nn.Module:
     """Build an entry of :data:`BACKBONES`; one of a host library makes that library register its models first.
 
     Raises:
-        Unavailable: if the host library is not installed.
+        Unavailable: If the host library is not installed.
     """
     config = BACKBONES[name]
     library, _, _ = config['type'].rpartition('.')
@@ -64,17 +64,17 @@ def backbone_call(
     channels_last: bool = False,
     change: Callable[[nn.Module], None] | None = None,
 ) -> Call:
-    """The forward pass of a backbone on random square images, or forward and backward with ``train``.
+    """Prepare the forward pass of a backbone on random square images, or forward and backward with ``train``.
 
     Args:
-        name: key of :data:`BACKBONES`.
-        batch: images at once.
-        size: their side.
-        train: forward in training mode, and backward from the sum of the last map.
-        device: where.
-        amp: compute in bfloat16 autocast.
-        channels_last: images and weights in PyTorch's channels-last layout.
-        change: does something to the model before it is used.
+        name: Key of :data:`BACKBONES`.
+        batch: Batch size.
+        size: Side of the images.
+        train: Forward in training mode, and backward from the sum of the last map.
+        device: Device to compute on.
+        amp: Compute in bfloat16 autocast.
+        channels_last: Images and weights in PyTorch's channels-last layout.
+        change: Function that modifies the model before its use.
     """
     torch.manual_seed(0)
     model = build_backbone(name, device)
@@ -103,7 +103,7 @@ def backbone_call(
 
 
 def warm_backbone_call(name: str, size: int, device: torch.device) -> Call:
-    """The forward pass of one image, after one of a small image, for what libraries allocate once."""
+    """Prepare the forward pass of one image, after one of a small image for one-time allocations."""
     backbone_call(name, 1, 64, False, device)()
     return backbone_call(name, 1, size, False, device)
 
@@ -116,7 +116,7 @@ def use_fused_attention(model: nn.Module) -> None:
 
 
 def _fused_window_attention(self: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """``WindowMSA.forward`` on tokens (windows of all images, positions, channels)."""
+    """Compute ``WindowMSA.forward`` on tokens (windows of all images, positions, channels)."""
     windows, positions, channels = x.shape
     q, k, v = self.qkv(x).view(windows, positions, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
     bias = self.relative_position_bias_table[self.relative_position_index.flatten()]

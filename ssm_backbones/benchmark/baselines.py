@@ -1,4 +1,4 @@
-"""What the scans are compared with: the same recurrences as others compute them."""
+"""Baselines of the scans: other implementations of the same recurrences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ssm_backbones.utils.torch_compat import set_recompile_limit
 def cross_scan_by_loop(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor
 ) -> Tensor:
-    """``cuda_ops.cross_selective_scan`` in plain PyTorch: the routes side by side, one position after the other."""
+    """Compute ``cuda_ops.cross_selective_scan`` in plain PyTorch, by a loop over positions."""
     batch, height, width, channels = x.shape
     u = _in_order_of_routes(x.unsqueeze(3).expand(-1, -1, -1, 4, -1))
     d = nn.functional.softplus(_in_order_of_routes(delta) + delta_bias)
@@ -32,7 +32,7 @@ def cross_scan_by_loop(
 
 
 def _in_order_of_routes(grid: Tensor) -> Tensor:
-    """(B, H, W, 4, ...) in the routes' orders, (B, H*W, 4, ...)."""
+    """Reorder (B, H, W, 4, ...) along the routes, (B, H*W, 4, ...)."""
     rows, columns = grid.flatten(1, 2), grid.transpose(1, 2).flatten(1, 2)
     return torch.stack([rows[:, :, 0], columns[:, :, 1], rows[:, :, 2].flip(1), columns[:, :, 3].flip(1)], dim=2)
 
@@ -43,12 +43,12 @@ MambaInputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 def mamba_layout(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor
 ) -> MambaInputs:
-    """The cross scan's arguments as VMamba's public code holds them: channel-first, all but x in the routes' orders.
+    """Convert the cross scan's arguments to the layout of VMamba's public code: channel-first, along the routes.
 
     Its projections are made from the indexed map, so their order costs no time of its own and none is counted.
 
     Returns:
-        x (B, E, H, W), delta (B, 4*E, L), A (4*E, N), B and C (B, 4, N, L), D and delta_bias (4*E).
+        X (B, E, H, W), delta (B, 4*E, L), A (4*E, N), B and C (B, 4, N, L), D and delta_bias (4*E).
     """
 
     def channel_first(grid: Tensor) -> Tensor:
@@ -76,11 +76,11 @@ def cross_scan_by_indexing(
     *,
     selective_scan: Callable[..., Tensor],
 ) -> Tensor:
-    """The cross scan as VMamba's public code runs it: four copies of the map, a scan of them all, and the sum.
+    """Compute the cross scan like VMamba's public code: four copies of the map, one scan of them, and the sum.
 
     Args:
-        x, delta, A, B, C, D, delta_bias: from :func:`mamba_layout`.
-        selective_scan: with the interface of mamba-ssm's ``selective_scan_fn``.
+        x, delta, A, B, C, D, delta_bias: From :func:`mamba_layout`.
+        selective_scan: With the interface of mamba-ssm's ``selective_scan_fn``.
 
     Returns:
         (B, E, H, W).
@@ -95,10 +95,10 @@ def cross_scan_by_indexing(
 
 
 def mamba_selective_scan() -> Callable[..., Tensor]:
-    """mamba-ssm's compiled selective scan.
+    """Return mamba-ssm's compiled selective scan.
 
     Raises:
-        Unavailable: if it is not installed.
+        Unavailable: If it is not installed.
     """
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
@@ -119,10 +119,10 @@ class WavefrontByDiagonals:
     fused by torch.compile, so that it is about one launch forward, and keeps only its states for its backward pass.
 
     Args:
-        height: of the map.
-        width: of the map.
-        device: of the inputs.
-        compiled: whether to fuse the steps.
+        height: Height of the map.
+        width: Width of the map.
+        device: Device of the inputs.
+        compiled: Whether to fuse the steps.
     """
 
     def __init__(self, height: int, width: int, device: torch.device, compiled: bool) -> None:
@@ -188,7 +188,7 @@ def _diagonal(
     weight_top: Tensor,
     weight_left: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The states (B, K + 2, E, N) of a diagonal of K pixels between two rows of zeros, and its outputs (B, K, E)."""
+    """Compute the states (B, K + 2, E, N) of a diagonal of K pixels between rows of zeros, and outputs (B, K, E)."""
     count = x.shape[1]
     u = x.to(A_top.dtype)
     share = []

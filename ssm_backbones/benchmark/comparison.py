@@ -1,4 +1,4 @@
-"""What can be compared, and how it is measured."""
+"""Comparisons and their measurement."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ['Comparison', 'Floor', 'Pair', 'Scaling', 'Unavailable', 'measure_com
 
 @dataclass(frozen=True)
 class Floor:
-    """The least time that a job can take: an entry that is computed and not run.
+    """Lower bound of the time of a job: an entry that is computed instead of measured.
 
     Attributes:
-        seconds: the time.
-        details: what it was computed from, of JSON's types, for the report.
+        seconds: The time.
+        details: JSON-serialisable details of the bound, for the report.
     """
 
     seconds: float
@@ -36,10 +36,10 @@ class Pair:
     """A ratio to report.
 
     Attributes:
-        entry: label of the entry whose time is the numerator.
-        against: label of the one whose time is the denominator.
-        target: the largest ratio aimed at, if any.
-        memory_target: the same for their peak memory, which is measured on GPUs.
+        entry: Label of the entry whose time is the numerator.
+        against: Label of the one whose time is the denominator.
+        target: The largest ratio aimed at, if any.
+        memory_target: The same for their peak memory, which is measured on GPUs.
     """
 
     entry: str
@@ -50,16 +50,16 @@ class Pair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Entries that do the same job, measured in turns.
+    """Entries that do the same job, measured in interleaved rounds.
 
     Attributes:
-        name: for the table and for ``--only``.
-        summary: what is done, in a few words.
-        entries: by label, a function that prepares everything on a device and returns the call to be measured, or a
-            floor. It raises :class:`Unavailable` where this machine lacks what it needs.
-        pairs: the ratios to report.
-        devices: types of the devices that it is meant for.
-        images: how many images a call computes, where it computes images.
+        name: For the table and for ``--only``.
+        summary: What is done, in a few words.
+        entries: By label, a function that prepares everything on a device and returns the call to be measured, or a
+            lower bound. It raises :class:`Unavailable` if something it needs is missing on this machine.
+        pairs: The ratios to report.
+        devices: Types of the devices that it is meant for.
+        images: How many images a call computes, where it computes images.
     """
 
     name: str
@@ -85,14 +85,13 @@ def measure_comparison(comparison: Comparison, settings: Settings, clock: Clock 
     """Measure a comparison.
 
     Args:
-        comparison: what to compare.
-        settings: how to measure.
-        clock: seconds since some moment.
+        comparison: What to compare.
+        settings: How to measure.
+        clock: Seconds since some moment.
 
     Returns:
-        Of JSON's types: median and single seconds of each entry, and its peak memory on a GPU; each pair's ratio;
-        under ``skipped`` the entries that this machine lacks something for, and under ``failed`` those that raised an
-        error, with the reasons.
+        A JSON-serialisable dict: median and single seconds of each entry, and its peak memory on a GPU; each pair's
+        ratio; under ``skipped`` the unavailable entries, and under ``failed`` those that raised an error, with reasons.
     """
     device = torch.device(settings.device)
     calls: dict[str, Call] = {}
@@ -111,7 +110,7 @@ def measure_comparison(comparison: Comparison, settings: Settings, clock: Clock 
         except Unavailable as error:
             skipped[label] = str(error)
         except Exception as error:
-            # One entry that fails must not take along what was and will be measured; the report tells of it.
+            # A failing entry must not end the measurement of the others; it is listed in the report.
             failed[label] = reason(error)
     times = measure_in_turns(calls, settings.repeats, device, clock, loops)
     entries: dict[str, dict[str, Any]] = {}
@@ -135,7 +134,7 @@ def measure_comparison(comparison: Comparison, settings: Settings, clock: Clock 
 
 
 def ratios(pair: Pair, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """A pair's ratio of times, turn by turn, and of peak memory where it was measured, with the targets."""
+    """Compute a pair's ratio of times by round, and of peak memory if measured, with the targets."""
     ours, theirs = entries[pair.entry], entries[pair.against]
     ratio = statistics.median(a / b for a, b in zip(ours['times_s'], theirs['times_s'], strict=True))
     result = {
@@ -157,11 +156,11 @@ def ratios(pair: Pair, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, An
 
 
 def measure_scaling(scaling: Scaling, settings: Settings) -> dict[str, Any]:
-    """Measure a scaling: times in turns in this process, peak memory in a process of its own for each size.
+    """Measure a scaling: times in interleaved rounds in this process, peak memory in a new process for each size.
 
     Returns:
-        Of JSON's types: for each size the seconds and the peak bytes of a forward pass beyond the model's own, and both
-        relative to the first size and to the number of pixels, which is 1 where they grow linearly.
+        A JSON-serialisable dict: for each size the seconds and the peak bytes of a forward pass beyond the model's own,
+        and both relative to the first size and to the number of pixels, which is 1 for linear growth.
     """
     device = torch.device(settings.device)
     calls = {str(size): backbone_call(scaling.backbone, 1, size, False, device) for size in scaling.sizes}

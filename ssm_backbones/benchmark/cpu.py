@@ -22,13 +22,13 @@ def backbone_comparisons(
     training: float | None = None,
     against: tuple[str, ...] = ('swin-tiny', 'convnext-tiny'),
 ) -> list[Comparison]:
-    """A backbone against others at 224x224, with the ratios to the first of them that are aimed at.
+    """Compare a backbone with others at 224x224, with target ratios to the first of them.
 
     Args:
-        name: key of :data:`~ssm_backbones.benchmark.backbones.BACKBONES`.
-        forward: target of the forward pass, at batch 1 and 4.
-        training: target of forward and backward pass together, at batch 4.
-        against: keys of the others.
+        name: Key of :data:`~ssm_backbones.benchmark.backbones.BACKBONES`.
+        forward: Target of the forward pass, at batch 1 and 4.
+        training: Target of forward and backward pass together, at batch 4.
+        against: Keys of the others.
     """
     comparisons = []
     for batch, train in ((1, False), (4, False), (4, True)):
@@ -44,7 +44,7 @@ def backbone_comparisons(
 
 
 def cross_scan_comparisons(states: int, shape: Shape = (1, 56, 56, 96)) -> list[Comparison]:
-    """The cross scan against the loop and against a copy of its inputs and outputs, whose time nothing can beat."""
+    """Compare the cross scan with the loop and with a copy of its inputs and outputs, its lower bound."""
 
     def scan(function, train: bool, device: torch.device) -> Call:
         return scans.scan_call(function, scans.cross_scan_inputs(shape, states, device), train)
@@ -68,12 +68,12 @@ def cross_scan_comparisons(states: int, shape: Shape = (1, 56, 56, 96)) -> list[
 
 
 def wavefront_comparisons(states: int, shape: Shape = (1, 56, 56, 64), target: float | None = None) -> list[Comparison]:
-    """The wavefront scan against a copy, a loop over diagonals, and the exponentials that it must compute.
+    """Compare the wavefront scan with a copy, a loop over diagonals, and the exponentials it must compute.
 
     Args:
-        states: N.
-        shape: of the map.
-        target: of the forward pass against its exponentials.
+        states: State size N.
+        shape: Shape of the map.
+        target: Target of the forward pass relative to its exponentials.
     """
     height, width = shape[1:3]
 

@@ -1,4 +1,4 @@
-"""Measure how fast this machine computes exponentials, of which the scans mostly consist."""
+"""Measure the rate of exponentials, which dominate the scans' arithmetic."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ template <typename T> T exp2_repeatedly(T x) {
 
 
 def measure_exp_rate(seconds: float = 0.2, device: str = 'cpu') -> float:
-    """Exponentials a second, on all of torch's threads or all of a GPU.
+    """Measure exponentials per second, on all of torch's threads or a whole GPU.
 
     A scan computes one for each route, pixel, channel and state (a wavefront scan two), so their number over this rate
     is the least time that its forward pass can take. On the CPU it is the rate of the kernels' own vectorised function,
     on values in the L1 cache; on a GPU that of its special function units, by the kernels' instruction.
 
     Args:
-        seconds: how long to measure; the fastest millisecond or so counts, as other programs may run.
+        seconds: How long to measure; the fastest millisecond or so counts, as other programs may run.
         device: 'cpu', 'cuda' or 'cuda:1'.
 
     Raises:
-        RuntimeError: if the function cannot be compiled, on a GPU by torch at run time.
+        RuntimeError: If the function cannot be compiled, on a GPU by torch at run time.
     """
     count, compute, wait = _on_cpu() if torch.device(device).type == 'cpu' else _on_gpu(device)
     fastest = float('inf')
@@ -62,12 +62,12 @@ def exp2_repeatedly(x: Tensor, repeats: int) -> Tensor:
 
     Args:
         x: float32 values, contiguous and on the CPU, whole blocks of 1024.
-        repeats: at least 1.
+        repeats: At least 1.
 
     Raises:
-        TypeError: if ``x`` is not float32.
-        ValueError: if ``x`` is not of that form, or ``repeats`` less than 1.
-        RuntimeError: if the function cannot be compiled.
+        TypeError: If ``x`` is not float32.
+        ValueError: If ``x`` does not have that form, or ``repeats`` is less than 1.
+        RuntimeError: If the function cannot be compiled.
     """
     if x.dtype != torch.float32:
         raise TypeError(f'x must be float32, got {x.dtype}')

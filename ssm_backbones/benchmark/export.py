@@ -30,14 +30,14 @@ class ExportComparison:
     the same for any number of images, so that its time is taken from the first batch's last file to the last one's.
 
     Attributes:
-        name: for the table and for ``--only``.
-        summary: what is done, in a few words.
-        config: path of the config below ``configs``.
-        size: side of the images.
-        batch_size: images computed at once.
-        batches: exported and computed in a turn.
-        workers: processes that read images.
-        devices: types of the devices that it is meant for.
+        name: For the table and for ``--only``.
+        summary: What is done, in a few words.
+        config: Path of the config below ``configs``.
+        size: Side of the images.
+        batch_size: Images computed at once.
+        batches: Number of batches per round.
+        workers: Processes that read images.
+        devices: Types of the devices that it is meant for.
     """
 
     name: str
@@ -58,7 +58,7 @@ EXPORTS = [
 
 
 def measure_export(each: ExportComparison, settings: Settings) -> dict[str, Any]:
-    """Measure the export and the backbone in turns, every second turn in the opposite order.
+    """Measure the export and the backbone in interleaved rounds, every second one in the opposite order.
 
     Returns:
         As :func:`~ssm_backbones.benchmark.comparison.measure_comparison` does; times are those of one image.
@@ -115,11 +115,11 @@ class _Turns:
             return self.extractor(self.images)
 
     def backbone(self) -> float:
-        """Seconds of an image in the backbone."""
+        """Measure the seconds per image in the backbone."""
         return seconds(self._forward, self.each.batches, self.device) / self.each.batch_size
 
     def export(self) -> float:
-        """Seconds of an image in an export."""
+        """Measure the seconds per image in an export."""
         from ssm_backbones.features.export import ExportOptions, export_features
 
         self.count += 1

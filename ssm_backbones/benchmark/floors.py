@@ -1,9 +1,9 @@
-"""The least that a scan must move and compute, and how fast a device can at best.
+"""Lower bounds of the scans' times (roofline): bytes moved and exponentials computed, at the device's peak rates.
 
 Counted are each input read once and each output written once (maps alone: parameters are small), and exponentials: one
 for each route, pixel, channel and state, two for a softplus; for each of a wavefront scan's two neighbours. The
 backward pass reads the inputs and the output's gradient, writes the inputs' gradients, and computes the exponentials
-once more. The floor of a pass is the longer of the two times; forward and backward pass add theirs.
+once more. The lower bound of a pass is the longer of the two times; forward and backward pass are added.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ssm_backbones.benchmark.unavailable import Unavailable
 
 @dataclass(frozen=True)
 class Work:
-    """What one pass of a scan must do: bytes moved and exponentials computed."""
+    """Minimal work of one pass of a scan: bytes moved and exponentials computed."""
 
     bytes: int
     exponentials: int
@@ -32,7 +32,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does in a second: bytes read and written by a copy, and exponentials."""
+    """Peak rates of a device per second: bytes read and written by a copy, and exponentials."""
 
     bytes: float
     exponentials: float
@@ -41,15 +41,15 @@ class Rates:
 def route_scan_work(
     shape: Sequence[int], routes: int, states: int, itemsize: int, *, projections: int = 2, softplus: bool = True
 ) -> tuple[Work, Work]:
-    """The forward and the backward pass of a scan along routes over a map (B, H, W, E).
+    """Return the work of the forward and the backward pass of a route scan of a map (B, H, W, E).
 
     Args:
-        shape: of the map.
-        routes: how many; each has step sizes (E) and projections (N) for each pixel.
-        states: N.
-        itemsize: bytes of a number.
-        projections: 2 for B and C, 1 where one of them is ones.
-        softplus: whether the step sizes pass a softplus.
+        shape: Shape of the map.
+        routes: Number of routes; each has delta (E) and projections (N) for each pixel.
+        states: State size N.
+        itemsize: Bytes per element.
+        projections: 2 for B and C, 1 if one of them is None.
+        softplus: Whether softplus is applied to delta.
     """
     pixels, channels = math.prod(shape[:3]), shape[3]
     inputs = channels + routes * (channels + projections * states)
@@ -58,7 +58,7 @@ def route_scan_work(
 
 
 def wavefront_scan_work(shape: Sequence[int], states: int, itemsize: int) -> tuple[Work, Work]:
-    """The forward and the backward pass of a wavefront scan of a map (B, H, W, E); its step sizes are given as such."""
+    """Return the work of the forward and the backward pass of a wavefront scan, with delta after softplus."""
     pixels, channels = math.prod(shape[:3]), shape[3]
     return _passes(pixels * itemsize, 3 * channels + 3 * states, channels, 2 * pixels * channels * states)
 
@@ -69,7 +69,7 @@ def _passes(scale: int, inputs: int, outputs: int, exponentials: int) -> tuple[W
 
 
 def floor(passes: Sequence[Work], rates: Rates) -> Floor:
-    """The least time of some passes one after the other, with what it was computed from."""
+    """Return the lower bound of the time of successive passes, with its details."""
     times = [(each.bytes / rates.bytes, each.exponentials / rates.exponentials) for each in passes]
     return Floor(
         sum(max(pair) for pair in times),
@@ -89,7 +89,7 @@ def measure_rates(device: torch.device) -> Rates:
     """Measure a device's copy bandwidth and its rate of exponentials, once in a process.
 
     Raises:
-        Unavailable: if its exponentials cannot be measured.
+        Unavailable: If its exponentials cannot be measured.
     """
     try:
         exponentials = measure_exp_rate(device=device.type if device.index is None else str(device))
@@ -102,9 +102,9 @@ def measure_copy_rate(device: torch.device, size: int | None = None, duration: f
     """Bytes a second, read and written, of a copy that no cache holds.
 
     Args:
-        device: where.
-        size: bytes to copy; a GiB on a GPU, 256 MiB on a CPU.
-        duration: seconds to measure for; the fastest turn counts, as other programs may run.
+        device: Where.
+        size: Bytes to copy; a GiB on a GPU, 256 MiB on a CPU.
+        duration: Seconds to measure for; the fastest run counts, because other programs may run.
     """
     if size is None:
         size = 2**30 if device.type == 'cuda' else 2**28

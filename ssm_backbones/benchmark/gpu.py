@@ -1,6 +1,6 @@
 """Comparisons for GPUs, as data: scans at the models' own sizes, and whole backbones, all in bfloat16.
 
-Scans are set against their floor and against what the families' public code runs, in time and (the wavefront scan) in
+Scans are compared with their lower bound and with the families' public implementations, in time and (wavefront scan)
 peak memory.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import cuda_ops
-from cuda_ops.reference import step_sizes
+from cuda_ops.reference import low_rank_delta
 from ssm_backbones.benchmark import scans
 from ssm_backbones.benchmark.backbones import backbone_call, use_fused_attention
 from ssm_backbones.benchmark.baselines import (
@@ -38,7 +38,7 @@ IMAGES = {
     '1024/batch-1': (1, 1024, 1024),
 }
 STRIDES = {'stage1': 4, 'stage2': 8}
-# The most that a pass may take, in floors.
+# Target of a pass, relative to its lower bound.
 FORWARD, TRAINING = 2.0, 3.0
 
 
@@ -47,10 +47,10 @@ class ScanJob:
     """A model's scan.
 
     Attributes:
-        op: for the name.
-        model: likewise.
-        channels: of the scan in stage 1; twice as many in stage 2.
-        states: N.
+        op: Name of the operator.
+        model: Name of the model.
+        channels: Channels of the scan in stage 1; twice as many in stage 2.
+        states: State size N.
     """
 
     op: str
@@ -70,7 +70,7 @@ JOBS = (
 
 
 def backbone_comparisons(name: str, against: str = 'swin-tiny', target: float = 1.0) -> list[Comparison]:
-    """A backbone against another at 224x224, batch 128, in bfloat16 and channels-last, in inference and training."""
+    """Compare two backbones at 224x224, batch 128, bfloat16, channels-last, in inference and training."""
 
     def entry(backbone: str, train: bool, device: torch.device) -> Call:
         change = use_fused_attention if backbone == against else None
@@ -90,12 +90,12 @@ def backbone_comparisons(name: str, against: str = 'swin-tiny', target: float = 
 
 
 def scan_comparisons(job: ScanJob, image: str, stage: str) -> list[Comparison]:
-    """A model's scan in a stage, forward and then forward and backward.
+    """Compare a model's scan in a stage, forward and then forward and backward.
 
     Args:
-        job: the scan.
-        image: key of :data:`IMAGES`.
-        stage: key of :data:`STRIDES`.
+        job: The scan.
+        image: Key of :data:`IMAGES`.
+        stage: Key of :data:`STRIDES`.
     """
     batch, height, width = IMAGES[image]
     stride = STRIDES[stage]
@@ -160,7 +160,7 @@ def _by_diagonals(shape: Shape, states: int, train: bool, device: torch.device) 
 
 
 def work(op: str, shape: Shape, states: int) -> tuple[Work, Work]:
-    """What the forward and the backward pass of a scan in bfloat16 must do."""
+    """Return the work of the forward and the backward pass of a scan in bfloat16."""
     if op == 'wavefront':
         return wavefront_scan_work(shape, states, itemsize=2)
     routes, projections = (4, 2) if op == 'cross-scan' else (1, 1)
@@ -173,11 +173,11 @@ def _floor(op: str, shape: Shape, states: int, train: bool, device: torch.device
 
 
 def factors_comparisons(shape: Shape, rank: int) -> list[Comparison]:
-    """A cross scan that makes step sizes of their low-rank factors, against a product that makes them before it.
+    """Compare a cross scan of low-rank dt with a matrix product that computes delta before the scan.
 
     Args:
-        shape: of the map, (B, H, W, E).
-        rank: R, the factors of each step size.
+        shape: Shape of the map, (B, H, W, E).
+        rank: Rank R of dt.
     """
     return [
         Comparison(
@@ -203,7 +203,7 @@ def _scan_of_factors(
 def _scan_after_product(
     x: Tensor, factors: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor, weight: Tensor
 ) -> Tensor:
-    return cuda_ops.cross_selective_scan(x, step_sizes(factors, weight), A, B, C, D, bias)
+    return cuda_ops.cross_selective_scan(x, low_rank_delta(factors, weight), A, B, C, D, bias)
 
 
 def _of_factors(scan: Callable[..., Tensor], shape: Shape, rank: int, train: bool, device: torch.device) -> Call:

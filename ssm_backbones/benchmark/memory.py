@@ -1,4 +1,4 @@
-"""Peak memory of a call: on a GPU by the allocator's own account, on the CPU in a process of its own."""
+"""Peak memory of a call: from the allocator on a GPU, in a new process on the CPU."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def peak_bytes(call: Call, device: torch.device, warm_up: bool = False) -> int:
     can do that.
 
     Args:
-        call: what to measure.
-        device: where it computes.
-        warm_up: call once before, because what a process's first call reads of code from the disk stays.
+        call: What to measure.
+        device: Where it computes.
+        warm_up: Call once before, because what a process's first call reads of code from the disk stays.
     """
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
@@ -52,16 +52,16 @@ def peak_bytes(call: Call, device: torch.device, warm_up: bool = False) -> int:
 
 
 def peak_bytes_in_new_process(prepare: str, arguments: list[Any], device: str, what: str) -> int:
-    """:func:`peak_bytes` in a process of its own, which no earlier allocation disturbs.
+    """Measure :func:`peak_bytes` in a new process, free of earlier allocations.
 
     Args:
         prepare: ``'module:function'``, a function that takes the arguments and the device and returns the call.
-        arguments: of JSON's types.
-        device: as torch names devices.
-        what: is measured, for the message where it cannot be.
+        arguments: Of JSON's types.
+        device: As torch names devices.
+        what: Is measured, for the message where it cannot be.
 
     Raises:
-        RuntimeError: if the process fails.
+        RuntimeError: If the process fails.
     """
     given = json.dumps(dict(prepare=prepare, arguments=arguments, device=device, threads=torch.get_num_threads()))
     path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get('PYTHONPATH')])])
@@ -75,7 +75,7 @@ def peak_bytes_in_new_process(prepare: str, arguments: list[Any], device: str, w
 
 
 def main() -> None:
-    """What the new process does: measure what its argument says, and print the bytes."""
+    """Measure the call that the argument describes, and print the bytes."""
     given = json.loads(sys.argv[1])
     torch.set_num_threads(given['threads'])
     module, _, name = given['prepare'].partition(':')

@@ -44,14 +44,14 @@ class ModelOptions:
     """What is measured of which models.
 
     Attributes:
-        configs: config files.
-        against: config files that each of them is set against.
-        shapes: heights and widths of the images.
-        batch_size: images at once.
-        train: also a training step.
-        backbone: the backbone alone, without neck and heads; its training step has no update.
-        amp: compute in bfloat16 autocast.
-        cfg_options: values that replace those of every config, by dotted key.
+        configs: Config files.
+        against: Config files that each of them is set against.
+        shapes: Heights and widths of the images.
+        batch_size: Images at once.
+        train: Also a training step.
+        backbone: The backbone alone, without neck and heads; its training step has no update.
+        amp: Compute in bfloat16 autocast.
+        cfg_options: Values that replace those of every config, by dotted key.
     """
 
     configs: Sequence[str]
@@ -77,12 +77,12 @@ class Subject:
     """A config's model, or its backbone, on a device.
 
     Args:
-        path: the config file.
-        options: see :class:`ModelOptions`.
-        device: where.
+        path: The config file.
+        options: See :class:`ModelOptions`.
+        device: Where.
 
     Raises:
-        CommandError: if the config cannot be read or its model cannot be built.
+        CommandError: If the config cannot be read or its model cannot be built.
     """
 
     def __init__(self, path: str, options: ModelOptions, device: torch.device) -> None:
@@ -102,7 +102,7 @@ class Subject:
         self._optimizer: OptimWrapper | None = None
 
     def prepare(self, height: int, width: int, train: bool) -> tuple[Call, dict[str, Any]]:
-        """The call to be measured, and what is to be told of it: the size that the model gets, and what it holds."""
+        """Return the call to measure and its record: the input size and the bytes held."""
         self.model.train(train)
         batch = made_up_batch(self.cfg, self.model, self.options.batch_size, height, width, self.device)
         data = self._preprocess(batch, height, width, train)
@@ -120,7 +120,7 @@ class Subject:
         return call, details
 
     def held_bytes(self) -> int:
-        """Bytes of the weights, buffers and the optimizer's state."""
+        """Return the bytes of the weights, buffers and the optimizer's state."""
         module = self.model.backbone if self.options.backbone else self.model
         state = self._optimizer.optimizer.state.values() if self._optimizer is not None else ()
         tensors = [*module.parameters(), *module.buffers(), *(value for each in state for value in each.values())]
@@ -182,22 +182,22 @@ def measure_models(
     seconds: float | None = None,
     clock: Clock = time.perf_counter,
 ) -> Report:
-    """Measure every model at every resolution, the models of one resolution in turns.
+    """Measure every model at every resolution, the models of one resolution in interleaved rounds.
 
     Args:
-        options: what to measure.
-        settings: how.
-        progress: told what is measured next.
-        save: given the report after each resolution and pass.
-        seconds: after which nothing more is begun; the report names what is left.
-        clock: seconds since some moment.
+        options: What to measure.
+        settings: How to measure.
+        progress: Called with the name of the next measurement.
+        save: Called with the report after each resolution and pass.
+        seconds: Time limit after which no measurement is started; the report names the remaining ones.
+        clock: Seconds since some moment.
 
     Returns:
         With ``models`` (one record for each model, resolution and pass) and ``ratios`` (each model to each that it is
         set against).
 
     Raises:
-        CommandError: if a config cannot be used. A resolution that a model cannot take is listed under ``failed``.
+        CommandError: If a config cannot be used. A resolution that a model cannot take is listed under ``failed``.
     """
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -291,7 +291,7 @@ def _measure(
 
 @contextmanager
 def _noting_failure(name: str, failures: dict[str, str]) -> Iterator[None]:
-    """Note an error in a line; the error itself would keep the failed call's tensors."""
+    """Record an error as a line; keeping the error itself would keep the failed call's tensors."""
     try:
         yield
     except Exception as error:
@@ -299,7 +299,7 @@ def _noting_failure(name: str, failures: dict[str, str]) -> Iterator[None]:
 
 
 def _until_failure(name: str, call: Call, failures: dict[str, str]) -> Call:
-    """The call for turns with others: once it has failed, it does nothing more, and its times are worth nothing."""
+    """Wrap a call for interleaved rounds: after a failure it does nothing, and its times are invalid."""
 
     def run() -> None:
         if name not in failures:
@@ -320,7 +320,7 @@ def _ratio(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _names(options: ModelOptions) -> dict[str, str]:
-    """Paths of the configs by the models' names: the files' names, or the whole paths where two are alike."""
+    """Return the configs' paths by model name: file names, or whole paths if two are equal."""
     paths = [*options.configs, *options.against]
     twice = [path for path, count in Counter(paths).items() if count > 1]
     if twice:
@@ -330,7 +330,7 @@ def _names(options: ModelOptions) -> dict[str, str]:
 
 
 def _build_optimizer(cfg: Config, model: nn.Module) -> OptimWrapper:
-    """The config's optimizer with its groups and clipping, in full precision: autocast is the measurement's matter."""
+    """Build the config's optimizer with its groups and clipping, in full precision; autocast is set separately."""
     settings = dict(cfg.get('optim_wrapper') or dict(optimizer=dict(type='AdamW', lr=0.0)))
     for key in ('loss_scale', 'dtype', 'use_fsdp', 'accumulative_counts'):
         settings.pop(key, None)
@@ -345,7 +345,7 @@ def _build_optimizer(cfg: Config, model: nn.Module) -> OptimWrapper:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without mmengine's lines about every parameter's settings, which go to the same place as the table."""
+    """Silence mmengine's lines about every parameter's settings, which would be printed with the table."""
     logger = MMLogger.get_current_instance()
     level = logger.level
     logger.setLevel(logging.WARNING)

@@ -14,17 +14,17 @@ _QUANTITIES = (('images_per_s', 'images a second', 1), ('peak_bytes', 'peak memo
 
 
 def draw_models(records: Sequence[Mapping[str, Any]], heading: str) -> Any:
-    """Two panels with a curve for each model and pass: images a second and peak memory over the image's size.
+    """Draw images per second and peak memory over image size, with a curve for each model and pass.
 
     Args:
         records: ``Report.models``.
-        heading: above both.
+        heading: Title of the figure.
 
     Returns:
-        matplotlib's figure.
+        Matplotlib's figure.
 
     Raises:
-        ValueError: if there are no records.
+        ValueError: If there are no records.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, StrMethodFormatter
@@ -67,6 +67,6 @@ def draw_models(records: Sequence[Mapping[str, Any]], heading: str) -> Any:
 
 
 def plot_models(records: Sequence[Mapping[str, Any]], heading: str, path: str | os.PathLike[str]) -> None:
-    """Write :func:`draw_models` as a PNG, in one step: a file that is there is a whole one."""
+    """Write :func:`draw_models` as a PNG, atomically."""
     with atomic_file(path) as partial:
         draw_models(records, heading).savefig(partial, format='png')

@@ -1,4 +1,4 @@
-"""Everything that ``tools/benchmark.py`` measures by name, and the run over it."""
+"""Registry of what ``tools/benchmark.py`` measures by name."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ Entry = Comparison | Scaling | ExportComparison
 
 
 def select(patterns: Sequence[str] = (), device: str | None = None) -> list[Entry]:
-    """The comparisons and scalings whose names match one of the patterns (as in a shell), or all of them.
+    """Return the comparisons and scalings whose names match one of the shell-style patterns, or all.
 
     Args:
         patterns: Names or patterns; without any, everything.
         device: Where it will be measured: without patterns, only what is meant for devices of its type.
 
     Raises:
-        ValueError: a pattern matches nothing.
+        ValueError: If a pattern matches nothing.
     """
     everything: list[Entry] = [*COMPARISONS, *SCALINGS, *EXPORTS]
     for pattern in patterns:
@@ -68,11 +68,11 @@ def run(
     """Measure everything selected.
 
     Args:
-        selected: from :func:`select`.
-        settings: how to measure.
-        progress: told the name of what is measured next.
-        seconds: after which nothing more is begun; the report names what is left.
-        save: given the report after each comparison and scaling.
+        selected: From :func:`select`.
+        settings: How to measure.
+        progress: Called with the name of the next measurement.
+        seconds: Time limit after which no measurement is started; the report names the remaining ones.
+        save: Called with the report after each comparison and scaling.
     """
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)

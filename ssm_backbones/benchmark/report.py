@@ -1,4 +1,4 @@
-"""What was measured, as JSON and as tables."""
+"""Reports of measurements, as JSON and as tables."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Report:
     """What was measured: ready for JSON, and as tables.
 
     Attributes:
-        machine: see :func:`~ssm_backbones.benchmark.machine.describe_machine`.
-        settings: how it was measured.
-        comparisons, scalings: the results of what is measured by name.
-        models: those of whole models, a record for each model, resolution and pass.
-        ratios: those of the models that are set against others.
-        skipped: what was not measured and why, as dicts of ``name`` and ``reason``.
-        failed: what ended in an error, likewise.
+        machine: See :func:`~ssm_backbones.benchmark.machine.describe_machine`.
+        settings: How it was measured.
+        comparisons, scalings: The results of what is measured by name.
+        models: Those of whole models, a record for each model, resolution and pass.
+        ratios: Those of the models that are set against others.
+        skipped: What was not measured and why, as dicts of ``name`` and ``reason``.
+        failed: Measurements that raised an error, as dicts of ``name`` and ``reason``.
     """
 
     machine: dict[str, Any]
@@ -35,11 +35,11 @@ class Report:
     failed: list[dict[str, str]] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, of JSON's types."""
+        """Return the report as JSON-serialisable values."""
         return asdict(self)
 
     def heading(self) -> str:
-        """What the models were measured on, and how, in a line."""
+        """Return a line on the machine and the settings."""
         precision = 'bfloat16 autocast' if self.settings['amp'] else 'float32'
         processor = self.machine.get('GPU') or f'{self.machine["CPU"]}, {self.machine["threads"]} threads'
         return (
@@ -86,12 +86,12 @@ class Report:
 
 
 def machine_line(machine: Mapping[str, Any]) -> str:
-    """The machine in a line."""
+    """Format the machine as a line."""
     return ', '.join(f'{key} {value}' for key, value in machine.items())
 
 
 def write_json(report: Any, path: str | Path) -> None:
-    """Write a report (anything with ``as_dict``), in one step: a file that is there is a whole one."""
+    """Write a report (any object with ``as_dict``) as JSON, atomically."""
     write_atomic(path, json.dumps(report.as_dict(), indent=2) + '\n')
 
 

@@ -1,4 +1,4 @@
-"""Inputs of the scans, the calls that are measured of them, and what takes the least time that they can."""
+"""Inputs of the scans, the calls to measure, and their lower bounds."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Inputs = tuple[Tensor, ...]
 
 
 def cross_scan_inputs(shape: Shape, states: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Inputs:
-    """Arguments x, delta, A, B, C, D, delta_bias of a cross scan of a map (B, H, W, E); the parameters in float32."""
+    """Build x, delta, A, B, C, D, delta_bias of a cross scan of a map (B, H, W, E); parameters in float32."""
     torch.manual_seed(0)
     grid, channels = shape[:3], shape[3]
-    # The step sizes as SS2D computes them: one product for each route, so that routes lie apart in memory.
+    # delta as SS2D computes it: one product for each route, so that routes are separate in memory.
     delta = torch.randn(4, *grid, channels, device=device, dtype=dtype).permute(1, 2, 3, 0, 4)
     return (
         torch.randn(shape, device=device, dtype=dtype),
@@ -34,7 +34,7 @@ def cross_scan_inputs(shape: Shape, states: int, device: torch.device, dtype: to
 
 
 def line_scan_inputs(shape: Shape, states: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Inputs:
-    """Arguments x, delta, A, B of V2M's scan along rows, whose C is one, of a map (B, H, W, E)."""
+    """Build x, delta, A, B of V2M's scan along rows, without C, of a map (B, H, W, E)."""
     torch.manual_seed(0)
     return (
         torch.randn(shape, device=device, dtype=dtype),
@@ -45,7 +45,7 @@ def line_scan_inputs(shape: Shape, states: int, device: torch.device, dtype: tor
 
 
 def wavefront_inputs(shape: Shape, states: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Inputs:
-    """Arguments x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D of a wavefront scan of (B, H, W, E)."""
+    """Build x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D of a wavefront scan of (B, H, W, E)."""
     torch.manual_seed(0)
 
     def steps() -> Tensor:
@@ -73,7 +73,7 @@ def _decay_rates(channels: int, states: int, device: torch.device) -> Tensor:
 
 
 def scan_call(scan: Callable[..., Tensor], inputs: Sequence[Tensor], train: bool) -> Call:
-    """A scan of these inputs, or its forward and backward pass with ``train``."""
+    """Prepare a scan of these inputs, or its forward and backward pass with ``train``."""
     if not train:
 
         def forward() -> Tensor:
@@ -107,7 +107,7 @@ def exponentials_call(count: int, device: torch.device) -> Call:
     No scan that computes them can take less time, as :func:`ssm_backbones.benchmark.exp_rate.measure_exp_rate` has it.
 
     Raises:
-        Unavailable: if the function cannot be compiled, or on another device.
+        Unavailable: If the function cannot be compiled, or on another device.
     """
     if device.type != 'cpu':
         raise Unavailable("the function whose speed is measured is the CPU kernels'")

@@ -1,4 +1,4 @@
-"""The clock: calls in turns, on a device."""
+"""Time calls in interleaved rounds on a device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-# A turn repeats a short call until it takes this long, so that the clock and the first cache misses do not count.
+# A round repeats a short call until it takes this long, so that the clock and the first cache misses do not count.
 TURN_SECONDS = 0.05
 
 Call = Callable[[], object]
@@ -21,9 +21,9 @@ class Settings:
     """How to measure.
 
     Attributes:
-        device: where, as torch names devices.
-        repeats: turns of each entry of a comparison.
-        threads: threads of the CPU, None for torch's choice.
+        device: Where, as torch names devices.
+        repeats: Rounds of each comparison.
+        threads: Threads of the CPU, None for torch's choice.
     """
 
     device: str = 'cpu'
@@ -44,7 +44,7 @@ class Settings:
 
 
 def warm_up(call: Call, device: torch.device, clock: Clock = time.perf_counter) -> int:
-    """Run a call twice, and return how often a turn has to repeat it to last :data:`TURN_SECONDS`."""
+    """Run a call twice, and return how often a round has to repeat it to last :data:`TURN_SECONDS`."""
     seconds(call, 1, device, clock)
     return max(1, math.ceil(TURN_SECONDS / max(seconds(call, 1, device, clock), 1e-9)))
 
@@ -56,14 +56,14 @@ def measure_in_turns(
     clock: Clock = time.perf_counter,
     loops: Mapping[str, int] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each call, ``repeats`` times each, in turns; every second round in the opposite order.
+    """Measure seconds of each call in interleaved rounds; every second round in the opposite order.
 
     Args:
-        calls: by label.
-        repeats: turns of each.
-        device: where the calls compute.
-        clock: seconds since some moment.
-        loops: how often a turn repeats each call, which is warm then; found by :func:`warm_up` otherwise.
+        calls: By label.
+        repeats: Number of rounds.
+        device: Where the calls compute.
+        clock: Seconds since some moment.
+        loops: Calls per round of each call, which has been warmed up; by default from :func:`warm_up`.
     """
     if loops is None:
         loops = {label: warm_up(call, device, clock) for label, call in calls.items()}

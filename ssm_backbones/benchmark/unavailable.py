@@ -1,10 +1,10 @@
-"""Why something is not measured."""
+"""Error for entries that are not available."""
 
 
 class Unavailable(RuntimeError):
-    """This machine lacks what an entry needs; the message says what."""
+    """Something that an entry needs is missing on this machine; the message names it."""
 
 
 def reason(error: BaseException) -> str:
-    """An error in a line."""
+    """Format an error as a line."""
     return f'{type(error).__name__}: {(str(error).strip() or "no message").splitlines()[0]}'

@@ -1,4 +1,4 @@
-"""Generate the shapes data set on disk: complete or not at all, and only once."""
+"""Generate the shapes data set on disk, atomically and only once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMATS: tuple[str, ...] = tuple(WRITERS)
 """Names of the formats, which are also the folders below the root."""
 
 VERSION = 1
-"""Goes up whenever the same options give other files, so that older ones are not taken for them."""
+"""Increased whenever the same options give other files, so that older data sets are regenerated."""
 
 MANIFEST = 'manifest.json'
 
@@ -30,25 +30,25 @@ def make_shapes(
     overwrite: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, bool]:
-    """Make sure that `root` holds the shapes data set in the given formats.
+    """Generate the shapes data set in the given formats below `root`, unless it exists.
 
-    Each format is written into a hidden folder beside its place and renamed when complete. A format that is there
-    with the same options is left alone. A second process waits for the first.
+    Each format is written to a hidden folder and renamed when complete. A format that exists with the same options is
+    kept. A second process waits for the first.
 
     Args:
-        root: folder that holds the formats' folders; made where missing.
-        options: what to generate; the defaults if None.
-        formats: some of `FORMATS`.
-        overwrite: write again what is there, and replace what was made with other options.
-        report: called with a line on what is being done.
+        root: Folder of the formats' folders; created if missing.
+        options: Options of the data set; the defaults if None.
+        formats: Some of `FORMATS`.
+        overwrite: Replace existing formats, also those generated with other options.
+        report: Called with a line on the progress.
 
     Returns:
-        For each format, whether it was written (False: it was there already).
+        For each format, whether it was written (False if it existed).
 
     Raises:
-        ValueError: no format, or an unknown one.
-        FileExistsError: a format's folder holds something else, or the same made with other options.
-        OSError: the files cannot be written.
+        ValueError: If no format is given, or an unknown one.
+        FileExistsError: If a format's folder has other content, or was generated with other options.
+        OSError: If the files cannot be written.
     """
     root = Path(root)
     options = options or ShapesOptions()

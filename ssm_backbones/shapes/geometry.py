@@ -22,10 +22,10 @@ class Shape:
     """A shape in the plane.
 
     Attributes:
-        label: index into `CLASSES`.
-        x, y: centre in pixels; pixel (row, column) has its centre at (column + 0.5, row + 0.5).
-        radius: radius in pixels of the circle around the shape.
-        distance: maps coordinates x, y (arrays that broadcast) to the signed distance.
+        label: Index into `CLASSES`.
+        x, y: Centre in pixels; pixel (row, column) has its centre at (column + 0.5, row + 0.5).
+        radius: Radius in pixels of the circle around the shape.
+        distance: Maps coordinates x, y (arrays that broadcast) to the signed distance.
     """
 
     label: int
@@ -36,7 +36,7 @@ class Shape:
 
 
 def make_shape(rng: ImageRng, label: int, x: float, y: float, radius: float) -> Shape:
-    """A shape of class `label` about (x, y), of random rotation and proportions."""
+    """Build a shape of class `label` about (x, y), of random rotation and proportions."""
     name = CLASSES[label]
     if name == 'disc':
         distance = _circle(x, y, radius)

@@ -1,4 +1,4 @@
-"""What to generate."""
+"""Options of the generated data sets."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _SEED_LIMIT = 2**32
 
 @dataclass(frozen=True)
 class ShapesOptions:
-    """What a generated data set depends on, and nothing else does it depend on.
+    """Options that fully determine a generated data set.
 
     Attributes:
         seed: 0 <= seed < 2**32; another seed gives other images.
-        train, val: images in each split, 1 to 1,000,000. More of them leave the first ones as they are.
+        train, val: Images in each split, 1 to 1,000,000. More of them leave the first ones as they are.
         size: (height, width) in pixels, each 64 to 4096.
         max_size: (height, width), at least `size`; the sides of each image are drawn from `size` to `max_size`.
             None means that all are of one size.
 
     Raises:
-        TypeError, ValueError: naming the field and its value.
+        TypeError, ValueError: Naming the field and its value.
     """
 
     seed: int = 0
@@ -42,7 +42,7 @@ class ShapesOptions:
 
     @property
     def largest(self) -> tuple[int, int]:
-        """The greatest (height, width) that an image may have."""
+        """Greatest (height, width) that an image may have."""
         return self.size if self.max_size is None else self.max_size
 
     def count(self, split: str) -> int:
@@ -50,7 +50,7 @@ class ShapesOptions:
         return {'train': self.train, 'val': self.val}[split]
 
     def as_json(self) -> dict[str, int | list[int]]:
-        """The options as JSON has them."""
+        """Return the options as JSON-serialisable values."""
         return {
             'seed': self.seed,
             'train': self.train,

@@ -12,9 +12,9 @@ class Outline:
     """A closed line along pixel edges.
 
     Attributes:
-        points: corners (x, y) in order; consecutive ones differ in one coordinate.
-        hole: whether it surrounds background.
-        area: pixels enclosed, holes not taken off.
+        points: Corners (x, y) in order; consecutive ones differ in one coordinate.
+        hole: Whether it surrounds background.
+        area: Pixels enclosed, holes not taken off.
     """
 
     points: list[tuple[int, int]]
@@ -23,12 +23,12 @@ class Outline:
 
 
 def trace(mask: np.ndarray) -> list[Outline]:
-    """Outlines of the mask's parts and of their holes, from top to bottom.
+    """Trace the outlines of the mask's parts and of their holes, from top to bottom.
 
     Parts are 8-connected: pixels that touch in a corner belong to one part, whose outline then passes there twice.
 
     Args:
-        mask: bool (height, width).
+        mask: Boolean (height, width).
     """
     padded = np.pad(mask, 1)
     upper_left, upper_right = padded[:-1, :-1], padded[:-1, 1:]
@@ -66,12 +66,12 @@ def trace(mask: np.ndarray) -> list[Outline]:
 
 
 def polygons(outlines: list[Outline]) -> list[list[int]]:
-    """COCO polygons [x0, y0, x1, y1, ...], one a part.
+    """Return COCO polygons [x0, y0, x1, y1, ...], one per part.
 
     pycocotools rasterises them to exactly the mask that was traced.
 
     Raises:
-        ValueError: an outline is a hole, which COCO's polygons cannot express.
+        ValueError: If an outline is a hole, which COCO's polygons cannot express.
     """
     if any(outline.hole for outline in outlines):
         raise ValueError('the mask has a hole: polygons cannot express it, use a run-length encoding')
@@ -79,7 +79,7 @@ def polygons(outlines: list[Outline]) -> list[list[int]]:
 
 
 def run_lengths(mask: np.ndarray) -> list[int]:
-    """COCO's uncompressed run lengths of a bool (height, width) mask: column by column, zeros first."""
+    """Return COCO's uncompressed run lengths of a bool (height, width) mask: column by column, zeros first."""
     flat = mask.ravel(order='F')
     changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     counts = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
@@ -87,7 +87,7 @@ def run_lengths(mask: np.ndarray) -> list[int]:
 
 
 def compress_counts(counts: list[int]) -> str:
-    """COCO's text form of run lengths.
+    """Encode run lengths in COCO's text form.
 
     From the fourth on, a run is stored as its difference to the one two before; each number is written in groups of
     five bits, lowest first, with a bit for "more follows", offset into printable ASCII.

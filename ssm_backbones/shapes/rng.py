@@ -19,7 +19,7 @@ class ImageRng:
 
     Args:
         seed: 0 <= seed < 2**32.
-        key: non-negative integers that name the image, such as (kind, split, index).
+        key: Non-negative integers that name the image, such as (kind, split, index).
     """
 
     def __init__(self, seed: int, key: Sequence[int]) -> None:
@@ -27,15 +27,15 @@ class ImageRng:
         self._random = np.random.Generator(np.random.PCG64(sequence)).random
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
-        """A float in [low, high)."""
+        """Draw a float in [low, high)."""
         return low + (high - low) * float(self._random())
 
     def log_uniform(self, low: float, high: float) -> float:
-        """A float in [low, high], its logarithm uniform."""
+        """Draw a float in [low, high) whose logarithm is uniform."""
         return round(low * (high / low) ** self.uniform(), 6)
 
     def integer(self, low: int, high: int) -> int:
-        """An integer in [low, high], both ends included."""
+        """Draw an integer in [low, high], both ends included."""
         return low + int(self._random() * (high - low + 1))
 
     def chance(self, probability: float) -> bool:
@@ -43,7 +43,7 @@ class ImageRng:
         return float(self._random()) < probability
 
     def choice(self, options: Sequence[T]) -> T:
-        """One of the options, all equally likely."""
+        """Draw one of the options, all equally likely."""
         return options[self.integer(0, len(options) - 1)]
 
     def direction(self) -> tuple[float, float]:
@@ -51,7 +51,7 @@ class ImageRng:
         return unit_vector(self.uniform(0.0, 360.0))
 
     def array(self, *shape: int) -> np.ndarray:
-        """float64 array of the shape, uniform in [0, 1)."""
+        """Draw a float64 array of the shape, uniform in [0, 1)."""
         return self._random(shape)
 
 

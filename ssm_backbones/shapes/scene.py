@@ -1,4 +1,4 @@
-"""Draws one image: shapes over a background, with the truth about each visible part."""
+"""Draw one image: shapes over a background, with annotations of each visible part."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Instance:
     """What is visible of one object, or of a crowd of tiny ones.
 
     Attributes:
-        label: index into `CLASSES`.
-        mask: bool (height, width).
-        crowd: whether it is a group too dense to be told apart.
+        label: Index into `CLASSES`.
+        mask: Boolean (height, width).
+        crowd: Whether it is a group too dense to be told apart.
     """
 
     label: int
@@ -45,8 +45,8 @@ class Scene:
 
     Attributes:
         image: uint8 (height, width, 3), RGB.
-        instances: visible objects, which share no pixel.
-        clutter: bool (height, width): lines, dots and blobs that belong to no class and no instance.
+        instances: Visible objects, which share no pixel.
+        clutter: Boolean (height, width): lines, dots and blobs that belong to no class and no instance.
     """
 
     image: np.ndarray
@@ -55,13 +55,13 @@ class Scene:
 
 
 def draw_scene(seed: int, split: str, index: int, size: tuple[int, int], max_size: tuple[int, int]) -> Scene:
-    """An image of several objects that hide one another in part.
+    """Draw an image of several objects that partly occlude one another.
 
     Args:
         seed: 0 <= seed < 2**32.
         split: "train" or "val"; they share no random stream.
-        index: number of the image in its split, from 0. An image does not depend on how many are made.
-        size, max_size: least and greatest (height, width) in pixels; each side is drawn between them.
+        index: Number of the image in its split, from 0. An image does not depend on how many are made.
+        size, max_size: Least and greatest (height, width) in pixels; each side is drawn between them.
     """
     rng = ImageRng(seed, (0, SPLITS.index(split), index))
     height, width = (rng.integer(low, high) for low, high in zip(size, max_size, strict=True))
@@ -76,7 +76,7 @@ def draw_scene(seed: int, split: str, index: int, size: tuple[int, int], max_siz
 def draw_portrait(
     seed: int, split: str, index: int, label: int, size: tuple[int, int], max_size: tuple[int, int]
 ) -> Scene:
-    """An image of one large object of class `label`; the other arguments are those of `draw_scene`."""
+    """Draw an image of one large object of class `label`; the other arguments are those of `draw_scene`."""
     rng = ImageRng(seed, (1, SPLITS.index(split), index))
     height, width = (rng.integer(low, high) for low, high in zip(size, max_size, strict=True))
     canvas = _Canvas(rng, height, width)
@@ -147,7 +147,7 @@ class _Canvas:
         self.instances.append(Instance(label, mask, crowd=True))
 
     def finish(self) -> Scene:
-        """Adds clutter, background, light and noise behind and over the objects."""
+        """Add clutter, background, light and noise."""
         rng, height, width = self.rng, self.height, self.width
         before = self.transmittance.copy()
         for _ in range(rng.integer(0, 4)):

@@ -14,7 +14,7 @@ TEXTURES: tuple[str, ...] = ('flat', 'stripes', 'checker', 'noise', 'gradient')
 
 
 def pick_colour(rng: ImageRng, unlike: Sequence[Colour], gap: float) -> Colour:
-    """A vivid RGB colour (0..1) at least `gap` from each of `unlike`, or the farthest of 12 draws."""
+    """Draw a vivid RGB colour (0..1) at least `gap` from each of `unlike`, or the farthest of 12 draws."""
     best: Colour = (0.0, 0.0, 0.0)
     best_gap = -1.0
     for _ in range(12):
@@ -28,12 +28,12 @@ def pick_colour(rng: ImageRng, unlike: Sequence[Colour], gap: float) -> Colour:
 
 
 def muted_colour(rng: ImageRng) -> Colour:
-    """A weakly saturated RGB colour (0..1), for backgrounds."""
+    """Draw a weakly saturated RGB colour (0..1), for backgrounds."""
     return colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.0, 0.45), rng.uniform(0.15, 0.9))
 
 
 def shift_colour(rng: ImageRng, colour: Colour, amount: float) -> Colour:
-    """The colour made lighter or darker by `amount`, whichever has room, with its channels a little apart."""
+    """Make the colour lighter or darker by `amount`, whichever has room, and vary its channels a little."""
     step = amount if sum(colour) < 1.5 else -amount
     red, green, blue = (min(1.0, max(0.0, channel + step * rng.uniform(0.7, 1.3))) for channel in colour)
     return red, green, blue
@@ -42,13 +42,13 @@ def shift_colour(rng: ImageRng, colour: Colour, amount: float) -> Colour:
 def texture(
     rng: ImageRng, kind: str, height: int, width: int, colours: tuple[Colour, Colour], period: float
 ) -> np.ndarray:
-    """A field of two colours.
+    """Draw a field of two colours.
 
     Args:
-        kind: one of `TEXTURES`.
-        height, width: size in pixels.
-        colours: the two RGB colours (0..1); `flat` takes the first alone.
-        period: width of a pair of stripes, or size of a cell of noise, in pixels; at least 4.
+        kind: One of `TEXTURES`.
+        height, width: Size in pixels.
+        colours: The two RGB colours (0..1); `flat` takes the first alone.
+        period: Width of a pair of stripes, or size of a cell of noise, in pixels; at least 4.
 
     Returns:
         float64 (height, width, 3) in [0, 1].

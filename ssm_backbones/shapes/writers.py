@@ -70,7 +70,7 @@ def write_coco(folder: Path, options: ShapesOptions) -> None:
 
 
 def coco_annotation(instance: Instance, image_id: int, annotation_id: int) -> dict[str, Any]:
-    """One entry of COCO's `annotations`; the area and the box (x, y, width, height) are those of the mask's pixels."""
+    """Build an entry of COCO's `annotations`; area and box (x, y, width, height) are those of the mask's pixels."""
     mask = instance.mask
     outlines = trace(mask)
     segmentation: list[list[int]] | dict[str, Any]
@@ -115,7 +115,7 @@ def write_ade20k(folder: Path, options: ShapesOptions) -> None:
 
 
 def label_map(scene: Scene) -> np.ndarray:
-    """ADE20K's labels, uint8 (height, width): 0 "other" (clutter, ignored), i + 1 for class i of `SEG_CLASSES`."""
+    """Return ADE20K's labels, uint8 (height, width): 0 "other" (ignored), i + 1 for class i of `SEG_CLASSES`."""
     labels = np.ones(scene.clutter.shape, dtype=np.uint8)
     labels[scene.clutter] = 0
     for instance in scene.instances:
@@ -126,7 +126,7 @@ def label_map(scene: Scene) -> np.ndarray:
 def write_imagenet(folder: Path, options: ShapesOptions) -> None:
     """Write images of one object each in ImageNet's layout: `{train,val}/WNID/*.JPEG`.
 
-    Classes take turns, so that all are as frequent. `LOC_synset_mapping.txt` says which folder is which class.
+    Classes alternate, so that all are equally frequent. `LOC_synset_mapping.txt` maps folders to classes.
     """
     for split in SPLITS:
         for wnid in WNIDS:
