@@ -1,9 +1,8 @@
-"""Make or complete the virtual environment: pinned packages, compiled ops. ``make setup`` runs it.
+"""Create or complete the virtual environment: pinned packages and compiled ops (``make setup``).
 
-It is the one file that runs before anything is installed: standard library only, and its syntax is that of Python 3.6,
-so that an old Python can say that it is too old. Every step leaves a stamp in the environment, a hash of what the step
-depends on; a step whose stamp still holds is not run again, and an interrupted set-up carries on at the first that
-has none.
+This file runs before anything is installed: it uses only the standard library and the syntax of Python 3.6, so that an
+old Python gets a clear error. Every step leaves a stamp in the environment, a hash of its inputs. Steps with a valid
+stamp are skipped, so that an interrupted set-up continues at the first step without one.
 """
 
 import argparse
@@ -49,15 +48,15 @@ CAUSES = [
 
 
 class SetupError(Exception):
-    """The set-up cannot go on; the message is one line that ends in the remedy."""
+    """An error that ends the set-up; the message is one line that ends in the remedy."""
 
 
 class StepFailed(Exception):
-    """A command failed; its argument is what it printed."""
+    """A failed command; the argument is its output."""
 
 
 def check_python(include):
-    """Refuse to make an environment of a Python without the venv module, its pip, or its folder of C headers."""
+    """Check that Python has the venv module, its pip, and C headers."""
     missing = ['module {}'.format(name) for name in ('venv', 'ensurepip') if importlib.util.find_spec(name) is None]
     if not os.path.exists(os.path.join(include, 'Python.h')):
         missing.append('file {}/Python.h'.format(include))
@@ -69,7 +68,7 @@ def check_python(include):
 
 
 def find_compiler(environ):
-    """The C++ compiler's command: CXX where it is set, else the first of c++, g++, clang++ that is there."""
+    """Return the C++ compiler's command: CXX if set, else the first of c++, g++, clang++ that exists."""
     wanted = [shlex.split(environ['CXX'])] if environ.get('CXX') else [['c++'], ['g++'], ['clang++']]
     found = next((command for command in wanted if shutil.which(command[0], path=environ.get('PATH'))), None)
     if found is None:
@@ -95,7 +94,7 @@ def find_compiler(environ):
 
 
 def diagnose(output, log):
-    """One line with cause and remedy for what a failed command printed."""
+    """Return one line with cause and remedy for the output of a failed command."""
     for pattern, cause in CAUSES:
         if re.search(pattern, output, re.IGNORECASE):
             return '{}, and run the same command again (full log: {})'.format(cause, log)
@@ -105,18 +104,18 @@ def diagnose(output, log):
 
 
 def spell(seconds):
-    """A duration for people."""
+    """Format a duration."""
     minutes, seconds = divmod(int(seconds), 60)
     return '{} min {} s'.format(minutes, seconds) if minutes else '{} s'.format(seconds)
 
 
 def say(text):
-    """Print at once, also into a pipe."""
+    """Print and flush, also into a pipe."""
     print(text, flush=True)
 
 
 def progress(log):
-    """The last thing a log tells: a compiler's count where there is one, else its last line."""
+    """Return the last progress in a log: a compiler's count if there is one, else the last line."""
     with open(log, 'rb') as stream:
         stream.seek(max(0, os.path.getsize(log) - 4096))
         tail = stream.read().decode(errors='replace')
@@ -125,7 +124,7 @@ def progress(log):
 
 
 def run_logged(argv, log, environ, keep=()):
-    """Run a command with its output in a log, saying now and then how far it is, and return what it printed.
+    """Run a command with its output in a log, report its progress from time to time, and return its output.
 
     It inherits the open files ``keep``, so that a lock outlives a killed set-up while its command runs on.
     """
@@ -151,7 +150,7 @@ def run_logged(argv, log, environ, keep=()):
             except subprocess.TimeoutExpired:
                 say('      {} so far: {}'.format(spell(time.monotonic() - began), progress(log)))
     except BaseException:
-        # With everything that it started.
+        # Including its child processes.
         for number in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
@@ -170,11 +169,11 @@ class Setup:
     """The set-up of one virtual environment.
 
     Args:
-        venv: its folder.
+        venv: Folder of the environment.
         stack: 'openmmlab' or 'onedl'.
-        same_python: refuse an existing environment of another Python version than the running one.
-        run: runs a command, as run_logged does.
-        environ: the environment variables.
+        same_python: Refuse an existing environment of another Python version than the running one.
+        run: Runs a command, as run_logged does.
+        environ: The environment variables.
     """
 
     def __init__(self, venv, stack, same_python=False, run=run_logged, environ=os.environ):
@@ -376,7 +375,7 @@ class Setup:
             self._pip('--force-reinstall', '--no-deps', 'opencv-python-headless')
 
     def _cuda_for_mmcv(self):
-        """Whether mmcv can be compiled for the GPU; says why not where there is one."""
+        """Return whether mmcv can be compiled for the GPU; if a GPU exists, print why not."""
         output = self._python('-c', 'import torch; print(torch.cuda.is_available(), torch.version.cuda)')
         available, wanted = output.split()[-2:]
         if available != 'True':
@@ -393,7 +392,7 @@ class Setup:
         return False
 
     def _ops_in_place(self):
-        """Whether the compiled library on disk is of these sources and the installed torch."""
+        """Return whether the compiled library matches these sources and the installed torch."""
         folder = os.path.join(ROOT, 'cuda_ops')
         spec = importlib.util.spec_from_file_location('cuda_ops_build', os.path.join(folder, '_build.py'))
         build = importlib.util.module_from_spec(spec)
@@ -453,7 +452,7 @@ CHECK_MMCV = (
 
 
 def nvcc_version(environ):
-    """The CUDA toolkit's version, such as 13.0, of CUDA_HOME or on the path, or None."""
+    """Return the CUDA toolkit's version, such as 13.0, of CUDA_HOME or on the path, or None."""
     home = environ.get('CUDA_HOME')
     nvcc = shutil.which('nvcc', path=os.path.join(home, 'bin') if home else environ.get('PATH'))
     output = subprocess.check_output([nvcc, '--version']).decode() if nvcc else ''
@@ -462,14 +461,14 @@ def nvcc_version(environ):
 
 
 def compile_jobs():
-    """Compilers to run at once: one a core, as far as the memory goes."""
+    """Return the number of parallel compilers: one per core, limited by memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9
     return max(1, min(cores, int(memory / GIGABYTES_PER_JOB)))
 
 
 def interrupt(number, frame):
-    """Treat being asked to end like Ctrl-C."""
+    """Raise KeyboardInterrupt on SIGTERM, as on Ctrl-C."""
     raise KeyboardInterrupt
 
 

@@ -25,7 +25,7 @@ _TYPES = {'f': 'float32', '6__half': 'float16', '13__nv_bfloat16': 'bfloat16'}
 
 @dataclass(frozen=True)
 class Usage:
-    """What one kernel takes on one architecture; shared memory is what is known when compiling."""
+    """Resources of one kernel on one architecture; shared memory is the static part."""
 
     kernel: str
     arch: str
@@ -37,12 +37,12 @@ class Usage:
 
     @property
     def spills(self) -> bool:
-        """Whether something lies in local memory."""
+        """Whether registers are spilled or a stack frame is used."""
         return bool(self.stack or self.spill_stores or self.spill_loads)
 
 
 def readable_name(symbol: str) -> str:
-    """``scan_forward<bfloat16, 16>`` for the symbol of such a kernel."""
+    """Return e.g. ``scan_forward<bfloat16, 16>`` for a kernel's symbol."""
     rest, names = symbol.removeprefix('_ZN'), []
     while match := re.match(r'\d+', rest):
         end = match.end() + int(match.group())
@@ -62,7 +62,7 @@ def parse(log: str) -> list[Usage]:
     """Read the reports of ``ptxas -v``.
 
     Raises:
-        ValueError: if there is no report in ``log``, or one that is not understood.
+        ValueError: If there is no report in ``log``, or one that is not understood.
     """
     usages = []
     for entry in re.split(r'(?=ptxas info\s*: Compiling entry function )', log)[1:]:
@@ -95,14 +95,14 @@ def compile_reports(
     """Compile every ``.cu`` file for every architecture.
 
     Args:
-        nvcc: the compiler.
-        archs: compute capabilities without a dot, such as ``90``.
-        host: the options that name the host compiler, none for nvcc's choice.
-        csrc: the sources.
-        jobs: compilers to run at a time.
+        nvcc: The compiler.
+        archs: Compute capabilities without a dot, such as ``90``.
+        host: The options that name the host compiler, none for nvcc's choice.
+        csrc: The sources.
+        jobs: Compilers to run at a time.
 
     Raises:
-        RuntimeError: with the compiler's messages, if a file does not compile.
+        RuntimeError: With the compiler's messages, if a file does not compile.
     """
     flags = _build_module().NVCC_FLAGS
 

@@ -20,7 +20,7 @@ OTHER = ('-E', '-S', '-M', '-MM', '-x', '-include', '-fsyntax-only', '-')
 
 
 def shared_flags(arguments):
-    """The flags of a compilation of one C++ file but for its names; None for anything else."""
+    """Return the flags of a compilation of one C++ file without its file names; None for other commands."""
     flags, sources, rest = [], 0, iter(arguments)
     for argument in rest:
         if argument in OTHER or argument.startswith('@'):
@@ -35,9 +35,9 @@ def shared_flags(arguments):
 
 
 def precompile(folder, header, compiler, flags):
-    """The file to include first, whose compiled form lies beside it for exactly these flags; None without one.
+    """Return the header to include first, precompiled for exactly these flags, or None if that fails.
 
-    A header that was interrupted was never renamed, so it is made anew; one that fails is not tried again.
+    An interrupted precompilation is repeated, because headers are renamed when complete; a failed one is not.
     """
     key = hashlib.sha256('\0'.join([header, *compiler, *flags]).encode()).hexdigest()[:16]
     path = os.path.join(folder, key + '.h')
@@ -67,7 +67,7 @@ def main(folder, header, *rest):
         command.append('-g0')
         precompiled = precompile(folder, header, compiler, flags) if header else None
         if precompiled:
-            # The warning tells in the log where the compiler does not take it.
+            # A warning in the log shows if the compiler does not use it.
             command += ['-Winvalid-pch', '-include', precompiled]
     os.execvp(command[0], command)
 

@@ -1,4 +1,4 @@
-"""The demo of each family and task: generate data, train a small model on it, evaluate, and show what it learnt."""
+"""Demos of each family and task: generate data, train a small model, evaluate it, and report the results."""
 
 from ssm_backbones.demo.catalogue import DEMOS, Demo
 from ssm_backbones.demo.run import run_demo

@@ -1,4 +1,4 @@
-"""What there is to be demonstrated: a table by family and task."""
+"""Table of the demos by family and task."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ssm_backbones.shapes.options import ShapesOptions
 
 @dataclass(frozen=True)
 class Task:
-    """What the families' demos of one task have in common.
+    """Settings that the demos of one task share.
 
     Attributes:
-        summary: what is learnt, in a few words.
-        data_format: which of the generated formats is read.
-        options: what is generated.
-        figures: the figures to report: shown name by logged name.
-        scale: factor that makes fractions of the logged figures.
-        samples: glob pattern, below the data's folder, of the few held-out images whose feature maps are shown.
-        dump: name of what ``tools/test.py --out`` writes: a file, or a folder of label maps.
-        show: draws held-out images with truth and prediction: ``show(cfg, dump, heading, path)``.
+        summary: Short description of the task.
+        data_format: Name of the generated format to read.
+        options: Options of the generated data.
+        figures: The figures to report: shown name by logged name.
+        scale: Factor that converts the logged figures to fractions.
+        samples: Glob pattern, below the data's folder, of the few held-out images whose feature maps are shown.
+        dump: Name of the output of ``tools/test.py --out``: a file, or a folder of label maps.
+        show: Function that draws held-out images with truth and prediction: ``show(cfg, dump, heading, path)``.
     """
 
     summary: str
@@ -39,7 +39,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Demo:
-    """One row of the table: a task, and the config file below the checkout's root that learns it."""
+    """A task and the path of its config file, relative to the checkout's root."""
 
     task: Task
     config: str
@@ -100,4 +100,4 @@ DEMOS: dict[tuple[str, str], Demo] = {
     }.items()
     for task, name in names.items()
 }
-"""The demos there are, by (family, task)."""
+"""All demos, by (family, task)."""

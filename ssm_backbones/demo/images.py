@@ -1,4 +1,4 @@
-"""Held-out images with the truth beside what a model predicts, for each task."""
+"""Draw held-out images with truth and prediction, for each task."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ssm_backbones.visualization.sheets import (
 
 SHOWN_IMAGES = 12
 SHOWN_SCORE = 0.5
-# What the label maps' loaders ignore.
+# Label that the loaders of label maps ignore.
 _IGNORED = 255
 
 
@@ -30,10 +30,10 @@ def show_detections(cfg: Config, dump: Path, heading: str, path: Path) -> None:
     """Draw objects.
 
     Args:
-        cfg: an mmdet config whose test set is in COCO's format.
-        dump: what ``tools/test.py --out`` wrote for it.
-        heading: the heading of the sheet.
-        path: the image to write.
+        cfg: An mmdet config whose test set is in COCO's format.
+        dump: Output of ``tools/test.py --out`` for that config.
+        heading: The heading of the sheet.
+        path: The image to write.
     """
     from pycocotools import mask as rle
     from pycocotools.coco import COCO
@@ -74,7 +74,7 @@ def show_label_maps(cfg: Config, dump: Path, heading: str, path: Path) -> None:
     pairs = []
     for found in sorted(dump.glob('*.png'))[:SHOWN_IMAGES]:
         image = _read(root / prefix.img_path / f'{found.stem}.jpg')
-        # Stored one higher than they count: 0 is ADE20K's "other", which becomes 255, the ignored label.
+        # Labels are stored plus one: 0 is ADE20K's "other", which becomes 255, the ignored label.
         maps = [_read_labels(file) - 1 for file in (root / prefix.seg_map_path / found.name, found)]
         drawn = [draw_label_map(image, labels, palette, ignored=_IGNORED, zoom=3) for labels in maps]
         pairs.append((drawn[0], drawn[1]))
@@ -97,14 +97,14 @@ def show_classes(cfg: Config, dump: Path, heading: str, path: Path) -> None:
 
 
 def show_features(config: str, checkpoint: Path, images: str, export: Path, path: Path) -> None:
-    """Export the backbone's maps of some images, and draw each level's principal components beside them.
+    """Export the backbone's maps of some images, and draw each level's principal components next to them.
 
     Args:
-        config: the config file.
-        checkpoint: the model's.
-        images: glob pattern.
-        export: folder to export to.
-        path: the image to write.
+        config: The config file.
+        checkpoint: The model's checkpoint.
+        images: Glob pattern of the images.
+        export: Folder to export to.
+        path: The image to write.
     """
     from PIL import Image
 

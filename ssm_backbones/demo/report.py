@@ -1,4 +1,4 @@
-"""The demos' page: what was reached and what it looks like, in one HTML file that needs no network."""
+"""Report of the demos: results and images in one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ssm_backbones.utils.files import write_atomic
 
 REPORT = 'report.html'
 RESULTS = 'results.json'
-# File, heading, and what is to be seen; an image that a run has not made is left out.
+# File, heading and caption; images that a run has not written are left out.
 _IMAGES = (
     ('predictions.png', 'Predictions', 'Held-out images: the truth beside what the model finds.'),
     ('curves.png', 'Training', 'Losses on the training images, metrics on the held-out ones.'),
@@ -61,11 +61,11 @@ code { font-family: ui-monospace, monospace; font-size: .9em; }
 
 
 def describe_run() -> dict[str, str]:
-    """Versions and machine, as the page tells them."""
+    """Return versions and machine, for the page."""
     installed = {name.lower(): each.version for each in distributions() if (name := each.metadata['Name'])}
     found = {'Python': platform.python_version()}
     for name in _PACKAGES:
-        # The maintained forks go by the same names behind a prefix.
+        # The maintained forks have the same names with a prefix.
         for distribution in (name, f'onedl-{name}'):
             if distribution in installed:
                 found[distribution] = installed[distribution]
@@ -77,13 +77,13 @@ def write_report(folder: str | Path) -> Path:
     """Write ``report.html`` about every finished demo below a folder.
 
     Args:
-        folder: with a folder ``<family>-<task>`` for each demo, which holds ``results.json`` and images.
+        folder: Folder with a subfolder ``<family>-<task>`` for each demo, with ``results.json`` and images.
 
     Returns:
-        Where the page is.
+        The path of the page.
 
     Raises:
-        FileNotFoundError: if no demo has been finished there.
+        FileNotFoundError: If the folder has no finished demo.
     """
     folder = Path(folder)
     runs = {key: folder / '-'.join(key) for key in DEMOS if (folder / '-'.join(key) / RESULTS).is_file()}
@@ -132,7 +132,7 @@ def _table(rows: Mapping[str, str]) -> str:
 
 
 def _inline(path: Path) -> str:
-    """An image as a data URL, as JPEG and not wider than the page can show."""
+    """Encode an image as a data URL, as JPEG of at most the page's width."""
     from PIL import Image
 
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""A demo's run. Everything goes through what users have: the generator, ``tools/train.py`` and an ordinary config."""
+"""Run a demo through the public tools: the generator, ``tools/train.py`` and an ordinary config."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from ssm_backbones.visualization.curves import read_history, save_curves
 def run_demo(family: str = 'vmamba', task: str = 'det', fresh: bool = False) -> dict[str, float]:
     """Run a demo in the current directory, which has to be the root of a checkout.
 
-    The data go to ``data/shapes/``, everything else to ``demo/<family>-<task>/``, and ``demo/report.html`` tells of
-    all demos that have been run. A run that was interrupted is carried on; one that was finished with the same data
-    and config is only reported.
+    The data are written to ``data/shapes/``, everything else to ``demo/<family>-<task>/``, and ``demo/report.html``
+    reports all demos that have been run. An interrupted run is resumed; a finished one with the same data and config is
+    only reported.
 
     Args:
         family: The backbone's family: ``'vmamba'``, ``'v2m'`` or ``'mamba2d'``.
-        task: ``'det'``, ``'seg'`` or ``'cls'``; :data:`~ssm_backbones.demo.catalogue.TASKS` says what they are.
-        fresh: Drop what earlier runs left and start anew.
+        task: ``'det'``, ``'seg'`` or ``'cls'``, see :data:`~ssm_backbones.demo.catalogue.TASKS`.
+        fresh: Remove the results of earlier runs first.
 
     Returns:
-        The figures reached by their logged names, as fractions.
+        The metrics by their logged names, as fractions.
 
     Raises:
-        CommandError: If there is no such demo, or data, training or evaluation fail.
+        CommandError: If the demo does not exist, or data, training or evaluation fail.
     """
     if (family, task) not in DEMOS:
         families, tasks = (', '.join(dict.fromkeys(names)) for names in zip(*DEMOS, strict=True))
@@ -115,7 +115,7 @@ def _train(config: str, cfg: Config, work_dir: Path) -> None:
 
 
 def _run(command: Sequence[str]) -> int:
-    """Run a command, which does not outlive this process where it is asked to end; return the exit status."""
+    """Run a command, which is terminated on SIGTERM with this process; return the exit status."""
     with interrupt_on_sigterm():
         process = subprocess.Popen(command)
         try:
@@ -157,7 +157,7 @@ class Times:
     """Seconds of the parts of a run.
 
     Attributes:
-        seconds: by part, in order.
+        seconds: By part, in order.
     """
 
     def __init__(self) -> None:
@@ -165,14 +165,14 @@ class Times:
         self._last = time.monotonic()
 
     def lap(self, name: str) -> None:
-        """What was done since the last call was this."""
+        """Record the time since the last call for a part."""
         now = time.monotonic()
         self.seconds[name] = now - self._last
         self._last = now
 
     @property
     def total(self) -> float:
-        """Seconds of all parts."""
+        """Return the seconds of all parts."""
         return sum(self.seconds.values())
 
 

@@ -1,7 +1,7 @@
-"""``python -m ssm_backbones``: what is installed, what serves which device, and what needs fixing, on one page.
+"""Report of ``python -m ssm_backbones``: installed versions, backends of each device, and problems with remedies.
 
-Nothing but the standard library is imported before the page is being made, and relatively: it is printed where the
-package that it belongs to cannot be imported as well.
+Only the standard library is imported at module level, and relative imports are used, so that the report also works if
+the package itself cannot be imported.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# Relative: the doctor also runs on its own, where the package around it cannot be imported.
+# Relative imports: the doctor also runs alone, if the package cannot be imported.
 from . import hosts, machine
 from .line import Line, short
 
@@ -20,14 +20,14 @@ Section = tuple[str, list[Line]]
 
 
 def main() -> int:
-    """Print the page; 1 where something that a config needs is broken, else 0."""
+    """Print the report and return 1 if something that a config needs is broken, else 0."""
     sections = examine()
     print(render(sections))
     return int(any(line.broken for _, lines in sections for line in lines))
 
 
 def examine() -> list[Section]:
-    """All findings, by section."""
+    """Return all findings, by section."""
     torch, torch_line = machine.import_torch()
     found = hosts.installed()
     base = [machine.python_line(), torch_line, machine.numpy_line(torch), hosts.mmengine_line(), hosts.package_line()]
@@ -44,7 +44,7 @@ def examine() -> list[Section]:
 
 
 def backend_lines() -> list[Line]:
-    """Tell what serves each device."""
+    """Return the backend of each device."""
     status = importlib.import_module('cuda_ops').backend_status()
     lines = [Line('compiled library', status.library)]
     for name, device in status.devices.items():
@@ -55,13 +55,13 @@ def backend_lines() -> list[Line]:
 
 
 def self_test(torch: Any) -> list[Line]:
-    """Each op on each device, see :mod:`ssm_backbones.doctor.selftest`."""
+    """Test each op on each device, see :mod:`ssm_backbones.doctor.selftest`."""
     selftest = importlib.import_module('.selftest', __name__)
     return selftest.examine_ops(['cpu', *(['cuda'] if torch.cuda.is_available() else [])])
 
 
 def render(sections: Sequence[Section]) -> str:
-    """The page as text: what is broken is marked, and what can be done stands below each finding."""
+    """Format the report as text: broken findings are marked, and remedies are below the findings."""
     page = []
     for title, lines in sections:
         page.append(title)
@@ -81,8 +81,8 @@ def _wrapped(head: str, text: str) -> list[str]:
 
 
 def _guarded(label: str, lines: Callable[[], list[Line]]) -> list[Line]:
-    """These lines, or in their place why there are none."""
+    """Return the lines of a function, or a line with its error."""
     try:
         return lines()
     except Exception as error:
-        return [Line(label, short(error), 'install the package anew', broken=True)]
+        return [Line(label, short(error), 'reinstall the package', broken=True)]

@@ -1,4 +1,4 @@
-"""torchvision, mmengine and the host libraries: which are there, from which stack, and whether they work."""
+"""Check torchvision, mmengine and the host libraries: versions, stack, and whether they work."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from .line import Line, short
 
-# By module: OpenMMLab's own distribution, and the fork's.
+# Distributions by module: OpenMMLab's own and the fork's.
 DISTRIBUTIONS = {
     'mmengine': ('mmengine', 'onedl-mmengine'),
     'mmcv': ('mmcv', 'onedl-mmcv'),
@@ -31,7 +31,7 @@ _ANEW = 'make a fresh environment: make setup, or make setup STACK=onedl'
 
 
 def installed() -> dict[str, str]:
-    """The version of each installed distribution that matters here, by its name."""
+    """Return the version of each relevant installed distribution, by its name."""
     found = {}
     for name in ('torchvision', 'mmcv-lite', *(name for names in DISTRIBUTIONS.values() for name in names)):
         try:
@@ -42,7 +42,7 @@ def installed() -> dict[str, str]:
 
 
 def stack_lines(found: Mapping[str, str]) -> list[Line]:
-    """Which stack the distributions are of, and what comes of a mixture."""
+    """Report the stack of the distributions, and mixtures of stacks."""
     own = [names[0] for names in DISTRIBUTIONS.values() if names[0] in found]
     forks = [names[1] for names in DISTRIBUTIONS.values() if names[1] in found]
     twice = [module for module, names in DISTRIBUTIONS.items() if all(name in found for name in names)]
@@ -60,7 +60,7 @@ def stack_lines(found: Mapping[str, str]) -> list[Line]:
 
 
 def mmengine_line() -> Line:
-    """Whether mmengine is there: the package needs it."""
+    """Report whether mmengine, which the package needs, is installed."""
     try:
         version = importlib.import_module('mmengine').__version__
         return Line('mmengine', version)
@@ -70,7 +70,7 @@ def mmengine_line() -> Line:
 
 
 def package_line() -> Line:
-    """Whether this package imports, where it did not have to for the page to be printed."""
+    """Report whether this package imports, which the report itself does not require."""
     try:
         package = importlib.import_module('ssm_backbones')
     except Exception as error:
@@ -79,7 +79,7 @@ def package_line() -> Line:
 
 
 def loading_line(torch: Any) -> Line:
-    """Whether ``torch.load`` reads by its default what mmengine saves."""
+    """Report whether ``torch.load`` reads mmengine's checkpoints by default."""
     name = 'torch.load'
     try:
         buffer = importlib.import_module('mmengine.logging').HistoryBuffer([1.0], [1])
@@ -94,14 +94,14 @@ def loading_line(torch: Any) -> Line:
 
 
 def host_lines(found: Mapping[str, str], names: Sequence[str] = PROBED) -> list[Line]:
-    """A line for each library: its version and how it works, tried in a process of its own."""
+    """Report each library's version and whether it works, tested in a new process."""
     there = [name for name in names if importlib.util.find_spec(name) is not None]
     answers = probe(there)
     return [_host_line(name, _version(name, found), answers.get(name)) for name in names]
 
 
 def probe(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Import libraries elsewhere; one that ends the process, or that takes too long, is told as its error."""
+    """Import libraries in new processes; a crash or a timeout is returned as the library's error."""
     answers: dict[str, dict[str, Any]] = {}
     left = list(names)
     while left:
@@ -167,7 +167,7 @@ def _host_line(name: str, version: str | None, answer: Mapping[str, Any] | None)
 
 
 def _remedy(name: str, error: str) -> str:
-    """What helps against the errors that are known."""
+    """Return the remedy of a known error."""
     if 'incompatible' in error:
         return f'install the version that it asks for, or the one of {name} that takes yours; {_ANEW}'
     if 'pkg_resources' in error:

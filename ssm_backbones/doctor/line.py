@@ -1,4 +1,4 @@
-"""What the page is made of."""
+"""Findings of the report."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ class Line:
     """One finding.
 
     Attributes:
-        label: What it is about.
-        text: What was found.
-        remedy: What to do, if anything can be.
-        broken: Whether it keeps a config from working.
+        label: Subject of the finding.
+        text: The finding.
+        remedy: What to do, if there is a remedy.
+        broken: Whether it prevents a config from working.
     """
 
     label: str
@@ -23,7 +23,7 @@ class Line:
 
 
 def short(error: BaseException | str, width: int = 300) -> str:
-    """An error in one line: its type and what it says first."""
+    """Format an error in one line: its type and the first line of its message."""
     if isinstance(error, BaseException):
         said = str(error).strip()
         error = f'{type(error).__name__}: {said}' if said else type(error).__name__

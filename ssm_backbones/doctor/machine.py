@@ -1,4 +1,4 @@
-"""Python, PyTorch, NumPy, the compilers and the GPUs."""
+"""Check Python, PyTorch, NumPy, the compilers and the GPUs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TORCH_REMEDY = 'install it anew, as https://pytorch.org says'
 
 
 def import_torch() -> tuple[Any, Line]:
-    """PyTorch, or None where it does not import, and the line on it."""
+    """Return PyTorch, or None if it cannot be imported, and a line on it."""
     try:
         torch = importlib.import_module('torch')
         torch.ones(2).sum().item()
@@ -25,19 +25,19 @@ def import_torch() -> tuple[Any, Line]:
 
 
 def torch_build(torch: Any) -> str:
-    """What a torch was built for, in words."""
+    """Describe the platform that a torch was built for."""
     if getattr(torch.version, 'hip', None):
         return f'built for ROCm {torch.version.hip}'
     return f'built for CUDA {torch.version.cuda}' if torch.version.cuda else 'a CPU build'
 
 
 def python_line() -> Line:
-    """Which Python runs."""
+    """Report the running Python."""
     return Line('Python', f'{platform.python_version()}, {sys.executable}')
 
 
 def numpy_line(torch: Any) -> Line:
-    """NumPy's version, and whether PyTorch can use it."""
+    """Report NumPy's version, and whether PyTorch can use it."""
     try:
         numpy = importlib.import_module('numpy')
         if torch is not None:
@@ -48,7 +48,7 @@ def numpy_line(torch: Any) -> Line:
 
 
 def compiler_lines() -> list[Line]:
-    """The compilers that the ops would be built with. Nothing that is built already needs them."""
+    """Report the compilers that the ops would be built with; built ops do not need them."""
     build = importlib.import_module('cuda_ops._build')
     try:
         command = build.find_compiler()
@@ -63,7 +63,7 @@ def compiler_lines() -> list[Line]:
 
 
 def gpu_lines(torch: Any) -> list[Line]:
-    """The GPUs by PyTorch, and the driver's word where PyTorch sees none."""
+    """Report the GPUs that PyTorch sees, or the driver's message if it sees none."""
     driver = _ask_driver()
     lines = [Line('driver', '; '.join(driver) if driver else 'no NVIDIA driver answers (nvidia-smi)')]
     if torch is None:

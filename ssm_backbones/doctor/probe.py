@@ -1,7 +1,7 @@
-"""What runs in a process of its own: importing the host libraries, each as far as a config's model needs it.
+"""Import the host libraries in a separate process, each as far as a config's model needs it.
 
-``python -c 'from ssm_backbones.doctor.probe import main; main()' NAME...`` writes a line of JSON for each; a name that
-has none is the one whose import ended the process.
+``python -c 'from ssm_backbones.doctor.probe import main; main()' NAME...`` writes a line of JSON for each name; a
+missing line means that the import of that name ended the process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BOUNDS = (('mmcv_minimum_version', 'mmcv_maximum_version'), ('MMCV_MIN', 'MMCV_
 
 
 def main() -> None:
-    """Probe what the arguments name. What the libraries print goes to the error stream."""
+    """Probe the libraries named by the arguments, with their own output on stderr."""
     answers = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)
     for name in sys.argv[1:]:
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def probe(name: str) -> dict[str, Any]:
-    """Import one library: its ``version``, and ``error`` and ``doing`` where that fails."""
+    """Import one library and return its ``version``, and ``error`` and ``doing`` on failure."""
     found: dict[str, Any] = {}
     doing = f'import {name}'
     try:
@@ -55,13 +55,13 @@ def probe(name: str) -> dict[str, Any]:
             doing = f"_base_ = '{name}::_base_/default_runtime.py'"
             _inherit(doing)
     except BaseException as error:
-        # An assertion or an exit is what is looked for here.
+        # Assertions and exits are caught too.
         found.update(error=short(error), doing=doing)
     return found
 
 
 def _library_mismatch() -> str | None:
-    """Why torchvision's compiled library does not load, if so; then it imports by the patch alone."""
+    """Return why torchvision's compiled library does not load, if so; it then imports only by the patch."""
     library = compat._find_torchvision_library()
     if library is None:
         return None
@@ -73,7 +73,7 @@ def _library_mismatch() -> str | None:
 
 
 def _missing_ops() -> str | None:
-    """Why mmcv's compiled operators do not load, if so. mmpretrain does without them."""
+    """Return why mmcv's compiled operators do not load, if so. mmpretrain does not need them."""
     try:
         importlib.import_module('mmcv.ops')
     except Exception as error:

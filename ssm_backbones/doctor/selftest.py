@@ -1,4 +1,4 @@
-"""Each op once, forward and backward, against the PyTorch reference in float64."""
+"""Test each op once, forward and backward, against the PyTorch reference in float64."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import cuda_ops
 
 from .line import Line, short
 
-# Of the largest root mean square error over outputs and gradients, relative to the exact values' own. Right ones lie
-# about a hundred times below, and a wrong index or sign far above.
+# Bound on the largest root mean square error of outputs and gradients, relative to the exact values. Correct results
+# are about a hundred times below it; a wrong index or sign is far above.
 BOUND = 1e-5
 _REMEDY = 'build the ops anew: pip install -e . --no-build-isolation in the checkout'
 
 
 def _cases() -> dict[str, tuple[Callable[..., Any], dict[str, Tensor]]]:
-    """A call of each op, and its inputs in float64: sides and channels that no vector or chunk divides."""
+    """Yield a call of each op with float64 inputs, of sizes that no vector or chunk divides."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -84,7 +84,7 @@ def _cases() -> dict[str, tuple[Callable[..., Any], dict[str, Tensor]]]:
 
 
 def _results(op: Callable[..., Any], inputs: dict[str, Tensor]) -> list[Tensor]:
-    """The output, and the gradient of its weighted sum in each input."""
+    """Return the output, and the gradients of its weighted sum in all inputs."""
     leaves = {name: value.detach().clone().requires_grad_() for name, value in inputs.items()}
     output = op(**leaves)
     weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device).view(output.shape)
@@ -96,7 +96,7 @@ def _error(found: Tensor, exact: Tensor) -> float:
 
 
 def examine_ops(devices: list[str]) -> list[Line]:
-    """A line for each op: its error on each device, in float32; broken where one is above :data:`BOUND` or raises."""
+    """Report each op's error on each device in float32; broken if above :data:`BOUND` or if it raises."""
     lines = []
     for name, (op, inputs) in _cases().items():
         said, broken = [], False
@@ -106,7 +106,7 @@ def examine_ops(devices: list[str]) -> list[Line]:
             began = time.perf_counter()
             try:
                 with warnings.catch_warnings():
-                    # That the reference serves a device is on the page already.
+                    # The backend of a device is in the report already.
                     warnings.filterwarnings('ignore', message='cuda_ops uses its PyTorch reference')
                     found = _results(op, {key: value.float().to(device) for key, value in inputs.items()})
                 # torch's maximum, unlike Python's, is NaN wherever one of them is.
