@@ -11,12 +11,15 @@ namespace cuda_ops {
 constexpr int kMaxRoutes = 4;
 
 // "state" below is float, or double for kFloat64; "data" is the element type of the map.
+//
+// Saved state i is the one after chunk * (i + 1) positions of the route on the CPU. On CUDA, positions are counted
+// along the axis for either direction, and it is the one between positions chunk * (i + 1) - 1 and chunk * (i + 1).
 struct RouteScanParams {
   DataType dtype;
   int64_t batch;
   int64_t height;
   int64_t width;
-  int64_t routes;
+  int64_t routes;  // at most kMaxRoutes, one with per_line
   int64_t groups;
   int64_t channels;  // of all groups together
   int64_t states;
@@ -50,7 +53,8 @@ struct RouteScanParams {
   void* grad_B;                 // (tiles, B, H, W, K, G, N) state, or null
   void* grad_C;                 // (tiles, B, H, W, K, G, N) state, or null
 
-  // CUDA only; sized by the plan. With these, y and grad_x above hold the partial sums of one axis of routes.
+  // CUDA only; sized by the plan. With these, y and grad_x above hold the partial sums of one axis of routes, in float;
+  // they are null if the plan needs none, and may be `result` itself if that is float.
   void* result;          // (B, H, W, E) data, contiguous: y or grad_x
   void* segment_deltas;  // (B, K, lines, segments, E) float: sum of delta over each segment
   void* segment_states;  // (B, K, lines, segments, N, E) float: segment aggregates, then segment start states

@@ -187,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route_scan_ba
   const Tensor grad_y = last_contiguous(grad_output);
   const Tensor saved = states.contiguous();
   const OptionalTensor grad_last_state = per_line ? std::nullopt : contiguous(grad_last);
-  // With delta_weight this is the gradient of the product: the caller computes those of its factors.
+  // With delta_weight this is the gradient of delta itself: the caller computes those of dt and delta_weight.
   Tensor grad_delta =
       delta_weight
           ? at::empty({p.routes, p.batch, p.height, p.width, p.channels}, delta.options()).permute({1, 2, 3, 0, 4})

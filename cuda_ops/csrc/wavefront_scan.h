@@ -51,10 +51,11 @@ struct WavefrontScanParams {
   void* grad_D;       // (B, E) state, or null
 
   // CUDA only; there, grad_A and grad_D have a leading dimension of `strips` parts.
-  void* checkpoints;  // (B, strips, checkpoints, tiles, N, rows, 16) float, or null: checkpointed wavefronts, the
-                      // states before every 8th step of a strip; N is padded to whole groups
-  void*
-      boundary_row;  // (B, W, N, E) float: states of a strip's last row, or gradients of the states above its first row
+  // (B, strips, checkpoints, tiles, N, rows, 16) float, or null: checkpointed wavefronts, the states before every 8th
+  // step of a strip. N is padded to whole groups. The order of the last three is that of WavefrontCheckpoints.
+  void* checkpoints;
+  // (B, W, N, E) float: states of a strip's last row (backward: gradients of the states above its first row)
+  void* boundary_row;
   void* group_sums;  // (1 or 3, B, H, W, E) float: y, or gradients of x and both deltas, summed over groups of states
   void* counters;    // int64, zero before each pass: next work item and progress flags, see wavefront_counter_count
 };

@@ -121,7 +121,7 @@ __device__ __forceinline__ float warp_sum_each(float (&values)[Count], int lane)
   }
 }
 
-// Loads N consecutive floats, 16 bytes at a time if N is a multiple of 4.
+// Loads N consecutive floats, 16 bytes at a time if N is a multiple of 4: `row` must be aligned to 16 bytes then.
 template <int N>
 __device__ __forceinline__ void load_row(const float* row, float (&values)[N]) {
   if constexpr (N % 4 == 0) {

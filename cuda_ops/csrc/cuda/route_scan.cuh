@@ -171,7 +171,8 @@ __device__ __forceinline__ int64_t segment_row(const RouteArguments& a, const Wo
   return ((item.batch * a.p.routes + k) * a.lines + item.line) * a.segments + item.segment;
 }
 
-// Row of (B, K, lines, saved, N, E) for the state before position chunk * (index + 1).
+// Row of (B, K, lines, saved, N, E) for the state between positions chunk * (index + 1) - 1 and chunk * (index + 1). A
+// reversed route comes from the latter.
 __device__ __forceinline__ int64_t saved_row(const RouteArguments& a, const WorkItem& item, int64_t k, int32_t index) {
   return ((item.batch * a.p.routes + k) * a.lines + item.line) * saved_state_count(a.length, a.chunk) + index;
 }
@@ -217,7 +218,7 @@ __device__ __forceinline__ float apply_softplus(const RouteArguments& a, float d
 }
 
 // Writes a thread's sums over the routes of this axis, a column of [position][threads], and adds those of the other
-// axis if they exist. They are written in T if this axis is the last one, else in float.
+// axis if they exist. They are written in T if this axis is the last one, else in float. `axis_sums` may be the result.
 template <class T>
 __device__ __forceinline__ void write_route_sums(const RouteArguments& a, const WorkItem& item, const float* sums,
                                                  void* axis_sums) {

@@ -59,7 +59,7 @@ struct SharedMemory {
         grad_delta_sums(shared + layout.grad_delta_sums + threadIdx.x) {}
 };
 
-// A chunk of one route: positions [low, high) of a line, in groups of NS states from n0 on.
+// A chunk of one route: positions [low, high) of a line, and the NS states from n0 on.
 struct RouteChunk {
   int64_t k;
   int64_t n0;
@@ -73,7 +73,7 @@ struct RouteChunk {
 template <int NS>
 struct RouteGradients {
   float carry[NS];   // gradient of the state after the current position
-  float grad_A[NS];  // divided by log2(e)
+  float grad_A[NS];  // of A, not of A_log2e
   float grad_D;
   float grad_delta_bias;
 };

@@ -76,7 +76,7 @@ struct WorkItemN1 {
   int32_t warps;
   int32_t run;
   int32_t pair;
-  int64_t channel;  // the first of the pair
+  int64_t channel;  // the first of the pair; threads without a pair repeat the last one of the group
   bool active;      // whether the pair exists
 
   __device__ __forceinline__ explicit WorkItemN1(const RouteArgumentsN1& a) {
@@ -141,8 +141,9 @@ struct WarpStaging {
   __device__ __forceinline__ float* C() const { return data + 3 * kChunkPositions; }
 };
 
-// Computes the lane's pixel index and stages it with its row among the block's sums. The warp must synchronize before
-// reading them.
+// Computes the lane's pixel index and stages it with its row among the block's sums. With one segment, rows are pixels,
+// so that the routes of both axes share them. Positions that do not exist get rows from `segment_length` on. The warp
+// must synchronize before reading them.
 __device__ __forceinline__ int32_t stage_pixel(const RouteArgumentsN1& a, const WorkItemN1& item, int64_t k,
                                                const WarpChunk& chunk, const WarpStaging& staging) {
   const int32_t pixel = pixel_index(a, runs_along_columns(a.p.route[k]), chunk.position);
@@ -339,7 +340,7 @@ __device__ __forceinline__ int64_t segment_index(const RouteArgumentsN1& a, cons
   return ((item.batch * a.p.routes + k) * a.segments + item.segment) * a.p.channels + item.channel;
 }
 
-// The state saved at a position.
+// The state saved between the positions `position` - 1 and `position` along the axis, for either direction.
 __device__ __forceinline__ float* saved_state(const RouteArgumentsN1& a, const WorkItemN1& item, int64_t k,
                                               int32_t position) {
   const int64_t saved = saved_state_count(a.length, kChunkPositions);
@@ -423,8 +424,8 @@ __device__ __forceinline__ Pair<float>* sum_at(const WorkItemN1& item, float* su
   return reinterpret_cast<Pair<float>*>(sums + row * kTileChannels + 2 * item.pair);
 }
 
-// Writes a block's sums [position][16] over the routes of an axis, and adds those of the other axis if they exist. They
-// are written in T if they are final, else in float.
+// Writes a block's sums [sum_rows][16] over its routes, and adds those of the other axis if they exist. They are
+// written in T if they are final, else in float. `axis_sums` may be the result.
 template <class T>
 __device__ __forceinline__ void write_route_sums(const RouteArgumentsN1& a, const WorkItemN1& item, float* sums,
                                                  void* axis_sums) {

@@ -34,7 +34,8 @@ struct RunInputs {
   float inflow[kRunPositions][2];
 };
 
-// Computes decay and inflow of a run, and returns its aggregate but for the decay, of which delta's sum is returned.
+// Computes decay and inflow of a run. Returns its aggregate without the decay, and in `delta_sum` the sum of delta that
+// gives it.
 template <class T>
 __device__ __forceinline__ Aggregate compute_run(const PairParameters& parameters, const Pair<T> (&x)[kRunPositions],
                                                  const float (&B)[kRunPositions],
@@ -105,7 +106,8 @@ __device__ __forceinline__ void scan_chunks(const RouteArgumentsN1& a, const Wor
   const WarpChunk chunk(item, first + item.warp, reversed);
   const int32_t missing = reversed ? chunk.first + kChunkPositions - (item.begin + item.count) : 0;
   if (missing > 0) {
-    // Positions before the start of the route. Their decays may be infinite.
+    // Positions before the start of the route must not change its state, and their decays may be infinite. No existing
+    // position comes after those past the end.
 #pragma unroll
     for (int u = 0; u < kRunPositions; ++u) {
       if (item.run * kRunPositions + u < missing) {

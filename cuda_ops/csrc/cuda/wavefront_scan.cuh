@@ -91,7 +91,8 @@ struct WorkItem {
     active = channel < a.p.channels && row < a.rows;
   }
 
-  // Whether any pixel of the warp is on the map at a step, or one past the end of its row. Uniform across the warp.
+  // Whether one of the warp's two rows is at a column of the map at a step: the second is one column behind the first.
+  // Uniform across the warp.
   __device__ __forceinline__ bool warp_is_busy(const WavefrontArguments& a, int32_t time) const {
     return warp_row < map_rows && uint32_t(time - warp_row) <= uint32_t(a.p.width);
   }

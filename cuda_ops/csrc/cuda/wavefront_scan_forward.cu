@@ -4,7 +4,7 @@
 namespace cuda_ops {
 namespace {
 
-// The sum of C * state over a group of states, plus `skip` times x.
+// The sum of C * state over a group of states, plus `start`.
 template <int NS>
 __device__ __forceinline__ float pixel_output(const StateLayout<NS>& layout, const float* C, float start,
                                               const float (&state)[NS]) {

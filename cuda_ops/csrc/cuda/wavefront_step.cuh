@@ -61,7 +61,7 @@ struct WavefrontCheckpoints {
             threadIdx.x * kPack;
   }
   // Packs are stored one after the other for all threads of the tile. They are read much later, hence the streaming
-  // stores; the compiler must be told that 16-byte stores are allowed.
+  // stores; float4 allows the compiler stores of 16 bytes.
   __device__ __forceinline__ void store(const WavefrontArguments& a, int32_t index, const float (&states)[NS]) const {
     float* target = first + index * a.checkpoint_floats;
 #pragma unroll
@@ -226,10 +226,11 @@ template <class T, int NS>
 struct PixelIterator {
   static constexpr int kShare = PixelInputs<NS>::kShare;
   int32_t column;
-  ColumnRange on_map;       // columns of the map
-  ColumnRange valid;        // the same, if the channel exists
-  ColumnRange with_above;   // columns that have a neighbour above
-  ColumnRange with_before;  // columns that have a neighbour before
+  ColumnRange on_map;  // columns of the map
+  ColumnRange valid;   // the same, if the channel exists
+  // Columns that have a neighbour above, or before. The map's first pixel has one of them, whose state is 0.
+  ColumnRange with_above;
+  ColumnRange with_before;
   const T* x;
   const T* delta_above;
   const T* delta_before;
