@@ -157,12 +157,12 @@ def test_plain_weights_with_and_without_a_pyramid(kind, tmp_path, log) -> None:
     plain = create_backbone('v2m-test')
     torch.save(plain.state_dict(), tmp_path / 'plain.pth')
     with_pyramid = create_backbone('v2m-test', tmp_path / 'plain.pth', pyramid=kind)
-    assert log == [f'{tmp_path / "plain.pth"} lacks pyramid: kept as initialised.']
+    assert log == [f'{tmp_path / "plain.pth"}: pyramid missing, kept as initialised.']
     torch.save(with_pyramid.state_dict(), tmp_path / 'pyramid.pth')
     create_backbone('v2m-test', tmp_path / 'pyramid.pth', pyramid='single')
     assert len(log) == 1
     back = create_backbone('v2m-test', tmp_path / 'pyramid.pth')
-    assert 'lacks norm3: kept as initialised' in log[1]
+    assert ': norm3 missing, kept as initialised' in log[1]
     for model in (with_pyramid, back):
         for name, value in model.stages.state_dict().items():
             assert torch.equal(value, plain.stages.state_dict()[name]), name

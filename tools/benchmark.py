@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs='+',
         default=[],
         metavar='CONFIG',
-        help='configs that each CONFIG is set against: measured in turns with it, as ratios',
+        help='configs that each CONFIG is compared with: measured in interleaved rounds, reported as ratios',
     )
     models.add_argument('--batch-size', type=int, default=1, metavar='N', help='images at once (default: 1)')
     models.add_argument('--train', action='store_true', help='also a training step: losses, gradients and update')
@@ -97,10 +97,10 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         metavar='N',
         default=defaults.repeats,
-        help=f'turns of every measurement (default: {defaults.repeats})',
+        help=f'rounds of every measurement (default: {defaults.repeats})',
     )
     parser.add_argument('--device', default=defaults.device, help=f'cpu, cuda or cuda:1 (default: {defaults.device})')
-    parser.add_argument('--seconds', type=float, metavar='N', help='begin nothing more after so many seconds')
+    parser.add_argument('--seconds', type=float, metavar='N', help='start no measurement after N seconds')
     return parser
 
 

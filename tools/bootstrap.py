@@ -337,7 +337,7 @@ class Setup:
         try:
             self._python('-c', CHECK_MMCV, str(int(use_cuda)))
         except StepFailed:
-            say('      the {} that pip had kept was compiled for something else; compiling it anew'.format(mmcv))
+            say('      the {} that pip had kept was compiled for something else; compiling it again'.format(mmcv))
             self._pip(
                 '--no-build-isolation',
                 '--verbose',

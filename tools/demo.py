@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--family', default='vmamba', help="the backbone's family: vmamba, v2m or mamba2d")
     parser.add_argument('--task', default='det', help='det: instances, seg: semantic segmentation, cls: classes')
-    parser.add_argument('--fresh', action='store_true', help='drop what earlier runs left and start anew')
+    parser.add_argument('--fresh', action='store_true', help='remove the results of earlier runs first')
     args = parser.parse_args(argv)
 
     def run() -> None:

@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Images are read and prepared by the config's own test pipeline and data preprocessor. With OpenCV, "
         'the default reader: images of 16 bits a channel are read at 8, grey ones into three equal channels, and an '
         'alpha channel is dropped. Records say where the maps of a resized, cropped, padded or mirrored image lie on '
-        'it; other transforms that move pixels are refused. Started again in the same folder, what is there is not '
+        'it; other transforms that move pixels are rejected. Started again in the same folder, existing maps are not '
         'computed again. Exit status: 0, or 2 where anything could not be exported.',
     )
     parser.add_argument('config', help='config file of mmpretrain, mmdet or mmseg')

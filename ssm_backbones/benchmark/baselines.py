@@ -138,7 +138,7 @@ class WavefrontByDiagonals:
         self.weights = [each.flatten()[order].view(-1, 1, 1).to(device) for each in (top, left)]
         self.lengths = torch.bincount(diagonal.flatten()).tolist()
         # Where a diagonal's left neighbours end among the states of the one before, which lie between rows of zeros;
-        # counted so that it is never 0 or 1, of which torch.compile would make graphs of their own.
+        # counted so that it is never 0 or 1, for which torch.compile would compile separate graphs.
         shifts = [0] + [int(s >= width) for s in range(1, height + width - 1)]
         self.ends = [shift + 1 + count for shift, count in zip(shifts, self.lengths, strict=True)]
         self.step = _diagonal

@@ -41,15 +41,15 @@ INFERENCE, TRAINING = 'inference', 'training step'
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What is measured of which models.
+    """Models and settings of a measurement.
 
     Attributes:
         configs: Config files.
-        against: Config files that each of them is set against.
+        against: Config files of the models that each of them is compared with.
         shapes: Heights and widths of the images.
-        batch_size: Images at once.
-        train: Also a training step.
-        backbone: The backbone alone, without neck and heads; its training step has no update.
+        batch_size: Batch size.
+        train: Also measure a training step.
+        backbone: Measure only the backbone, without neck and heads; its training step has no update.
         amp: Compute in bfloat16 autocast.
         cfg_options: Values that replace those of every config, by dotted key.
     """
@@ -95,7 +95,7 @@ class Subject:
             with _quiet():
                 self.model: Any = build_model(self.cfg).to(device)
         except Exception as error:
-            # Registries and constructors raise what they will for a config that does not fit.
+            # Registries and constructors raise arbitrary errors for an invalid config.
             raise CommandError(f'the model of {path} cannot be built: {reason(error)}') from error
         if options.backbone and not hasattr(self.model, 'backbone'):
             raise CommandError(f'--backbone: the model of {path}, a {type(self.model).__name__}, has none.')
@@ -134,7 +134,7 @@ class Subject:
     def _preprocess(self, batch: dict[str, Any], height: int, width: int, train: bool) -> dict[str, Any]:
         preprocessor = self.model.data_preprocessor
         if getattr(preprocessor, 'size', None) is not None:
-            # mmseg's training pads smaller images to the crop's size; what is asked for is what is measured.
+            # mmseg's training pads smaller images to the crop's size; the requested size is measured instead.
             preprocessor.size = (height, width)
         return preprocessor(batch, train)
 
@@ -193,8 +193,8 @@ def measure_models(
         clock: Seconds since some moment.
 
     Returns:
-        With ``models`` (one record for each model, resolution and pass) and ``ratios`` (each model to each that it is
-        set against).
+        A report with ``models`` (one record for each model, resolution and pass) and ``ratios`` (each model to each
+        that it is compared with).
 
     Raises:
         CommandError: If a config cannot be used. A resolution that a model cannot take is listed under ``failed``.
@@ -247,7 +247,7 @@ def _measure(
     details: dict[str, dict[str, Any]] = {}
     failures: dict[str, str] = {}
     for name, subject in subjects.items():
-        # A model that cannot take this resolution, or finds no memory for it, must not take along the others.
+        # A model that does not support this resolution, or runs out of memory, must not end the others' measurement.
         with _noting_failure(name, failures):
             call, details[name] = subject.prepare(*shape, train)
             loops[name] = warm_up(call, device, clock)
@@ -337,7 +337,7 @@ def _build_optimizer(cfg: Config, model: nn.Module) -> OptimWrapper:
     settings['type'] = 'OptimWrapper'
     with _quiet(), DefaultScope.overwrite_default_scope(cfg.default_scope):
         wrapper = build_optim_wrapper(model, settings)
-    # Many steps on noise would lead the weights astray. An update by nothing takes as long.
+    # Many steps on noise would spoil the weights. An update by 0 takes as long.
     for group in wrapper.optimizer.param_groups:
         group['lr'] = 0.0
     return wrapper

@@ -96,7 +96,7 @@ def write_json(report: Any, path: str | Path) -> None:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int]) -> str:
-    """A table; the columns in ``text`` flush left, the others right."""
+    """Format a table with the columns in ``text`` aligned left, the others right."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     align = [str.ljust if i in text else str.rjust for i in range(len(header))]
     lines = [[align[i](cell, widths[i]) for i, cell in enumerate(row)] for row in (header, *rows)]
@@ -135,7 +135,7 @@ def _comparison_rows(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 memory,
             )
         )
-    # What lacks its counterpart on this machine still has a time.
+    # An entry without its counterpart on this machine still has a time.
     alone = entries.keys() - {label for pair in comparison['pairs'] for label in (pair['entry'], pair['against'])}
     rows += [
         (comparison['name'], label, milliseconds(entry['median_s']), '', '', '', '', '')

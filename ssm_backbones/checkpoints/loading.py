@@ -84,7 +84,7 @@ def load_backbone(backbone: SSMBackbone, checkpoint: str | os.PathLike[str]) -> 
         ),
     )
     if found.initial:
-        print_log(f'{source} lacks {", ".join(found.initial)}: kept as initialised.', logger='current')
+        print_log(f'{source}: {", ".join(found.initial)} missing, kept as initialised.', logger='current')
 
 
 def load_official(

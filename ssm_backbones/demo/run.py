@@ -71,7 +71,7 @@ def run_demo(family: str = 'vmamba', task: str = 'det', fresh: bool = False) -> 
         _evaluate_and_show(demo, cfg, out, f'{family}, {task}', times)
         _say(f'Done after {times.total:.0f} s.')
     else:
-        _say('Finished before with the same data and config; --fresh trains anew.')
+        _say('Finished before with the same data and config; --fresh trains again.')
     figures = json.loads(results.read_text(encoding='utf-8'))['figures']
     page = write_report(out.parent)
     reached = _in_words(demo, figures)

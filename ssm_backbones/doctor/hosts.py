@@ -27,7 +27,7 @@ DISTRIBUTIONS = {
 PROBED = ('torchvision', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
 ROOT = Path(__file__).resolve().parents[2]
 _SECONDS = 180
-_ANEW = 'make a fresh environment: make setup, or make setup STACK=onedl'
+_NEW_ENVIRONMENT = 'make a fresh environment: make setup, or make setup STACK=onedl'
 
 
 def installed() -> dict[str, str]:
@@ -50,7 +50,7 @@ def stack_lines(found: Mapping[str, str]) -> list[Line]:
         text = f"both: {', '.join(own)} of OpenMMLab's and {', '.join(forks)} of the forks"
         if twice:
             text += f'; the files of {", ".join(twice)} are of whichever was installed last'
-        return [Line('stack', text, f'keep one stack alone; {_ANEW}')]
+        return [Line('stack', text, f'keep one stack alone; {_NEW_ENVIRONMENT}')]
     name = "OpenMMLab's own" if own else 'the onedl forks' if forks else 'none installed by pip'
     lines = [Line('stack', name)]
     if 'onedl-mmsegmentation' in found:
@@ -65,7 +65,7 @@ def mmengine_line() -> Line:
         version = importlib.import_module('mmengine').__version__
         return Line('mmengine', version)
     except Exception as error:
-        remedy = f'pip install "mmengine>=0.10", or {_ANEW}'
+        remedy = f'pip install "mmengine>=0.10", or {_NEW_ENVIRONMENT}'
         return Line('mmengine', short(error), remedy, broken=True)
 
 
@@ -146,7 +146,10 @@ def _host_line(name: str, version: str | None, answer: Mapping[str, Any] | None)
         if version is None:
             return Line(name, 'not installed')
         return Line(
-            name, f'{version} is installed, but there is no module {name}', f'pip install it anew; {_ANEW}', broken=True
+            name,
+            f'{version} is installed, but there is no module {name}',
+            f'reinstall it with pip; {_NEW_ENVIRONMENT}',
+            broken=True,
         )
     version = answer.get('version') or version or 'of unknown version'
     if 'error' in answer:
@@ -169,7 +172,7 @@ def _host_line(name: str, version: str | None, answer: Mapping[str, Any] | None)
 def _remedy(name: str, error: str) -> str:
     """Return the remedy of a known error."""
     if 'incompatible' in error:
-        return f'install the version that it asks for, or the one of {name} that takes yours; {_ANEW}'
+        return f'install the version that it asks for, or the one of {name} that takes yours; {_NEW_ENVIRONMENT}'
     if 'pkg_resources' in error:
         return "pip install 'setuptools<81'"
     for package in ('ftfy', 'regex'):
@@ -179,4 +182,4 @@ def _remedy(name: str, error: str) -> str:
         return 'install mmcv, not mmcv-lite, compiled against this torch'
     if 'numpy.dtype size changed' in error or 'compiled using NumPy 1' in error:
         return "pip install --upgrade pycocotools, or pip install 'numpy<2'"
-    return f'pip install it anew; {_ANEW}'
+    return f'reinstall it with pip; {_NEW_ENVIRONMENT}'

@@ -11,7 +11,7 @@ from typing import Any
 
 from .line import Line, short
 
-_TORCH_REMEDY = 'install it anew, as https://pytorch.org says'
+_TORCH_REMEDY = 'reinstall it, as https://pytorch.org says'
 
 
 def import_torch() -> tuple[Any, Line]:

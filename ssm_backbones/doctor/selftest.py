@@ -18,7 +18,7 @@ from .line import Line, short
 # Bound on the largest root mean square error of outputs and gradients, relative to the exact values. Correct results
 # are about a hundred times below it; a wrong index or sign is far above.
 BOUND = 1e-5
-_REMEDY = 'build the ops anew: pip install -e . --no-build-isolation in the checkout'
+_REMEDY = 'rebuild the ops: pip install -e . --no-build-isolation in the checkout'
 
 
 def _cases() -> dict[str, tuple[Callable[..., Any], dict[str, Tensor]]]:

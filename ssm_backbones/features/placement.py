@@ -84,8 +84,8 @@ class PlacedPipeline:
         self._known: OrderedDict[tuple[int, ...], Placement] = OrderedDict()
         # Unsupported pipelines are rejected before a model is built.
         before = _random_state()
-        told = dict(img_path='', img_id=0, sample_idx=0, seg_fields=[], img_shape=_TRIED, ori_shape=_TRIED)
-        self._place(told, _TRIED)
+        settings = dict(img_path='', img_id=0, sample_idx=0, seg_fields=[], img_shape=_TRIED, ori_shape=_TRIED)
+        self._place(settings, _TRIED)
         _set_random_state(before)
 
     def __call__(self, path: str, id: Any = 0, index: int = 0) -> tuple[dict[str, Any], Placement]:
@@ -105,7 +105,7 @@ class PlacedPipeline:
         """
         loaded = self._load(dict(img_path=path, img_id=id, sample_idx=index, seg_fields=[]))
         original = loaded['img'].shape[:2]
-        told = deepcopy({key: value for key, value in loaded.items() if key != 'img'})
+        settings = deepcopy({key: value for key, value in loaded.items() if key != 'img'})
         before = _random_state()
         data = self._rest(loaded)
         after = _random_state()
@@ -114,7 +114,7 @@ class PlacedPipeline:
         drawn = not _equal(before, after)
         if drawn or key not in self._known:
             _set_random_state(before)
-            placement, found = self._place(told, original)
+            placement, found = self._place(settings, original)
             repeated = _equal(_random_state(), after)
             _set_random_state(after)
             if found != size or not repeated:
@@ -126,7 +126,7 @@ class PlacedPipeline:
                 self._known.popitem(last=False)
         return data, self._known[key]
 
-    def _place(self, told: Mapping[str, Any], size: tuple[int, ...]) -> tuple[Placement, tuple[int, ...]]:
+    def _place(self, settings: Mapping[str, Any], size: tuple[int, ...]) -> tuple[Placement, tuple[int, ...]]:
         """Find the placement of an image of a size, and its size after the steps."""
         height, width = size
         image = np.empty((height, width, 3), np.float32)
@@ -134,7 +134,7 @@ class PlacedPipeline:
         image[:, :, 1] = np.arange(height)[:, None] + 0.5
         image[:, :, 2] = _MARK
         try:
-            followed = self._follow({**told, 'img': image})['img']
+            followed = self._follow({**settings, 'img': image})['img']
         except Exception as error:
             # Transforms raise arbitrary errors for unsupported input.
             raise self._error(f'they cannot be followed ({type(error).__name__}: {str(error).strip()})') from error

@@ -196,7 +196,7 @@ def write_onnx(
             output_names=[f'map{place}' for place in range(count)] if count > 1 else ['output'],
             verbose=False,
         )
-    assert exported is not None, 'torch.onnx.export returns a program where it is not told a file'
+    assert exported is not None, 'torch.onnx.export returns a program unless a file is given'
     onnx_scans.replace_placeholders(exported.model)
     exported.model.metadata_props.update(notes or {})
     exported.save(str(path))

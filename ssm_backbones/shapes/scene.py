@@ -31,7 +31,7 @@ class Instance:
     Attributes:
         label: Index into `CLASSES`.
         mask: Boolean (height, width).
-        crowd: Whether it is a group too dense to be told apart.
+        crowd: Whether it is a group of indistinguishable objects.
     """
 
     label: int
