@@ -56,6 +56,8 @@ class FeatureExtractor(nn.Module):
 def build_extractor(cfg: Config, checkpoint: str | None, with_neck: bool = False) -> FeatureExtractor:
     """Build the backbone (and neck) of a config's model with the weights of a checkpoint, in evaluation mode.
 
+    No parameter requires gradients, and synchronised batch norms become plain ones.
+
     Args:
         cfg: An mmpretrain, mmdet or mmseg config, from :func:`~ssm_backbones.apis.config.load_config`.
         checkpoint: The model's checkpoint or, without a neck, one of the backbone alone (official ones too). None keeps

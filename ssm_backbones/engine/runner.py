@@ -102,7 +102,7 @@ def train(options: TrainOptions) -> Runner:
         _replace_what_needs_a_gpu(cfg)
     if options.auto_scale_lr:
         _enable_auto_scale_lr(cfg)
-    note = _choose_start(cfg, options.resume)
+    message = _choose_start(cfg, options.resume)
     if cfg.default_scope == 'mmpretrain':
         _set_mmpretrain_dataloaders(cfg, ('train_dataloader', 'val_dataloader', 'test_dataloader'))
     check_data(cfg, ('train', 'val'))
@@ -112,8 +112,8 @@ def train(options: TrainOptions) -> Runner:
     _prepare_launch(cfg, options.launcher)
     with name_unreadable_files():
         runner = _build_runner(cfg)
-        if note:
-            runner.logger.info(note)
+        if message:
+            runner.logger.info(message)
         if start is not None:
             resumed = bool(cfg.get('resume'))
             runner.register_hook(LoadCheckpointHook(start, whole=resumed, convert=not resumed))

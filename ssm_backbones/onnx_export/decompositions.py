@@ -74,7 +74,7 @@ def route_scan(
     chunk: int,
     delta_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Decompose ``cuda_ops::route_scan`` for inference; same arguments and results, but empty states.
+    """Decompose ``cuda_ops::route_scan`` for inference in float32; same arguments and results, but no saved states.
 
     Raises:
         NotImplementedError: If there are groups of channels, which no backbone uses.
@@ -94,10 +94,10 @@ def route_scan(
     if B is None:
         inflow = inflow.expand(decay.shape)
     # One loop serves all routes: (positions, routes, ...), with the batch, and the lines if they are apart, behind.
-    ways = [_along(route, per_line) for route in routes]
+    orders = [_along(route, per_line) for route in routes]
     states = torch.ops.ssm_export.line(
-        torch.stack([way(decay[:, :, :, k]) for k, way in enumerate(ways)], 1).contiguous(),
-        torch.stack([way(inflow[:, :, :, k]) for k, way in enumerate(ways)], 1).contiguous(),
+        torch.stack([order(decay[:, :, :, k]) for k, order in enumerate(orders)], 1).contiguous(),
+        torch.stack([order(inflow[:, :, :, k]) for k, order in enumerate(orders)], 1).contiguous(),
     )
     output = u * D.sum(0) if D is not None else torch.zeros_like(u)
     for k, route in enumerate(routes):
@@ -122,7 +122,7 @@ def wavefront_scan(
     reverse: bool,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Decompose ``cuda_ops::wavefront_scan`` for inference; same arguments and results, but empty states."""
+    """Decompose ``cuda_ops::wavefront_scan`` for inference in float32; same arguments, but no saved states."""
     height, width = x.shape[1], x.shape[2]
     maps = [value.float() for value in (x, delta_top, delta_left, B_top, B_left, C)]
     if reverse:

@@ -118,8 +118,8 @@ def scan_response(
     if sense not in SENSES:
         raise ValueError(f'sense is one of {", ".join(SENSES)}, got {sense!r}.')
     number = default_scan_stage(model) if stage is None else resolve_stage(model, stage)
-    place = resolve_block(model, number, block)
-    mixer = model.stages[number].blocks[place].mixer
+    block_number = resolve_block(model, number, block)
+    mixer = model.stages[number].blocks[block_number].mixer
     if not _scans(mixer):
         raise ValueError(
             f'stage {number} mixes by {type(mixer).__name__}, which has no scan; '
@@ -140,7 +140,7 @@ def scan_response(
     else:
         # A map may not cover an odd image's last pixels.
         row, column = (
-            min(place // model.stage_strides[number], size - 1) for place, size in zip(pixel, cells.shape, strict=True)
+            min(index // model.stage_strides[number], size - 1) for index, size in zip(pixel, cells.shape, strict=True)
         )
     probe = x.new_zeros(x.shape[1] * x.shape[2], channels)
     probe[cells[row, column]] = 1
@@ -153,7 +153,7 @@ def scan_response(
         (row, column),
         sense,
         number,
-        place,
+        block_number,
     )
 
 
