@@ -91,13 +91,13 @@ def register(library: torch.library.Library, name: str, *, save: Callable[[Any, 
 
 @contextmanager
 def _outer_derivatives() -> Iterator[None]:
-    """Turn on within a Function's forward what it turns off: the transforms around this one need it."""
+    """Turn derivatives back on within a Function's forward, which turns them off: outer transforms need them."""
     with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
         yield
 
 
 def _unpack(value: Any) -> tuple[Any, Tensor | None]:
-    """The primal and the tangent of a dual tensor; of anything else itself and None."""
+    """Return the primal and the tangent of a dual tensor; for any other value itself and None."""
     if not isinstance(value, Tensor) or not torch._C._is_fwd_grad_enabled():
         return value, None
     # There is one level alone, 0.
@@ -105,7 +105,7 @@ def _unpack(value: Any) -> tuple[Any, Tensor | None]:
 
 
 def reference_tangents(reference: Callable[..., Sequence[Tensor]]) -> Callable[..., Sequence[Tensor | None]]:
-    """Forward mode by a reference of PyTorch operations, which takes the operator's arguments; for :func:`register`."""
+    """Make the ``forward_mode`` of :func:`register` from a reference of PyTorch operations with the same arguments."""
 
     def forward_mode(arguments: Arguments, primals: Arguments, tangents: Arguments) -> list[Tensor | None]:
         return [_unpack(value)[1] for value in reference(*arguments)]
@@ -115,7 +115,7 @@ def reference_tangents(reference: Callable[..., Sequence[Tensor]]) -> Callable[.
 
 def push_forward(reference: Callable[..., Sequence[Tensor]], arguments: Arguments,
                  tangents: Arguments) -> tuple[Tensor, ...]:
-    """Tangents of a reference's outputs for given tangents of its arguments, None for those that have none."""
+    """Compute the tangents of a reference's outputs from its arguments' tangents, None for those that have none."""
     moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
 
     def call(*values: Tensor) -> tuple[Tensor, ...]:
@@ -128,7 +128,7 @@ def push_forward(reference: Callable[..., Sequence[Tensor]], arguments: Argument
 
 
 class _Refuse(_SingleLevelFunction):
-    """Hands a tensor on, and raises where a gradient comes back to it."""
+    """Pass a tensor through, and raise if its gradient is computed."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, name: str, argument: str) -> Tensor:

@@ -487,7 +487,7 @@ def _ask(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[bool, str]:
 
 
 def _host_options(environ: Mapping[str, str]) -> list[tuple[str, ...]]:
-    """What may be told to nvcc about its host compiler, in the order to try."""
+    """Return the nvcc options for the host compiler, in the order to try them."""
     if environ.get('CUDAHOSTCXX'):
         return [('-ccbin', environ['CUDAHOSTCXX'])]
     # An option on the command line would win over these.

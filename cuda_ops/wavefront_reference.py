@@ -106,7 +106,7 @@ def wavefront_scan_backward(grad_output: Tensor, x: Tensor, delta_top: Tensor, d
 
     With ``g`` the gradient of a pixel's states, ``a`` the decays and 1/2 the weight of each neighbour,
     ``g(i,j) = C(i,j) * dy(i,j) + 1/2 * aL(i,j+1) * g(i,j+1) + 1/2 * aT(i+1,j) * g(i+1,j)``: the recurrence from the
-    opposite corner. Each pixel hands ``weight * a * g`` to its neighbours.
+    opposite corner. Each pixel passes the carry ``weight * a * g`` back to its neighbours.
     """
     maps = _oriented(reverse, x, delta_top, delta_left, B_top, B_left, C, grad_output)
     u, d_top, d_left, b_top, b_left, c, dy = maps
@@ -128,12 +128,12 @@ def wavefront_scan_backward(grad_output: Tensor, x: Tensor, delta_top: Tensor, d
         g = carry[:, d.first + 1:d.end + 1] + grad_y[..., None] * d.of(c)[:, :, None]
         d.onto(grads['C'], (grad_y[..., None] * h).sum(2))
         grad_value = torch.zeros_like(value)
-        handed = {}
+        carries = {}
         for name, delta, A, B, weight, states in (
                 ('top', d_top, A_top, b_top, d.top, neighbours.top),
                 ('left', d_left, A_left, b_left, d.left, neighbours.left)):
-            handed[name] = _decays(d, delta, A, weight) * g
-            through_decay = handed[name] * states
+            carries[name] = _decays(d, delta, A, weight) * g
+            through_decay = carries[name] * states
             through_input = weight * (g * d.of(B)[:, :, None]).sum(-1)
             d.onto(grads[f'delta_{name}'], (through_decay * A).sum(-1) + through_input * value)
             d.onto(grads[f'B_{name}'], (g * (weight * d.of(delta) * value)[..., None]).sum(2))
@@ -141,8 +141,8 @@ def wavefront_scan_backward(grad_output: Tensor, x: Tensor, delta_top: Tensor, d
             grad_value += through_input * d.of(delta)
         d.onto(grads['x'], grad_value)
         carry = torch.zeros_like(carry)
-        carry[:, d.first + 1:d.end + 1] = handed['left']
-        carry[:, d.first:d.end] += handed['top']
+        carry[:, d.first + 1:d.end + 1] = carries['left']
+        carry[:, d.first:d.end] += carries['top']
     if D is not None:
         grads['x'] += D * dy
         grads['D'] = (dy * u).sum((0, 1, 2))
