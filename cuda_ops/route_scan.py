@@ -245,12 +245,12 @@ def route_scan_flops(x_shape: Sequence[int], delta_shape: Sequence[int], A_shape
 def _scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Tensor | None, D: Tensor | None,
           delta_bias: Tensor | None, routes: list[int], per_line: bool, delta_softplus: bool,
           delta_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Call the operator on checked inputs, with parameters in the state dtype."""
+    """Call the operator on checked inputs, with parameters in the state dtype; return the output and last states."""
     dtype = state_dtype(x.dtype)
     A = A.to(dtype)
     D, delta_bias, delta_weight = (None if value is None else value.to(dtype)
                                    for value in (D, delta_bias, delta_weight))
-    # States are saved where a backward pass may follow, which is known below: chunk is 0.
+    # A chunk of 0 saves no states: the Autograd kernel sets one, by _with_chunk, if a backward pass may follow.
     output, last, _ = torch.ops.cuda_ops.route_scan(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus,
                                                     0, delta_weight)
     return output, last

@@ -41,7 +41,10 @@ _CACHED_STATES, _MIN_CHUNK = 16384, 16
 
 
 def _chunk_lines(height: int, width: int, states: int, device_type: str) -> int:
-    """Lines between two saved ones, along the shorter side; chunks are of about equal length."""
+    """Return the lines of a chunk, of whose last line states are saved; chunks are of about equal length.
+
+    Lines are parallel to the map's shorter side. A GPU's chunk is a strip of its kernels.
+    """
     lines, length = max(height, width), min(height, width)
     if device_type == 'cpu' or not _library.KERNEL_CONSTANTS:
         most = max(_MIN_CHUNK, _CACHED_STATES // (length * max(states, 1)))
@@ -52,7 +55,7 @@ def _chunk_lines(height: int, width: int, states: int, device_type: str) -> int:
 
 
 def _fronts_shape(x: Tensor, states: int, chunk: int) -> tuple[int, ...]:
-    """(B, strips, fronts, tiles of channels, states, rows, channels of a tile), as the CUDA kernels save states."""
+    """(B, strips, fronts, channel tiles, states, rows, tile channels), the size of the CUDA kernels' saved fronts."""
     batch, height, width, channels = x.shape
     lines, length = max(height, width), min(height, width)
     rows = min(chunk, lines)
@@ -236,6 +239,6 @@ def wavefront_scan(x: Tensor, delta_top: Tensor, delta_left: Tensor, A_top: Tens
     _checks.same_device(x, A_top=A_top, A_left=A_left, D=D)
     dtype = state_dtype(x.dtype)
     A_top, A_left, D = A_top.to(dtype), A_left.to(dtype), None if D is None else D.to(dtype)
-    # States are saved where a backward pass may follow, which is known below: chunk is 0.
+    # A chunk of 0 saves no states: the Autograd kernel sets one, by _with_chunk, if a backward pass may follow.
     tensors = (x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D)
     return torch.ops.cuda_ops.wavefront_scan(*tensors, reverse, 0)[0]
