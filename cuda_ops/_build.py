@@ -294,7 +294,7 @@ def cuda_steps(csrc: Path, objects: Path, toolkit: Toolkit, gencode: Sequence[st
     steps = []
     for source in sorted((csrc / 'cuda').glob('*.cu')):
         output = objects / f'{source.stem}.cuda.o'
-        # Its version is named so that objects of another one, behind the same path, are compiled anew.
+        # Its version is named so that objects of another version at the same path are compiled anew.
         argv = [
             str(toolkit.nvcc),
             *toolkit.host,

@@ -112,6 +112,7 @@ class PlacedPipeline:
         size = tuple(data['inputs'].shape[1:])
         key = (*original, *size)
         drawn = not _equal(before, after)
+        # If no random numbers are drawn, the placement depends on the two sizes only.
         if drawn or key not in self._known:
             _set_random_state(before)
             placement, found = self._place(settings, original)
