@@ -125,7 +125,7 @@ def route_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Tensor 
         delta_softplus: whether the step size passes a softplus.
 
     Returns:
-        The output (B, H, W, E) in x's dtype, and the state behind the last position of each route (B, K, E, N) in the
+        The output (B, H, W, E) in x's dtype, and the state after the last position of each route (B, K, E, N) in the
         state dtype, empty with ``per_line``.
     """
     _, height, width, channels = x.shape

@@ -387,7 +387,7 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
         z: (B, E, L) gate in u's dtype: the output is multiplied by silu(z); or None.
         delta_bias: (E), or None.
         delta_softplus: whether delta + delta_bias passes a softplus.
-        return_last_state: also return the state behind the last position.
+        return_last_state: also return the state after the last position.
 
     Returns:
         (B, E, L) in u's dtype, and with ``return_last_state`` also (B, E, N) in float32 (float64 for float64 input).

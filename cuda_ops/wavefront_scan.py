@@ -14,7 +14,8 @@ Source: Baty et al., "Mamba2D", arXiv 2412.16146.
 
 The states are never stored whole. The forward pass keeps those of one line in a chunk of lines, along the map's shorter
 side; the backward pass recomputes a chunk of them at a time from there. On a GPU the lines of a chunk advance together,
-as a front; the forward pass keeps every 8th of these as well, and the backward pass recomputes 8 of them at a time.
+each one pixel behind the line before it: the forward pass also keeps the states of every 8th of these wavefronts
+(``fronts``), and the backward pass recomputes at most 8 of them at a time.
 """
 
 from collections.abc import Sequence
@@ -66,7 +67,7 @@ def _fronts_shape(x: Tensor, states: int, chunk: int) -> tuple[int, ...]:
 
 
 def _empty_outputs(x: Tensor, A_top: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocate the output, and the saved states of lines and of fronts (none where ``chunk`` is 0)."""
+    """Allocate the output, and the saved states of lines and of wavefronts (none where ``chunk`` is 0)."""
     batch, height, width, channels = x.shape
     states = A_top.shape[1]
     saved = (max(height, width) - 1) // chunk if chunk else 0
