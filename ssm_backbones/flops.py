@@ -14,20 +14,19 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-import cuda_ops  # noqa: F401  (registers the scans and their formulas)
+from cuda_ops.route_scan import route_scan_flops
+from cuda_ops.wavefront_scan import wavefront_scan_flops
+from ssm_backbones.apis.model import build_model
 from ssm_backbones.utils.errors import CommandError
 
 CONVENTION = (
@@ -137,8 +136,8 @@ def config_complexity(cfg: Config, height: int, width: int) -> Complexity:
 def mmengine_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
     """Return handles of the scans for mmengine's ``FlopAnalyzer(model, inputs).set_op_handle(**handles)``."""
     return {
-        'cuda_ops::route_scan': _traced(lambda shapes: flop_registry[torch.ops.cuda_ops.route_scan](*shapes)),
-        'cuda_ops::wavefront_scan': _traced(lambda shapes: flop_registry[torch.ops.cuda_ops.wavefront_scan](*shapes)),
+        'cuda_ops::route_scan': _traced(lambda shapes: route_scan_flops(*shapes)),
+        'cuda_ops::wavefront_scan': _traced(lambda shapes: wavefront_scan_flops(*shapes)),
         'aten::scaled_dot_product_attention': _traced(lambda shapes: _attention_flops(*shapes[:3])),
     }
 
@@ -216,9 +215,8 @@ def _formula(operator: Any) -> Formula | None:
     formula = _FORMULAS.get(operator)
     if formula is None and operator in flop_registry:
         registered = flop_registry[operator]
-        # torch counts a multiply-add twice; the scans' formulas follow the convention already.
-        share = 2 if operator.__module__ == 'torch._ops.aten' else 1
-        return lambda args, output: registered(*args, out_val=output) // share
+        # What is registered there counts a multiply-add twice.
+        return lambda args, output: registered(*args, out_val=output) // 2
     return formula
 
 
@@ -268,15 +266,15 @@ def _traced(flops: Callable[[list[Any]], int]) -> Callable[[list[Any], list[Any]
 
 
 def _build(cfg: Config) -> nn.Module:
-    """The config's model in evaluation mode, without loading any weights: on meta, or a detector on the CPU."""
-    scope = cfg.default_scope
-    importlib.import_module(f'{scope}.models')
-    registry = importlib.import_module(f'{scope}.registry').MODELS
+    """Build the config's model on the meta device, a detector on the CPU."""
     # Proposals are chosen by their values, so what is behind a detector's backbone has to be computed.
-    device = 'cpu' if scope == 'mmdet' else 'meta'
-    with DefaultScope.overwrite_default_scope(scope), torch.device(device):
-        model = registry.build(deepcopy(cfg.model))
-    return revert_sync_batchnorm(model).eval()
+    if cfg.default_scope == 'mmdet':
+        return build_model(cfg)
+    try:
+        return build_model(cfg, device='meta')
+    except (RuntimeError, NotImplementedError):
+        # Swin and others read their drop-path rates out of a tensor, which has none on the meta device.
+        return build_model(cfg).to('meta')
 
 
 def _channels(model: nn.Module) -> int:

@@ -1,5 +1,6 @@
 """tools/get_flops.py, as users call it."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -62,3 +63,14 @@ def test_bad_arguments_get_one_line(main, capsys, arguments, message):
     assert main(arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith('error: ') and message in error
+
+
+@pytest.mark.parametrize(
+    ('config', 'gigaflops'),
+    [('swin_transformer/swin-tiny_16xb64_in1k.py', 4.51), ('convnext/convnext-tiny_32xb128_in1k.py', 4.47)],
+)
+def test_counts_models_that_read_drop_path_rates_from_a_tensor(main, capsys, config, gigaflops):
+    """They cannot be built on the meta device; the papers give 4.5 G for both."""
+    path = Path(importlib.util.find_spec('mmpretrain').submodule_search_locations[0], '.mim', 'configs', config)
+    assert main([str(path), '--shape', '224', '224']) == 0
+    assert f'FLOPs: {gigaflops:.2f} G' in capsys.readouterr().out
