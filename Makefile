@@ -41,7 +41,7 @@ format: setup
 	@$(SOURCES) | xargs "$(VENV)/bin/clang-format" -i
 
 test: lint
-	@$(IN_VENV) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
+	@CI_PINS=1 $(IN_VENV) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 
 docs:
 	@test -x .venv-docs/bin/mkdocs || $(PYTHON) -m venv .venv-docs

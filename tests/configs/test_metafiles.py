@@ -66,8 +66,7 @@ def test_results_are_of_the_config_s_task_or_said_to_be_missing(name) -> None:
         return
     found = {(result['Task'], result['Dataset'], tuple(result['Metrics'])) for result in entry['Results']}
     assert found == TASKS[config(name).default_scope]
-    assert all(30 < value < 90 for result in entry['Results'] for value in result['Metrics'].values())
-    # V2M's authors published no weights.
+    # test_recipes.py compares the figures. V2M's authors published no weights.
     assert entry['Weights'].startswith(RELEASES.get(family, NO_WEIGHTS))
 
 

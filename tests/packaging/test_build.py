@@ -363,6 +363,9 @@ def test_record_never_describes_another_library(build, tmp_path, monkeypatch):
     assert not (package / '_build_info.json').exists()
 
 
+@pytest.mark.skipif(
+    os.environ.get('CI_PINS') != '1', reason='needs CI_PINS=1, as `make test` sets it: the library may be older'
+)
 def test_installed_library_is_of_these_sources_and_this_torch(build):
     info = json.loads(_library.INFO_PATH.read_text())
     assert info['torch'] == torch.__version__

@@ -1,5 +1,6 @@
 """The pins and the extras: complete, exact, installed, and bound to no package index."""
 
+import os
 import re
 import sys
 from importlib import metadata
@@ -48,6 +49,9 @@ def test_everything_asked_for_is_pinned(root, python, name):
             assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), str(requirement)
 
 
+@pytest.mark.skipif(
+    os.environ.get('CI_PINS') != '1', reason='needs CI_PINS=1, as `make test` sets it: other versions may be installed'
+)
 def test_installed_versions_are_the_pinned_ones(root):
     expected = pins(root, '{}.{}'.format(*sys.version_info[:2]))
     stack = 'onedl' if installed('onedl-mmengine') else 'openmmlab'
