@@ -104,6 +104,25 @@ def test_limit_of_graphs() -> None:
         assert getattr(config, name) == 17
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])
+def test_rms_norm_of_small_values(dtype) -> None:
+    """Where torch computes in x's dtype, the gradient of float16 is NaN here."""
+    generator = torch.Generator().manual_seed(1)
+    values = 1e-3 * torch.randn(5, 16, generator=generator)
+    exact = values.double().requires_grad_()
+    expected = nn.functional.rms_norm(exact, (16,), None, 1e-5)
+    expected.square().sum().backward()
+    for kind in (torch_compat.RMSNorm, torch_compat.Float32RMSNorm):
+        x = values.to(dtype, copy=True).requires_grad_()
+        out = kind(16, eps=1e-5, dtype=dtype)(x)
+        assert out.dtype == dtype
+        out.float().square().sum().backward()
+        tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+        scale = exact.grad.abs().max()
+        torch.testing.assert_close(x.grad / scale, (exact.grad / scale).to(dtype), rtol=0, atol=4 * tolerance)
+
+
 def test_newer_functions_are_used_here_alone() -> None:
     newer = re.compile(
         r'torch\.(compiler\.is_exporting|OutOfMemoryError|serialization\.(add_)?safe_globals'

@@ -21,6 +21,7 @@ from ssm_backbones.layers.common import Residual
 from ssm_backbones.layers.simple_pyramid import STRIDES, SimplePyramid
 from ssm_backbones.layers.token_grid import TokenGrid
 from ssm_backbones.layers.v2m_mixer import HierarchicalV2MMixer, PlainV2MMixer
+from ssm_backbones.utils.torch_compat import RMSNorm
 
 PATCH_SIZE = 16
 INNER_RATIO = 2
@@ -165,7 +166,7 @@ class PlainV2M(V2M):
 
     def build_output_norm(self, stage: int) -> nn.Module:
         """Build the norm of a block's map; an identity with a pyramid, which has its own norms."""
-        return nn.RMSNorm(self.num_features[stage], eps=1e-5) if self.pyramid is None else nn.Identity()
+        return RMSNorm(self.num_features[stage], eps=1e-5) if self.pyramid is None else nn.Identity()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Compute maps (B, C_i, ceil(H/stride), ceil(W/stride)) of images (B, in_channels, H, W) of any H, W >= 1.
@@ -205,7 +206,7 @@ class PlainBlock(nn.Module):
 
     def __init__(self, channels: int, d_state: int, depth: int, drop_path: float = 0.0) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(channels, eps=1e-5)
+        self.norm = RMSNorm(channels, eps=1e-5)
         self.mixer = PlainV2MMixer(
             channels, INNER_RATIO * channels, d_state, dt_rank=math.ceil(channels / 16), depth=depth
         )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 # torch.cuda.OutOfMemoryError before torch 2.5.
 OutOfMemoryError: type[RuntimeError] = getattr(torch, 'OutOfMemoryError', torch.cuda.OutOfMemoryError)
@@ -48,14 +49,29 @@ def set_recompile_limit(limit: int) -> None:
     setattr(config, 'recompile_limit' if hasattr(config, 'recompile_limit') else 'cache_size_limit', limit)
 
 
-def _takes_names() -> bool:
-    return release() >= (2, 6)
-
-
 def release() -> tuple[int, int]:
     """Return the major and minor version of PyTorch."""
     major, minor = torch.__version__.split('.')[:2]
     return int(major), int(minor)
+
+
+class Float32RMSNorm(nn.RMSNorm):
+    """Compute ``RMSNorm`` in float32, as PyTorch's own does from 2.6 on.
+
+    Before, the gradient of small float16 values is NaN: a power of the root overflows.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (..., C); the result has the dtype of x, or of the weight where that is wider."""
+        normalised = nn.functional.rms_norm(x.float(), self.normalized_shape, None, self.eps).to(x.dtype)
+        return normalised if self.weight is None else normalised * self.weight
+
+
+RMSNorm: type[nn.RMSNorm] = nn.RMSNorm if release() >= (2, 6) else Float32RMSNorm
+
+
+def _takes_names() -> bool:
+    return release() >= (2, 6)
 
 
 def _renamed(thing: Any, name: str) -> Any:
