@@ -48,9 +48,9 @@ def states(A: Tensor, name: str = 'A') -> None:
 
 
 def rank(delta_weight: Tensor) -> None:
-    """Raise ValueError unless step sizes (K, E, R) are made of at least one factor."""
+    """Raise ValueError unless delta_weight (K, E, R) has a dt_rank R of at least 1."""
     if delta_weight.shape[-1] < 1:
-        raise ValueError(f'delta_weight must take at least one factor, got shape {tuple(delta_weight.shape)}')
+        raise ValueError(f'delta_weight must have a dt_rank of at least 1, got shape {tuple(delta_weight.shape)}')
 
 
 def same_dtype_and_device(**tensors: Tensor | None) -> None:

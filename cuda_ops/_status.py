@@ -62,7 +62,11 @@ class BackendStatus:
         return f'{"in use" if self.compiled else "not in use"}: {self.reason}'
 
     def __str__(self) -> str:
-        rows: list[tuple[str, object]] = [('cuda_ops', self.version), ('torch', self.torch), ('compiled library', self.library)]
+        rows: list[tuple[str, object]] = [
+            ('cuda_ops', self.version),
+            ('torch', self.torch),
+            ('compiled library', self.library),
+        ]
         rows += [(f'  {name}', value) for name, value in self.build.items()]
         rows += self.devices.items()
         return '\n'.join(f'{name:<20} {value}' for name, value in rows)

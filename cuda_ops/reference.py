@@ -19,19 +19,19 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def step_sizes(factors: Tensor, weight: Tensor) -> Tensor:
-    """Step sizes of their low-rank factors, ``delta[..., k, :] = weight[k] @ factors[..., k, :]``, in their dtype.
+def low_rank_delta(dt: Tensor, weight: Tensor) -> Tensor:
+    """Project the low-rank dt to delta, ``delta[..., k, :] = weight[k] @ dt[..., k, :]``, in dt's dtype.
 
     Args:
-        factors: (B, H, W, K, R).
+        dt: (B, H, W, K, R), of dt_rank R.
         weight: (K, E, R), in any floating dtype.
 
     Returns:
         (B, H, W, K, E), routes lying apart in memory, as one product for each of them leaves them.
     """
-    batch, height, width, routes, rank = factors.shape
+    batch, height, width, routes, rank = dt.shape
     # By reshape: flatten has no rule for the vmap of torch.autograd.grad(is_grads_batched=True).
-    products = torch.bmm(factors.reshape(-1, routes, rank).transpose(0, 1), weight.to(factors.dtype).transpose(1, 2))
+    products = torch.bmm(dt.reshape(-1, routes, rank).transpose(0, 1), weight.to(dt.dtype).transpose(1, 2))
     return products.view(routes, batch, height, width, weight.shape[1]).permute(1, 2, 3, 0, 4)
 
 
@@ -118,11 +118,11 @@ def route_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Tensor 
 
     Args:
         x: (B, H, W, E), float.
-        delta: (B, H, W, K, E) step sizes before bias and softplus.
+        delta: (B, H, W, K, E), before bias and softplus.
         A: (K, E, N), B and C: (B, H, W, K, G, N) with G dividing E, or None for ones; D and delta_bias: (K, E) or None.
         routes: K route codes, :data:`ROW` to :data:`COLUMN_REVERSED`.
         per_line: start from a zero state at every row (or column) instead of once an image.
-        delta_softplus: whether the step size passes a softplus.
+        delta_softplus: whether delta + delta_bias passes a softplus.
 
     Returns:
         The output (B, H, W, E) in x's dtype, and the state after the last position of each route (B, K, E, N) in the

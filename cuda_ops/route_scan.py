@@ -227,12 +227,12 @@ _library.serve(_LIBRARY, {'route_scan': _reference_forward, 'route_scan_backward
 _reference_mode.serve('route_scan', _checked_reference)
 
 
-@register_flop_formula(torch.ops.cuda_ops.route_scan)
 def route_scan_flops(x_shape: Sequence[int], delta_shape: Sequence[int], A_shape: Sequence[int], *args: object,
                      **kwargs: object) -> int:
-    """The field's count of a selective scan, 9 * L * E * N for each route and image (multiply-adds counted once).
+    """Count the operator's FLOPs from its arguments' shapes as the field does: a multiply-add counts once.
 
-    With a low-rank dt of rank R there are L * E * R more, those of its projection.
+    They are 9 * L * E * N for each route and image; with a low-rank dt of rank R another L * E * R, for its projection.
+    ``torch.utils.flop_counter`` counts a multiply-add twice, and gets twice this.
     """
     batch, height, width, channels = x_shape
     routes, _, states = A_shape
@@ -240,6 +240,11 @@ def route_scan_flops(x_shape: Sequence[int], delta_shape: Sequence[int], A_shape
     weight_shape = args[8] if len(args) > 8 else None
     rank = delta_shape[4] if weight_shape is not None else 0
     return batch * height * width * routes * channels * (9 * states + rank)
+
+
+@register_flop_formula(torch.ops.cuda_ops.route_scan)
+def _torch_flops(*shapes: Any, **kwargs: object) -> int:
+    return 2 * route_scan_flops(*shapes, **kwargs)
 
 
 def _scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Tensor | None, D: Tensor | None,
@@ -274,9 +279,9 @@ def cross_selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tens
         D: (4, E) skip weights, or None for no skip.
         delta_bias: (4, E), or None.
         delta_softplus: whether delta + delta_bias passes a softplus.
-        delta_weight: (4, E, R), or None. With it delta is ``delta_weight[k] @ delta[..., k, :]``. Where the scan gains by
-            it, on GPUs with one state and a small dt_rank, it computes this itself and delta is never stored; elsewhere
-            a matrix product in x's dtype does.
+        delta_weight: (4, E, R), or None. With it the scan's delta is ``delta_weight[k] @ delta[..., k, :]``. Where that
+            gains, on GPUs with one state and a small dt_rank, the scan computes it itself and never stores it;
+            elsewhere a matrix product in x's dtype does.
 
     Returns:
         (B, H, W, E) in x's dtype. Differentiable once, in every floating input, in all the ways that the module's
@@ -428,7 +433,8 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
     if B_constant is None and C_constant is None:
         y, last = _scan(x, delta, A, B_sequence, C_sequence, skip, bias, [ROW], False, delta_softplus)
     else:
-        y, last = _scan_by_state(x, delta, A, B_sequence, C_sequence, skip, bias, delta_softplus, B_constant, C_constant)
+        y, last = _scan_by_state(x, delta, A, B_sequence, C_sequence, skip, bias, delta_softplus, B_constant,
+                                 C_constant)
     y = y.squeeze(1).transpose(1, 2)
     if z is not None:
         y = y * F.silu(z)

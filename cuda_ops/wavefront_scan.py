@@ -181,12 +181,16 @@ _library.serve(_LIBRARY, {'wavefront_scan': _reference_forward, 'wavefront_scan_
 _reference_mode.serve('wavefront_scan', _checked_reference)
 
 
-@register_flop_formula(torch.ops.cuda_ops.wavefront_scan)
 def wavefront_scan_flops(x_shape: Sequence[int], delta_top_shape: Sequence[int], delta_left_shape: Sequence[int],
                          A_top_shape: Sequence[int], *args: object, **kwargs: object) -> int:
-    """Two selective scans' worth, one for each neighbour: 2 * 9 * L * E * N an image (see ``route_scan_flops``)."""
+    """Count two selective scans, one for each neighbour: 2 * 9 * L * E * N an image (see ``route_scan_flops``)."""
     batch, height, width, channels = x_shape
     return 2 * 9 * batch * height * width * channels * A_top_shape[1]
+
+
+@register_flop_formula(torch.ops.cuda_ops.wavefront_scan)
+def _torch_flops(*shapes: Any, **kwargs: object) -> int:
+    return 2 * wavefront_scan_flops(*shapes, **kwargs)
 
 
 def wavefront_scan(x: Tensor, delta_top: Tensor, delta_left: Tensor, A_top: Tensor, A_left: Tensor, B_top: Tensor,

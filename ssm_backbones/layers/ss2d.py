@@ -5,7 +5,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cuda_ops
-from cuda_ops import route_scan
 from ssm_backbones.layers.common import (
     ChannelLastConv2d,
     Pointwise,
@@ -74,19 +73,12 @@ class SS2D(nn.Module):
             x = self.in_proj(x)
         x = F.silu(self.conv(x))
 
-        delta, B, C = (
+        dt, B, C = (
             self.x_proj(x)
             .unflatten(-1, (ROUTES, self.dt_rank + 2 * self.d_state))
             .split((self.dt_rank, self.d_state, self.d_state), dim=-1)
         )
-        dt_weight: Tensor | None = self.dt_weight
-        if not route_scan.takes_low_rank(x, self.d_state, self.dt_rank):
-            # One batched product over the routes, left in the order in which it comes: (4, B*H*W, E).
-            delta = torch.bmm(delta.flatten(0, 2).transpose(0, 1), self.dt_weight.transpose(1, 2))
-            delta, dt_weight = delta.view(ROUTES, *x.shape).permute(1, 2, 3, 0, 4), None
-        y = cuda_ops.cross_selective_scan(
-            x, delta, self.A, B, C, self.D, self.dt_bias, delta_softplus=True, delta_weight=dt_weight
-        )
+        y = cuda_ops.cross_selective_scan(x, dt, self.A, B, C, self.D, self.dt_bias, delta_weight=self.dt_weight)
 
         y = self.norm(y)
         if z is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import cuda_ops
-from cuda_ops.route_scan import takes_low_rank
+from cuda_ops.route_scan import _takes_low_rank
 from tests.ops.helpers import ROOT, check_against_loop, differentiate, dtype_name, rounded
 from tests.ops.route_cases import CASES as ROUTE_CASES
 from tests.ops.route_cases import PARAMETERS, Case, Cross, Factors, Lines, Sequence, case_id
@@ -175,7 +175,7 @@ def test_a_device_that_is_not_the_current_one() -> None:
 def test_step_sizes_of_factors_are_not_stored() -> None:
     inputs = gpu_inputs(Factors(8, 56, 56, 96, 1, rank=6), torch.bfloat16)
     x = inputs['x']
-    assert x is not None and takes_low_rank(x, 1, 6)
+    assert x is not None and _takes_low_rank(x, 1, 6)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     with torch.no_grad():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import cuda_ops
+from cuda_ops import route_scan
 from tests.ops import oracle
 from tests.ops.helpers import check_against_loop
 
@@ -123,6 +124,21 @@ class Factors(Cross):
         return super().inputs() | {'delta': delta, 'delta_weight': weight}
 
 
+def scan_of_low_rank_dt(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+                        delta_bias: Tensor | None = None, delta_softplus: bool = True,
+                        delta_weight: Tensor | None = None) -> Tensor:
+    """The operator with ``delta_weight``, as ``cross_selective_scan`` calls it where that gains."""
+    return torch.ops.cuda_ops.route_scan(x, delta, A, B.unsqueeze(4), C.unsqueeze(4), D, delta_bias,
+                                         route_scan.CROSS_ROUTES, False, delta_softplus, 0, delta_weight)[0]
+
+
+@dataclass(frozen=True)
+class OperatorFactors(Factors):
+    """The same for the operator itself, which projects on every device and for every rank."""
+
+    function: Callable[..., Any] = scan_of_low_rank_dt
+
+
 @dataclass(frozen=True)
 class Lines:
     """A case of ``line_scan``."""
@@ -219,14 +235,15 @@ LINES = (
     Lines(0, 3, 5, 16, 2, 'row'),
 )
 FACTORS = (
-    Factors(1, 1, 1, 2, 1, rank=2),
-    Factors(1, 9, 7, 16, 1, rank=1),
-    Factors(2, 13, 9, 34, 1, rank=6, bias=False),
-    Factors(1, 25, 20, 20, 1, rank=16, softplus=False),
-    Factors(1, 7, 6, 18, 1, rank=17, D=False),
-    Factors(1, 5, 6, 15, 1, rank=4),
-    Factors(1, 4, 5, 8, 3, rank=2),
-    Factors(0, 4, 5, 8, 1, rank=2),
+    *(kind(*sizes, **options) for kind in (Factors, OperatorFactors) for *sizes, options in (
+        (1, 1, 1, 2, 1, dict(rank=2)),
+        (1, 9, 7, 16, 1, dict(rank=1)),
+        (2, 13, 9, 34, 1, dict(rank=6, bias=False)),
+        (1, 25, 20, 20, 1, dict(rank=16, softplus=False)),
+        (1, 7, 6, 18, 1, dict(rank=17, D=False)),
+        (1, 5, 6, 15, 1, dict(rank=4)),
+        (1, 4, 5, 8, 3, dict(rank=2)),
+        (0, 4, 5, 8, 1, dict(rank=2)))),
 )
 CASES: tuple[Case, ...] = (*SEQUENCES, *CROSSES, *LINES, *FACTORS)
 

@@ -66,7 +66,7 @@ SHAPES = [
     ('factors', 'delta_weight', lambda v: None, r'delta must have shape \(2, 3, 5, 4, 6\).*got \(2, 3, 5, 4, 4\)'),
     ('factors', 'delta_weight', lambda v: v[0], r'delta_weight must have 3 dimensions .*got shape \(6, 4\)'),
     ('factors', 'delta_weight', lambda v: v.mT, r'delta_weight must have shape \(4, 6, 6\).*got \(4, 4, 6\)'),
-    ('factors', 'delta_weight', lambda v: v[..., :0], r'delta_weight must take at least one factor.*\(4, 6, 0\)'),
+    ('factors', 'delta_weight', lambda v: v[..., :0], r'delta_weight must have a dt_rank of at least 1.*\(4, 6, 0\)'),
     ('line', 'x', lambda v: v[None], r'x must have 4 dimensions .*got shape \(1, 2, 3, 5, 6\)'),
     ('line', 'delta', lambda v: v[:, :2], r'delta must have shape \(2, 3, 5, 6\).*got \(2, 2, 5, 6\)'),
     ('line', 'A', lambda v: v[None], r'A must have 2 dimensions .*got shape \(1, 6, 3\)'),

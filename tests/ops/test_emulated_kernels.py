@@ -118,21 +118,21 @@ def test_maps_with_one_state_that_do_not_fit_fall_into_segments(emulation: Emula
         assert emulation.launches > 5
 
 
-@pytest.mark.parametrize(('case', 'within', 'taken'), (
-    (Factors(1, 5, 7, 18, 1, rank=2), True, True), (Factors(1, 5, 7, 18, 1, rank=8), True, True),
+@pytest.mark.parametrize(('case', 'taken'), (
+    (Factors(1, 5, 7, 18, 1, rank=2), True), (Factors(1, 5, 7, 18, 1, rank=8), True),
     # Possible, and by count no gain.
-    (Factors(1, 5, 7, 18, 1, rank=12), True, False), (Factors(1, 5, 7, 18, 1, rank=16), True, False),
-    (Factors(1, 5, 7, 18, 1, rank=5), False, False), (Factors(1, 5, 7, 18, 1, rank=18), False, False),
-    (Factors(1, 5, 7, 17, 1, rank=6), False, False), (Factors(1, 5, 7, 18, 2, rank=6), False, False)), ids=str)
-def test_step_sizes_of_factors_are_not_stored(emulation: Emulation, case: Factors, within: bool, taken: bool) -> None:
+    (Factors(1, 5, 7, 18, 1, rank=12), False), (Factors(1, 5, 7, 18, 1, rank=16), False),
+    (Factors(1, 5, 7, 18, 1, rank=5), False), (Factors(1, 5, 7, 18, 1, rank=18), False),
+    (Factors(1, 5, 7, 17, 1, rank=6), False), (Factors(1, 5, 7, 18, 2, rank=6), False)), ids=str)
+def test_delta_is_not_stored_where_the_scan_computes_it(emulation: Emulation, case: Factors, taken: bool) -> None:
     inputs = rounded(case.inputs(), PARAMETERS, torch.bfloat16)
-    assert not route_scan.takes_low_rank(inputs['x'], case.states, case.rank)
+    assert not route_scan._takes_low_rank(inputs['x'], case.states, case.rank)
     with emulation.serve(), profile(activities=[ProfilerActivity.CPU]) as record:
-        assert route_scan.takes_low_rank(inputs['x'], case.states, case.rank) == taken
+        assert route_scan._takes_low_rank(inputs['x'], case.states, case.rank) == taken
         results, _ = differentiate(case.function, inputs, case.options())
-    # Two products make the gradients of factors and weight.
+    # Two products make the gradients of dt and weight.
     products = sum(event.count for event in record.key_averages() if event.key == 'aten::bmm')
-    assert products == (2 if within else 4)
+    assert products == (2 if taken else 3)
     assert results['grad delta'].shape == inputs['delta'].shape
 
 
@@ -168,7 +168,7 @@ def test_ss2d_is_the_same_with_step_sizes_made_in_the_scan(emulation: Emulation,
             return [y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])], products
 
     results, products = run()
-    monkeypatch.setattr(route_scan, 'takes_low_rank', lambda x, states, rank: False)
+    monkeypatch.setattr(route_scan, '_takes_low_rank', lambda x, states, rank: False)
     expected, one_more = run()
     assert (products, one_more) == (0, 1)
     for got, value in zip(results, expected, strict=True):

@@ -137,15 +137,6 @@ def test_a_library_without_the_kernels_constants_is_refused(package: Path) -> No
     assert REMEDY in last, last
 
 
-def test_a_library_without_the_kernels_constants_is_refused(package: Path) -> None:
-    source = package / '_library.py'
-    source.write_text(source.read_text().replace('cuda_ops.kernel_constants', 'cuda_ops.constants_of_other_sources'))
-    result = run_python('import cuda_ops', path=package.parent)
-    last = result.stderr.strip().splitlines()[-1]
-    assert result.returncode and last.startswith('ImportError') and 'compiled from other sources' in last, result.stderr
-    assert REMEDY in last, last
-
-
 def test_an_intact_copy_says_nothing(package: Path) -> None:
     used = use(package.parent)
     assert used['messages'] == [] and used['refusal'] is None

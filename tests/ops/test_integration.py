@@ -12,8 +12,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import cuda_ops
+from cuda_ops.route_scan import route_scan_flops
+from cuda_ops.wavefront_scan import wavefront_scan_flops
 from tests.ops.helpers import DTYPES, TOLERANCES, dtype_name
-from tests.ops.route_cases import Case, Cross, Factors, Lines, Sequence, case_id
+from tests.ops.route_cases import Case, Cross, Factors, Lines, OperatorFactors, Sequence, case_id
 
 CASES = (Sequence(2, 6, 9, 2, B=2, z=True), Sequence(1, 3, 9, 2, B=0, C=0), Cross(2, 3, 5, 8, 1),
          Factors(2, 3, 5, 8, 1), Lines(2, 3, 5, 8, 2, 'row', B=False))
@@ -129,17 +131,28 @@ def test_checkpointing_recomputes_the_same() -> None:
                                               (Cross(2, 5, 7, 6, 3), 4), (Lines(2, 5, 7, 6, 3, 'row'), 1)),
                          ids=lambda value: case_id(value) if not isinstance(value, int) else '')
 def test_floating_point_operations_are_counted(case: Case, routes: int) -> None:
+    """By torch's counter, for which a multiply-add is two."""
     inputs = {name: value if value is None else value.float() for name, value in case.inputs().items()}
     with FlopCounterMode(display=False) as counter:
         y = outputs_of(case, inputs)[0]
-    assert counter.get_total_flops() == 9 * y.numel() * case.states * routes
+    assert counter.get_total_flops() == 2 * 9 * y.numel() * case.states * routes
 
 
-def test_the_product_that_makes_step_sizes_is_counted_with_the_scan() -> None:
-    case = Factors(2, 5, 7, 6, 3, rank=4)
+@pytest.mark.parametrize('kind', (Factors, OperatorFactors))
+def test_the_projection_of_dt_is_counted_wherever_it_is_computed(kind: type[Factors]) -> None:
+    case = kind(2, 5, 7, 6, 3, rank=4)
     with FlopCounterMode(display=False) as counter:
         y = case.function(**case.inputs())
-    assert counter.get_total_flops() == 4 * y.numel() * (9 * 3 + 4)
+    assert counter.get_total_flops() == 2 * 4 * y.numel() * (9 * 3 + 4)
+
+
+def test_flops_of_the_field_count_a_multiply_add_once() -> None:
+    A, dt, weight = (4, 6, 3), (2, 5, 7, 4, 4), (4, 6, 4)
+    grid = (2, 5, 7, 6)
+    assert route_scan_flops(grid, (2, 5, 7, 4, 6), A) == 4 * 9 * 2 * 35 * 6 * 3
+    rest = (None, None, None, None, [0, 1, 2, 3], False, True, 0)
+    assert route_scan_flops(grid, dt, A, *rest, weight) == 4 * 2 * 35 * 6 * (9 * 3 + 4)
+    assert wavefront_scan_flops(grid, grid, grid, (6, 3)) == 2 * 9 * 2 * 35 * 6 * 3
 
 
 @pytest.mark.parametrize('case', CASES, ids=case_id)

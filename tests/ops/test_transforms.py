@@ -434,7 +434,7 @@ def test_written_out_gradients_of_the_reference_are_autograd_s() -> None:
             case.function(**given, **case.options())
         x, delta, A, B, C, D, bias, routes, per_line, softplus, _, weight = recorded[0]
         if weight is not None:
-            delta = reference.step_sizes(delta, weight)
+            delta = reference.low_rank_delta(delta, weight)
         inputs = dict(x=x, delta=delta, A=A, B=B, C=C, D=D, delta_bias=bias)
         options = dict(routes=routes, per_line=per_line, delta_softplus=softplus)
         # The state behind every single line is not kept.
