@@ -11,10 +11,13 @@ import pytest
 from PIL import Image
 
 from ssm_backbones import demo
+from ssm_backbones.demo import images as demo_images
 from ssm_backbones.demo import run as demo_run
 from ssm_backbones.shapes.classes import CLASSES, SEG_CLASSES
 from ssm_backbones.shapes.options import ShapesOptions
 from ssm_backbones.utils.errors import CommandError
+from ssm_backbones.visualization.curves import read_history
+from ssm_backbones.visualization.sheets import save_contact_sheet
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -147,15 +150,32 @@ sys.exit(run_command(lambda: run._run([sys.executable, '-c', {child!r}])))
         ('cls', 'epoch_2.pth', ('accuracy',)),
     ],
 )
-def test_other_tasks(checkout, capfd, task, last, shown) -> None:
+def test_other_tasks(checkout, capfd, monkeypatch, task, last, shown) -> None:
+    drawn = []
+
+    def save(pairs, *args, **kwargs) -> None:
+        drawn.extend(pairs)
+        save_contact_sheet(pairs, *args, **kwargs)
+
+    monkeypatch.setattr(demo_images, 'save_contact_sheet', save)
     figures = demo.run_demo('vmamba', task)
     out = checkout / 'demo' / f'vmamba-{task}'
     assert (out / 'train' / last).is_file()
     assert all(0 <= value <= 1 for value in figures.values())
     reached = ', '.join(f'{name} {value:.3f}' for name, value in zip(shown, figures.values(), strict=True))
     assert capfd.readouterr().out.splitlines()[-1].startswith(f'{reached} on held-out images')
-    for name in ('predictions.png', 'curves.png'):
-        assert np.asarray(Image.open(out / name)).std() > 0
+    # All four held-out images, each with its truth, are on the sheet.
+    assert len(drawn) == 4
+    sheet = np.asarray(Image.open(out / 'predictions.png'))
+    lines = [line.tobytes() for line in sheet]
+    for image in [image for pair in drawn for image in pair]:
+        middle = image[len(image) // 2].tobytes()
+        assert any(middle in line for line in lines)
+    history = read_history(out / 'train')
+    assert history.losses and all(np.isfinite(loss) for loss in np.concatenate([*history.losses.values()])[:, 1])
+    assert len(history.metrics) >= len(shown)
+    with Image.open(out / 'curves.png') as curves:
+        assert len(curves.convert('RGB').getcolors(1 << 24)) > len(history.losses)
 
 
 def test_unknown_demo(checkout) -> None:

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from ssm_backbones.checkpoints import convert_file
+from ssm_backbones.shapes.classes import SEG_PALETTE
 from ssm_backbones.utils.errors import CommandError
 from tests.checkpoints.small import classifier
 
@@ -56,7 +57,38 @@ def test_the_loss_falls(trained, read_losses) -> None:
     assert np.mean(losses[-4:]) < 0.8 * np.mean(losses[:4])
 
 
-def test_evaluates_dumps_and_draws(trained, test, tmp_path) -> None:
+SOURCES = {
+    'mmdet': 'coco/val2017/*{}.jpg',
+    'mmseg': 'ade20k/images/validation/*{}.jpg',
+    'mmpretrain': 'imagenet/val/*/*{}.JPEG',
+}
+
+
+def read_image(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert('RGB')).astype(float)
+
+
+def check_drawn(host: str, path: Path, shapes: Path, maps: Path) -> None:
+    """Something is drawn on an image of the data set: the classes' names, or on the left half the truth.
+
+    mmseg's right half is compared with the label map that was written.
+    """
+    number = path.name.partition('.')[0][-4:]
+    (source,) = shapes.glob(SOURCES[host].format(number))
+    image, drawn = read_image(source), read_image(path)
+    parts = [drawn] if host == 'mmpretrain' else np.split(drawn, 2, axis=1)
+    assert all(part.shape == image.shape for part in parts)
+    changed = np.abs(parts[0] - image).max(axis=2)
+    assert (changed > 60).mean() > 0.02
+    if host != 'mmseg':
+        assert all((np.abs(part - image).max(axis=2) < 25).mean() > 0.15 for part in parts)
+        return
+    labels = np.asarray(Image.open(next(maps.glob(f'*{number}.png')))) - 1
+    colours = np.array(SEG_PALETTE, dtype=float)[labels]
+    assert np.abs(parts[1] - colours).mean() < 0.6 * np.abs(image - colours).mean()
+
+
+def test_evaluates_dumps_and_draws(trained, test, shapes, tmp_path) -> None:
     out = tmp_path / ('maps' if trained.host == 'mmseg' else 'predictions.pkl')
     shown = tmp_path / 'shown'
     metrics = test(trained.config, trained.checkpoint, tmp_path / 'test', out=str(out), show_dir=str(shown))
@@ -65,7 +97,8 @@ def test_evaluates_dumps_and_draws(trained, test, tmp_path) -> None:
     # mmdet keeps an image's own name, the others write PNG.
     images = sorted(path for path in shown.rglob('*') if path.suffix in ('.png', '.jpg'))
     assert len(images) == 4
-    assert np.asarray(Image.open(images[0])).std() > 0
+    for path in images:
+        check_drawn(trained.host, path, shapes, out)
     if trained.host == 'mmseg':
         maps = [np.asarray(Image.open(path)) for path in sorted(out.iterdir())]
         assert len(maps) == 4
