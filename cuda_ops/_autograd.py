@@ -18,13 +18,21 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 Arguments = Sequence[Any]
-_TWICE = ('the scans have no second derivatives: {} is not differentiable in {}. Compute within '
-          '`with cuda_ops.use_reference():`, whose PyTorch operations have derivatives of any order')
+_TWICE = (
+    'the scans have no second derivatives: {} is not differentiable in {}. Compute within '
+    '`with cuda_ops.use_reference():`, whose PyTorch operations have derivatives of any order'
+)
 
 
-def register(library: torch.library.Library, name: str, *, save: Callable[[Any, Arguments, Any], None],
-             backward: Callable[..., tuple[Any, ...]], forward_mode: Callable[..., Sequence[Tensor | None]],
-             prepare: Callable[[Arguments], Arguments]) -> None:
+def register(
+    library: torch.library.Library,
+    name: str,
+    *,
+    save: Callable[[Any, Arguments, Any], None],
+    backward: Callable[..., tuple[Any, ...]],
+    forward_mode: Callable[..., Sequence[Tensor | None]],
+    prepare: Callable[[Arguments], Arguments],
+) -> None:
     """Make a defined operator ``cuda_ops::name`` differentiable.
 
     Args:
@@ -66,7 +74,7 @@ def register(library: torch.library.Library, name: str, *, save: Callable[[Any, 
 
     def kernel(keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
         # The dispatcher leaves out arguments that equal their defaults.
-        arguments = (*arguments, *defaults[len(arguments):])
+        arguments = (*arguments, *defaults[len(arguments) :])
         transformed = torch._C._are_functorch_transforms_active()
         tangents: tuple[Tensor | None, ...] | None = None
         # Asking each tensor takes as long as the rest of a small call. Under a dispatch mode, as while torch.compile
@@ -83,8 +91,10 @@ def register(library: torch.library.Library, name: str, *, save: Callable[[Any, 
         outputs = call_kernel(keyset, arguments)
         if tangents is None:
             return outputs
-        return tuple(output if tangent is None else forward_ad.make_dual(output, tangent, level=0)
-                     for output, tangent in zip(outputs, tangents, strict=True))
+        return tuple(
+            output if tangent is None else forward_ad.make_dual(output, tangent, level=0)
+            for output, tangent in zip(outputs, tangents, strict=True)
+        )
 
     library.impl(name, kernel, 'Autograd', with_keyset=True)
 
@@ -113,8 +123,9 @@ def reference_tangents(reference: Callable[..., Sequence[Tensor]]) -> Callable[.
     return forward_mode
 
 
-def push_forward(reference: Callable[..., Sequence[Tensor]], arguments: Arguments,
-                 tangents: Arguments) -> tuple[Tensor, ...]:
+def push_forward(
+    reference: Callable[..., Sequence[Tensor]], arguments: Arguments, tangents: Arguments
+) -> tuple[Tensor, ...]:
     """Compute the tangents of a reference's outputs from its arguments' tangents, None for those that have none."""
     moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
 
@@ -141,8 +152,14 @@ class _Refuse(_SingleLevelFunction):
         raise NotImplementedError(_TWICE.format(*ctx.names))
 
 
-def register_linear(library: torch.library.Library, name: str, gradients: int, *,
-                    save: Callable[[Any, Arguments, Any], None], backward: Callable[..., tuple[Any, ...]]) -> None:
+def register_linear(
+    library: torch.library.Library,
+    name: str,
+    gradients: int,
+    *,
+    save: Callable[[Any, Arguments, Any], None],
+    backward: Callable[..., tuple[Any, ...]],
+) -> None:
     """Make a backward operator differentiable in the gradients that it takes first, and refuse the rest.
 
     It is linear in them, so their tangents pass through the operator itself. What it takes beside them it would have to
@@ -162,16 +179,21 @@ def register_linear(library: torch.library.Library, name: str, gradients: int, *
         # Asked of each argument by itself, and not before its gradient is wanted: jvp by differentiating twice, as
         # torch.autograd.functional has it, wants that of the gradients alone.
         with enable_single_level_autograd_function():
-            return [_Refuse.apply(value, name, names[i])  # type: ignore[attr-defined]
-                    if i >= gradients and isinstance(value, Tensor) and value.requires_grad else value
-                    for i, value in enumerate(arguments)]
+            return [
+                _Refuse.apply(value, name, names[i])  # type: ignore[attr-defined]
+                if i >= gradients and isinstance(value, Tensor) and value.requires_grad
+                else value
+                for i, value in enumerate(arguments)
+            ]
 
     def forward_mode(arguments: Arguments, primals: Arguments, tangents: Arguments) -> Sequence[Tensor]:
         for i, tangent in enumerate(tangents):
             if i >= gradients and tangent is not None:
                 raise NotImplementedError(_TWICE.format(name, names[i]))
-        moved = [torch.zeros_like(primal) if tangent is None and primal is not None else tangent
-                 for primal, tangent in zip(primals[:gradients], tangents, strict=False)]
+        moved = [
+            torch.zeros_like(primal) if tangent is None and primal is not None else tangent
+            for primal, tangent in zip(primals[:gradients], tangents, strict=False)
+        ]
         return operator(*moved, *primals[gradients:])
 
     def all_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -199,8 +221,9 @@ def register_vmap(name: str, maps: Sequence[int], parameters: Sequence[int]) -> 
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         size = info.batch_size
         # What holds no tensor has a structure of its own there.
-        dims: list[Any] = [dim if isinstance(value, Tensor) else None
-                           for value, dim in zip(arguments, in_dims, strict=True)]
+        dims: list[Any] = [
+            dim if isinstance(value, Tensor) else None for value, dim in zip(arguments, in_dims, strict=True)
+        ]
         if size and all(dims[i] is None for i in parameters if i < len(dims)):
             folded = list(arguments)
             for i in maps:
@@ -210,10 +233,19 @@ def register_vmap(name: str, maps: Sequence[int], parameters: Sequence[int]) -> 
             outputs = tuple(output.unflatten(0, (size, -1)) for output in operator(*folded))
         else:
             # Of no samples at all the shapes are still wanted.
-            calls = [operator(*(value if dim is None else value.select(dim, i) if size else
-                                value.new_zeros(value.movedim(dim, 0).shape[1:])
-                                for value, dim in zip(arguments, dims, strict=True)))
-                     for i in range(max(size, 1))]
+            calls = [
+                operator(
+                    *(
+                        value
+                        if dim is None
+                        else value.select(dim, i)
+                        if size
+                        else value.new_zeros(value.movedim(dim, 0).shape[1:])
+                        for value, dim in zip(arguments, dims, strict=True)
+                    )
+                )
+                for i in range(max(size, 1))
+            ]
             outputs = tuple(torch.stack(each)[:size] for each in zip(*calls, strict=True))
         return outputs, (0,) * len(outputs)
 

@@ -63,8 +63,10 @@ def same_dtype_and_device(**tensors: Tensor | None) -> None:
         raise TypeError(f'{first_name} is float64, which the scans serve on CPU alone; use float32 on {first.device}')
     for name, value in given[1:]:
         if value.dtype != first.dtype:
-            raise TypeError(f'{name} must have the dtype of {first_name}, {first.dtype}, got {value.dtype}; '
-                            f'convert it with {name}.to({first.dtype})')
+            raise TypeError(
+                f'{name} must have the dtype of {first_name}, {first.dtype}, got {value.dtype}; '
+                f'convert it with {name}.to({first.dtype})'
+            )
     same_device(first, **dict(given[1:]))
 
 
@@ -76,8 +78,10 @@ def same_device(first: Tensor, **tensors: Tensor | None) -> None:
         if not value.is_floating_point():
             raise TypeError(f'{name} must be a floating tensor, got {value.dtype}')
         if value.device != first.device:
-            raise ValueError(f'{name} is on {value.device}, the map is on {first.device}; '
-                             f'move it with {name}.to({str(first.device)!r})')
+            raise ValueError(
+                f'{name} is on {value.device}, the map is on {first.device}; '
+                f'move it with {name}.to({str(first.device)!r})'
+            )
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
@@ -103,5 +107,7 @@ def decay_rates(A: Tensor, name: str = 'A') -> None:
     wrong = ~(torch.isfinite(A) & (A <= 0))
     if wrong.any():
         value = A[wrong][0].item()
-        raise ValueError(f'{name} must be finite and not positive, got {value}; {name} is usually minus the '
-                         'exponential of a parameter, and a NaN there means that training has diverged')
+        raise ValueError(
+            f'{name} must be finite and not positive, got {value}; {name} is usually minus the '
+            'exponential of a parameter, and a NaN there means that training has diverged'
+        )

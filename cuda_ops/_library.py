@@ -60,8 +60,9 @@ def _kernel_constants() -> tuple[Mapping[str, int], frozenset[int]]:
     try:
         return torch.ops.cuda_ops.kernel_constants(), frozenset(torch.ops.cuda_ops.specialized_states())
     except AttributeError as error:
-        raise ImportError(f'{LIBRARY_PATH} was compiled from other sources than these: it does not tell its constants. '
-                          f'{_REMEDY}.') from error
+        raise ImportError(
+            f'{LIBRARY_PATH} was compiled from other sources than these: it does not tell its constants. {_REMEDY}.'
+        ) from error
 
 
 # What the CUDA kernels save depends on these (csrc/library_bindings.cpp); empty where there is no compiled library. The
@@ -80,8 +81,10 @@ def define(library: torch.library.Library, schema: str) -> None:
     except RuntimeError as error:
         if not STATUS.compiled:
             raise
-        raise ImportError(f'{LIBRARY_PATH} was compiled from other sources than these: its cuda_ops::'
-                          f'{schema.partition("(")[0]} takes other arguments. {_REMEDY}.') from error
+        raise ImportError(
+            f'{LIBRARY_PATH} was compiled from other sources than these: its cuda_ops::'
+            f'{schema.partition("(")[0]} takes other arguments. {_REMEDY}.'
+        ) from error
 
 
 def serve(library: torch.library.Library, references: Mapping[str, Callable]) -> None:
@@ -105,13 +108,17 @@ def _announced(reference: Callable, device: str) -> Callable:
 
     def call(*args):
         if os.environ.get(STRICT_VARIABLE, '0') not in ('', '0'):
-            raise RuntimeError(f'{STRICT_VARIABLE} is set and cuda_ops has no compiled kernel for {device}: '
-                               f'{why_reference(device)}. {_REMEDY}.')
+            raise RuntimeError(
+                f'{STRICT_VARIABLE} is set and cuda_ops has no compiled kernel for {device}: '
+                f'{why_reference(device)}. {_REMEDY}.'
+            )
         if device not in _announced_devices:
             _announced_devices.add(device)
-            warnings.warn(f'cuda_ops uses its PyTorch reference on {device}, which is slow and stores every state: '
-                          f'{why_reference(device)}. {_REMEDY}; {STRICT_VARIABLE}=1 turns this warning into an error.',
-                          stacklevel=2)
+            warnings.warn(
+                f'cuda_ops uses its PyTorch reference on {device}, which is slow and stores every state: '
+                f'{why_reference(device)}. {_REMEDY}; {STRICT_VARIABLE}=1 turns this warning into an error.',
+                stacklevel=2,
+            )
         return reference(*args)
 
     return call

@@ -19,8 +19,9 @@ def serve(name: str, function: Callable[..., Any]) -> None:
 
 
 class _ReferenceMode(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (),
-                           kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         return _FUNCTIONS.get(func, func)(*args, **(kwargs or {}))
 
 

@@ -87,6 +87,9 @@ def backend_status() -> BackendStatus:
     for device, present in (('cpu', True), ('cuda', torch.cuda.is_available())):
         compiled = device in found.devices
         devices[device] = DeviceStatus(
-            present, 'compiled' if compiled else 'reference', '' if compiled else _library.why_reference(device),
-            torch.ops.cuda_ops.cpu_capability() if compiled and device == 'cpu' else None)
+            present,
+            'compiled' if compiled else 'reference',
+            '' if compiled else _library.why_reference(device),
+            torch.ops.cuda_ops.cpu_capability() if compiled and device == 'cpu' else None,
+        )
     return BackendStatus(__version__, torch.__version__, found.compiled, found.reason, dict(found.info), devices)

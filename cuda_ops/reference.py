@@ -80,8 +80,19 @@ def onto_grid(sequence: Tensor, route: int, height: int, width: int) -> Tensor:
 class _Route:
     """One route's inputs in visiting order, (lines, positions, ...), and its states."""
 
-    def __init__(self, k: int, x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Tensor | None,
-                 delta_bias: Tensor | None, route: int, per_line: bool, delta_softplus: bool) -> None:
+    def __init__(
+        self,
+        k: int,
+        x: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor | None,
+        C: Tensor | None,
+        delta_bias: Tensor | None,
+        route: int,
+        per_line: bool,
+        delta_softplus: bool,
+    ) -> None:
         dtype = state_dtype(x.dtype)
         projection = C if B is None else B
         groups = 1 if projection is None else projection.shape[4]
@@ -111,9 +122,18 @@ class _Route:
         return gradient.unflatten(2, (-1, self.channels_per_group)).sum(3)
 
 
-def route_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Tensor | None, D: Tensor | None,
-               delta_bias: Tensor | None, routes: list[int], per_line: bool,
-               delta_softplus: bool) -> tuple[Tensor, Tensor]:
+def route_scan(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor | None,
+    C: Tensor | None,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    routes: list[int],
+    per_line: bool,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:
     """The selective scan along each route, summed over the routes in image order.
 
     Args:
@@ -145,9 +165,20 @@ def route_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Tensor 
     return sum(outputs[1:], outputs[0]).to(x.dtype), last
 
 
-def route_scan_backward(grad_output: Tensor, grad_last: Tensor | None, x: Tensor, delta: Tensor, A: Tensor,
-                        B: Tensor | None, C: Tensor | None, D: Tensor | None, delta_bias: Tensor | None,
-                        routes: list[int], per_line: bool, delta_softplus: bool) -> dict[str, Tensor]:
+def route_scan_backward(
+    grad_output: Tensor,
+    grad_last: Tensor | None,
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor | None,
+    C: Tensor | None,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    routes: list[int],
+    per_line: bool,
+    delta_softplus: bool,
+) -> dict[str, Tensor]:
     """Gradients of :func:`route_scan`, by name, for every tensor that was given.
 
     With ``g_l`` the gradient of the state, ``g_l = C_l * dy_l + decay_{l+1} * g_{l+1}``: the forward recurrence on the
@@ -155,9 +186,19 @@ def route_scan_backward(grad_output: Tensor, grad_last: Tensor | None, x: Tensor
     """
     height, width = x.shape[1:3]
     dtype = state_dtype(x.dtype)
-    grads = {name: torch.zeros_like(value, dtype=dtype, memory_format=torch.contiguous_format)
-             for name, value in (('x', x), ('delta', delta), ('A', A), ('B', B), ('C', C), ('D', D),
-                                 ('delta_bias', delta_bias)) if value is not None}
+    grads = {
+        name: torch.zeros_like(value, dtype=dtype, memory_format=torch.contiguous_format)
+        for name, value in (
+            ('x', x),
+            ('delta', delta),
+            ('A', A),
+            ('B', B),
+            ('C', C),
+            ('D', D),
+            ('delta_bias', delta_bias),
+        )
+        if value is not None
+    }
     for k, route in enumerate(routes):
         r = _Route(k, x, delta, A, B, C, delta_bias, route, per_line, delta_softplus)
         dy = along_route(grad_output, route, per_line).to(dtype)

@@ -33,15 +33,21 @@ from cuda_ops import _autograd, _checks, _library, _reference_mode, reference
 from cuda_ops.reference import COLUMN, COLUMN_REVERSED, ROW, ROW_REVERSED, state_dtype
 
 _LIBRARY = torch.library.Library('cuda_ops', 'FRAGMENT')
-_library.define(_LIBRARY, 'route_scan(Tensor x, Tensor delta, Tensor A, Tensor? B, Tensor? C, Tensor? D, '
-                'Tensor? delta_bias, int[] routes, bool per_line, bool delta_softplus, int chunk, '
-                'Tensor? delta_weight=None) -> (Tensor, Tensor, Tensor)')
+_library.define(
+    _LIBRARY,
+    'route_scan(Tensor x, Tensor delta, Tensor A, Tensor? B, Tensor? C, Tensor? D, '
+    'Tensor? delta_bias, int[] routes, bool per_line, bool delta_softplus, int chunk, '
+    'Tensor? delta_weight=None) -> (Tensor, Tensor, Tensor)',
+)
 # With delta_weight, the argument delta is the low-rank dt, and the backward operator returns the gradient of the full
 # delta: those of dt and weight are matrix products of it.
-_library.define(_LIBRARY, 'route_scan_backward(Tensor grad_output, Tensor? grad_last, Tensor x, Tensor delta, '
-                'Tensor A, Tensor? B, Tensor? C, Tensor? D, Tensor? delta_bias, Tensor states, int[] routes, '
-                'bool per_line, bool delta_softplus, int chunk, Tensor? delta_weight=None) '
-                '-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)')
+_library.define(
+    _LIBRARY,
+    'route_scan_backward(Tensor grad_output, Tensor? grad_last, Tensor x, Tensor delta, '
+    'Tensor A, Tensor? B, Tensor? C, Tensor? D, Tensor? delta_bias, Tensor states, int[] routes, '
+    'bool per_line, bool delta_softplus, int chunk, Tensor? delta_weight=None) '
+    '-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)',
+)
 
 CROSS_ROUTES = [ROW, COLUMN, ROW_REVERSED, COLUMN_REVERSED]
 _AXES = {'row': ROW, 'column': COLUMN}
@@ -81,8 +87,9 @@ def _saved_chunks(x: Tensor, routes: Sequence[int], per_line: bool, chunk: int) 
     return lines, (length - 1) // chunk
 
 
-def _empty_outputs(x: Tensor, A: Tensor, routes: Sequence[int], per_line: bool,
-                   chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_outputs(
+    x: Tensor, A: Tensor, routes: Sequence[int], per_line: bool, chunk: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate the output, the last states and the saved states (none where ``chunk`` is 0)."""
     batch, channels, states = x.shape[0], x.shape[3], A.shape[2]
     dtype = state_dtype(x.dtype)
@@ -92,8 +99,16 @@ def _empty_outputs(x: Tensor, A: Tensor, routes: Sequence[int], per_line: bool,
     return output, last, x.new_empty((batch, len(routes), lines, saved, states, channels), dtype=dtype)
 
 
-def _empty_gradients(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Tensor | None, D: Tensor | None,
-                     delta_bias: Tensor | None, delta_weight: Tensor | None) -> tuple[Tensor, ...]:
+def _empty_gradients(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor | None,
+    C: Tensor | None,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_weight: Tensor | None,
+) -> tuple[Tensor, ...]:
     """Allocate the gradients in the operator's order; an input that was not given has an empty one."""
     dtype = state_dtype(x.dtype)
 
@@ -107,8 +122,15 @@ def _empty_gradients(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: T
         grad_delta = torch.empty_like(delta)
     else:
         grad_delta = x.new_empty((delta.shape[3], *x.shape)).permute(1, 2, 3, 0, 4)
-    return (like(x, x.dtype), grad_delta, like(A, dtype), like(B, x.dtype), like(C, x.dtype),
-            like(D, dtype), like(delta_bias, dtype))
+    return (
+        like(x, x.dtype),
+        grad_delta,
+        like(A, dtype),
+        like(B, x.dtype),
+        like(C, x.dtype),
+        like(D, dtype),
+        like(delta_bias, dtype),
+    )
 
 
 @torch.library.register_fake('cuda_ops::route_scan')
@@ -117,8 +139,23 @@ def _(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus, chunk,
 
 
 @torch.library.register_fake('cuda_ops::route_scan_backward')
-def _(grad_output, grad_last, x, delta, A, B, C, D, delta_bias, states, routes, per_line, delta_softplus, chunk,
-      delta_weight=None):
+def _(
+    grad_output,
+    grad_last,
+    x,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    delta_bias,
+    states,
+    routes,
+    per_line,
+    delta_softplus,
+    chunk,
+    delta_weight=None,
+):
     return _empty_gradients(x, delta, A, B, C, D, delta_bias, delta_weight)
 
 
@@ -131,21 +168,38 @@ def _reference_forward(x, delta, A, B, C, D, delta_bias, routes, per_line, delta
     return y, last, outputs[2] if not chunk else _empty_outputs(x, A, routes, per_line, chunk)[2].zero_()
 
 
-def _reference_backward(grad_output, grad_last, x, delta, A, B, C, D, delta_bias, states, routes, per_line,
-                        delta_softplus, chunk, delta_weight=None):
+def _reference_backward(
+    grad_output,
+    grad_last,
+    x,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    delta_bias,
+    states,
+    routes,
+    per_line,
+    delta_softplus,
+    chunk,
+    delta_weight=None,
+):
     outputs = _empty_gradients(x, delta, A, B, C, D, delta_bias, delta_weight)
     if delta_weight is not None:
         delta = reference.low_rank_delta(delta, delta_weight)
-    grads = reference.route_scan_backward(grad_output, grad_last, x, delta, A, B, C, D, delta_bias, routes, per_line,
-                                          delta_softplus)
+    grads = reference.route_scan_backward(
+        grad_output, grad_last, x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus
+    )
     for name, output in zip(('x', 'delta', 'A', 'B', 'C', 'D', 'delta_bias'), outputs, strict=True):
         if name in grads:
             output.copy_(grads[name])
     return outputs
 
 
-def _differentiable_reference(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus, chunk,
-                              delta_weight=None):
+def _differentiable_reference(
+    x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus, chunk, delta_weight=None
+):
     """The operator by PyTorch operations; no states are saved, since autograd keeps what it needs itself."""
     if delta_weight is not None:
         delta = reference.low_rank_delta(delta, delta_weight)
@@ -169,7 +223,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, delta, A, B, C, D, delta_bias, output[2], delta_weight)
     ctx.options = (routes, per_line, delta_softplus, chunk)
     # There are no last states of lines.
-    ctx.mark_non_differentiable(*output[1 if per_line else 2:])
+    ctx.mark_non_differentiable(*output[1 if per_line else 2 :])
     ctx.set_materialize_grads(False)
 
 
@@ -178,8 +232,9 @@ def _backward(ctx, grad_output, grad_last, _grad_states):
     x, delta = tensors[:2]
     if grad_output is None:
         grad_output = torch.zeros_like(x)
-    grads = list(torch.ops.cuda_ops.route_scan_backward(grad_output, grad_last, *tensors, states, *ctx.options,
-                                                        delta_weight))
+    grads = list(
+        torch.ops.cuda_ops.route_scan_backward(grad_output, grad_last, *tensors, states, *ctx.options, delta_weight)
+    )
     grad_weight = None
     if delta_weight is not None:
         grads[1], grad_weight = _low_rank_delta_backward(grads[1], delta, delta_weight)
@@ -209,26 +264,34 @@ def _second_backward(ctx, *grads):
     if delta_weight is not None:
         # The gradient is that of the full delta.
         tensors[1] = reference.low_rank_delta(tensors[1], delta_weight)
-    tangents = [None if grad is None or tensor is None else grad.to(tensor.dtype)
-                for grad, tensor in zip(grads, tensors, strict=True)]
+    tangents = [
+        None if grad is None or tensor is None else grad.to(tensor.dtype)
+        for grad, tensor in zip(grads, tensors, strict=True)
+    ]
     if all(tangent is None for tangent in tangents):
         return None, None
     y, last, _ = _autograd.push_forward(_differentiable_reference, (*tensors, *ctx.options, 0), tangents)
     return y, last if ctx.with_last else None
 
 
-_autograd.register(_LIBRARY, 'route_scan', save=_save_for_backward, backward=_backward, prepare=_with_chunk,
-                   forward_mode=_autograd.reference_tangents(_differentiable_reference))
-_autograd.register_linear(_LIBRARY, 'route_scan_backward', 2, save=_save_for_second_backward,
-                          backward=_second_backward)
+_autograd.register(
+    _LIBRARY,
+    'route_scan',
+    save=_save_for_backward,
+    backward=_backward,
+    prepare=_with_chunk,
+    forward_mode=_autograd.reference_tangents(_differentiable_reference),
+)
+_autograd.register_linear(_LIBRARY, 'route_scan_backward', 2, save=_save_for_second_backward, backward=_second_backward)
 _autograd.register_vmap('route_scan', maps=(0, 1, 3, 4), parameters=(2, 5, 6, 11))
 _autograd.register_vmap('route_scan_backward', maps=(), parameters=range(15))
 _library.serve(_LIBRARY, {'route_scan': _reference_forward, 'route_scan_backward': _reference_backward})
 _reference_mode.serve('route_scan', _checked_reference)
 
 
-def route_scan_flops(x_shape: Sequence[int], delta_shape: Sequence[int], A_shape: Sequence[int], *args: object,
-                     **kwargs: object) -> int:
+def route_scan_flops(
+    x_shape: Sequence[int], delta_shape: Sequence[int], A_shape: Sequence[int], *args: object, **kwargs: object
+) -> int:
     """Count the operator's FLOPs from its arguments' shapes as the field does: a multiply-add counts once.
 
     They are 9 * L * E * N for each route and image; with a low-rank dt of rank R another L * E * R, for its projection.
@@ -247,23 +310,43 @@ def _torch_flops(*shapes: Any, **kwargs: object) -> int:
     return 2 * route_scan_flops(*shapes, **kwargs)
 
 
-def _scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Tensor | None, D: Tensor | None,
-          delta_bias: Tensor | None, routes: list[int], per_line: bool, delta_softplus: bool,
-          delta_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _scan(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor | None,
+    C: Tensor | None,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    routes: list[int],
+    per_line: bool,
+    delta_softplus: bool,
+    delta_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Call the operator on checked inputs, with parameters in the state dtype; return the output and last states."""
     dtype = state_dtype(x.dtype)
     A = A.to(dtype)
-    D, delta_bias, delta_weight = (None if value is None else value.to(dtype)
-                                   for value in (D, delta_bias, delta_weight))
+    D, delta_bias, delta_weight = (
+        None if value is None else value.to(dtype) for value in (D, delta_bias, delta_weight)
+    )
     # A chunk of 0 saves no states: the Autograd kernel sets one, by _with_chunk, if a backward pass may follow.
-    output, last, _ = torch.ops.cuda_ops.route_scan(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus,
-                                                    0, delta_weight)
+    output, last, _ = torch.ops.cuda_ops.route_scan(
+        x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus, 0, delta_weight
+    )
     return output, last
 
 
-def cross_selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
-                         delta_bias: Tensor | None = None, delta_softplus: bool = True,
-                         delta_weight: Tensor | None = None) -> Tensor:
+def cross_selective_scan(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    delta_weight: Tensor | None = None,
+) -> Tensor:
     """SS2D's core: four selective scans over the grid, summed in image order.
 
     The routes are, in this order along every dimension of size 4: row-major, column-major, row-major reversed,
@@ -318,13 +401,24 @@ def cross_selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tens
     _checks.same_device(x, A=A, D=D, delta_bias=delta_bias, delta_weight=delta_weight)
     if delta_weight is not None and not _takes_low_rank(x, states, delta_weight.shape[2]):
         delta, delta_weight = reference.low_rank_delta(delta, delta_weight), None
-    return _scan(x, delta, A, B.unsqueeze(4), C.unsqueeze(4), D, delta_bias, CROSS_ROUTES, False, delta_softplus,
-                 delta_weight)[0]
+    return _scan(
+        x, delta, A, B.unsqueeze(4), C.unsqueeze(4), D, delta_bias, CROSS_ROUTES, False, delta_softplus, delta_weight
+    )[0]
 
 
-def line_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Tensor | None, D: Tensor | None = None,
-              delta_bias: Tensor | None = None, delta_softplus: bool = True, *, axis: str,
-              reverse: bool = False) -> Tensor:
+def line_scan(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor | None,
+    C: Tensor | None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    *,
+    axis: str,
+    reverse: bool = False,
+) -> Tensor:
     """A selective scan along every row or every column, each from a zero state.
 
     See the module's docstring for the equations. The map is neither flipped, transposed nor copied in any direction.
@@ -373,9 +467,18 @@ def line_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Tensor |
     return _scan(x, delta.unsqueeze(3), A.unsqueeze(0), B, C, D, delta_bias, [route], True, delta_softplus)[0]
 
 
-def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
-                   z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
-                   return_last_state: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Mamba's selective scan over a sequence, with the interface of Mamba's own function.
 
     See the module's docstring for the equations. The kernels run channel-last: prefer :func:`line_scan` or
@@ -424,8 +527,9 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
     if B_sequence is not None and C_sequence is not None and B_sequence.shape[4] != C_sequence.shape[4]:
         # Groups of one projection may be finer than the other's: bring both to the finer common division.
         groups = math.lcm(B_sequence.shape[4], C_sequence.shape[4])
-        B_sequence, C_sequence = (value.repeat_interleave(groups // value.shape[4], dim=4)
-                                  for value in (B_sequence, C_sequence))
+        B_sequence, C_sequence = (
+            value.repeat_interleave(groups // value.shape[4], dim=4) for value in (B_sequence, C_sequence)
+        )
     x, delta = u.transpose(1, 2).unsqueeze(1), delta.transpose(1, 2)[:, None, :, None]
     A = A.unsqueeze(0)
     bias = None if delta_bias is None else delta_bias.unsqueeze(0)
@@ -433,16 +537,18 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
     if B_constant is None and C_constant is None:
         y, last = _scan(x, delta, A, B_sequence, C_sequence, skip, bias, [ROW], False, delta_softplus)
     else:
-        y, last = _scan_by_state(x, delta, A, B_sequence, C_sequence, skip, bias, delta_softplus, B_constant,
-                                 C_constant)
+        y, last = _scan_by_state(
+            x, delta, A, B_sequence, C_sequence, skip, bias, delta_softplus, B_constant, C_constant
+        )
     y = y.squeeze(1).transpose(1, 2)
     if z is not None:
         y = y * F.silu(z)
     return (y, last.squeeze(1)) if return_last_state else y
 
 
-def _sequence_projection(name: str, value: Tensor, batch: int, channels: int, states: int,
-                         length: int) -> tuple[Tensor | None, Tensor | None]:
+def _sequence_projection(
+    name: str, value: Tensor, batch: int, channels: int, states: int, length: int
+) -> tuple[Tensor | None, Tensor | None]:
     """Bring B or C to the operator's (B, 1, L, 1, G, N), or return it as the constant (E, N) that it is."""
     if value.dim() == 2:
         _checks.shape(name, value, (channels, states), '(channels, states)')
@@ -458,9 +564,18 @@ def _sequence_projection(name: str, value: Tensor, batch: int, channels: int, st
     return value.permute(0, 3, 1, 2)[:, None, :, None], None
 
 
-def _scan_by_state(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Tensor | None, D: Tensor | None,
-                   delta_bias: Tensor | None, delta_softplus: bool, B_constant: Tensor | None,
-                   C_constant: Tensor | None) -> tuple[Tensor, Tensor]:
+def _scan_by_state(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor | None,
+    C: Tensor | None,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    B_constant: Tensor | None,
+    C_constant: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """The scan with B or C constant along the sequence but different for each channel.
 
     A state is linear in a constant B, and the output in a constant C, so both leave the recurrence as weights of the
@@ -469,15 +584,16 @@ def _scan_by_state(x: Tensor, delta: Tensor, A: Tensor, B: Tensor | None, C: Ten
     dtype = state_dtype(x.dtype)
     wide, delta = x.to(dtype), delta.to(dtype)
     B, C, D, B_constant, C_constant = (
-        None if value is None else value.to(dtype) for value in (B, C, D, B_constant, C_constant))
+        None if value is None else value.to(dtype) for value in (B, C, D, B_constant, C_constant)
+    )
     output = torch.zeros_like(wide) if D is None else D[0] * wide
     lasts = []
     for n in range(A.shape[2]):
-        B_n, C_n = (None if value is None else value[..., n:n + 1] for value in (B, C))
-        y, last = _scan(wide, delta, A[..., n:n + 1], B_n, C_n, None, delta_bias, [ROW], False, delta_softplus)
+        B_n, C_n = (None if value is None else value[..., n : n + 1] for value in (B, C))
+        y, last = _scan(wide, delta, A[..., n : n + 1], B_n, C_n, None, delta_bias, [ROW], False, delta_softplus)
         if B_constant is not None:
             y = y * B_constant[:, n]
-            last = last * B_constant[:, n:n + 1]
+            last = last * B_constant[:, n : n + 1]
         if C_constant is not None:
             y = y * C_constant[:, n]
         output = output + y

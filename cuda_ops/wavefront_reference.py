@@ -47,8 +47,8 @@ class _Neighbours:
     """The states beside those of one diagonal, from the last state seen in each row, led by a row of zeros."""
 
     def __init__(self, last: Tensor, diagonal: _Diagonal) -> None:
-        self.top = last[:, diagonal.first:diagonal.end]
-        self.left = last[:, diagonal.first + 1:diagonal.end + 1]
+        self.top = last[:, diagonal.first : diagonal.end]
+        self.left = last[:, diagonal.first + 1 : diagonal.end + 1]
 
 
 def _decays(d: _Diagonal, delta: Tensor, A: Tensor, weight: Tensor) -> Tensor:
@@ -69,19 +69,42 @@ def _without_neighbour(top: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
     return top.masked_fill(first_row, 0), left.masked_fill(first_column, 0)
 
 
-def _states(d: _Diagonal, last: Tensor, x: Tensor, delta_top: Tensor, delta_left: Tensor, A_top: Tensor, A_left: Tensor,
-            B_top: Tensor, B_left: Tensor) -> Tensor:
+def _states(
+    d: _Diagonal,
+    last: Tensor,
+    x: Tensor,
+    delta_top: Tensor,
+    delta_left: Tensor,
+    A_top: Tensor,
+    A_left: Tensor,
+    B_top: Tensor,
+    B_left: Tensor,
+) -> Tensor:
     """The states (B, K, E, N) of one diagonal's pixels."""
     neighbours = _Neighbours(last, d)
     u = d.of(x)
     inflow_top = (d.top * d.of(delta_top) * u)[..., None] * d.of(B_top)[:, :, None]
     inflow_left = (d.left * d.of(delta_left) * u)[..., None] * d.of(B_left)[:, :, None]
-    return (_decays(d, delta_top, A_top, d.top) * neighbours.top + inflow_top
-            + _decays(d, delta_left, A_left, d.left) * neighbours.left + inflow_left)
+    return (
+        _decays(d, delta_top, A_top, d.top) * neighbours.top
+        + inflow_top
+        + _decays(d, delta_left, A_left, d.left) * neighbours.left
+        + inflow_left
+    )
 
 
-def wavefront_scan(x: Tensor, delta_top: Tensor, delta_left: Tensor, A_top: Tensor, A_left: Tensor, B_top: Tensor,
-                   B_left: Tensor, C: Tensor, D: Tensor | None, reverse: bool) -> Tensor:
+def wavefront_scan(
+    x: Tensor,
+    delta_top: Tensor,
+    delta_left: Tensor,
+    A_top: Tensor,
+    A_left: Tensor,
+    B_top: Tensor,
+    B_left: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    reverse: bool,
+) -> Tensor:
     """The two-neighbour recurrence over (B, H, W, E); see :func:`cuda_ops.wavefront_scan` for arguments and result."""
     maps = _oriented(reverse, x, delta_top, delta_left, B_top, B_left, C)
     u, d_top, d_left, b_top, b_left, c = maps
@@ -92,16 +115,26 @@ def wavefront_scan(x: Tensor, delta_top: Tensor, delta_left: Tensor, A_top: Tens
         h = _states(d, last, u, d_top, d_left, A_top, A_left, b_top, b_left)
         outputs.append((h * d.of(c)[:, :, None]).sum(-1))
         pixels.append(d.rows * u.shape[2] + d.columns)
-        last = torch.cat([last[:, :d.first + 1], h, last[:, d.end + 1:]], dim=1)
+        last = torch.cat([last[:, : d.first + 1], h, last[:, d.end + 1 :]], dim=1)
     output = torch.cat(outputs, dim=1)[:, torch.cat(pixels).argsort()].view(u.shape)
     if D is not None:
         output = output + D * u
     return (output.flip(1, 2) if reverse else output).to(x.dtype)
 
 
-def wavefront_scan_backward(grad_output: Tensor, x: Tensor, delta_top: Tensor, delta_left: Tensor, A_top: Tensor,
-                            A_left: Tensor, B_top: Tensor, B_left: Tensor, C: Tensor, D: Tensor | None,
-                            reverse: bool) -> dict[str, Tensor]:
+def wavefront_scan_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    delta_top: Tensor,
+    delta_left: Tensor,
+    A_top: Tensor,
+    A_left: Tensor,
+    B_top: Tensor,
+    B_left: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    reverse: bool,
+) -> dict[str, Tensor]:
     """Gradients of :func:`wavefront_scan`, by name, for every tensor that was given.
 
     With ``g`` the gradient of a pixel's states, ``a`` the decays and 1/2 the weight of each neighbour,
@@ -111,27 +144,38 @@ def wavefront_scan_backward(grad_output: Tensor, x: Tensor, delta_top: Tensor, d
     maps = _oriented(reverse, x, delta_top, delta_left, B_top, B_left, C, grad_output)
     u, d_top, d_left, b_top, b_left, c, dy = maps
     (d_top, d_left), (b_top, b_left) = _without_neighbour(d_top, d_left), _without_neighbour(b_top, b_left)
-    grads = {name: torch.zeros_like(value) for name, value in
-             (('x', u), ('delta_top', d_top), ('delta_left', d_left), ('A_top', A_top), ('A_left', A_left),
-              ('B_top', b_top), ('B_left', b_left), ('C', c))}
+    grads = {
+        name: torch.zeros_like(value)
+        for name, value in (
+            ('x', u),
+            ('delta_top', d_top),
+            ('delta_left', d_left),
+            ('A_top', A_top),
+            ('A_left', A_left),
+            ('B_top', b_top),
+            ('B_left', b_left),
+            ('C', c),
+        )
+    }
     batch, height = u.shape[:2]
     # One diagonal's states need those of the diagonal before, each led by a row of zeros.
     history = [u.new_zeros((batch, height + 1, *A_top.shape))]
     for d in _diagonals(u):
         last = history[-1].clone()
-        last[:, d.first + 1:d.end + 1] = _states(d, history[-1], u, d_top, d_left, A_top, A_left, b_top, b_left)
+        last[:, d.first + 1 : d.end + 1] = _states(d, history[-1], u, d_top, d_left, A_top, A_left, b_top, b_left)
         history.append(last)
     carry = u.new_zeros((batch, height + 1, *A_top.shape))
     for s, d in reversed(list(enumerate(_diagonals(u)))):
         neighbours, h = _Neighbours(history[s], d), _Neighbours(history[s + 1], d).left
         value, grad_y = d.of(u), d.of(dy)
-        g = carry[:, d.first + 1:d.end + 1] + grad_y[..., None] * d.of(c)[:, :, None]
+        g = carry[:, d.first + 1 : d.end + 1] + grad_y[..., None] * d.of(c)[:, :, None]
         d.onto(grads['C'], (grad_y[..., None] * h).sum(2))
         grad_value = torch.zeros_like(value)
         carries = {}
         for name, delta, A, B, weight, states in (
-                ('top', d_top, A_top, b_top, d.top, neighbours.top),
-                ('left', d_left, A_left, b_left, d.left, neighbours.left)):
+            ('top', d_top, A_top, b_top, d.top, neighbours.top),
+            ('left', d_left, A_left, b_left, d.left, neighbours.left),
+        ):
             carries[name] = _decays(d, delta, A, weight) * g
             through_decay = carries[name] * states
             through_input = weight * (g * d.of(B)[:, :, None]).sum(-1)
@@ -141,8 +185,8 @@ def wavefront_scan_backward(grad_output: Tensor, x: Tensor, delta_top: Tensor, d
             grad_value += through_input * d.of(delta)
         d.onto(grads['x'], grad_value)
         carry = torch.zeros_like(carry)
-        carry[:, d.first + 1:d.end + 1] = carries['left']
-        carry[:, d.first:d.end] += carries['top']
+        carry[:, d.first + 1 : d.end + 1] = carries['left']
+        carry[:, d.first : d.end] += carries['top']
     if D is not None:
         grads['x'] += D * dy
         grads['D'] = (dy * u).sum((0, 1, 2))

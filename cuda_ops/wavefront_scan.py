@@ -29,11 +29,16 @@ from cuda_ops import _autograd, _checks, _library, _reference_mode, wavefront_re
 from cuda_ops.reference import state_dtype
 
 _LIBRARY = torch.library.Library('cuda_ops', 'FRAGMENT')
-_INPUTS = ('Tensor x, Tensor delta_top, Tensor delta_left, Tensor A_top, Tensor A_left, Tensor B_top, Tensor B_left, '
-           'Tensor C, Tensor? D')
+_INPUTS = (
+    'Tensor x, Tensor delta_top, Tensor delta_left, Tensor A_top, Tensor A_left, Tensor B_top, Tensor B_left, '
+    'Tensor C, Tensor? D'
+)
 _library.define(_LIBRARY, f'wavefront_scan({_INPUTS}, bool reverse, int chunk) -> (Tensor, Tensor, Tensor)')
-_library.define(_LIBRARY, f'wavefront_scan_backward(Tensor grad_output, {_INPUTS}, Tensor states, Tensor fronts, '
-                'bool reverse, int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)')
+_library.define(
+    _LIBRARY,
+    f'wavefront_scan_backward(Tensor grad_output, {_INPUTS}, Tensor states, Tensor fronts, '
+    'bool reverse, int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)',
+)
 _NAMES = ('x', 'delta_top', 'delta_left', 'A_top', 'A_left', 'B_top', 'B_left', 'C', 'D')
 
 # Recomputed states of 16 channels that about fill a core's own cache, and the fewest lines between two saved ones. A
@@ -60,8 +65,10 @@ def _fronts_shape(x: Tensor, states: int, chunk: int) -> tuple[int, ...]:
     batch, height, width, channels = x.shape
     lines, length = max(height, width), min(height, width)
     rows = min(chunk, lines)
-    steps, tile, group = (_library.KERNEL_CONSTANTS[name]
-                          for name in ('wavefront_checkpoint_steps', 'wavefront_tile_channels', 'state_group'))
+    steps, tile, group = (
+        _library.KERNEL_CONSTANTS[name]
+        for name in ('wavefront_checkpoint_steps', 'wavefront_tile_channels', 'state_group')
+    )
     padded = states if states in _library.SPECIALIZED_STATES else -(-states // group) * group
     return batch, -(-lines // rows), (length + rows - 2) // steps, -(-channels // tile), padded, rows, tile
 
@@ -74,22 +81,41 @@ def _empty_outputs(x: Tensor, A_top: Tensor, chunk: int) -> tuple[Tensor, Tensor
     kept = chunk and x.device.type == 'cuda' and _library.KERNEL_CONSTANTS
     fronts = _fronts_shape(x, states, chunk) if kept else (0,)
     dtype = state_dtype(x.dtype)
-    return (torch.empty_like(x, memory_format=torch.contiguous_format),
-            x.new_empty((batch, saved, min(height, width), states, channels), dtype=dtype),
-            x.new_empty(fronts, dtype=dtype))
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        x.new_empty((batch, saved, min(height, width), states, channels), dtype=dtype),
+        x.new_empty(fronts, dtype=dtype),
+    )
 
 
-def _empty_gradients(x: Tensor, delta_top: Tensor, delta_left: Tensor, A_top: Tensor, A_left: Tensor, B_top: Tensor,
-                     B_left: Tensor, C: Tensor, D: Tensor | None) -> tuple[Tensor, ...]:
+def _empty_gradients(
+    x: Tensor,
+    delta_top: Tensor,
+    delta_left: Tensor,
+    A_top: Tensor,
+    A_left: Tensor,
+    B_top: Tensor,
+    B_left: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+) -> tuple[Tensor, ...]:
     """Allocate the gradients in the operator's order; that of a D that was not given is empty."""
 
     def contiguous(value: Tensor) -> Tensor:
         return torch.empty_like(value, memory_format=torch.contiguous_format)
 
     # The deltas' gradients have the strides of the deltas, so that what produced them need not copy.
-    return (contiguous(x), torch.empty_like(delta_top), torch.empty_like(delta_left), contiguous(A_top),
-            contiguous(A_left), contiguous(B_top), contiguous(B_left), contiguous(C),
-            x.new_empty((0,), dtype=state_dtype(x.dtype)) if D is None else contiguous(D))
+    return (
+        contiguous(x),
+        torch.empty_like(delta_top),
+        torch.empty_like(delta_left),
+        contiguous(A_top),
+        contiguous(A_left),
+        contiguous(B_top),
+        contiguous(B_left),
+        contiguous(C),
+        x.new_empty((0,), dtype=state_dtype(x.dtype)) if D is None else contiguous(D),
+    )
 
 
 @torch.library.register_fake('cuda_ops::wavefront_scan')
@@ -110,8 +136,9 @@ def _reference_forward(x, delta_top, delta_left, A_top, A_left, B_top, B_left, C
     return y, states.zero_(), fronts.zero_()
 
 
-def _reference_backward(grad_output, x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D, states, fronts,
-                        reverse, chunk):
+def _reference_backward(
+    grad_output, x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D, states, fronts, reverse, chunk
+):
     inputs = (x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D)
     grads = wavefront_reference.wavefront_scan_backward(grad_output, *inputs, reverse)
     outputs = _empty_gradients(*inputs)
@@ -171,18 +198,31 @@ def _second_backward(ctx, *grads):
     return _autograd.push_forward(_differentiable_reference, (*tensors, ctx.reverse, 0), tangents)[:1]
 
 
-_autograd.register(_LIBRARY, 'wavefront_scan', save=_save_for_backward, backward=_backward, prepare=_with_chunk,
-                   forward_mode=_autograd.reference_tangents(_differentiable_reference))
-_autograd.register_linear(_LIBRARY, 'wavefront_scan_backward', 1, save=_save_for_second_backward,
-                          backward=_second_backward)
+_autograd.register(
+    _LIBRARY,
+    'wavefront_scan',
+    save=_save_for_backward,
+    backward=_backward,
+    prepare=_with_chunk,
+    forward_mode=_autograd.reference_tangents(_differentiable_reference),
+)
+_autograd.register_linear(
+    _LIBRARY, 'wavefront_scan_backward', 1, save=_save_for_second_backward, backward=_second_backward
+)
 _autograd.register_vmap('wavefront_scan', maps=(0, 1, 2, 5, 6, 7), parameters=(3, 4, 8))
 _autograd.register_vmap('wavefront_scan_backward', maps=(), parameters=range(14))
 _library.serve(_LIBRARY, {'wavefront_scan': _reference_forward, 'wavefront_scan_backward': _reference_backward})
 _reference_mode.serve('wavefront_scan', _checked_reference)
 
 
-def wavefront_scan_flops(x_shape: Sequence[int], delta_top_shape: Sequence[int], delta_left_shape: Sequence[int],
-                         A_top_shape: Sequence[int], *args: object, **kwargs: object) -> int:
+def wavefront_scan_flops(
+    x_shape: Sequence[int],
+    delta_top_shape: Sequence[int],
+    delta_left_shape: Sequence[int],
+    A_top_shape: Sequence[int],
+    *args: object,
+    **kwargs: object,
+) -> int:
     """Count two selective scans, one for each neighbour: 2 * 9 * L * E * N an image (see ``route_scan_flops``)."""
     batch, height, width, channels = x_shape
     return 2 * 9 * batch * height * width * channels * A_top_shape[1]
@@ -193,8 +233,19 @@ def _torch_flops(*shapes: Any, **kwargs: object) -> int:
     return 2 * wavefront_scan_flops(*shapes, **kwargs)
 
 
-def wavefront_scan(x: Tensor, delta_top: Tensor, delta_left: Tensor, A_top: Tensor, A_left: Tensor, B_top: Tensor,
-                   B_left: Tensor, C: Tensor, D: Tensor | None = None, *, reverse: bool = False) -> Tensor:
+def wavefront_scan(
+    x: Tensor,
+    delta_top: Tensor,
+    delta_left: Tensor,
+    A_top: Tensor,
+    A_left: Tensor,
+    B_top: Tensor,
+    B_left: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    reverse: bool = False,
+) -> Tensor:
     """Mamba2D's scan: the state of each pixel comes from its top and its left neighbour's.
 
     See the module's docstring for the equations, the borders among them.
@@ -221,8 +272,9 @@ def wavefront_scan(x: Tensor, delta_top: Tensor, delta_left: Tensor, A_top: Tens
         ValueError: a shape does not fit, or a decay rate is positive or not finite.
         TypeError: dtypes are mixed or not supported.
     """
-    _checks.tensors(x=x, delta_top=delta_top, delta_left=delta_left, A_top=A_top, A_left=A_left, B_top=B_top,
-                    B_left=B_left, C=C)
+    _checks.tensors(
+        x=x, delta_top=delta_top, delta_left=delta_left, A_top=A_top, A_left=A_left, B_top=B_top, B_left=B_left, C=C
+    )
     _checks.tensors_or_none(D=D)
     _checks.ndim('x', x, 4, '(batch, height, width, channels)')
     batch, height, width, channels = x.shape

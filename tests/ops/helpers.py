@@ -97,9 +97,12 @@ def assert_accurate(name: str, got: Tensor, exact: Tensor, reference: Tensor, dt
     assert error <= allowed, f'{name} ({dtype}): largest error {error:.3g}, allowed {allowed:.3g}'
 
 
-def differentiate(function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Mapping[str, Tensor | None],
-                  options: Mapping[str, Any],
-                  weights: list[Tensor] | None = None) -> tuple[dict[str, Tensor], list[Tensor]]:
+def differentiate(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Mapping[str, Tensor | None],
+    options: Mapping[str, Any],
+    weights: list[Tensor] | None = None,
+) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Call ``function`` and differentiate a weighted sum of its outputs in every input.
 
     Returns:
@@ -121,14 +124,21 @@ def differentiate(function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: 
 
 def rounded(inputs: Mapping[str, Tensor | None], parameters: set[str], dtype: torch.dtype) -> dict[str, Tensor | None]:
     """Inputs in ``dtype``, and those named in ``parameters`` in the dtype that goes with it."""
-    return {name: None if value is None else value.to(state_dtype(dtype) if name in parameters else dtype)
-            for name, value in inputs.items()}
+    return {
+        name: None if value is None else value.to(state_dtype(dtype) if name in parameters else dtype)
+        for name, value in inputs.items()
+    }
 
 
-def check_against_loop(function: Callable[..., Tensor | tuple[Tensor, ...]],
-                       loop: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Mapping[str, Tensor | None],
-                       options: Mapping[str, Any], parameters: set[str], dtype: torch.dtype,
-                       cuda: bool = False) -> None:
+def check_against_loop(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    loop: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Mapping[str, Tensor | None],
+    options: Mapping[str, Any],
+    parameters: set[str],
+    dtype: torch.dtype,
+    cuda: bool = False,
+) -> None:
     """Hold an op's outputs and all its gradients against the float64 loop.
 
     Args:
@@ -154,5 +164,6 @@ def run_python(code: str, *, path: Path = ROOT, **environ: str) -> subprocess.Co
     """Run code in a fresh interpreter, in a folder whose packages it finds, with one thread unless told otherwise."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith('SSM_OPS_')}
     variables |= {'PYTHONPATH': str(path), 'OMP_NUM_THREADS': '1', **environ}
-    return subprocess.run([sys.executable, '-c', code], env=variables, cwd=path, capture_output=True, text=True,
-                          timeout=300)
+    return subprocess.run(
+        [sys.executable, '-c', code], env=variables, cwd=path, capture_output=True, text=True, timeout=300
+    )

@@ -12,8 +12,16 @@ def softplus(v: Tensor) -> Tensor:
     return torch.where(v > 20, v, torch.log1p(torch.exp(torch.clamp(v, max=20))))
 
 
-def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None,
-         delta_softplus: bool) -> tuple[Tensor, Tensor]:
+def scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:
     """One recurrence along dim -2 of u and delta (..., L, E); A (E, N); B, C (..., L, E or 1, N); D, delta_bias (E).
 
     Returns:
@@ -68,8 +76,16 @@ def scan_along(visits: Tensor, x, delta, A, B, C, D, delta_bias, delta_softplus)
         return grid.flatten(1, 2)[:, visits]
 
     ones = x.new_ones(1, 1, 1, 1, states)
-    y, _ = scan(gather(x), gather(delta), A, ones if B is None else gather(B).unsqueeze(-2),
-                ones if C is None else gather(C).unsqueeze(-2), D, delta_bias, delta_softplus)
+    y, _ = scan(
+        gather(x),
+        gather(delta),
+        A,
+        ones if B is None else gather(B).unsqueeze(-2),
+        ones if C is None else gather(C).unsqueeze(-2),
+        D,
+        delta_bias,
+        delta_softplus,
+    )
     where = visits.flatten().argsort()
     return y.flatten(1, 2)[:, where].view(x.shape)
 
@@ -88,6 +104,15 @@ def cross_selective_scan(x, delta, A, B, C, D=None, delta_bias=None, delta_softp
     for k, (axis, reverse) in enumerate((('row', False), ('column', False), ('row', True), ('column', True))):
         route = lines_of(height, width, axis, False).flatten()
         route = (route.flip(0) if reverse else route).unsqueeze(0)
-        y = y + scan_along(route, x, delta[..., k, :], A[k], B[..., k, :], C[..., k, :], None if D is None else D[k],
-                           None if delta_bias is None else delta_bias[k], delta_softplus)
+        y = y + scan_along(
+            route,
+            x,
+            delta[..., k, :],
+            A[k],
+            B[..., k, :],
+            C[..., k, :],
+            None if D is None else D[k],
+            None if delta_bias is None else delta_bias[k],
+            delta_softplus,
+        )
     return y

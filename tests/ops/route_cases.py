@@ -63,10 +63,16 @@ class Sequence:
             return normal(self.batch, *shape, self.states, self.length)
 
         sequence = (self.batch, self.channels, self.length)
-        return {'u': normal(*sequence), 'delta': steps(*sequence, softplus=self.softplus),
-                'A': decay_rates(self.channels, self.states), 'B': projection(self.B), 'C': projection(self.C),
-                'D': normal(self.channels) if self.D else None, 'z': normal(*sequence) if self.z else None,
-                'delta_bias': normal(self.channels) / 10 if self.bias else None}
+        return {
+            'u': normal(*sequence),
+            'delta': steps(*sequence, softplus=self.softplus),
+            'A': decay_rates(self.channels, self.states),
+            'B': projection(self.B),
+            'C': projection(self.C),
+            'D': normal(self.channels) if self.D else None,
+            'z': normal(*sequence) if self.z else None,
+            'delta_bias': normal(self.channels) / 10 if self.bias else None,
+        }
 
     def options(self) -> dict[str, Any]:
         return {'delta_softplus': self.softplus, 'return_last_state': True}
@@ -97,10 +103,15 @@ class Cross:
 
     def inputs(self) -> dict[str, Tensor | None]:
         grid = (self.batch, self.height, self.width)
-        return {'x': normal(*grid, self.channels), 'delta': steps(*grid, 4, self.channels, softplus=self.softplus),
-                'A': decay_rates(4, self.channels, self.states), 'B': normal(*grid, 4, self.states),
-                'C': normal(*grid, 4, self.states), 'D': normal(4, self.channels) if self.D else None,
-                'delta_bias': normal(4, self.channels) / 10 if self.bias else None}
+        return {
+            'x': normal(*grid, self.channels),
+            'delta': steps(*grid, 4, self.channels, softplus=self.softplus),
+            'A': decay_rates(4, self.channels, self.states),
+            'B': normal(*grid, 4, self.states),
+            'C': normal(*grid, 4, self.states),
+            'D': normal(4, self.channels) if self.D else None,
+            'delta_bias': normal(4, self.channels) / 10 if self.bias else None,
+        }
 
     def options(self) -> dict[str, Any]:
         return {'delta_softplus': self.softplus}
@@ -117,19 +128,39 @@ class Factors(Cross):
 
     def inputs(self) -> dict[str, Tensor | None]:
         delta = steps(self.batch, self.height, self.width, 4, self.rank, softplus=self.softplus)
-        weight = normal(4, self.channels, self.rank) / self.rank ** 0.5
+        weight = normal(4, self.channels, self.rank) / self.rank**0.5
         if not self.softplus:
             # Means of the factors, more or less: not negative either.
             weight = (1 + torch.rand(weight.shape, dtype=torch.float64)) / self.rank
         return super().inputs() | {'delta': delta, 'delta_weight': weight}
 
 
-def scan_of_low_rank_dt(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
-                        delta_bias: Tensor | None = None, delta_softplus: bool = True,
-                        delta_weight: Tensor | None = None) -> Tensor:
+def scan_of_low_rank_dt(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    delta_weight: Tensor | None = None,
+) -> Tensor:
     """The operator with ``delta_weight``, as ``cross_selective_scan`` calls it where that gains."""
-    return torch.ops.cuda_ops.route_scan(x, delta, A, B.unsqueeze(4), C.unsqueeze(4), D, delta_bias,
-                                         route_scan.CROSS_ROUTES, False, delta_softplus, 0, delta_weight)[0]
+    return torch.ops.cuda_ops.route_scan(
+        x,
+        delta,
+        A,
+        B.unsqueeze(4),
+        C.unsqueeze(4),
+        D,
+        delta_bias,
+        route_scan.CROSS_ROUTES,
+        False,
+        delta_softplus,
+        0,
+        delta_weight,
+    )[0]
 
 
 @dataclass(frozen=True)
@@ -169,10 +200,15 @@ class Lines:
 
     def inputs(self) -> dict[str, Tensor | None]:
         grid = (self.batch, self.height, self.width)
-        return {'x': normal(*grid, self.channels), 'delta': steps(*grid, self.channels, softplus=self.softplus),
-                'A': decay_rates(self.channels, self.states), 'B': normal(*grid, self.states) if self.B else None,
-                'C': normal(*grid, self.states) if self.C else None, 'D': normal(self.channels) if self.D else None,
-                'delta_bias': normal(self.channels) / 10 if self.bias else None}
+        return {
+            'x': normal(*grid, self.channels),
+            'delta': steps(*grid, self.channels, softplus=self.softplus),
+            'A': decay_rates(self.channels, self.states),
+            'B': normal(*grid, self.states) if self.B else None,
+            'C': normal(*grid, self.states) if self.C else None,
+            'D': normal(self.channels) if self.D else None,
+            'delta_bias': normal(self.channels) / 10 if self.bias else None,
+        }
 
     def options(self) -> dict[str, Any]:
         return {'delta_softplus': self.softplus, 'axis': self.axis, 'reverse': self.reverse}
@@ -235,15 +271,20 @@ LINES = (
     Lines(0, 3, 5, 16, 2, 'row'),
 )
 FACTORS = (
-    *(kind(*sizes, **options) for kind in (Factors, OperatorFactors) for *sizes, options in (
-        (1, 1, 1, 2, 1, dict(rank=2)),
-        (1, 9, 7, 16, 1, dict(rank=1)),
-        (2, 13, 9, 34, 1, dict(rank=6, bias=False)),
-        (1, 25, 20, 20, 1, dict(rank=16, softplus=False)),
-        (1, 7, 6, 18, 1, dict(rank=17, D=False)),
-        (1, 5, 6, 15, 1, dict(rank=4)),
-        (1, 4, 5, 8, 3, dict(rank=2)),
-        (0, 4, 5, 8, 1, dict(rank=2)))),
+    *(
+        kind(*sizes, **options)
+        for kind in (Factors, OperatorFactors)
+        for *sizes, options in (
+            (1, 1, 1, 2, 1, dict(rank=2)),
+            (1, 9, 7, 16, 1, dict(rank=1)),
+            (2, 13, 9, 34, 1, dict(rank=6, bias=False)),
+            (1, 25, 20, 20, 1, dict(rank=16, softplus=False)),
+            (1, 7, 6, 18, 1, dict(rank=17, D=False)),
+            (1, 5, 6, 15, 1, dict(rank=4)),
+            (1, 4, 5, 8, 3, dict(rank=2)),
+            (0, 4, 5, 8, 1, dict(rank=2)),
+        )
+    ),
 )
 CASES: tuple[Case, ...] = (*SEQUENCES, *CROSSES, *LINES, *FACTORS)
 

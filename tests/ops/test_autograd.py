@@ -34,9 +34,16 @@ def test_gradients_are_the_numerical_ones(case: Case) -> None:
     assert torch.autograd.gradcheck(call, tuple(given.values()))
 
 
-@pytest.mark.parametrize('case', (Sequence(1, 3, 40, 2, z=True), Sequence(1, 2, 3, 2, B=0), Cross(1, 5, 9, 3, 2),
-                                  Factors(1, 5, 9, 3, 2, bias=False, D=False)),
-                         ids=case_id)
+@pytest.mark.parametrize(
+    'case',
+    (
+        Sequence(1, 3, 40, 2, z=True),
+        Sequence(1, 2, 3, 2, B=0),
+        Cross(1, 5, 9, 3, 2),
+        Factors(1, 5, 9, 3, 2, bias=False, D=False),
+    ),
+    ids=case_id,
+)
 def test_every_subset_of_inputs_can_be_differentiated(case: Case) -> None:
     inputs = {name: value.float() for name, value in case.inputs().items() if value is not None}
     expected, weights = differentiate(case.function, inputs, case.options())
@@ -54,23 +61,42 @@ def test_every_subset_of_inputs_can_be_differentiated(case: Case) -> None:
                     assert torch.equal(leaf.grad, expected[f'grad {name}']), f'gradient of {name} out of {chosen}'
 
 
-def operator_arguments(routes: list[int], chunk: int, *, height: int = 3, width: int = 5, channels: int = 4,
-                       states: int = 2, groups: int = 1, B: bool = True, C: bool = True, D: bool = True,
-                       per_line: bool = False, strided: bool = False, dtype: torch.dtype = torch.float32,
-                       rank: int = 0, requires_grad: bool = False) -> tuple[Any, ...]:
+def operator_arguments(
+    routes: list[int],
+    chunk: int,
+    *,
+    height: int = 3,
+    width: int = 5,
+    channels: int = 4,
+    states: int = 2,
+    groups: int = 1,
+    B: bool = True,
+    C: bool = True,
+    D: bool = True,
+    per_line: bool = False,
+    strided: bool = False,
+    dtype: torch.dtype = torch.float32,
+    rank: int = 0,
+    requires_grad: bool = False,
+) -> tuple[Any, ...]:
     """Arguments of the operator ``route_scan`` itself."""
     count = len(routes)
     grid, parameter = (2, height, width), torch.float64 if dtype == torch.float64 else torch.float32
     delta = normal(count, *grid, rank or channels).permute(1, 2, 3, 0, 4)
-    values = (normal(*grid, channels).to(dtype), delta.to(dtype) if strided else delta.contiguous().to(dtype),
-              decay_rates(count, channels, states).to(parameter),
-              normal(*grid, count, groups, states).to(dtype) if B else None,
-              normal(*grid, count, groups, states).to(dtype) if C else None,
-              normal(count, channels).to(parameter) if D else None,
-              normal(count, channels).to(parameter) if D else None)
+    values = (
+        normal(*grid, channels).to(dtype),
+        delta.to(dtype) if strided else delta.contiguous().to(dtype),
+        decay_rates(count, channels, states).to(parameter),
+        normal(*grid, count, groups, states).to(dtype) if B else None,
+        normal(*grid, count, groups, states).to(dtype) if C else None,
+        normal(count, channels).to(parameter) if D else None,
+        normal(count, channels).to(parameter) if D else None,
+    )
     weight = (normal(count, channels, rank).to(parameter),) if rank else ()
-    values, weight = (tuple(value if value is None else value.requires_grad_(requires_grad) for value in group)
-                      for group in (values, weight))
+    values, weight = (
+        tuple(value if value is None else value.requires_grad_(requires_grad) for value in group)
+        for group in (values, weight)
+    )
     return *values, routes, per_line, True, chunk, *weight
 
 
@@ -119,9 +145,22 @@ def test_operator_takes_any_routes_in_any_order() -> None:
     arguments = operator_arguments([3, 0, 0, 1], 4, dtype=torch.float64)
     x, delta, A, B, C, D, bias, routes, *_ = arguments
     y, last, _ = torch.ops.cuda_ops.route_scan(*arguments)
-    singles = [torch.ops.cuda_ops.route_scan(x, delta[..., k:k + 1, :], A[k:k + 1], B[:, :, :, k:k + 1],
-                                             C[:, :, :, k:k + 1], D[k:k + 1], bias[k:k + 1], [route], False, True, 0)
-               for k, route in enumerate(routes)]
+    singles = [
+        torch.ops.cuda_ops.route_scan(
+            x,
+            delta[..., k : k + 1, :],
+            A[k : k + 1],
+            B[:, :, :, k : k + 1],
+            C[:, :, :, k : k + 1],
+            D[k : k + 1],
+            bias[k : k + 1],
+            [route],
+            False,
+            True,
+            0,
+        )
+        for k, route in enumerate(routes)
+    ]
     torch.testing.assert_close(y, sum(single[0] for single in singles))
     torch.testing.assert_close(last, torch.cat([single[1] for single in singles], dim=1))
 
@@ -161,8 +200,9 @@ def test_only_the_last_state_in_the_loss() -> None:
     inputs = {name: value.requires_grad_() for name, value in case.inputs().items() if value is not None}
     _, last = cuda_ops.selective_scan(**inputs, **case.options())
     last.sum().backward()
-    _, expected = case.loop(**(again := {name: value.detach().clone().requires_grad_()
-                                         for name, value in inputs.items()}), **case.options())
+    _, expected = case.loop(
+        **(again := {name: value.detach().clone().requires_grad_() for name, value in inputs.items()}), **case.options()
+    )
     expected.sum().backward()
     for name in ('u', 'delta', 'A', 'B', 'delta_bias'):
         torch.testing.assert_close(inputs[name].grad, again[name].grad, rtol=1e-10, atol=1e-12)

@@ -10,8 +10,12 @@ from torch import Tensor
 import cuda_ops
 from tests.ops.route_cases import Cross, Factors, Lines, Sequence
 
-BASES = {'selective': Sequence(2, 6, 9, 3, B=2, z=True), 'cross': Cross(2, 3, 5, 6, 3),
-         'factors': Factors(2, 3, 5, 6, 3, rank=4), 'line': Lines(2, 3, 5, 6, 3, 'row')}
+BASES = {
+    'selective': Sequence(2, 6, 9, 3, B=2, z=True),
+    'cross': Cross(2, 3, 5, 6, 3),
+    'factors': Factors(2, 3, 5, 6, 3, rank=4),
+    'line': Lines(2, 3, 5, 6, 3, 'row'),
+}
 MAPS = {'selective': 'u', 'cross': 'x', 'factors': 'x', 'line': 'x'}
 
 
@@ -77,8 +81,11 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize(('function', 'name', 'change', 'message'), SHAPES,
-                         ids=[f'{function}-{name}-{i}' for i, (function, name, *_) in enumerate(SHAPES)])
+@pytest.mark.parametrize(
+    ('function', 'name', 'change', 'message'),
+    SHAPES,
+    ids=[f'{function}-{name}-{i}' for i, (function, name, *_) in enumerate(SHAPES)],
+)
 def test_wrong_shapes(function: str, name: str, change: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(function, **{name: change})
@@ -95,8 +102,9 @@ def test_maps_without_pixels(size: tuple[int, ...]) -> None:
         cuda_ops.cross_selective_scan(x, routes, -torch.ones(4, 6, 1), B, B)
 
 
-TENSORS = [(function, name) for function in BASES for name, value in arguments(function).items()
-           if isinstance(value, Tensor)]
+TENSORS = [
+    (function, name) for function in BASES for name, value in arguments(function).items() if isinstance(value, Tensor)
+]
 GRIDS = [(function, name) for function, name in TENSORS if name not in BASES[function].parameters()]
 
 
@@ -146,8 +154,18 @@ def test_things_that_are_no_tensors(function: str, name: str) -> None:
             call(function, **{name: value})
 
 
-@pytest.mark.parametrize(('function', 'name'), [('selective', 'B'), ('selective', 'C'), ('cross', 'B'), ('cross', 'C'),
-                                                ('selective', 'delta'), ('cross', 'A'), ('line', 'A')])
+@pytest.mark.parametrize(
+    ('function', 'name'),
+    [
+        ('selective', 'B'),
+        ('selective', 'C'),
+        ('cross', 'B'),
+        ('cross', 'C'),
+        ('selective', 'delta'),
+        ('cross', 'A'),
+        ('line', 'A'),
+    ],
+)
 def test_none_where_a_tensor_is_needed(function: str, name: str) -> None:
     with pytest.raises(TypeError, match=f'{name} must be a tensor, got NoneType'):
         call(function, **{name: None})
@@ -204,9 +222,19 @@ OPERATOR = [
 
 @pytest.mark.parametrize(('changes', 'message'), OPERATOR, ids=range(len(OPERATOR)))
 def test_the_operator_itself_refuses_what_its_kernel_cannot_read(changes: dict[str, Any], message: str) -> None:
-    given = {'x': torch.randn(1, 3, 5, 6), 'delta': torch.randn(1, 3, 5, 1, 6), 'A': -torch.rand(1, 6, 2),
-             'B': torch.randn(1, 3, 5, 1, 1, 2), 'C': torch.randn(1, 3, 5, 1, 1, 2), 'D': torch.randn(1, 6),
-             'delta_bias': torch.randn(1, 6), 'routes': [0], 'per_line': False, 'delta_softplus': True, 'chunk': 0}
+    given = {
+        'x': torch.randn(1, 3, 5, 6),
+        'delta': torch.randn(1, 3, 5, 1, 6),
+        'A': -torch.rand(1, 6, 2),
+        'B': torch.randn(1, 3, 5, 1, 1, 2),
+        'C': torch.randn(1, 3, 5, 1, 1, 2),
+        'D': torch.randn(1, 6),
+        'delta_bias': torch.randn(1, 6),
+        'routes': [0],
+        'per_line': False,
+        'delta_softplus': True,
+        'chunk': 0,
+    }
     torch.ops.cuda_ops.route_scan(**given)
     given |= {name: change(given[name]) if callable(change) else change for name, change in changes.items()}
     with pytest.raises((ValueError, TypeError), match=message):

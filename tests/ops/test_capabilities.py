@@ -32,8 +32,14 @@ def test_capability_passes_the_tests(capability: str) -> None:
     # Scratch memory that is read before it is written holds huge values under MALLOC_PERTURB_.
     environ = os.environ | {'SSM_OPS_CPU_CAPABILITY': capability, 'MALLOC_PERTURB_': '128'}
     files = [str(ROOT / 'tests' / 'ops' / name) for name in FILES]
-    result = subprocess.run([sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider', '--tb=short', *files], cwd=ROOT,
-                            env=environ, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(
+        [sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider', '--tb=short', *files],
+        cwd=ROOT,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     assert f'cuda_ops: {capability} kernels' in result.stdout
     passed = re.search(r'(\d+) passed', result.stdout)
@@ -42,8 +48,9 @@ def test_capability_passes_the_tests(capability: str) -> None:
 
 @pytest.mark.skipif(platform.machine() not in ('x86_64', 'AMD64'), reason='there is one instruction set to choose from')
 def test_an_unknown_capability_is_refused() -> None:
-    result = run_python('import cuda_ops, torch; print(torch.ops.cuda_ops.cpu_capability())',
-                        SSM_OPS_CPU_CAPABILITY='sse')
+    result = run_python(
+        'import cuda_ops, torch; print(torch.ops.cuda_ops.cpu_capability())', SSM_OPS_CPU_CAPABILITY='sse'
+    )
     assert "SSM_OPS_CPU_CAPABILITY is 'sse'; it must be baseline, avx2 or avx512" in result.stderr, result.stdout
 
 

@@ -23,19 +23,35 @@ from tests.ops.wavefront_cases import CASES as WAVEFRONT_CASES
 from tests.ops.wavefront_cases import PARAMETERS as WAVEFRONT_PARAMETERS
 from tests.ops.wavefront_cases import Wavefront, loop
 
-pytestmark = [pytest.mark.skipif(compiler() is None, reason='the emulation is compiled by g++, which is not there'),
-              pytest.mark.skipif(not _library.STATUS.compiled, reason='the ops are not compiled')]
+pytestmark = [
+    pytest.mark.skipif(compiler() is None, reason='the emulation is compiled by g++, which is not there'),
+    pytest.mark.skipif(not _library.STATUS.compiled, reason='the ops are not compiled'),
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Several segments along each route, lines that end within them, several tiles of channels, blocks of several warps.
-LONG = (Cross(1, 17, 23, 40, 1), Cross(1, 17, 23, 41, 1), Cross(1, 27, 31, 6, 1), Factors(1, 17, 23, 40, 1, rank=10),
-        Cross(2, 9, 31, 5, 16), Cross(1, 20, 13, 300, 2), Cross(1, 10, 14, 33, 11), Sequence(2, 36, 700, 1, B=2, C=2),
-        Lines(2, 3, 200, 35, 4, 'row', reverse=True), Sequence(1, 70, 260, 8, B=2, C=1, z=True),
-        Sequence(1, 12, 300, 3, B=3, C=3))
+LONG = (
+    Cross(1, 17, 23, 40, 1),
+    Cross(1, 17, 23, 41, 1),
+    Cross(1, 27, 31, 6, 1),
+    Factors(1, 17, 23, 40, 1, rank=10),
+    Cross(2, 9, 31, 5, 16),
+    Cross(1, 20, 13, 300, 2),
+    Cross(1, 10, 14, 33, 11),
+    Sequence(2, 36, 700, 1, B=2, C=2),
+    Lines(2, 3, 200, 35, 4, 'row', reverse=True),
+    Sequence(1, 70, 260, 8, B=2, C=1, z=True),
+    Sequence(1, 12, 300, 3, B=3, C=3),
+)
 # Several strips and tiles of channels, also more of these than add up their sums.
-WIDE = (Wavefront(1, 19, 30, 40, 16), Wavefront(2, 33, 17, 20, 10, reverse=True), Wavefront(1, 9, 50, 17, 8),
-        Wavefront(1, 24, 26, 16, 4, reverse=True), Wavefront(2, 17, 11, 100, 2),
-        Wavefront(1, 10, 9, 70, 16, reverse=True))
+WIDE = (
+    Wavefront(1, 19, 30, 40, 16),
+    Wavefront(2, 33, 17, 20, 10, reverse=True),
+    Wavefront(1, 9, 50, 17, 8),
+    Wavefront(1, 24, 26, 16, 4, reverse=True),
+    Wavefront(2, 17, 11, 100, 2),
+    Wavefront(1, 10, 9, 70, 16, reverse=True),
+)
 
 
 @pytest.fixture(scope='session')
@@ -45,8 +61,9 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=dtype_name)
 @pytest.mark.parametrize('case', (*ROUTE_CASES, *LONG), ids=case_id)
-def test_route_scans_equal_the_loop(emulation: Emulation, nan_in_fresh_memory: None, case: Case,
-                                    dtype: torch.dtype) -> None:
+def test_route_scans_equal_the_loop(
+    emulation: Emulation, nan_in_fresh_memory: None, case: Case, dtype: torch.dtype
+) -> None:
     with emulation.serve(seed=crc32(f'{case_id(case)} {dtype}'.encode())):
         check(case, dtype, cuda=True)
         assert emulation.launches or case.batch == 0
@@ -54,17 +71,27 @@ def test_route_scans_equal_the_loop(emulation: Emulation, nan_in_fresh_memory: N
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=dtype_name)
 @pytest.mark.parametrize('case', (*WAVEFRONT_CASES, *WIDE), ids=str)
-def test_wavefront_scan_equals_the_loop(emulation: Emulation, nan_in_fresh_memory: None, case: Wavefront,
-                                        dtype: torch.dtype) -> None:
+def test_wavefront_scan_equals_the_loop(
+    emulation: Emulation, nan_in_fresh_memory: None, case: Wavefront, dtype: torch.dtype
+) -> None:
     with emulation.serve(seed=crc32(f'{case} {dtype}'.encode())):
-        check_against_loop(cuda_ops.wavefront_scan, loop, case.inputs(), case.options(), WAVEFRONT_PARAMETERS, dtype,
-                           cuda=True)
+        check_against_loop(
+            cuda_ops.wavefront_scan, loop, case.inputs(), case.options(), WAVEFRONT_PARAMETERS, dtype, cuda=True
+        )
         assert emulation.launches or case.batch == 0
 
 
-@pytest.mark.parametrize('case', (Cross(2, 17, 23, 40, 1), Cross(1, 17, 23, 41, 1), Factors(1, 17, 23, 40, 1),
-                                  Lines(1, 7, 90, 65, 4, 'column'),
-                                  Wavefront(1, 19, 11, 40, 16)), ids=str)
+@pytest.mark.parametrize(
+    'case',
+    (
+        Cross(2, 17, 23, 40, 1),
+        Cross(1, 17, 23, 41, 1),
+        Factors(1, 17, 23, 40, 1),
+        Lines(1, 7, 90, 65, 4, 'column'),
+        Wavefront(1, 19, 11, 40, 16),
+    ),
+    ids=str,
+)
 def test_results_do_not_depend_on_the_order_of_threads(emulation: Emulation, case: Case | Wavefront) -> None:
     wavefront = isinstance(case, Wavefront)
     function = cuda_ops.wavefront_scan if wavefront else case.function
@@ -85,8 +112,15 @@ def test_kernels_fit_into_the_shared_memory_of_older_gpus(emulation: Emulation) 
                 check(case, torch.float32, cuda=True)
             # Keeps 1, 2 and 4 of the 8 steps from one front to the next.
             case = Wavefront(1, 17, 20, 18, 16)
-            check_against_loop(cuda_ops.wavefront_scan, loop, case.inputs(), case.options(), WAVEFRONT_PARAMETERS,
-                               torch.float32, cuda=True)
+            check_against_loop(
+                cuda_ops.wavefront_scan,
+                loop,
+                case.inputs(),
+                case.options(),
+                WAVEFRONT_PARAMETERS,
+                torch.float32,
+                cuda=True,
+            )
 
 
 @pytest.mark.parametrize('states,segments,tiles', ((1, 8, 2), (2, 64, 1)))
@@ -107,23 +141,40 @@ def test_a_map_with_one_state_is_one_launch_where_it_fits(emulation: Emulation) 
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=dtype_name)
-@pytest.mark.parametrize('case', (Cross(2, 33, 41, 18, 1), Factors(1, 33, 41, 18, 1, rank=6),
-                                  Factors(1, 33, 41, 4, 1, rank=16), Sequence(1, 8, 1600, 1, B=2),
-                                  Sequence(1, 4, 1024, 1, C=0)),
-                         ids=case_id)
-def test_maps_with_one_state_that_do_not_fit_fall_into_segments(emulation: Emulation, case: Case,
-                                                                dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    'case',
+    (
+        Cross(2, 33, 41, 18, 1),
+        Factors(1, 33, 41, 18, 1, rank=6),
+        Factors(1, 33, 41, 4, 1, rank=16),
+        Sequence(1, 8, 1600, 1, B=2),
+        Sequence(1, 4, 1024, 1, C=0),
+    ),
+    ids=case_id,
+)
+def test_maps_with_one_state_that_do_not_fit_fall_into_segments(
+    emulation: Emulation, case: Case, dtype: torch.dtype
+) -> None:
     with emulation.serve(seed=5, shared_limit=48 * 1024):
         check(case, dtype, cuda=True)
         assert emulation.launches > 5
 
 
-@pytest.mark.parametrize(('case', 'taken'), (
-    (Factors(1, 5, 7, 18, 1, rank=2), True), (Factors(1, 5, 7, 18, 1, rank=8), True),
-    # Possible, and by count no gain.
-    (Factors(1, 5, 7, 18, 1, rank=12), False), (Factors(1, 5, 7, 18, 1, rank=16), False),
-    (Factors(1, 5, 7, 18, 1, rank=5), False), (Factors(1, 5, 7, 18, 1, rank=18), False),
-    (Factors(1, 5, 7, 17, 1, rank=6), False), (Factors(1, 5, 7, 18, 2, rank=6), False)), ids=str)
+@pytest.mark.parametrize(
+    ('case', 'taken'),
+    (
+        (Factors(1, 5, 7, 18, 1, rank=2), True),
+        (Factors(1, 5, 7, 18, 1, rank=8), True),
+        # Possible, and by count no gain.
+        (Factors(1, 5, 7, 18, 1, rank=12), False),
+        (Factors(1, 5, 7, 18, 1, rank=16), False),
+        (Factors(1, 5, 7, 18, 1, rank=5), False),
+        (Factors(1, 5, 7, 18, 1, rank=18), False),
+        (Factors(1, 5, 7, 17, 1, rank=6), False),
+        (Factors(1, 5, 7, 18, 2, rank=6), False),
+    ),
+    ids=str,
+)
 def test_delta_is_not_stored_where_the_scan_computes_it(emulation: Emulation, case: Factors, taken: bool) -> None:
     inputs = rounded(case.inputs(), PARAMETERS, torch.bfloat16)
     assert not route_scan._takes_low_rank(inputs['x'], case.states, case.rank)
@@ -150,13 +201,15 @@ def test_factors_in_any_layout_give_the_same(emulation: Emulation) -> None:
         for arranged in (within, apart, odd, delta.mT.contiguous().mT):
             got, _ = differentiate(case.function, inputs | {'delta': arranged}, case.options(), weights)
             for name, value in expected.items():
-                torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5,
-                                           msg=lambda text, name=name: f'{name}: {text}')
+                torch.testing.assert_close(
+                    got[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f'{name}: {text}'
+                )
 
 
 @pytest.mark.parametrize('gate', (False, True))
-def test_ss2d_is_the_same_with_step_sizes_made_in_the_scan(emulation: Emulation, monkeypatch: pytest.MonkeyPatch,
-                                                           gate: bool) -> None:
+def test_ss2d_is_the_same_with_step_sizes_made_in_the_scan(
+    emulation: Emulation, monkeypatch: pytest.MonkeyPatch, gate: bool
+) -> None:
     layer = SS2D(12, inner_channels=24, d_state=1, dt_rank=6, gate=gate)
     x = torch.randn(2, 7, 5, 12, requires_grad=True)
 
@@ -177,8 +230,9 @@ def test_ss2d_is_the_same_with_step_sizes_made_in_the_scan(emulation: Emulation,
 
 @pytest.mark.parametrize('size,limit', (((7, 7), 227), ((29, 43), 48)), ids=('whole', 'segments'))
 @pytest.mark.parametrize('name,value', (('delta', -6.0), ('x', torch.inf), ('B', torch.nan), ('delta', torch.inf)))
-def test_what_grows_at_the_last_pixel_goes_no_further_than_on_the_cpu(emulation: Emulation, size: tuple[int, int],
-                                                                      limit: int, name: str, value: float) -> None:
+def test_what_grows_at_the_last_pixel_goes_no_further_than_on_the_cpu(
+    emulation: Emulation, size: tuple[int, int], limit: int, name: str, value: float
+) -> None:
     """Chunks have positions that are not on the map, and hold the last one's values there."""
     inputs = rounded(Cross(1, *size, 8, 1, softplus=False).inputs(), PARAMETERS, torch.float32)
     tensor = inputs[name]
@@ -195,10 +249,20 @@ def test_what_grows_at_the_last_pixel_goes_no_further_than_on_the_cpu(emulation:
 
 
 @pytest.mark.parametrize('row,column', ((0, 0), (0, 5), (6, 0), (7, 9), (18, 18)))
-@pytest.mark.parametrize('name,value', (('x', torch.inf), ('delta_top', torch.inf), ('delta_left', torch.nan),
-                                        ('delta_left', -200.0), ('B_top', torch.nan), ('C', torch.inf)))
-def test_what_is_not_finite_goes_no_further_than_on_the_cpu(emulation: Emulation, nan_in_fresh_memory: None, name: str,
-                                                            value: float, row: int, column: int) -> None:
+@pytest.mark.parametrize(
+    'name,value',
+    (
+        ('x', torch.inf),
+        ('delta_top', torch.inf),
+        ('delta_left', torch.nan),
+        ('delta_left', -200.0),
+        ('B_top', torch.nan),
+        ('C', torch.inf),
+    ),
+)
+def test_what_is_not_finite_goes_no_further_than_on_the_cpu(
+    emulation: Emulation, nan_in_fresh_memory: None, name: str, value: float, row: int, column: int
+) -> None:
     """Neither through neighbours that a pixel does not take, nor through states that fill up a group."""
     for size, states in (((19, 21), 16), ((21, 19), 3)):  # where other neighbours are those above, for the kernels
         inputs = rounded(Wavefront(1, *size, 17, states).inputs(), WAVEFRONT_PARAMETERS, torch.float32)
@@ -227,8 +291,9 @@ def test_a_map_is_one_launch_of_as_many_blocks_as_are_of_use(emulation: Emulatio
 
 @pytest.mark.parametrize('chunk', (1, 5, 9, 16))
 @pytest.mark.parametrize('case', (Wavefront(1, 21, 30, 20, 4), Wavefront(2, 37, 18, 17, 3, reverse=True)), ids=str)
-def test_strips_of_any_number_of_rows(emulation: Emulation, nan_in_fresh_memory: None, case: Wavefront,
-                                      chunk: int) -> None:
+def test_strips_of_any_number_of_rows(
+    emulation: Emulation, nan_in_fresh_memory: None, case: Wavefront, chunk: int
+) -> None:
     inputs = list(rounded(case.inputs(), WAVEFRONT_PARAMETERS, torch.float32).values())
     shapes: list[torch.Size] = []
 
@@ -245,10 +310,14 @@ def test_strips_of_any_number_of_rows(emulation: Emulation, nan_in_fresh_memory:
     assert shapes == [(0,), _fronts_shape(inputs[0], case.states, chunk)]
 
 
-@pytest.mark.parametrize('case', (Wavefront(1, 75, 21, 20, 2), Wavefront(2, 17, 40, 17, 10, reverse=True),
-                                  Wavefront(1, 18, 9, 70, 3)), ids=str)
-def test_strips_give_the_same_bits_whichever_blocks_take_them(emulation: Emulation, nan_in_fresh_memory: None,
-                                                              case: Wavefront) -> None:
+@pytest.mark.parametrize(
+    'case',
+    (Wavefront(1, 75, 21, 20, 2), Wavefront(2, 17, 40, 17, 10, reverse=True), Wavefront(1, 18, 9, 70, 3)),
+    ids=str,
+)
+def test_strips_give_the_same_bits_whichever_blocks_take_them(
+    emulation: Emulation, nan_in_fresh_memory: None, case: Wavefront
+) -> None:
     """One block for all strips, blocks that follow each other, that share the strips, and one for each, all at once."""
     inputs = rounded(case.inputs(), WAVEFRONT_PARAMETERS, torch.bfloat16)
     weights, first = None, {}
@@ -295,14 +364,35 @@ def test_what_has_no_kernel_is_refused(emulation: Emulation) -> None:
 @pytest.mark.skipif(SANITIZE_VARIABLE in os.environ, reason='these are the sanitized tests')
 def test_sanitizers_find_nothing(pytestconfig: pytest.Config) -> None:
     """The tests above once more, with every access watched: address and undefined-behaviour sanitizers."""
-    preload = subprocess.run([str(compiler()), '-print-file-name=libasan.so'], capture_output=True, text=True,
-                             check=True).stdout.strip()
+    preload = subprocess.run(
+        [str(compiler()), '-print-file-name=libasan.so'], capture_output=True, text=True, check=True
+    ).stdout.strip()
     environment = os.environ | {
-        SANITIZE_VARIABLE: '1', 'LD_PRELOAD': preload, 'OMP_NUM_THREADS': '1', 'UBSAN_OPTIONS': 'print_stacktrace=1',
+        SANITIZE_VARIABLE: '1',
+        'LD_PRELOAD': preload,
+        'OMP_NUM_THREADS': '1',
+        'UBSAN_OPTIONS': 'print_stacktrace=1',
         # The interpreter's own leaks are not the kernels'.
-        'ASAN_OPTIONS': 'detect_leaks=0:detect_stack_use_after_return=0:alloc_dealloc_mismatch=0'}
-    result = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', __file__,
-                             '-k', 'equal and bfloat16 or fit'], cwd=ROOT, env=environment,
-                            capture_output=True, text=True, timeout=400)
+        'ASAN_OPTIONS': 'detect_leaks=0:detect_stack_use_after_return=0:alloc_dealloc_mismatch=0',
+    }
+    result = subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'pytest',
+            '-q',
+            '-x',
+            '-p',
+            'no:cacheprovider',
+            __file__,
+            '-k',
+            'equal and bfloat16 or fit',
+        ],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
     assert ' passed' in result.stdout

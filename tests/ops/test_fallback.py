@@ -54,11 +54,15 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     record_cut_off: r'_build_info\.json, cannot be read',
     record_of_another_kind: r'_build_info\.json, cannot be read',
 }
-CASES = (Sequence(2, 6, 35, 2, B=3, z=True), Sequence(1, 3, 9, 2, B=0, C=0), Cross(2, 5, 7, 6, 1),
-         Lines(2, 5, 7, 6, 2, 'column', reverse=True, C=False))
+CASES = (
+    Sequence(2, 6, 35, 2, B=3, z=True),
+    Sequence(1, 3, 9, 2, B=0, C=0),
+    Cross(2, 5, 7, 6, 1),
+    Lines(2, 5, 7, 6, 2, 'column', reverse=True, C=False),
+)
 
 # Uses a package at the current folder: strictly, then for every case, and saves what comes of it.
-USE = '''
+USE = """
 import os, warnings, torch, cuda_ops
 cases = torch.load('cases.pt')
 results, messages, refusal = [], [], None
@@ -80,7 +84,7 @@ with warnings.catch_warnings(record=True) as caught:
     messages = [str(warning.message) for warning in caught]
 torch.save({'file': cuda_ops.__file__, 'results': results, 'messages': messages, 'refusal': refusal,
             'report': str(cuda_ops.backend_status())}, 'used.pt')
-'''
+"""
 
 
 @pytest.fixture
@@ -149,8 +153,9 @@ def test_module_prints_the_report(package: Path) -> None:
     assert intact.returncode == 0, intact.stderr
     assert re.search(rf'^torch +{re.escape(torch.__version__)}$', intact.stdout, re.MULTILINE)
     assert re.search(r'^compiled library +in use: ', intact.stdout, re.MULTILINE)
-    assert re.search(r'^cuda +(no such device here|PyTorch reference: .+|compiled kernels)$', intact.stdout,
-                     re.MULTILINE)
+    assert re.search(
+        r'^cuda +(no such device here|PyTorch reference: .+|compiled kernels)$', intact.stdout, re.MULTILINE
+    )
 
 
 def test_the_library_under_test_is_the_compiled_one() -> None:
@@ -193,7 +198,7 @@ def operations(length: int) -> tuple[int, int]:
 
 
 def test_reference_takes_a_logarithmic_number_of_operations() -> None:
-    lengths = [2 ** k for k in range(3, 14)]
+    lengths = [2**k for k in range(3, 14)]
     counts = [operations(length) for length in lengths]
     for passes in zip(*counts, strict=True):
         growth = {after - before for before, after in zip(passes, passes[1:], strict=False)}

@@ -17,8 +17,13 @@ from cuda_ops.wavefront_scan import wavefront_scan_flops
 from tests.ops.helpers import DTYPES, TOLERANCES, dtype_name
 from tests.ops.route_cases import Case, Cross, Factors, Lines, OperatorFactors, Sequence, case_id
 
-CASES = (Sequence(2, 6, 9, 2, B=2, z=True), Sequence(1, 3, 9, 2, B=0, C=0), Cross(2, 3, 5, 8, 1),
-         Factors(2, 3, 5, 8, 1), Lines(2, 3, 5, 8, 2, 'row', B=False))
+CASES = (
+    Sequence(2, 6, 9, 2, B=2, z=True),
+    Sequence(1, 3, 9, 2, B=0, C=0),
+    Cross(2, 3, 5, 8, 1),
+    Factors(2, 3, 5, 8, 1),
+    Lines(2, 3, 5, 8, 2, 'row', B=False),
+)
 
 
 def outputs_of(case: Case, inputs: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
@@ -63,9 +68,12 @@ def test_dtypes_of_outputs_and_gradients(case: Case, dtype: torch.dtype) -> None
     """The output has the map's dtype, the state at least float32's precision, and a gradient its input's dtype."""
     # Parameters may come in the map's dtype as well.
     for parameters in {dtype, torch.float32, torch.float64}:
-        inputs = {name: value if value is None else
-                  value.to(parameters if name in case.parameters() else dtype).requires_grad_()
-                  for name, value in case.inputs().items()}
+        inputs = {
+            name: value
+            if value is None
+            else value.to(parameters if name in case.parameters() else dtype).requires_grad_()
+            for name, value in case.inputs().items()
+        }
         y, *last = outputs_of(case, inputs)
         assert y.dtype == dtype
         assert all(state.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) for state in last)
@@ -77,8 +85,8 @@ def test_dtypes_of_outputs_and_gradients(case: Case, dtype: torch.dtype) -> None
 def small_block(x: Tensor, weight: Tensor, A_log: Tensor, D: Tensor) -> Tensor:
     """A user of the cross scan."""
     projected = x @ weight
-    delta = projected[..., :4 * x.shape[3]].unflatten(-1, (4, -1))
-    B, C = projected[..., 4 * x.shape[3]:].unflatten(-1, (4, -1)).chunk(2, dim=-1)
+    delta = projected[..., : 4 * x.shape[3]].unflatten(-1, (4, -1))
+    B, C = projected[..., 4 * x.shape[3] :].unflatten(-1, (4, -1)).chunk(2, dim=-1)
     return cuda_ops.cross_selective_scan(x, delta, -A_log.exp(), B, C, D)
 
 
@@ -88,23 +96,33 @@ def block(x: Tensor, weight: Tensor, A_log: Tensor, D: Tensor) -> Tensor:
     y = cuda_ops.line_scan(y, y.tanh(), -A_log[0].exp(), None, None, D[0], axis='column', reverse=True)
     sequence = y.flatten(1, 2).mT
     B = sequence[:, :2]
-    y, last = cuda_ops.selective_scan(sequence, sequence.sin(), -A_log[1].exp(), B, B.cos(), delta_softplus=True,
-                                      return_last_state=True)
+    y, last = cuda_ops.selective_scan(
+        sequence, sequence.sin(), -A_log[1].exp(), B, B.cos(), delta_softplus=True, return_last_state=True
+    )
     return y.tanh().sum() + last.square().sum()
 
 
 def block_inputs(height: int, width: int, channels: int = 8) -> list[Tensor]:
-    values = (torch.randn(2, height, width, channels), torch.randn(channels, 4 * channels + 16) / 3,
-              torch.randn(4, channels, 2) / 3, torch.randn(4, channels))
+    values = (
+        torch.randn(2, height, width, channels),
+        torch.randn(channels, 4 * channels + 16) / 3,
+        torch.randn(4, channels, 2) / 3,
+        torch.randn(4, channels),
+    )
     return [value.requires_grad_() for value in values]
 
 
-@pytest.mark.parametrize(('function', 'backend', 'sizes'), (
-    (small_block, 'inductor', ((5, 7),)),
-    (block, 'aot_eager', ((5, 7), (6, 9), (3, 11))),
-), ids=('inductor', 'dynamic-shapes'))
-def test_torch_compile_takes_the_scans_whole(function: Callable[..., Tensor], backend: str,
-                                             sizes: tuple[tuple[int, int], ...]) -> None:
+@pytest.mark.parametrize(
+    ('function', 'backend', 'sizes'),
+    (
+        (small_block, 'inductor', ((5, 7),)),
+        (block, 'aot_eager', ((5, 7), (6, 9), (3, 11))),
+    ),
+    ids=('inductor', 'dynamic-shapes'),
+)
+def test_torch_compile_takes_the_scans_whole(
+    function: Callable[..., Tensor], backend: str, sizes: tuple[tuple[int, int], ...]
+) -> None:
     torch.compiler.reset()
     graphs = CompileCounterWithBackend(backend)
     compiled = torch.compile(function, fullgraph=True, backend=graphs, dynamic=len(sizes) > 1)
@@ -113,8 +131,9 @@ def test_torch_compile_takes_the_scans_whole(function: Callable[..., Tensor], ba
         expected, got = function(*inputs), compiled(*inputs)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
         weight = torch.randn_like(expected)
-        for value, grad in zip(torch.autograd.grad(got, inputs, weight), torch.autograd.grad(expected, inputs, weight),
-                               strict=True):
+        for value, grad in zip(
+            torch.autograd.grad(got, inputs, weight), torch.autograd.grad(expected, inputs, weight), strict=True
+        ):
             torch.testing.assert_close(value, grad, rtol=1e-4, atol=1e-4)
     assert graphs.frame_count == 1
 
@@ -127,9 +146,16 @@ def test_checkpointing_recomputes_the_same() -> None:
         assert torch.equal(value, grad)
 
 
-@pytest.mark.parametrize(('case', 'routes'), ((Sequence(3, 6, 35, 2, B=2), 1), (Sequence(2, 6, 35, 3, B=0), 1),
-                                              (Cross(2, 5, 7, 6, 3), 4), (Lines(2, 5, 7, 6, 3, 'row'), 1)),
-                         ids=lambda value: case_id(value) if not isinstance(value, int) else '')
+@pytest.mark.parametrize(
+    ('case', 'routes'),
+    (
+        (Sequence(3, 6, 35, 2, B=2), 1),
+        (Sequence(2, 6, 35, 3, B=0), 1),
+        (Cross(2, 5, 7, 6, 3), 4),
+        (Lines(2, 5, 7, 6, 3, 'row'), 1),
+    ),
+    ids=lambda value: case_id(value) if not isinstance(value, int) else '',
+)
 def test_floating_point_operations_are_counted(case: Case, routes: int) -> None:
     """By torch's counter, for which a multiply-add is two."""
     inputs = {name: value if value is None else value.float() for name, value in case.inputs().items()}
@@ -169,8 +195,9 @@ def test_concurrent_calls_do_not_disturb_each_other() -> None:
     expected = [cuda_ops.cross_selective_scan(**each) for each in inputs]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(5):
-            for got, value in zip(pool.map(lambda each: cuda_ops.cross_selective_scan(**each), inputs), expected,
-                                  strict=True):
+            for got, value in zip(
+                pool.map(lambda each: cuda_ops.cross_selective_scan(**each), inputs), expected, strict=True
+            ):
                 assert torch.equal(got, value)
 
 

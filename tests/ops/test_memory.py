@@ -84,17 +84,20 @@ def test_layout_of_the_inputs_changes_nothing(case: Case, layout) -> None:
             # The gate and constant projections are PyTorch's, whose last bit may depend on the layout.
             tolerance = 0 if kernel_alone(case) else 1e-5
             what = f'{result} with {name or "everything"} {layout.__name__}'
-            torch.testing.assert_close(got[result], value, rtol=tolerance, atol=tolerance,
-                                       msg=lambda text, what=what: f'{what}: {text}')
+            torch.testing.assert_close(
+                got[result], value, rtol=tolerance, atol=tolerance, msg=lambda text, what=what: f'{what}: {text}'
+            )
 
 
 def test_gradient_of_an_expanded_output() -> None:
     """The gradient of a sum has no strides at all."""
     inputs = {name: value.requires_grad_() for name, value in Cross(1, 5, 7, 18, 3).inputs().items()}
-    expected = torch.autograd.grad(cuda_ops.cross_selective_scan(**inputs), list(inputs.values()),
-                                   torch.ones(1, 5, 7, 18, dtype=torch.float64))
-    for got, grad in zip(torch.autograd.grad(cuda_ops.cross_selective_scan(**inputs).sum(), list(inputs.values())),
-                         expected, strict=True):
+    expected = torch.autograd.grad(
+        cuda_ops.cross_selective_scan(**inputs), list(inputs.values()), torch.ones(1, 5, 7, 18, dtype=torch.float64)
+    )
+    for got, grad in zip(
+        torch.autograd.grad(cuda_ops.cross_selective_scan(**inputs).sum(), list(inputs.values())), expected, strict=True
+    ):
         assert torch.equal(got, grad)
 
 
@@ -134,16 +137,25 @@ def test_every_saved_state_is_written(route: int, per_line: bool) -> None:
 @pytest.mark.usefixtures('nan_in_fresh_memory')
 def test_gradients_of_parameters_of_an_empty_batch_are_zero() -> None:
     for case in [case for case in CASES if not case.batch]:
-        results, _ = differentiate(case.function, rounded(case.inputs(), case.parameters(), torch.float32),
-                                   case.options())
+        results, _ = differentiate(
+            case.function, rounded(case.inputs(), case.parameters(), torch.float32), case.options()
+        )
         for name, value in results.items():
             assert not value.numel() or not value.count_nonzero(), name
 
 
 @pytest.mark.usefixtures('threads')
-@pytest.mark.parametrize('case', (Sequence(3, 100, 200, 3, B=4, C=2), Cross(3, 16, 17, 100, 2), Cross(1, 24, 24, 96, 1),
-                                  Lines(2, 37, 41, 72, 3, 'column'), Lines(1, 37, 41, 16, 1, 'row', C=False)),
-                         ids=case_id)
+@pytest.mark.parametrize(
+    'case',
+    (
+        Sequence(3, 100, 200, 3, B=4, C=2),
+        Cross(3, 16, 17, 100, 2),
+        Cross(1, 24, 24, 96, 1),
+        Lines(2, 37, 41, 72, 3, 'column'),
+        Lines(1, 37, 41, 16, 1, 'row', C=False),
+    ),
+    ids=case_id,
+)
 def test_threads_and_runs_change_no_bit(case: Case) -> None:
     inputs = {name: None if value is None else value.float() for name, value in case.inputs().items()}
     torch.set_num_threads(1)
@@ -155,7 +167,7 @@ def test_threads_and_runs_change_no_bit(case: Case) -> None:
             assert torch.equal(got[name], value), f'{name} with {threads} threads'
 
 
-PEAK = '''
+PEAK = """
 import json, re, torch, cuda_ops
 def memory(kind):
     return int(re.search(kind + r':\\s+(\\d+) kB', open('/proc/self/status').read())[1]) * 1024
@@ -173,7 +185,7 @@ inputs, output = step(SIDE, SIDE)
 peak = memory('VmHWM')
 assert peak > peak_before, 'the step stays below the peak of the start-up, and measures nothing'
 print(json.dumps(dict(extra=peak - before, inputs=inputs, output=output, states=4 * SIDE * SIDE * E * N * 4)))
-'''
+"""
 
 
 def test_hidden_states_are_never_stored_whole() -> None:

@@ -17,8 +17,11 @@ def inputs_of(case):
 def test_reverse_is_a_flip_before_and_after(axis: str, dim: int) -> None:
     inputs = inputs_of(Lines(2, 5, 7, 6, 3, axis))
     flipped = {name: value.flip(dim) if value.dim() == 4 else value for name, value in inputs.items()}
-    torch.testing.assert_close(cuda_ops.line_scan(**inputs, axis=axis, reverse=True),
-                               cuda_ops.line_scan(**flipped, axis=axis).flip(dim), **EXACT)
+    torch.testing.assert_close(
+        cuda_ops.line_scan(**inputs, axis=axis, reverse=True),
+        cuda_ops.line_scan(**flipped, axis=axis).flip(dim),
+        **EXACT,
+    )
 
 
 def test_transposition_swaps_rows_and_columns() -> None:
@@ -35,8 +38,9 @@ def test_transposition_swaps_the_routes_of_a_cross_scan() -> None:
     turned = {'x': inputs['x'].transpose(1, 2)}
     turned |= {name: inputs[name].transpose(1, 2)[:, :, :, swap] for name in ('delta', 'B', 'C')}
     turned |= {name: inputs[name][swap] for name in ('A', 'D', 'delta_bias')}
-    torch.testing.assert_close(cuda_ops.cross_selective_scan(**inputs),
-                               cuda_ops.cross_selective_scan(**turned).transpose(1, 2), **EXACT)
+    torch.testing.assert_close(
+        cuda_ops.cross_selective_scan(**inputs), cuda_ops.cross_selective_scan(**turned).transpose(1, 2), **EXACT
+    )
 
 
 def test_turning_the_map_round_reverses_the_routes_of_a_cross_scan() -> None:
@@ -45,8 +49,9 @@ def test_turning_the_map_round_reverses_the_routes_of_a_cross_scan() -> None:
     turned = {'x': inputs['x'].flip(1, 2)}
     turned |= {name: inputs[name].flip(1, 2)[:, :, :, order] for name in ('delta', 'B', 'C')}
     turned |= {name: inputs[name][order] for name in ('A', 'D', 'delta_bias')}
-    torch.testing.assert_close(cuda_ops.cross_selective_scan(**inputs),
-                               cuda_ops.cross_selective_scan(**turned).flip(1, 2), **EXACT)
+    torch.testing.assert_close(
+        cuda_ops.cross_selective_scan(**inputs), cuda_ops.cross_selective_scan(**turned).flip(1, 2), **EXACT
+    )
 
 
 def sequences_of(grid: torch.Tensor, k: int) -> torch.Tensor:
@@ -61,10 +66,16 @@ def test_a_cross_scan_is_four_selective_scans(softplus: bool) -> None:
     inputs = inputs_of(Cross(2, 5, 7, 6, 3, softplus=softplus))
     total = torch.zeros_like(inputs['x'])
     for k in range(4):
-        y = cuda_ops.selective_scan(sequences_of(inputs['x'], k), sequences_of(inputs['delta'][:, :, :, k], k),
-                                    inputs['A'][k], sequences_of(inputs['B'][:, :, :, k], k),
-                                    sequences_of(inputs['C'][:, :, :, k], k), inputs['D'][k],
-                                    delta_bias=inputs['delta_bias'][k], delta_softplus=softplus)
+        y = cuda_ops.selective_scan(
+            sequences_of(inputs['x'], k),
+            sequences_of(inputs['delta'][:, :, :, k], k),
+            inputs['A'][k],
+            sequences_of(inputs['B'][:, :, :, k], k),
+            sequences_of(inputs['C'][:, :, :, k], k),
+            inputs['D'][k],
+            delta_bias=inputs['delta_bias'][k],
+            delta_softplus=softplus,
+        )
         y = y.flip(-1) if k >= 2 else y
         y = y.unflatten(-1, (7, 5)).transpose(-1, -2) if k % 2 else y.unflatten(-1, (5, 7))
         total += y.permute(0, 2, 3, 1)
@@ -79,8 +90,16 @@ def test_a_line_scan_is_a_selective_scan_of_each_line(axis: str, reverse: bool) 
     for line in range(5 if axis == 'row' else 7):
         maps = {name: inputs[name].select(1 if axis == 'row' else 2, line).mT for name in ('x', 'delta', 'B', 'C')}
         maps = {name: value.flip(-1) if reverse else value for name, value in maps.items()}
-        expected = cuda_ops.selective_scan(maps['x'], maps['delta'], inputs['A'], maps['B'], maps['C'], inputs['D'],
-                                           delta_bias=inputs['delta_bias'], delta_softplus=True)
+        expected = cuda_ops.selective_scan(
+            maps['x'],
+            maps['delta'],
+            inputs['A'],
+            maps['B'],
+            maps['C'],
+            inputs['D'],
+            delta_bias=inputs['delta_bias'],
+            delta_softplus=True,
+        )
         expected = expected.flip(-1) if reverse else expected
         torch.testing.assert_close(y.select(1 if axis == 'row' else 2, line).mT, expected, **EXACT)
 
@@ -92,9 +111,11 @@ def test_a_batch_is_its_images() -> None:
     permuted = {name: value[order] if name in ('x', 'delta', 'B', 'C') else value for name, value in inputs.items()}
     assert torch.equal(cuda_ops.cross_selective_scan(**permuted), y[order])
     for image in range(3):
-        alone = {name: value[image:image + 1] if name in ('x', 'delta', 'B', 'C') else value
-                 for name, value in inputs.items()}
-        assert torch.equal(cuda_ops.cross_selective_scan(**alone), y[image:image + 1])
+        alone = {
+            name: value[image : image + 1] if name in ('x', 'delta', 'B', 'C') else value
+            for name, value in inputs.items()
+        }
+        assert torch.equal(cuda_ops.cross_selective_scan(**alone), y[image : image + 1])
 
 
 def test_without_decay_the_state_is_a_cumulative_sum() -> None:
@@ -139,6 +160,9 @@ def test_the_last_state_continues_the_sequence() -> None:
 def test_constant_projections_equal_varying_ones_of_the_same_values() -> None:
     inputs = inputs_of(Sequence(2, 6, 20, 3, B=0, C=0, z=True))
     varying = inputs | {name: inputs[name].unsqueeze(0).unsqueeze(-1).expand(2, 6, 3, 20) for name in 'BC'}
-    for got, expected in zip(cuda_ops.selective_scan(**inputs, return_last_state=True),
-                             cuda_ops.selective_scan(**varying, return_last_state=True), strict=True):
+    for got, expected in zip(
+        cuda_ops.selective_scan(**inputs, return_last_state=True),
+        cuda_ops.selective_scan(**varying, return_last_state=True),
+        strict=True,
+    ):
         torch.testing.assert_close(got, expected, **EXACT)

@@ -46,13 +46,16 @@ class Problem:
 
     def single(self, *values: Tensor) -> Tensor:
         """The scan of one image, whose inputs have no batch."""
-        return self.call(*(value if dim is None else value.unsqueeze(0)
-                           for value, dim in zip(values, self.batched, strict=True)))[0]
+        return self.call(
+            *(value if dim is None else value.unsqueeze(0) for value, dim in zip(values, self.batched, strict=True))
+        )[0]
 
     def numerical_tangent(self, tangents: tuple[Tensor, ...], step: float = 1e-6) -> Tensor:
         """By the loop and finite differences."""
-        ahead, back = ([value + sign * step * tangent for value, tangent in zip(self.values, tangents, strict=True)]
-                       for sign in (1, -1))
+        ahead, back = (
+            [value + sign * step * tangent for value, tangent in zip(self.values, tangents, strict=True)]
+            for sign in (1, -1)
+        )
         return (self.loop(*ahead) - self.loop(*back)) / (2 * step)
 
     def ordinary_gradients(self, weight: Tensor) -> tuple[Tensor, ...]:
@@ -80,8 +83,9 @@ def problem_of(case: Case | Wavefront) -> Problem:
         if name.startswith('A'):
             # Far enough from zero for the rates to stay negative under finite differences.
             given[name] = given[name] - 0.1
-    function, reference_loop = ((cuda_ops.wavefront_scan, loop) if isinstance(case, Wavefront) else
-                                (case.function, case.loop))
+    function, reference_loop = (
+        (cuda_ops.wavefront_scan, loop) if isinstance(case, Wavefront) else (case.function, case.loop)
+    )
 
     def with_names(function: Callable[..., Any]) -> Callable[..., Tensor]:
         return lambda *values: first(function(**inputs | dict(zip(given, values, strict=True)), **case.options()))
@@ -95,8 +99,9 @@ def by_func(call: Callable[..., Tensor], values: tuple[Tensor, ...], tangents: t
     return torch.func.jvp(call, values, tangents)[1]
 
 
-def by_func_without_grad(call: Callable[..., Tensor], values: tuple[Tensor, ...],
-                         tangents: tuple[Tensor, ...]) -> Tensor:
+def by_func_without_grad(
+    call: Callable[..., Tensor], values: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
+) -> Tensor:
     with torch.no_grad():
         return by_func(call, values, tangents)
 
@@ -109,15 +114,21 @@ def by_dual_numbers(call: Callable[..., Tensor], values: tuple[Tensor, ...], tan
         return tangent
 
 
-def by_differentiating_twice(call: Callable[..., Tensor], values: tuple[Tensor, ...],
-                             tangents: tuple[Tensor, ...]) -> Tensor:
+def by_differentiating_twice(
+    call: Callable[..., Tensor], values: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
+) -> Tensor:
     return torch.autograd.functional.jvp(call, values, tangents)[1]
 
 
 def by_jacfwd(call: Callable[..., Tensor], values: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Tensor:
     jacobians = torch.func.jacfwd(call, argnums=tuple(range(len(values))))(*values)
-    return sum((torch.tensordot(jacobian, tangent, tangent.dim())
-                for jacobian, tangent in zip(jacobians, tangents, strict=True)), torch.zeros(()))
+    return sum(
+        (
+            torch.tensordot(jacobian, tangent, tangent.dim())
+            for jacobian, tangent in zip(jacobians, tangents, strict=True)
+        ),
+        torch.zeros(()),
+    )
 
 
 FORWARD = (by_func, by_func_without_grad, by_dual_numbers, by_differentiating_twice, by_jacfwd)
@@ -140,17 +151,19 @@ def test_linearized_scans_give_the_same_tangents(case: Case | Wavefront) -> None
 
 def test_tangents_of_some_inputs_alone(problem: Problem) -> None:
     for i, name in enumerate(problem.names):
-        tangents = tuple(torch.randn_like(value) if i == j else torch.zeros_like(value)
-                         for j, value in enumerate(problem.values))
+        tangents = tuple(
+            torch.randn_like(value) if i == j else torch.zeros_like(value) for j, value in enumerate(problem.values)
+        )
 
         def call(value: Tensor, i: int = i) -> Tensor:
-            return problem.call(*problem.values[:i], value, *problem.values[i + 1:])
+            return problem.call(*problem.values[:i], value, *problem.values[i + 1 :])
 
         exact = problem.numerical_tangent(tangents)
         for way in (by_func, by_dual_numbers, by_differentiating_twice):
             tangent = way(call, (problem.values[i],), (tangents[i],))
-            torch.testing.assert_close(tangent, exact, rtol=1e-7, atol=1e-7,
-                                       msg=lambda text, name=name: f'{name}: {text}')
+            torch.testing.assert_close(
+                tangent, exact, rtol=1e-7, atol=1e-7, msg=lambda text, name=name: f'{name}: {text}'
+            )
 
 
 def test_the_value_beside_a_tangent_is_the_ordinary_one(problem: Problem) -> None:
@@ -209,13 +222,16 @@ def test_gradients_by_functions_are_the_ordinary_ones(problem: Problem) -> None:
         return (problem.call(*values) * weight).sum()
 
     jacobians = torch.func.jacrev(problem.call, argnums=problem.argnums)(*problem.values)
-    found = {'grad': torch.func.grad(loss, argnums=problem.argnums)(*problem.values),
-             'vjp': torch.func.vjp(problem.call, *problem.values)[1](weight),
-             'jacrev': [torch.tensordot(weight, jacobian, weight.dim()) for jacobian in jacobians]}
+    found = {
+        'grad': torch.func.grad(loss, argnums=problem.argnums)(*problem.values),
+        'vjp': torch.func.vjp(problem.call, *problem.values)[1](weight),
+        'jacrev': [torch.tensordot(weight, jacobian, weight.dim()) for jacobian in jacobians],
+    }
     for way, gradients in found.items():
         for name, got, value in zip(problem.names, gradients, expected, strict=True):
-            torch.testing.assert_close(got, value, rtol=1e-10, atol=1e-10,
-                                       msg=lambda text, what=f'{way} in {name}': f'{what}: {text}')
+            torch.testing.assert_close(
+                got, value, rtol=1e-10, atol=1e-10, msg=lambda text, what=f'{way} in {name}': f'{what}: {text}'
+            )
 
 
 def test_gradients_within_no_grad(problem: Problem) -> None:
@@ -227,19 +243,25 @@ def test_gradients_within_no_grad(problem: Problem) -> None:
 
 
 def test_gradients_of_single_samples(problem: Problem) -> None:
-    weight = torch.randn_like(problem.single(*(value if dim is None else value[0]
-                                               for value, dim in zip(problem.values, problem.batched, strict=True))))
+    weight = torch.randn_like(
+        problem.single(
+            *(value if dim is None else value[0] for value, dim in zip(problem.values, problem.batched, strict=True))
+        )
+    )
 
     def loss(*values: Tensor) -> Tensor:
         return (problem.single(*values) * weight).square().sum()
 
     each = torch.vmap(torch.func.grad(loss, argnums=problem.argnums), in_dims=problem.batched)(*problem.values)
     for i in range(2):
-        leaves = [(value if dim is None else value[i]).clone().requires_grad_()
-                  for value, dim in zip(problem.values, problem.batched, strict=True)]
+        leaves = [
+            (value if dim is None else value[i]).clone().requires_grad_()
+            for value, dim in zip(problem.values, problem.batched, strict=True)
+        ]
         for name, got, value in zip(problem.names, each, torch.autograd.grad(loss(*leaves), leaves), strict=True):
-            torch.testing.assert_close(got[i], value, rtol=1e-10, atol=1e-10,
-                                       msg=lambda text, what=f'{name} of sample {i}': f'{what}: {text}')
+            torch.testing.assert_close(
+                got[i], value, rtol=1e-10, atol=1e-10, msg=lambda text, what=f'{name} of sample {i}': f'{what}: {text}'
+            )
 
 
 def test_gradients_through_a_mapped_scan(problem: Problem) -> None:
@@ -265,17 +287,25 @@ def test_everything_mapped_over(problem: Problem, size: int) -> None:
 
 def test_numerical_check_in_every_mode(problem: Problem) -> None:
     leaves = tuple(value.clone().requires_grad_() for value in problem.values)
-    assert torch.autograd.gradcheck(problem.call, leaves, check_forward_ad=True, check_batched_grad=True,
-                                    check_batched_forward_grad=True, fast_mode=True)
+    assert torch.autograd.gradcheck(
+        problem.call,
+        leaves,
+        check_forward_ad=True,
+        check_batched_grad=True,
+        check_batched_forward_grad=True,
+        fast_mode=True,
+    )
 
 
 def test_reference_has_second_derivatives(problem: Problem) -> None:
     leaves = tuple(value.clone().requires_grad_() for value in problem.values)
     with cuda_ops.use_reference():
-        assert torch.autograd.gradcheck(problem.call, leaves, check_forward_ad=True, check_batched_grad=True,
-                                        fast_mode=True)
-        assert torch.autograd.gradgradcheck(problem.call, leaves, check_fwd_over_rev=True, check_batched_grad=True,
-                                            fast_mode=True)
+        assert torch.autograd.gradcheck(
+            problem.call, leaves, check_forward_ad=True, check_batched_grad=True, fast_mode=True
+        )
+        assert torch.autograd.gradgradcheck(
+            problem.call, leaves, check_fwd_over_rev=True, check_batched_grad=True, fast_mode=True
+        )
 
 
 def test_reference_gives_the_same(problem: Problem) -> None:
@@ -311,7 +341,7 @@ def hessian_vector_products(call: Callable[..., Tensor]) -> dict[str, Callable[[
 
     def backward_twice(x: Tensor, v: Tensor) -> Tensor:
         x = x.clone().requires_grad_()
-        grad, = torch.autograd.grad(loss(x), x, create_graph=True)
+        (grad,) = torch.autograd.grad(loss(x), x, create_graph=True)
         return torch.autograd.grad(grad, x, v)[0]
 
     def dual_numbers(x: Tensor, v: Tensor) -> Tensor:
@@ -342,7 +372,7 @@ def test_second_derivatives_name_the_remedy_or_are_right(problem: Problem, way: 
 
     def product(scan: Callable[..., Tensor]) -> Tensor:
         def call(x: Tensor) -> Tensor:
-            return scan(*problem.values[:i], x, *problem.values[i + 1:])
+            return scan(*problem.values[:i], x, *problem.values[i + 1 :])
 
         return hessian_vector_products(call)[way](x, v)
 
@@ -358,8 +388,9 @@ def test_gradient_of_a_tangent_is_right(problem: Problem) -> None:
     tangents = problem.tangents()
 
     def gradients(scan: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-        return torch.func.grad(lambda *values: torch.func.jvp(scan, values, tangents)[1].square().sum(),
-                               argnums=problem.argnums)(*problem.values)
+        return torch.func.grad(
+            lambda *values: torch.func.jvp(scan, values, tangents)[1].square().sum(), argnums=problem.argnums
+        )(*problem.values)
 
     for got, value in zip(gradients(problem.call), gradients(problem.loop), strict=True):
         torch.testing.assert_close(got, value, rtol=1e-8, atol=1e-8)
@@ -372,14 +403,16 @@ def test_compiled_tangents_are_the_same(case: Case | Wavefront, way: Callable[..
     tangents = problem.tangents()
     torch.compiler.reset()
     compiled = torch.compile(lambda *values: way(problem.call, values, tangents), fullgraph=True, backend='aot_eager')
-    torch.testing.assert_close(compiled(*problem.values), way(problem.call, problem.values, tangents), rtol=1e-10,
-                               atol=1e-10)
+    torch.testing.assert_close(
+        compiled(*problem.values), way(problem.call, problem.values, tangents), rtol=1e-10, atol=1e-10
+    )
 
 
 def test_compiled_gradients_of_single_samples_are_the_same() -> None:
     problem = problem_of(Cross(2, 1, 2, 4, 2))
-    samples = torch.vmap(torch.func.grad(lambda *values: problem.single(*values).square().sum(), argnums=2),
-                         in_dims=problem.batched)
+    samples = torch.vmap(
+        torch.func.grad(lambda *values: problem.single(*values).square().sum(), argnums=2), in_dims=problem.batched
+    )
     torch.compiler.reset()
     compiled = torch.compile(samples, fullgraph=True, backend='aot_eager')
     torch.testing.assert_close(compiled(*problem.values), samples(*problem.values), rtol=1e-10, atol=1e-10)
@@ -391,8 +424,9 @@ def test_transforms_of_a_compiled_scan_give_the_same() -> None:
     torch.compiler.reset()
     compiled = torch.compile(problem.call, backend='aot_eager')
     for way in (by_func, by_dual_numbers):
-        torch.testing.assert_close(way(compiled, problem.values, tangents), way(problem.call, problem.values, tangents),
-                                   rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            way(compiled, problem.values, tangents), way(problem.call, problem.values, tangents), rtol=1e-10, atol=1e-10
+        )
 
 
 def test_reference_compiles_whole() -> None:

@@ -13,14 +13,19 @@ HALVES = (torch.float16, torch.bfloat16)
 
 def every_value(dtype: torch.dtype) -> Tensor:
     """All 65536 bit patterns of a 16-bit type."""
-    return torch.arange(-2 ** 15, 2 ** 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
 
 
 def scan_of_single_pixels(x: Tensor, **others: Tensor | None) -> Tensor:
     """A line scan of columns of one pixel, with a step size of zero unless it is given: y = D * x."""
     channels = x.shape[3]
-    arguments = {'delta': torch.zeros_like(x), 'A': -torch.ones(channels, 1), 'B': None, 'C': None,
-                 'D': torch.ones(channels)} | others
+    arguments = {
+        'delta': torch.zeros_like(x),
+        'A': -torch.ones(channels, 1),
+        'B': None,
+        'C': None,
+        'D': torch.ones(channels),
+    } | others
     return cuda_ops.line_scan(x, **arguments, delta_softplus=False, axis='column')
 
 
@@ -30,7 +35,7 @@ def scan_of_single_pixels(x: Tensor, **others: Tensor | None) -> Tensor:
 def test_every_half_value_is_read_as_it_is(dtype: torch.dtype, channels: int) -> None:
     values = every_value(dtype)
     values = values[values.isfinite()]
-    x = values[:values.numel() // channels * channels].view(1, 1, -1, channels)
+    x = values[: values.numel() // channels * channels].view(1, 1, -1, channels)
     assert torch.equal(scan_of_single_pixels(x), x)
     # B and C are read one by one: with x, A and the step size at one, y = B * C.
     grid = values.view(1, 1, -1, 1)
@@ -56,9 +61,9 @@ def test_gradients_are_rounded_as_pytorch_rounds(dtype: torch.dtype, channels: i
     """The gradient of such a step size is the product of x and the output's gradient, exact before it is rounded."""
     values = every_value(dtype)
     values = values[values.isfinite()]
-    values = values[:values.numel() // channels * channels]
+    values = values[: values.numel() // channels * channels]
     # Against factors of every exponent, results overflow, become subnormal and vanish, and lie halfway in between.
-    for factor in (1.0, 3.0, 129 / 128, 2.0 ** -6, 3 * 2.0 ** -10, 2.0 ** -14, 2.0 ** 12, -1.5 * 2.0 ** -5):
+    for factor in (1.0, 3.0, 129 / 128, 2.0**-6, 3 * 2.0**-10, 2.0**-14, 2.0**12, -1.5 * 2.0**-5):
         x = values.view(1, 1, -1, channels)
         grad_output = torch.full_like(x, factor)
         delta = torch.zeros_like(x).requires_grad_()
@@ -67,7 +72,7 @@ def test_gradients_are_rounded_as_pytorch_rounds(dtype: torch.dtype, channels: i
         assert torch.equal(delta.grad, expected), f'factor {factor}'
 
 
-@pytest.mark.parametrize('bits', (0x7fc00000, 0x7fffffff, -1, 0x7f800001), ids=hex)
+@pytest.mark.parametrize('bits', (0x7FC00000, 0x7FFFFFFF, -1, 0x7F800001), ids=hex)
 @pytest.mark.parametrize('dtype', HALVES, ids=dtype_name)
 def test_not_a_number_stays_one_when_it_is_rounded(dtype: torch.dtype, bits: int) -> None:
     """Whatever its bits are: those of a float32 parameter reach the gradient of the step size."""
@@ -90,8 +95,10 @@ PER_IMAGE = ('u', 'x', 'delta', 'B', 'C', 'z')
 
 def not_finite(case: Case, dtype: torch.dtype, name: str, index: tuple[int, ...], value: float) -> tuple[dict, dict]:
     """Outputs and gradients of a case, and the same with one element of one input replaced."""
-    inputs = {name: None if given is None else given.to(dtype if name in PER_IMAGE else torch.float32)
-              for name, given in case.inputs().items()}
+    inputs = {
+        name: None if given is None else given.to(dtype if name in PER_IMAGE else torch.float32)
+        for name, given in case.inputs().items()
+    }
     clean, weights = differentiate(case.function, inputs, case.options())
     inputs[name] = inputs[name].clone()
     inputs[name][index] = value
@@ -139,9 +146,10 @@ def test_step_sizes_of_any_magnitude(dtype: torch.dtype) -> None:
     """softplus of very large and very small values, decays that vanish, and those that are one."""
     case = Sequence(2, 19, 66, 3, bias=False)
     inputs = case.inputs()
-    pattern = torch.tensor([-1e4, -200.0, -90.0, -20.0, -1e-6, 0.0, 1e-6, 15.0, 19.9, 20.1, 30.0, 88.0, 100.0, 1e4],
-                           dtype=torch.float64)
-    inputs['delta'] = pattern.repeat(2 * 19 * 66 // len(pattern) + 1)[:2 * 19 * 66].view(2, 19, 66)
+    pattern = torch.tensor(
+        [-1e4, -200.0, -90.0, -20.0, -1e-6, 0.0, 1e-6, 15.0, 19.9, 20.1, 30.0, 88.0, 100.0, 1e4], dtype=torch.float64
+    )
+    inputs['delta'] = pattern.repeat(2 * 19 * 66 // len(pattern) + 1)[: 2 * 19 * 66].view(2, 19, 66)
     inputs['A'][:, 0] = -1e4
     inputs['A'][:, 1] = 0
     # A rate of zero keeps everything, so the largest steps would add up beyond float16's range.

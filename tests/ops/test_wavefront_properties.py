@@ -26,14 +26,16 @@ def inputs_of(case: Wavefront, dtype: torch.dtype = torch.float64) -> dict[str, 
     return {name: value for name, value in inputs.items() if value is not None}
 
 
-def operator_arguments(case: Wavefront, chunk: int, dtype: torch.dtype = torch.float32,
-                       requires_grad: bool = False) -> tuple[Any, ...]:
+def operator_arguments(
+    case: Wavefront, chunk: int, dtype: torch.dtype = torch.float32, requires_grad: bool = False
+) -> tuple[Any, ...]:
     """Arguments of the operator itself."""
     values = rounded(case.inputs(), PARAMETERS, dtype).values()
     return *(value if value is None else value.requires_grad_(requires_grad) for value in values), case.reverse, chunk
 
 
 # Relations that follow from the equations.
+
 
 @pytest.mark.parametrize('size', ((5, 7), (7, 5), (6, 6), (1, 5)))
 def test_reverse_is_a_flip_before_and_after(size: tuple[int, int]) -> None:
@@ -66,16 +68,18 @@ def test_the_first_pixel_takes_the_left_inflow() -> None:
 def test_one_row_is_a_selective_scan_from_the_left_and_one_column_from_the_top() -> None:
     inputs = inputs_of(Wavefront(2, 1, 9, 6, 3))
     sequence = {name: inputs[name][:, 0].mT for name in ('x', 'delta_left', 'B_left', 'C')}
-    expected = cuda_ops.selective_scan(sequence['x'], sequence['delta_left'], inputs['A_left'], sequence['B_left'],
-                                       sequence['C'], inputs['D'])
+    expected = cuda_ops.selective_scan(
+        sequence['x'], sequence['delta_left'], inputs['A_left'], sequence['B_left'], sequence['C'], inputs['D']
+    )
     torch.testing.assert_close(cuda_ops.wavefront_scan(**inputs)[:, 0].mT, expected, **EXACT)
     inputs = inputs_of(Wavefront(2, 9, 1, 6, 3))
     # The first pixel takes the left neighbour's inflow, whatever the shape of the map.
     for name in ('delta', 'B'):
         inputs[f'{name}_top'][:, 0] = inputs[f'{name}_left'][:, 0]
     sequence = {name: inputs[name][:, :, 0].mT for name in ('x', 'delta_top', 'B_top', 'C')}
-    expected = cuda_ops.selective_scan(sequence['x'], sequence['delta_top'], inputs['A_top'], sequence['B_top'],
-                                       sequence['C'], inputs['D'])
+    expected = cuda_ops.selective_scan(
+        sequence['x'], sequence['delta_top'], inputs['A_top'], sequence['B_top'], sequence['C'], inputs['D']
+    )
     torch.testing.assert_close(cuda_ops.wavefront_scan(**inputs)[:, :, 0].mT, expected, **EXACT)
 
 
@@ -100,8 +104,14 @@ def test_without_decay_an_impulse_spreads_by_its_number_of_paths(at: tuple[int, 
             else:
                 along, across = (right, down) if at[0] == 0 else (down, right)
                 # The last step that leaves the border decides; each pixel of the border is a source of a half.
-                expected[i, j] = 1 if across == 0 else sum(
-                    math.comb(across - 1 + along - s, across - 1) / 2 ** (across + along - s) for s in range(along + 1))
+                expected[i, j] = (
+                    1
+                    if across == 0
+                    else sum(
+                        math.comb(across - 1 + along - s, across - 1) / 2 ** (across + along - s)
+                        for s in range(along + 1)
+                    )
+                )
     torch.testing.assert_close(y, expected, **EXACT)
 
 
@@ -112,8 +122,8 @@ def test_a_batch_is_its_images() -> None:
     permuted = {name: value[order] if name in MAPS else value for name, value in inputs.items()}
     assert torch.equal(cuda_ops.wavefront_scan(**permuted), y[order])
     for image in range(3):
-        alone = {name: value[image:image + 1] if name in MAPS else value for name, value in inputs.items()}
-        assert torch.equal(cuda_ops.wavefront_scan(**alone), y[image:image + 1])
+        alone = {name: value[image : image + 1] if name in MAPS else value for name, value in inputs.items()}
+        assert torch.equal(cuda_ops.wavefront_scan(**alone), y[image : image + 1])
 
 
 @pytest.mark.parametrize('value', (math.nan, math.inf), ids=str)
@@ -127,6 +137,7 @@ def test_a_value_that_is_not_finite_stays_in_its_image_channel_and_quadrant(valu
 
 
 # Gradients and registration.
+
 
 @pytest.mark.parametrize('case', (Wavefront(1, 2, 3, 3, 2), Wavefront(2, 3, 2, 2, 1, reverse=True, D=False)), ids=str)
 def test_gradients_are_the_numerical_ones(case: Wavefront) -> None:
@@ -230,8 +241,11 @@ def user(x: Tensor, weight: Tensor, A_log: Tensor, D: Tensor) -> Tensor:
     return cuda_ops.wavefront_scan(y, delta_left, delta_top, A[1], A[0], B_left, B_top, C, reverse=True)
 
 
-@pytest.mark.parametrize(('backend', 'sizes'), (('inductor', ((5, 7),)), ('aot_eager', ((5, 7), (9, 6), (3, 11)))),
-                         ids=('inductor', 'dynamic-shapes'))
+@pytest.mark.parametrize(
+    ('backend', 'sizes'),
+    (('inductor', ((5, 7),)), ('aot_eager', ((5, 7), (9, 6), (3, 11)))),
+    ids=('inductor', 'dynamic-shapes'),
+)
 def test_torch_compile_takes_the_scan_whole(backend: str, sizes: tuple[tuple[int, int], ...]) -> None:
     torch.compiler.reset()
     graphs = CompileCounterWithBackend(backend)
@@ -242,8 +256,9 @@ def test_torch_compile_takes_the_scan_whole(backend: str, sizes: tuple[tuple[int
         expected, got = user(*inputs), compiled(*inputs)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
         weight = torch.randn_like(expected)
-        for value, grad in zip(torch.autograd.grad(got, inputs, weight), torch.autograd.grad(expected, inputs, weight),
-                               strict=True):
+        for value, grad in zip(
+            torch.autograd.grad(got, inputs, weight), torch.autograd.grad(expected, inputs, weight), strict=True
+        ):
             torch.testing.assert_close(value, grad, rtol=1e-4, atol=1e-4)
     if len(sizes) == 1:
         assert graphs.frame_count == 1
@@ -264,6 +279,7 @@ def test_meta_tensors_give_shapes_and_dtypes() -> None:
 
 
 # Memory: any layout of the inputs, every element of the outputs, no more than needed.
+
 
 def strided(value: Tensor) -> Tensor:
     """The same values with gaps along the last dimension."""
@@ -296,8 +312,12 @@ def test_layout_of_the_inputs_changes_nothing(layout: Any) -> None:
         arranged = {key: layout(value) if name in (key, None) else value for key, value in inputs.items()}
         contiguous = {key: value.contiguous() for key, value in arranged.items()}
         expected, weights = differentiate(cuda_ops.wavefront_scan, contiguous, case.options())
-        got, _ = differentiate(cuda_ops.wavefront_scan, arranged, case.options(), [layout(weights[0])
-                               if layout is not expanded else weights[0]])
+        got, _ = differentiate(
+            cuda_ops.wavefront_scan,
+            arranged,
+            case.options(),
+            [layout(weights[0]) if layout is not expanded else weights[0]],
+        )
         for result, value in expected.items():
             assert torch.equal(got[result], value), f'{result} with {name or "everything"} {layout.__name__}'
 
@@ -341,7 +361,7 @@ def test_threads_and_runs_change_no_bit(case: Wavefront) -> None:
             assert torch.equal(got[name], value), f'{name} with {threads} threads'
 
 
-MEASURE = '''
+MEASURE = """
 import json, re, torch, cuda_ops
 from torch.nn.functional import softplus
 def memory(kind):
@@ -367,7 +387,7 @@ extra = memory('VmHWM') - before - sum(result.nbytes for result in results)
 assert all(result.isfinite().all() for result in results)
 batch, height, width, channels, states = shape
 print(json.dumps(dict(extra=extra, states=4 * batch * height * width * channels * states)))
-'''
+"""
 
 
 @pytest.mark.parametrize('shape', ((8, 56, 56, 64, 16), (1, 1024, 1024, 16, 4)), ids=str)
@@ -402,8 +422,9 @@ def call(**changes: Any) -> Tensor:
     return cuda_ops.wavefront_scan(**inputs | {name: change(inputs[name]) for name, change in changes.items()})
 
 
-@pytest.mark.parametrize(('name', 'change', 'message'), SHAPES, ids=[f'{name}-{i}' for i, (name, *_) in
-                                                                      enumerate(SHAPES)])
+@pytest.mark.parametrize(
+    ('name', 'change', 'message'), SHAPES, ids=[f'{name}-{i}' for i, (name, *_) in enumerate(SHAPES)]
+)
 def test_wrong_shapes(name: str, change: Any, message: str) -> None:
     call()
     with pytest.raises(ValueError, match=message):
@@ -450,14 +471,20 @@ def test_wrong_decay_rates(name: str, value: float) -> None:
 def test_the_loop_itself_has_the_borders_of_the_equations() -> None:
     """The tests' oracle on a map of 2x2, written out."""
     inputs = inputs_of(Wavefront(1, 2, 2, 1, 1, D=False))
-    x, dT, dL, bT, bL, c = ({(i, j): inputs[name][0, i, j, 0].item() for i in (0, 1) for j in (0, 1)}
-                            for name in ('x', 'delta_top', 'delta_left', 'B_top', 'B_left', 'C'))
+    x, dT, dL, bT, bL, c = (
+        {(i, j): inputs[name][0, i, j, 0].item() for i in (0, 1) for j in (0, 1)}
+        for name in ('x', 'delta_top', 'delta_left', 'B_top', 'B_left', 'C')
+    )
     AT, AL = inputs['A_top'].item(), inputs['A_left'].item()
     h00 = dL[0, 0] * bL[0, 0] * x[0, 0]
     h01 = math.exp(dL[0, 1] * AL) * h00 + dL[0, 1] * bL[0, 1] * x[0, 1]
     h10 = math.exp(dT[1, 0] * AT) * h00 + dT[1, 0] * bT[1, 0] * x[1, 0]
-    h11 = 0.5 * (math.exp(dL[1, 1] * AL) * h10 + dL[1, 1] * bL[1, 1] * x[1, 1]
-                 + math.exp(dT[1, 1] * AT) * h01 + dT[1, 1] * bT[1, 1] * x[1, 1])
+    h11 = 0.5 * (
+        math.exp(dL[1, 1] * AL) * h10
+        + dL[1, 1] * bL[1, 1] * x[1, 1]
+        + math.exp(dT[1, 1] * AT) * h01
+        + dT[1, 1] * bT[1, 1] * x[1, 1]
+    )
     expected = torch.tensor([c[0, 0] * h00, c[0, 1] * h01, c[1, 0] * h10, c[1, 1] * h11], dtype=torch.float64)
     torch.testing.assert_close(loop(**inputs).flatten(), expected, **EXACT)
     torch.testing.assert_close(cuda_ops.wavefront_scan(**inputs).flatten(), expected, **EXACT)

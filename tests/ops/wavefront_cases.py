@@ -12,8 +12,19 @@ PARAMETERS = {'A_top', 'A_left', 'D'}
 MAPS = ('x', 'delta_top', 'delta_left', 'B_top', 'B_left', 'C')
 
 
-def loop(x: Tensor, delta_top: Tensor, delta_left: Tensor, A_top: Tensor, A_left: Tensor, B_top: Tensor, B_left: Tensor,
-         C: Tensor, D: Tensor | None = None, *, reverse: bool = False) -> Tensor:
+def loop(
+    x: Tensor,
+    delta_top: Tensor,
+    delta_left: Tensor,
+    A_top: Tensor,
+    A_left: Tensor,
+    B_top: Tensor,
+    B_left: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    reverse: bool = False,
+) -> Tensor:
     """``cuda_ops.wavefront_scan`` pixel by pixel; gradients come from autograd."""
     batch, height, width, channels = x.shape
     rows, columns = list(range(height)), list(range(width))
@@ -34,8 +45,9 @@ def loop(x: Tensor, delta_top: Tensor, delta_left: Tensor, A_top: Tensor, A_left
             elif q == 0:
                 h = torch.exp(dT * A_top) * states[p - 1, 0] + bT
             else:
-                h = 0.5 * (torch.exp(dL * A_left) * states[p, q - 1] + bL
-                           + torch.exp(dT * A_top) * states[p - 1, q] + bT)
+                h = 0.5 * (
+                    torch.exp(dL * A_left) * states[p, q - 1] + bL + torch.exp(dT * A_top) * states[p - 1, q] + bT
+                )
             states[p, q] = h
             y = (C[:, i, j, None] * h).sum(-1)
             outputs[i, j] = y if D is None else y + D * x[:, i, j]
@@ -62,10 +74,17 @@ class Wavefront:
         grid = (self.batch, self.height, self.width)
         # Step sizes behind a softplus are positive.
         top, left = (torch.rand(*grid, self.channels, dtype=torch.float64).mul_(0.9).add_(0.01) for _ in range(2))
-        return {'x': normal(*grid, self.channels), 'delta_top': top, 'delta_left': left,
-                'A_top': decay_rates(self.channels, self.states), 'A_left': decay_rates(self.channels, self.states),
-                'B_top': normal(*grid, self.states), 'B_left': normal(*grid, self.states),
-                'C': normal(*grid, self.states), 'D': normal(self.channels) if self.D else None}
+        return {
+            'x': normal(*grid, self.channels),
+            'delta_top': top,
+            'delta_left': left,
+            'A_top': decay_rates(self.channels, self.states),
+            'A_left': decay_rates(self.channels, self.states),
+            'B_top': normal(*grid, self.states),
+            'B_left': normal(*grid, self.states),
+            'C': normal(*grid, self.states),
+            'D': normal(self.channels) if self.D else None,
+        }
 
     def options(self) -> dict[str, Any]:
         return {'reverse': self.reverse}
