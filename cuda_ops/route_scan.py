@@ -306,7 +306,7 @@ def route_scan_flops(
 
 
 @register_flop_formula(torch.ops.cuda_ops.route_scan)
-def _torch_flops(*shapes: Any, **kwargs: object) -> int:
+def _torch_flops(*shapes: Any, **kwargs: Any) -> int:
     return 2 * route_scan_flops(*shapes, **kwargs)
 
 

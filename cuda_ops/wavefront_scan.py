@@ -229,7 +229,7 @@ def wavefront_scan_flops(
 
 
 @register_flop_formula(torch.ops.cuda_ops.wavefront_scan)
-def _torch_flops(*shapes: Any, **kwargs: object) -> int:
+def _torch_flops(*shapes: Any, **kwargs: Any) -> int:
     return 2 * wavefront_scan_flops(*shapes, **kwargs)
 
 
