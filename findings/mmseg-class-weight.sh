@@ -13,6 +13,7 @@
 set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
+trap 'exit 130' INT TERM
 python3 -m venv "$dir/venv"
 "$dir/venv/bin/pip" install --quiet --no-compile numpy==2.4.6 torch==2.13.0 setuptools==80.9.0 wheel==0.45.1 \
     packaging==26.3 ninja==1.13.2 psutil==7.2.2

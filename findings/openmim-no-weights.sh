@@ -10,6 +10,7 @@
 set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
+trap 'exit 130' INT TERM
 cd "$dir"
 python3 -m venv venv
 venv/bin/pip install --quiet --no-compile openmim==0.3.9

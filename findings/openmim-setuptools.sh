@@ -14,6 +14,7 @@
 set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
+trap 'exit 130' INT TERM
 cd "$dir"
 mkdir -p project/probe_pkg
 touch project/probe_pkg/__init__.py

@@ -11,6 +11,7 @@
 set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
+trap 'exit 130' INT TERM
 python3 -m venv "$dir/venv"
 "$dir/venv/bin/pip" install --quiet --no-compile numpy==2.4.6 pycocotools==2.0.11
 "$dir/venv/bin/python" - <<'EOF'

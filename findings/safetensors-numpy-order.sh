@@ -15,6 +15,7 @@
 set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
+trap 'exit 130' INT TERM
 python3 -m venv "$dir/venv"
 python="$dir/venv/bin/python"
 "$python" -m pip install --quiet --no-compile numpy==2.4.6 pycocotools==2.0.11 safetensors==0.8.0

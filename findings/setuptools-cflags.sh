@@ -12,6 +12,7 @@
 set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
+trap 'exit 130' INT TERM
 cd "$dir"
 python3 -m venv venv
 cat > setup.py <<'EOF'

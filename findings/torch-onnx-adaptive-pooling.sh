@@ -13,6 +13,7 @@
 set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
+trap 'exit 130' INT TERM
 python3 -m venv "$dir/venv"
 "$dir/venv/bin/pip" install --quiet --no-compile \
     numpy==2.4.6 torch==2.13.0 onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.31.1
