@@ -161,7 +161,7 @@ def test_command_measures_and_draws(
     report = json.loads(record.read_text())
     assert report['settings'] == dict(repeats=1, device='cpu', batch_size=1, amp=True, of='backbone')
     assert [(each['height'], each['width']) for each in report['models']] == [(64, 64), (32, 64)]
-    assert f'| {Path(configs["mmpretrain"]).stem} | inference | 32x64   |     1 |' in table
+    assert f'| {Path(configs["mmpretrain"]).stem} | inference | 32x64 |     1 |' in table
     assert 'measuring inference at 32x64' in progress
     with Image.open(image) as drawn:
         assert drawn.format == 'PNG' and drawn.width > 1000

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import json
 import logging
 import math
 import os
@@ -124,7 +125,7 @@ def test_tta(trained, test, tmp_path, caplog) -> None:
 
 
 @pytest.mark.parametrize('host', HOSTS)
-def test_amp_computes_in_bfloat16_on_cpus(host, train, write_config, read_losses, tmp_path) -> None:
+def test_amp_computes_in_bfloat16_on_cpus(host, train, write_config, tmp_path) -> None:
     if torch.cuda.is_available():
         pytest.skip('on a GPU --amp means float16')
     length = 'dict(max_iters=2)' if host == 'mmseg' else 'dict(max_epochs=1)'
@@ -132,7 +133,10 @@ def test_amp_computes_in_bfloat16_on_cpus(host, train, write_config, read_losses
     runs = {}
     for amp in (False, True):
         runner = train(config, tmp_path / str(amp), amp=amp)
-        runs[amp] = list(read_losses(tmp_path / str(amp)).values())
+        # A detector's later losses are of proposals, which rounding may choose differently.
+        name = 'loss_rpn_cls' if host == 'mmdet' else 'loss'
+        (log,) = (tmp_path / str(amp)).glob('*/vis_data/scalars.json')
+        runs[amp] = [record[name] for record in map(json.loads, log.read_text().splitlines()) if name in record]
         assert runs[amp]
         assert all(parameter.dtype == torch.float32 for parameter in runner.model.parameters())
     assert all(math.isfinite(loss) for loss in runs[True])
