@@ -60,7 +60,7 @@ def test_backbones(name, tmp_path) -> None:
     [
         dict(
             type=V2M,
-            arch=dict(layout='plain', embed_dims=8, depth=1, d_state=2),
+            arch=dict(layout='plain', embed_dims=16, depth=1, d_state=2),
             img_size=64,
             cls_token='center',
             pyramid='single',
