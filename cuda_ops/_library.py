@@ -6,8 +6,10 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 _PACKAGE = Path(__file__).parent
 LIBRARY_PATH = _PACKAGE / '_C.so'
@@ -98,6 +100,22 @@ def serve(library: torch.library.Library, references: Mapping[str, Callable]) ->
         for device, key in (('cpu', 'CPU'), ('cuda', 'CUDA')):
             if device not in STATUS.devices:
                 library.impl(name, _announced(reference, device), key)
+
+
+def count_flops(name: str, formula: Callable[..., int]) -> None:
+    """Register the FLOPs of ``cuda_ops::name`` with ``torch.utils.flop_counter``, which counts a multiply-add twice.
+
+    Args:
+        name: the operator's.
+        formula: the count from the shapes of the operator's arguments, a multiply-add counted once.
+    """
+
+    def counted_twice(*shapes: Any, **kwargs: Any) -> int:
+        return 2 * formula(*shapes, **kwargs)
+
+    operator = getattr(torch.ops.cuda_ops, name)
+    # torch 2.4 registers the overloads alone, and then looks for the operator.
+    flop_registry[operator] = register_flop_formula(operator)(counted_twice)
 
 
 _announced_devices: set[str] = set()

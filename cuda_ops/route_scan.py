@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import register_flop_formula
 
 from cuda_ops import _autograd, _checks, _library, _reference_mode, reference
 from cuda_ops.reference import COLUMN, COLUMN_REVERSED, ROW, ROW_REVERSED, state_dtype
@@ -305,9 +304,7 @@ def route_scan_flops(
     return batch * height * width * routes * channels * (9 * states + rank)
 
 
-@register_flop_formula(torch.ops.cuda_ops.route_scan)
-def _torch_flops(*shapes: Any, **kwargs: Any) -> int:
-    return 2 * route_scan_flops(*shapes, **kwargs)
+_library.count_flops('route_scan', route_scan_flops)
 
 
 def _scan(

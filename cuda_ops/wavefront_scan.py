@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from cuda_ops import _autograd, _checks, _library, _reference_mode, wavefront_reference
 from cuda_ops.reference import state_dtype
@@ -228,9 +227,7 @@ def wavefront_scan_flops(
     return 2 * 9 * batch * height * width * channels * A_top_shape[1]
 
 
-@register_flop_formula(torch.ops.cuda_ops.wavefront_scan)
-def _torch_flops(*shapes: Any, **kwargs: Any) -> int:
-    return 2 * wavefront_scan_flops(*shapes, **kwargs)
+_library.count_flops('wavefront_scan', wavefront_scan_flops)
 
 
 def wavefront_scan(
