@@ -32,6 +32,7 @@ demo: setup
 
 lint: setup
 	@$(IN_VENV) -m ruff check .
+	@$(IN_VENV) -m ruff format --check --quiet .
 	@$(SOURCES) | xargs "$(VENV)/bin/clang-format" --dry-run --Werror
 	@$(IN_VENV) -m mypy
 
