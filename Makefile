@@ -10,11 +10,12 @@ SOURCES = find cuda_ops/csrc tests/cuda_emulation -name '*.h' -o -name '*.cpp' -
 given = $(filter command environment,$(firstword $(origin $(1))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format docs kernels clean
+.PHONY: help setup demo test test-slow lint format docs kernels clean
 
 help:
 	@echo 'make demo     set up, then train, evaluate and show a small model (DEMO_ARGS, FAMILY, TASK are passed on)'
 	@echo 'make test     set up, then check style and types and run the tests (PYTEST_ARGS are passed on)'
+	@echo 'make test-slow  the same with the slow tests, which take long for what they add (PYTEST_ARGS are passed on)'
 	@echo 'make kernels  compile every CUDA kernel for every architecture by nvcc alone, and print what each takes (ARCHS="8.0 9.0")'
 	@echo 'make setup    make or complete the environment alone'
 	@echo 'make lint     set up, then check format, style and types alone'
@@ -41,8 +42,13 @@ format: setup
 	@$(IN_VENV) -m ruff format --quiet .
 	@$(SOURCES) | xargs "$(VENV)/bin/clang-format" -i
 
+PYTEST = CI_PINS=1 $(IN_VENV) -m pytest --numprocesses auto --maxprocesses 8
+
 test: lint
-	@CI_PINS=1 $(IN_VENV) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
+	@$(PYTEST) -m 'not slow' --dist loadfile $(PYTEST_ARGS)
+
+test-slow: lint
+	@$(PYTEST) --dist loadfile $(PYTEST_ARGS)
 
 docs:
 	@test -x .venv-docs/bin/mkdocs || $(PYTHON) -m venv .venv-docs
