@@ -122,7 +122,7 @@ def config_complexity(cfg: Config, height: int, width: int) -> Complexity:
         CommandError: If the image has no pixels, or the model cannot be built or run.
     """
     if min(height, width) < 1:
-        raise CommandError(f'--shape takes at least 1 pixel each way, got {height} {width}')
+        raise CommandError(f'shape takes at least 1 pixel each way, got {height} {width}')
     scope = cfg.default_scope
     try:
         return _COUNTERS[scope](_build(cfg), height, width)

@@ -50,7 +50,7 @@ def check_checkpoint(path: str | None, key: str) -> None:
 
 
 def check_device(name: str | None) -> torch.device:
-    """Return the device named by ``--device``: ``'cpu'``, ``'cuda'`` or ``'cuda:1'``; by default a GPU if available.
+    """Return the device named by ``device``: ``'cpu'``, ``'cuda'`` or ``'cuda:1'``; by default a GPU if available.
 
     No memory is allocated on it, so that processes that use other GPUs occupy none of it.
 
@@ -60,14 +60,14 @@ def check_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
     except RuntimeError as error:
-        raise CommandError(f'--device {name} is no device: cpu, cuda or cuda:1.') from error
+        raise CommandError(f'device {name} is no device: cpu, cuda or cuda:1.') from error
     if device.type not in ('cpu', 'cuda'):
-        raise CommandError(f'--device {name} is no device that can be used: cpu, cuda or cuda:1.')
+        raise CommandError(f'device {name} is no device that can be used: cpu, cuda or cuda:1.')
     if device.type == 'cuda' and not torch.cuda.is_available():
-        raise CommandError(f'--device {device}: no GPU is visible to PyTorch here.')
+        raise CommandError(f'device {device}: no GPU is visible to PyTorch here.')
     if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise CommandError(f'--device {device}: PyTorch sees {count} GPUs here, cuda:0 to cuda:{count - 1}.')
+        raise CommandError(f'device {device}: PyTorch sees {count} GPUs here, cuda:0 to cuda:{count - 1}.')
     return device
 
 
@@ -139,9 +139,7 @@ def _missing(key: str, path: str) -> str:
     if 'shapes' in Path(path).parts:
         remedy = 'Generate the data: python tools/make_shapes.py'
     else:
-        remedy = (
-            'Put or link the data set there (ln -s), or name its place in a config of your own or by --cfg-options.'
-        )
+        remedy = 'Put or link the data set there (ln -s), or name its place in a config of your own or by cfg_options.'
     return f'{key}: {path} does not exist. {remedy}'
 
 

@@ -57,7 +57,7 @@ def find_images(given: str, cfg: Config, image_folder: str | None = None) -> lis
         CommandError: If no image is found, or two have the same id.
     """
     if image_folder is not None and not given.endswith('.json'):
-        raise CommandError(f'--image-folder goes with a COCO file (.json), not with {given}.')
+        raise CommandError(f'image_folder goes with a COCO file (.json), not with {given}.')
     if given in SPLITS:
         images = _of_split(given, cfg)
     elif given.endswith('.json') and os.path.isfile(given):
@@ -115,7 +115,7 @@ def check_readable(path: str, max_pixels: int) -> None:
     except OSError as error:
         raise UnreadableImage(str(error)) from error
     if width * height > max_pixels:
-        raise UnreadableImage(f'too large: {width}x{height} pixels are more than {max_pixels} (--max-pixels)')
+        raise UnreadableImage(f'too large: {width}x{height} pixels are more than {max_pixels} (max_pixels)')
     # Within the coded image, neither marker can occur; the first may also end a thumbnail before it.
     cut_off = (kind == 'JPEG' and data.rfind(b'\xff\xd9') < data.rfind(b'\xff\xda')) or (
         kind == 'PNG' and b'IEND' not in data[-64:]
@@ -163,13 +163,13 @@ def _of_coco(path: Path, image_folder: str | None) -> list[InputImage]:
     if image_folder is not None:
         folder = Path(image_folder)
         if not folder.is_dir():
-            raise CommandError(f'--image-folder {folder} does not exist.')
+            raise CommandError(f'image_folder {folder} does not exist.')
     else:
         name = path.stem.rpartition('_')[2]
         places = (path.parent / name, path.parent.parent / name, path.parent.parent / 'images', path.parent)
         folder = next(place for place in places if place.is_dir())
     if named and not any((folder / name).is_file() for _, name in named):
-        raise CommandError(f'none of the images of {path} is in {folder}; name their folder with --image-folder.')
+        raise CommandError(f'none of the images of {path} is in {folder}; name their folder with image_folder.')
     return [InputImage(id, str(folder / name)) for id, name in named]
 
 

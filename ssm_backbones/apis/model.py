@@ -71,7 +71,7 @@ def build_extractor(cfg: Config, checkpoint: str | None, with_neck: bool = False
     if 'backbone' not in model:
         raise CommandError(f'the model of the config, a {model.get("type")}, has no `backbone`.')
     if with_neck and model.get('neck') is None:
-        raise CommandError(f'--neck: the model of the config, a {model.get("type")}, has no neck.')
+        raise CommandError(f'neck: the model of the config, a {model.get("type")}, has no neck.')
     check_checkpoint(checkpoint, 'checkpoint')
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         extractor = FeatureExtractor(

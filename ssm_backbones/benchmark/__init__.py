@@ -6,9 +6,20 @@ All entries of a comparison are measured in one run, in interleaved rounds, so t
 all of them alike; a ratio is the median over the rounds.
 """
 
-from ssm_backbones.benchmark.comparison import Comparison, Floor, Pair, Scaling, Unavailable
+from ssm_backbones.benchmark.comparison import Comparison, LowerBound, Pair, Scaling, Unavailable
 from ssm_backbones.benchmark.registry import run, select
 from ssm_backbones.benchmark.report import Report, write_json
 from ssm_backbones.benchmark.timing import Settings
 
-__all__ = ['Comparison', 'Floor', 'Pair', 'Report', 'Scaling', 'Settings', 'Unavailable', 'run', 'select', 'write_json']
+__all__ = [
+    'Comparison',
+    'LowerBound',
+    'Pair',
+    'Report',
+    'Scaling',
+    'Settings',
+    'Unavailable',
+    'run',
+    'select',
+    'write_json',
+]

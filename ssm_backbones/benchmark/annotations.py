@@ -18,7 +18,7 @@ OBJECTS = 8
 _CANDIDATES = 5
 
 
-def made_up_batch(
+def synthetic_batch(
     cfg: Config, model: nn.Module, batch_size: int, height: int, width: int, device: torch.device
 ) -> dict[str, Any]:
     """Build a batch as a data loader would: ``inputs``, uint8 (C, H, W) each, and ``data_samples``.

@@ -12,14 +12,23 @@ import torch
 
 from ssm_backbones.benchmark.backbones import backbone_call
 from ssm_backbones.benchmark.memory import peak_bytes, peak_bytes_in_new_process
-from ssm_backbones.benchmark.timing import Call, Clock, Settings, measure_in_turns, warm_up
+from ssm_backbones.benchmark.timing import Call, Clock, Settings, measure_interleaved, warm_up
 from ssm_backbones.benchmark.unavailable import Unavailable, reason
 
-__all__ = ['Comparison', 'Floor', 'Pair', 'Scaling', 'Unavailable', 'measure_comparison', 'measure_scaling', 'ratios']
+__all__ = [
+    'Comparison',
+    'LowerBound',
+    'Pair',
+    'Scaling',
+    'Unavailable',
+    'measure_comparison',
+    'measure_scaling',
+    'ratios',
+]
 
 
 @dataclass(frozen=True)
-class Floor:
+class LowerBound:
     """Lower bound of the time of a job: an entry that is computed instead of measured.
 
     Attributes:
@@ -64,7 +73,7 @@ class Comparison:
 
     name: str
     summary: str
-    entries: Mapping[str, Callable[[torch.device], Call | Floor]]
+    entries: Mapping[str, Callable[[torch.device], Call | LowerBound]]
     pairs: tuple[Pair, ...]
     devices: tuple[str, ...] = ('cpu', 'cuda')
     images: int | None = None
@@ -96,14 +105,14 @@ def measure_comparison(comparison: Comparison, settings: Settings, clock: Clock 
     device = torch.device(settings.device)
     calls: dict[str, Call] = {}
     loops: dict[str, int] = {}
-    floors: dict[str, Floor] = {}
+    bounds: dict[str, LowerBound] = {}
     skipped: dict[str, str] = {}
     failed: dict[str, str] = {}
     for label, prepare in comparison.entries.items():
         try:
             prepared = prepare(device)
-            if isinstance(prepared, Floor):
-                floors[label] = prepared
+            if isinstance(prepared, LowerBound):
+                bounds[label] = prepared
             else:
                 loops[label] = warm_up(prepared, device, clock)
                 calls[label] = prepared
@@ -112,7 +121,7 @@ def measure_comparison(comparison: Comparison, settings: Settings, clock: Clock 
         except Exception as error:
             # A failing entry must not end the measurement of the others; it is listed in the report.
             failed[label] = reason(error)
-    times = measure_in_turns(calls, settings.repeats, device, clock, loops)
+    times = measure_interleaved(calls, settings.repeats, device, clock, loops)
     entries: dict[str, dict[str, Any]] = {}
     for label, values in times.items():
         median = statistics.median(values)
@@ -121,8 +130,8 @@ def measure_comparison(comparison: Comparison, settings: Settings, clock: Clock 
             entries[label]['images_per_s'] = comparison.images / median
         if device.type == 'cuda':
             entries[label]['peak_bytes'] = peak_bytes(calls[label], device)
-    for label, floor in floors.items():
-        entries[label] = {'median_s': floor.seconds, 'times_s': [floor.seconds] * settings.repeats, **floor.details}
+    for label, bound in bounds.items():
+        entries[label] = {'median_s': bound.seconds, 'times_s': [bound.seconds] * settings.repeats, **bound.details}
     return {
         'name': comparison.name,
         'summary': comparison.summary,
@@ -164,7 +173,7 @@ def measure_scaling(scaling: Scaling, settings: Settings) -> dict[str, Any]:
     """
     device = torch.device(settings.device)
     calls = {str(size): backbone_call(scaling.backbone, 1, size, False, device) for size in scaling.sizes}
-    times = measure_in_turns(calls, settings.repeats, device)
+    times = measure_interleaved(calls, settings.repeats, device)
     peaks = [scaling_peak(scaling.backbone, size, settings.device) for size in scaling.sizes]
     first = scaling.sizes[0]
     sizes = []

@@ -11,7 +11,7 @@ from ssm_backbones.benchmark import scans
 from ssm_backbones.benchmark.backbones import backbone_call
 from ssm_backbones.benchmark.baselines import WavefrontByDiagonals, cross_scan_by_loop
 from ssm_backbones.benchmark.comparison import Comparison, Pair
-from ssm_backbones.benchmark.floors import wavefront_scan_work
+from ssm_backbones.benchmark.roofline import wavefront_scan_work
 from ssm_backbones.benchmark.scans import Shape
 from ssm_backbones.benchmark.timing import Call
 

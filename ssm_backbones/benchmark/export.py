@@ -67,11 +67,11 @@ def measure_export(each: ExportComparison, settings: Settings) -> dict[str, Any]
     times: dict[str, list[float]] = {'export': [], 'backbone': []}
     try:
         with tempfile.TemporaryDirectory(prefix='ssm-export-') as folder:
-            turns = _Turns(each, Path(folder), device)
+            measured = _Export(each, Path(folder), device)
             order = list(times)
             for _ in range(settings.repeats):
                 for label in order:
-                    times[label].append(turns.export() if label == 'export' else turns.backbone())
+                    times[label].append(measured.export() if label == 'export' else measured.backbone())
                 order.reverse()
     except (CommandError, RuntimeError, OSError) as error:
         return dict(
@@ -91,7 +91,7 @@ def measure_export(each: ExportComparison, settings: Settings) -> dict[str, Any]
     )
 
 
-class _Turns:
+class _Export:
     """Images and a checkpoint in a folder, and the two ways to their features."""
 
     def __init__(self, each: ExportComparison, folder: Path, device: torch.device) -> None:

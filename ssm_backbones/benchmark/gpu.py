@@ -23,8 +23,8 @@ from ssm_backbones.benchmark.baselines import (
     mamba_layout,
     mamba_selective_scan,
 )
-from ssm_backbones.benchmark.comparison import Comparison, Floor, Pair
-from ssm_backbones.benchmark.floors import Work, floor, measure_rates, route_scan_work, wavefront_scan_work
+from ssm_backbones.benchmark.comparison import Comparison, LowerBound, Pair
+from ssm_backbones.benchmark.roofline import Work, lower_bound, measure_rates, route_scan_work, wavefront_scan_work
 from ssm_backbones.benchmark.scans import Inputs, Shape
 from ssm_backbones.benchmark.timing import Call
 
@@ -102,11 +102,11 @@ def scan_comparisons(job: ScanJob, image: str, stage: str) -> list[Comparison]:
     shape = (batch, height // stride, width // stride, job.channels * stride // 4)
     comparisons = []
     for train in (False, True):
-        entries: dict[str, Callable[[torch.device], Call | Floor]] = {
+        entries: dict[str, Callable[[torch.device], Call | LowerBound]] = {
             'cuda_ops': partial(_ours, job.op, shape, job.states, train),
-            'floor': partial(_floor, job.op, shape, job.states, train),
+            'lower bound': partial(_lower_bound, job.op, shape, job.states, train),
         }
-        pairs = [Pair('cuda_ops', 'floor', TRAINING if train else FORWARD)]
+        pairs = [Pair('cuda_ops', 'lower bound', TRAINING if train else FORWARD)]
         if job.op == 'cross-scan':
             entries['mamba-ssm'] = partial(_by_mamba, shape, job.states, train)
             pairs.append(Pair('cuda_ops', 'mamba-ssm', 1 / 3 if train else None))
@@ -167,12 +167,12 @@ def work(op: str, shape: Shape, states: int) -> tuple[Work, Work]:
     return route_scan_work(shape, routes, states, itemsize=2, projections=projections)
 
 
-def _floor(op: str, shape: Shape, states: int, train: bool, device: torch.device) -> Floor:
+def _lower_bound(op: str, shape: Shape, states: int, train: bool, device: torch.device) -> LowerBound:
     forward, backward = work(op, shape, states)
-    return floor((forward, backward) if train else (forward,), measure_rates(device))
+    return lower_bound((forward, backward) if train else (forward,), measure_rates(device))
 
 
-def factors_comparisons(shape: Shape, rank: int) -> list[Comparison]:
+def low_rank_delta_comparisons(shape: Shape, rank: int) -> list[Comparison]:
     """Compare a cross scan of low-rank dt with a matrix product that computes delta before the scan.
 
     Args:
@@ -181,11 +181,11 @@ def factors_comparisons(shape: Shape, rank: int) -> list[Comparison]:
     """
     return [
         Comparison(
-            f'gpu/cross-scan-factors/{"x".join(map(str, shape))}/rank-{rank}/{_passes(train)}',
-            f'{_passes(train)} at {shape}, N=1, step sizes of rank {rank}, bfloat16',
+            f'gpu/cross-scan-low-rank/{"x".join(map(str, shape))}/rank-{rank}/{_passes(train)}',
+            f'{_passes(train)} at {shape}, N=1, dt of rank {rank}, bfloat16',
             {
-                'in the scan': partial(_of_factors, _scan_of_factors, shape, rank, train),
-                'before': partial(_of_factors, _scan_after_product, shape, rank, train),
+                'in the scan': partial(_low_rank_call, _scan_of_dt, shape, rank, train),
+                'before': partial(_low_rank_call, _scan_after_product, shape, rank, train),
             },
             (Pair('in the scan', 'before', 1.0, memory_target=1.0),),
             devices=('cuda',),
@@ -194,29 +194,29 @@ def factors_comparisons(shape: Shape, rank: int) -> list[Comparison]:
     ]
 
 
-def _scan_of_factors(
-    x: Tensor, factors: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor, weight: Tensor
+def _scan_of_dt(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor, weight: Tensor
 ) -> Tensor:
-    return cuda_ops.cross_selective_scan(x, factors, A, B, C, D, bias, delta_weight=weight)
+    return cuda_ops.cross_selective_scan(x, dt, A, B, C, D, bias, delta_weight=weight)
 
 
 def _scan_after_product(
-    x: Tensor, factors: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor, weight: Tensor
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor, weight: Tensor
 ) -> Tensor:
-    return cuda_ops.cross_selective_scan(x, low_rank_delta(factors, weight), A, B, C, D, bias)
+    return cuda_ops.cross_selective_scan(x, low_rank_delta(dt, weight), A, B, C, D, bias)
 
 
-def _of_factors(scan: Callable[..., Tensor], shape: Shape, rank: int, train: bool, device: torch.device) -> Call:
+def _low_rank_call(scan: Callable[..., Tensor], shape: Shape, rank: int, train: bool, device: torch.device) -> Call:
     x, _, *others = _inputs('cross-scan', shape, 1, device)
     # As SS2D has them: beside the projections of their route.
-    factors = torch.randn(*shape[:3], 4, rank + 2, device=device, dtype=torch.bfloat16)[..., :rank]
+    dt = torch.randn(*shape[:3], 4, rank + 2, device=device, dtype=torch.bfloat16)[..., :rank]
     weight = torch.randn(4, shape[3], rank, device=device) / rank**0.5
-    return scans.scan_call(scan, (x, factors, *others, weight), train)
+    return scans.scan_call(scan, (x, dt, *others, weight), train)
 
 
 COMPARISONS: list[Comparison] = [
     *(each for name in ('vmamba-tiny', 'mamba2d-tiny') for each in backbone_comparisons(name)),
     *(each for image in IMAGES for stage in STRIDES for job in JOBS for each in scan_comparisons(job, image, stage)),
-    *factors_comparisons((128, 56, 56, 96), 6),
-    *factors_comparisons((128, 28, 28, 192), 12),
+    *low_rank_delta_comparisons((128, 56, 56, 96), 6),
+    *low_rank_delta_comparisons((128, 28, 28, 192), 12),
 ]

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 from ssm_backbones.apis.config import load_config
 from ssm_backbones.apis.model import build_model
-from ssm_backbones.benchmark.annotations import let_detections_through, made_up_batch
+from ssm_backbones.benchmark.annotations import let_detections_through, synthetic_batch
 from ssm_backbones.benchmark.machine import describe_machine
 from ssm_backbones.benchmark.memory import peak_bytes
 from ssm_backbones.benchmark.report import Report
-from ssm_backbones.benchmark.timing import Call, Clock, Settings, measure_in_turns, warm_up
+from ssm_backbones.benchmark.timing import Call, Clock, Settings, measure_interleaved, warm_up
 from ssm_backbones.benchmark.unavailable import reason
 from ssm_backbones.utils.errors import CommandError
 
@@ -104,7 +104,7 @@ class Subject:
     def prepare(self, height: int, width: int, train: bool) -> tuple[Call, dict[str, Any]]:
         """Return the call to measure and its record: the input size and the bytes held."""
         self.model.train(train)
-        batch = made_up_batch(self.cfg, self.model, self.options.batch_size, height, width, self.device)
+        batch = synthetic_batch(self.cfg, self.model, self.options.batch_size, height, width, self.device)
         data = self._preprocess(batch, height, width, train)
         images = data['inputs']
         details: dict[str, Any] = dict(padded=list(images.shape[-2:]))
@@ -252,9 +252,9 @@ def _measure(
             call, details[name] = subject.prepare(*shape, train)
             loops[name] = warm_up(call, device, clock)
             calls[name] = call
-    turns = {name: _until_failure(name, call, failures) for name, call in calls.items()}
+    guarded = {name: _until_failure(name, call, failures) for name, call in calls.items()}
     records: dict[str, dict[str, Any]] = {}
-    for name, times in measure_in_turns(turns, settings.repeats, device, clock, loops).items():
+    for name, times in measure_interleaved(guarded, settings.repeats, device, clock, loops).items():
         if name in failures:
             continue
         subject = subjects[name]
@@ -283,7 +283,7 @@ def _measure(
         if name in records and other in records:
             report.ratios.append(_ratio(records[name], records[other]))
     calls.clear()
-    turns.clear()
+    guarded.clear()
     gc.collect()
     if device.type == 'cuda':
         torch.cuda.empty_cache()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 # A round repeats a short call until it takes this long, so that the clock and the first cache misses do not count.
-TURN_SECONDS = 0.05
+ROUND_SECONDS = 0.05
 
 Call = Callable[[], object]
 Clock = Callable[[], float]
@@ -44,12 +44,12 @@ class Settings:
 
 
 def warm_up(call: Call, device: torch.device, clock: Clock = time.perf_counter) -> int:
-    """Run a call twice, and return how often a round has to repeat it to last :data:`TURN_SECONDS`."""
+    """Run a call twice, and return how often a round has to repeat it to last :data:`ROUND_SECONDS`."""
     seconds(call, 1, device, clock)
-    return max(1, math.ceil(TURN_SECONDS / max(seconds(call, 1, device, clock), 1e-9)))
+    return max(1, math.ceil(ROUND_SECONDS / max(seconds(call, 1, device, clock), 1e-9)))
 
 
-def measure_in_turns(
+def measure_interleaved(
     calls: Mapping[str, Call],
     repeats: int,
     device: torch.device,

@@ -93,7 +93,7 @@ def _start_or_carry_on(out: Path, fingerprint: str, fresh: bool) -> None:
     stamp = out / 'fingerprint'
     known = stamp.read_text(encoding='utf-8') if stamp.is_file() else None
     if out.exists() and (fresh or known != fingerprint):
-        _say(f'Starting anew: {"asked to" if fresh else "data or config have changed"}; removing {out}{os.sep}')
+        _say(f'Starting over: {"asked to" if fresh else "data or config have changed"}; removing {out}{os.sep}')
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     stamp.write_text(fingerprint, encoding='utf-8')

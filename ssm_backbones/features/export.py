@@ -198,9 +198,9 @@ def describe_levels(extractor: FeatureExtractor, wanted: Sequence[int] | None = 
         maps = extractor(torch.zeros(1, channels if isinstance(channels, int) else 3, _PROBE, _PROBE))
     for place in wanted or ():
         if not 0 <= place < len(maps):
-            raise CommandError(f'--levels {place}: the model gives {len(maps)} maps, 0 to {len(maps) - 1}.')
+            raise CommandError(f'levels {place}: the model gives {len(maps)} maps, 0 to {len(maps) - 1}.')
     if wanted is not None and len(set(wanted)) < len(wanted):
-        raise CommandError(f'--levels names a map twice: {" ".join(map(str, wanted))}.')
+        raise CommandError(f'levels names a map twice: {" ".join(map(str, wanted))}.')
     for value in maps:
         if value.ndim != 4:
             raise CommandError(f'the model gives {tuple(value.shape)}, no map (B, C, H, W); set its out_type.')
@@ -287,7 +287,7 @@ class _Computed:
             self.arrived.synchronize()
         if self.largest is not None and self.largest > torch.finfo(torch.float16).max:
             raise CommandError(
-                f'features reach {self.largest.item():.3g}, beyond what float16 holds; use --dtype bf16 or fp32.'
+                f'features reach {self.largest.item():.3g}, beyond what float16 holds; use dtype bf16 or fp32.'
             )
         for place, record in enumerate(self.records):
             yield record, {name: value[place].contiguous() for name, value in self.maps.items()}
@@ -317,7 +317,7 @@ def _compute(
         height, width = inputs[0].shape[1:]
         raise CommandError(
             f'{len(batch)} images of {width}x{height} pixels do not fit into the memory of {device}; '
-            'lower --batch-size, or --max-pixels to leave the largest images out.'
+            'lower batch_size, or max_pixels to leave the largest images out.'
         ) from error
     dtype = DTYPES[options.dtype]
     chosen = {level['name']: maps[level['index']] for level in levels}
@@ -359,13 +359,13 @@ def _largest(value: Tensor) -> Tensor:
 
 def _check_options(options: ExportOptions) -> None:
     if options.dtype not in DTYPES:
-        raise CommandError(f'--dtype is one of {", ".join(DTYPES)}, got {options.dtype!r}.')
+        raise CommandError(f'dtype is one of {", ".join(DTYPES)}, got {options.dtype!r}.')
     for name, least in (('shard_size', 0), ('batch_size', 1), ('workers', 0), ('max_pixels', 1)):
         value = getattr(options, name)
         if value < least:
             raise CommandError(f'--{name.replace("_", "-")} must be at least {least}, got {value}.')
     if os.path.isfile(options.out):
-        raise CommandError(f'--out {options.out} is a file; name a folder.')
+        raise CommandError(f'out {options.out} is a file; name a folder.')
 
 
 def _check_same_images(out: str, images: Sequence[InputImage], done: Mapping[str, Record]) -> None:
@@ -376,8 +376,8 @@ def _check_same_images(out: str, images: Sequence[InputImage], done: Mapping[str
         path, held = os.path.abspath(image.path), os.path.abspath(done[image.id]['path'])
         if path != held and os.path.realpath(path) != os.path.realpath(held):
             raise CommandError(
-                f'--out {out} holds features of another image with the id {image.id!r}: {held}, this one is '
-                f'{path}. Name another --out.'
+                f'out {out} holds features of another image with the id {image.id!r}: {held}, this one is '
+                f'{path}. Name another folder.'
             )
 
 

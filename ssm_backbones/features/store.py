@@ -82,7 +82,7 @@ class FeatureStore:
             if held.get(key) != value:
                 what = 'another model (its fingerprint differs)' if key == 'fingerprint' else f'another {key}'
                 raise CommandError(
-                    f'--out {self.folder} holds an export of {what}: {held.get(key)}, this one has {value}. '
+                    f'out {self.folder} holds an export of {what}: {held.get(key)}, this one has {value}. '
                     'Name another folder, or remove that one.'
                 )
 

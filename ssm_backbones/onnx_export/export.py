@@ -140,7 +140,7 @@ def export_onnx(options: OnnxOptions) -> OnnxResult:
     height, width = _check_shape(options)
     path = Path(options.out or f'{Path(options.config).stem}_{part}.onnx')
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise CommandError(f'--out {path}: {"it is a folder" if path.is_dir() else "its folder does not exist"}.')
+        raise CommandError(f'out {path}: {"it is a folder" if path.is_dir() else "its folder does not exist"}.')
     with interrupt_on_sigterm(), writing(path), atomic_file(path) as partial:
         module, channels = _module(cfg, options.checkpoint, part)
         images = torch.randn(options.batch_size, channels, height, width, generator=torch.Generator().manual_seed(0))
@@ -253,17 +253,17 @@ def _part(cfg: Config, wanted: str | None) -> str:
     if wanted is None:
         return own
     if wanted not in PARTS:
-        raise CommandError(f'--part is one of {", ".join(PARTS)}, got {wanted!r}.')
+        raise CommandError(f'part is one of {", ".join(PARTS)}, got {wanted!r}.')
     if wanted not in (own, 'backbone'):
-        raise CommandError(f'--part {wanted}: the config is one of {cfg.default_scope}, which has no {wanted}.')
+        raise CommandError(f'part {wanted}: the config is one of {cfg.default_scope}, which has no {wanted}.')
     return wanted
 
 
 def _check_shape(options: OnnxOptions) -> tuple[int, int]:
     if len(options.shape) != 2 or min(options.shape) < 1:
-        raise CommandError(f'--shape takes a height and a width of at least 1, got {tuple(options.shape)}.')
+        raise CommandError(f'shape takes a height and a width of at least 1, got {tuple(options.shape)}.')
     if options.batch_size < 1:
-        raise CommandError(f'--batch-size must be at least 1, got {options.batch_size}.')
+        raise CommandError(f'batch_size must be at least 1, got {options.batch_size}.')
     return options.shape[0], options.shape[1]
 
 
@@ -277,8 +277,8 @@ def _module(cfg: Config, checkpoint: str | None, part: str) -> tuple[nn.Module, 
         head = getattr(model, 'head' if part == 'classifier' else 'decode_head', None)
         if not isinstance(head, nn.Module) or isinstance(head, nn.ModuleList) or not hasattr(model, 'extract_feat'):
             raise CommandError(
-                f'--part {part}: the model of the config, a {cfg.model.type}, has not one head on its backbone; '
-                'its backbone can be exported (--part backbone).'
+                f'part {part}: the model of the config, a {cfg.model.type}, has not one head on its backbone; '
+                'its backbone can be exported (part backbone).'
             )
         backbone = model.backbone
         module = Classifier(model) if part == 'classifier' else Segmentor(model)
@@ -323,7 +323,7 @@ def _write(
         return write_onnx(module, images, path, options.dynamic, notes)
     except _REFUSALS as error:
         said = next((line.strip() for line in str(error).splitlines() if line.strip()), '')
-        ways = [*(['without --dynamic'] if options.dynamic else []), 'the backbone alone (--part backbone)']
+        ways = [*(['without dynamic'] if options.dynamic else []), 'the backbone alone (part backbone)']
         raise CommandError(
             f'PyTorch cannot export this model to ONNX ({type(error).__name__}: {said}); try {", or ".join(ways)}.'
         ) from error

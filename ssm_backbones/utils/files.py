@@ -76,7 +76,7 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise CommandError(f'--out {folder}: another export is writing there.') from None
+            raise CommandError(f'out {folder}: another export is writing there.') from None
         yield
 
 
@@ -86,4 +86,4 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise CommandError(f'--out {path} cannot be written: {error}') from error
+        raise CommandError(f'out {path} cannot be written: {error}') from error

@@ -169,7 +169,7 @@ def draw_erf_before_and_after(
                 raise CommandError(
                     f'{images[0]} and {file} reach the model in different sizes, {_size(given[0])} and '
                     f'{_size(image)}, and a receptive field is averaged over images of one; resize them all with '
-                    '--size HEIGHT WIDTH.'
+                    'size.'
                 )
         before, after = (receptive_field(backbone, given, number) for backbone in backbones)
         count = f'mean of {len(given)} images' if len(given) > 1 else 'one image'
@@ -234,9 +234,9 @@ def _draw_response(
 
 def _images(options: VisualizeOptions, cfg: Config) -> list[InputImage]:
     if options.limit is not None and options.limit < 1:
-        raise CommandError(f'--limit must be at least 1, got {options.limit}.')
+        raise CommandError(f'limit must be at least 1, got {options.limit}.')
     if options.max_pixels < 1:
-        raise CommandError(f'--max-pixels must be at least 1, got {options.max_pixels}.')
+        raise CommandError(f'max_pixels must be at least 1, got {options.max_pixels}.')
     return [image for given in options.img for image in find_images(given, cfg)][: options.limit]
 
 
@@ -249,22 +249,22 @@ def _names(images: Sequence[InputImage]) -> list[str]:
         if name in names:
             raise CommandError(
                 f'{names[name]} and {image.path} would be drawn into one file, as both are called '
-                f'{name}; draw them one after the other, with another --out.'
+                f'{name}; draw them one after the other, with another folder as out.'
             )
         names[name] = image.path
     return list(names)
 
 
 def _file(out: str, figures: int) -> Path | None:
-    """Take ``--out`` as the file of the only figure, where it is called like an image; None where it is a folder."""
+    """Take ``out`` as the file of the only figure, where it is called like an image; None where it is a folder."""
     suffix = os.path.splitext(out)[1].lower()
     if suffix not in SUFFIXES or os.path.isdir(out):
         return None
     if suffix != '.png':
-        raise CommandError(f'--out {out}: figures are PNG files; name a file that ends in .png, or a folder.')
+        raise CommandError(f'out {out}: figures are PNG files; name a file that ends in .png, or a folder.')
     if figures > 1:
         raise CommandError(
-            f'--out {out} is the name of one file, and {figures} figures are drawn, one for each image; name a folder.'
+            f'out {out} is the name of one file, and {figures} figures are drawn, one for each image; name a folder.'
         )
     return Path(out)
 
@@ -274,9 +274,9 @@ def _folder(out: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CommandError(f'--out {out} is no folder that can be made: {error}') from error
+        raise CommandError(f'out {out} is no folder that can be made: {error}') from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise CommandError(f'--out {out} is a folder that cannot be written to.')
+        raise CommandError(f'out {out} is a folder that cannot be written to.')
     return folder
 
 
@@ -303,7 +303,7 @@ def _in_one_line() -> Iterator[None]:
     try:
         yield
     except OutOfMemoryError as error:
-        raise CommandError('an image does not fit into the memory of the GPU; resize it with --size.') from error
+        raise CommandError('an image does not fit into the memory of the GPU; resize it with size.') from error
     except OSError as error:
         raise CommandError(f'a file cannot be read or written: {error}') from error
     except ValueError as error:

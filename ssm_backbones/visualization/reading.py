@@ -58,7 +58,7 @@ class ImageReader:
         pipeline = test_pipeline(cfg)
         if size is not None:
             if min(size) < 1:
-                raise CommandError(f'--size must be at least 1 1, got {size[0]} {size[1]}.')
+                raise CommandError(f'size must be at least 1 1, got {size[0]} {size[1]}.')
             pipeline = _resized(pipeline, size)
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
             self.pipeline = Compose([TRANSFORMS.build(step) for step in pipeline])

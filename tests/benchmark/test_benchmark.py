@@ -11,7 +11,7 @@ import torch
 
 from ssm_backbones.benchmark import (
     Comparison,
-    Floor,
+    LowerBound,
     Pair,
     Scaling,
     Settings,
@@ -26,9 +26,9 @@ from ssm_backbones.benchmark import (
 from ssm_backbones.benchmark.backbones import BACKBONES, backbone_call, build_backbone
 from ssm_backbones.benchmark.comparison import measure_comparison, measure_scaling, scaling_peak
 from ssm_backbones.benchmark.export import EXPORTS
-from ssm_backbones.benchmark.floors import Rates
 from ssm_backbones.benchmark.registry import COMPARISONS, SCALINGS
-from ssm_backbones.benchmark.timing import measure_in_turns
+from ssm_backbones.benchmark.roofline import Rates
+from ssm_backbones.benchmark.timing import measure_interleaved
 
 TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'benchmark.py'
 CPU = torch.device('cpu')
@@ -67,42 +67,42 @@ def test_ratio_is_the_median_of_the_turns() -> None:
     result = measure_comparison(compared, Settings(repeats=3), clock)
     assert result['entries']['ours'] == {'median_s': 2.0, 'times_s': [1.0, 9.0, 2.0]}
     assert result['entries']['theirs'] == {'median_s': 3.0, 'times_s': [2.0, 3.0, 8.0]}
-    # Turn by turn 1/2, 9/3 and 2/8.
+    # Round by round 1/2, 9/3 and 2/8.
     assert [(pair['ratio'], pair['met']) for pair in result['pairs']] == [(0.5, True), (2.0, False), (1.0, None)]
 
 
 def test_entries_take_turns_and_change_the_order() -> None:
     clock = Clock()
     calls = {label: clock.takes(label, 1.0)(CPU) for label in 'abc'}
-    measure_in_turns(calls, 3, CPU, clock)
+    measure_interleaved(calls, 3, CPU, clock)
     assert clock.calls == list('aabbccabccbaabc')
 
 
 def test_short_calls_are_repeated_within_a_turn() -> None:
     clock = Clock()
-    times = measure_in_turns({'short': clock.takes('short', 0.01)(CPU)}, 4, CPU, clock)
+    times = measure_interleaved({'short': clock.takes('short', 0.01)(CPU)}, 4, CPU, clock)
     assert len(clock.calls) == 2 + 4 * 5
     assert times['short'] == pytest.approx([0.01] * 4)
 
 
-def test_floors_and_entries_that_are_missing() -> None:
-    def lacks(device: torch.device) -> Floor:
+def test_lower_bounds_and_entries_that_are_missing() -> None:
+    def lacks(device: torch.device) -> LowerBound:
         raise Unavailable('no such thing here')
 
-    def breaks(device: torch.device) -> Floor:
+    def breaks(device: torch.device) -> LowerBound:
         raise RuntimeError('it broke\nin detail')
 
     clock = Clock()
     entries = {
         'ours': clock.takes('ours', 2.0),
-        'floor': lambda device: Floor(0.5, {'counted': 7}),
+        'lower bound': lambda device: LowerBound(0.5, {'counted': 7}),
         'lacking': lacks,
         'broken': breaks,
     }
-    pairs = (Pair('ours', 'floor', 3.0), Pair('ours', 'lacking', 1.0), Pair('ours', 'broken', 1.0))
+    pairs = (Pair('ours', 'lower bound', 3.0), Pair('ours', 'lacking', 1.0), Pair('ours', 'broken', 1.0))
     result = measure_comparison(Comparison('name', 'summary', entries, pairs, images=8), Settings(repeats=2), clock)
-    assert [(pair['against'], pair['ratio'], pair['met']) for pair in result['pairs']] == [('floor', 4.0, False)]
-    assert result['entries']['floor'] == {'median_s': 0.5, 'times_s': [0.5, 0.5], 'counted': 7}
+    assert [(pair['against'], pair['ratio'], pair['met']) for pair in result['pairs']] == [('lower bound', 4.0, False)]
+    assert result['entries']['lower bound'] == {'median_s': 0.5, 'times_s': [0.5, 0.5], 'counted': 7}
     assert result['entries']['ours']['images_per_s'] == 4.0
     assert result['skipped'] == {'lacking': 'no such thing here'}
     assert result['failed'] == {'broken': 'RuntimeError: it broke'}
@@ -153,11 +153,11 @@ def test_gpu_comparisons_cover_the_models_sizes() -> None:
             for image in ('224/batch-64', '224/batch-128', '1280x800/batch-2', '1024/batch-1', '2048/batch-1'):
                 assert f'gpu/{job.op}/{job.model}/{stage}/{image}' in sizes
     cross = by_name['gpu/cross-scan/vmamba-base/stage2/1280x800/batch-2/forward+backward']
-    assert cross.pairs == (Pair('cuda_ops', 'floor', 3.0), Pair('cuda_ops', 'mamba-ssm', 1 / 3))
+    assert cross.pairs == (Pair('cuda_ops', 'lower bound', 3.0), Pair('cuda_ops', 'mamba-ssm', 1 / 3))
     wavefront = by_name['gpu/wavefront/mamba2d-tiny/stage1/2048/batch-1/forward']
-    assert wavefront.pairs == (Pair('cuda_ops', 'floor', 2.0), Pair('cuda_ops', 'diagonals', 1 / 5))
+    assert wavefront.pairs == (Pair('cuda_ops', 'lower bound', 2.0), Pair('cuda_ops', 'diagonals', 1 / 5))
     trained = by_name['gpu/wavefront/mamba2d-tiny/stage1/2048/batch-1/forward+backward']
-    assert trained.pairs == (Pair('cuda_ops', 'floor', 3.0), Pair('cuda_ops', 'diagonals', 1 / 5, 1 / 8))
+    assert trained.pairs == (Pair('cuda_ops', 'lower bound', 3.0), Pair('cuda_ops', 'diagonals', 1 / 5, 1 / 8))
     assert '(2, 100, 160, 512), N=1' in cross.summary and '(1, 512, 512, 64), N=16' in wavefront.summary
     assert {each.devices for each in gpu.COMPARISONS} == {('cuda',)}
 
@@ -172,14 +172,14 @@ def test_gpu_comparisons_run_what_they_say(job: gpu.ScanJob, monkeypatch: pytest
     assert y.shape == (2, 2, 3, 16) and y.dtype == torch.bfloat16
     gradients = both.entries['cuda_ops'](CPU)()
     assert gradients[0].shape == y.shape
-    floors = [each.entries['floor'](CPU).seconds for each in (forward, both)]
+    bounds = [each.entries['lower bound'](CPU).seconds for each in (forward, both)]
     work = gpu.work(job.op, (2, 2, 3, 16), 2)
     seconds = [max(each.bytes, each.exponentials) / 1e9 for each in work]
-    assert floors == pytest.approx([seconds[0], sum(seconds)])
+    assert bounds == pytest.approx([seconds[0], sum(seconds)])
 
 
-def test_a_scan_of_factors_and_the_product_before_it_do_the_same() -> None:
-    forward, both = gpu.factors_comparisons((2, 3, 4, 8), 4)
+def test_low_rank_dt_in_the_scan_equals_the_product_before_it() -> None:
+    forward, both = gpu.low_rank_delta_comparisons((2, 3, 4, 8), 4)
     for each in (forward, both):
         ours, theirs = (entry(CPU)() for entry in each.entries.values())
         for value, other in zip(ours, theirs, strict=True):

@@ -113,8 +113,8 @@ def test_records_agree_with_each_other(configs: dict[str, str]) -> None:
     assert (ratio['model'], ratio['against'], ratio['height']) == (ours, theirs, 160)
     first, second = records[ours, 'inference', 160], records[theirs, 'inference', 160]
     assert ratio['memory_ratio'] == first['peak_bytes'] / second['peak_bytes']
-    turns = sorted(a / b for a, b in zip(first['times_s'], second['times_s'], strict=True))
-    assert ratio['time_ratio'] == pytest.approx(sum(turns) / 2)
+    round_ratios = sorted(a / b for a, b in zip(first['times_s'], second['times_s'], strict=True))
+    assert ratio['time_ratio'] == pytest.approx(sum(round_ratios) / 2)
 
 
 def test_curves_are_the_records() -> None:
@@ -188,7 +188,7 @@ def test_what_a_model_cannot_take_does_not_stop_the_rest(
     assert errors.strip().splitlines()[-1] == 'error: 1 entries failed; they are listed above'
 
 
-@pytest.mark.parametrize('when', ['turns', 'peak'])
+@pytest.mark.parametrize('when', ['rounds', 'peak'])
 def test_what_fails_after_its_warm_up_does_not_take_along_the_others(
     configs: dict[str, str], when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,7 +200,7 @@ def test_what_fails_after_its_warm_up_does_not_take_along_the_others(
 
         def run() -> None:
             runs.append(self.path)
-            if self.path == configs['mmseg'] and (measuring_peak or when == 'turns'):
+            if self.path == configs['mmseg'] and (measuring_peak or when == 'rounds'):
                 raise torch.OutOfMemoryError('no memory')
             call()
 
@@ -222,7 +222,7 @@ def test_what_fails_after_its_warm_up_does_not_take_along_the_others(
     assert record['config'] == configs['mmpretrain'] and len(record['times_s']) == 3
     name = f'{Path(configs["mmseg"]).stem}, inference at 64x64'
     assert report.failed == [dict(name=name, reason='OutOfMemoryError: no memory')] and not report.ratios
-    assert runs.count(configs['mmseg']) == (1 if when == 'turns' else 4)
+    assert runs.count(configs['mmseg']) == (1 if when == 'rounds' else 4)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The benchmark's scans: what they are compared with computes the same, and the floors count what must be done."""
+"""The benchmark's scans: what they are compared with computes the same, and the bounds count what must be done."""
 
 import os
 from functools import partial
@@ -10,14 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cuda_ops
 from cuda_ops import _build
-from ssm_backbones.benchmark import exp_rate, floors, scans
+from ssm_backbones.benchmark import exp_rate, roofline, scans
 from ssm_backbones.benchmark.baselines import (
     WavefrontByDiagonals,
     cross_scan_by_indexing,
     cross_scan_by_loop,
     mamba_layout,
 )
-from ssm_backbones.benchmark.floors import Rates, Work, route_scan_work, wavefront_scan_work
+from ssm_backbones.benchmark.roofline import Rates, Work, route_scan_work, wavefront_scan_work
 from ssm_backbones.benchmark.unavailable import Unavailable
 
 CPU = torch.device('cpu')
@@ -106,7 +106,7 @@ def test_the_copy_moves_what_the_scan_has_to_touch(train: bool) -> None:
         ('wavefront', partial(wavefront_scan_work, SHAPE, STATES)),
     ],
 )
-def test_floors_count_the_bytes_of_the_maps(kind, work) -> None:
+def test_lower_bounds_count_the_bytes_of_the_maps(kind, work) -> None:
     inputs = [value.bfloat16() for value in INPUTS[kind](SHAPE, STATES, CPU)]
     # Maps have an entry for every pixel, parameters have not.
     maps = sum(value.nbytes for value in inputs if value.shape[:3] == SHAPE[:3])
@@ -116,7 +116,7 @@ def test_floors_count_the_bytes_of_the_maps(kind, work) -> None:
     assert backward.bytes == 2 * maps + y.nbytes
 
 
-def test_floors_count_the_exponentials() -> None:
+def test_lower_bounds_count_the_exponentials() -> None:
     pixels = 4 * 5
     assert [each.exponentials for each in route_scan_work(SHAPE, 4, 3, 2)] == [pixels * 4 * 6 * (3 + 2)] * 2
     assert [each.exponentials for each in route_scan_work(SHAPE, 1, 3, 2, softplus=False)] == [pixels * 6 * 3] * 2
@@ -132,22 +132,22 @@ def test_floors_count_the_exponentials() -> None:
         (wavefront_scan_work((128, 56, 56, 64), 16, 2), (244, 437), 0.82, (222, 222)),
     ],
 )
-def test_floors_are_those_of_the_document(work, megabytes, billions, microseconds) -> None:
+def test_lower_bounds_are_those_of_the_document(work, megabytes, billions, microseconds) -> None:
     rates = Rates(4.2e12, 132 * 16 * 1.755e9)
     assert tuple(round(each.bytes / 1e6) for each in work) == megabytes
     assert round(work[0].exponentials / 1e9, 2) == billions
-    assert tuple(round(floors.floor([each], rates).seconds * 1e6) for each in work) == microseconds
+    assert tuple(round(roofline.lower_bound([each], rates).seconds * 1e6) for each in work) == microseconds
 
 
-def test_floor_adds_each_pass_by_what_limits_it() -> None:
-    floor = floors.floor([Work(bytes=60, exponentials=1), Work(bytes=10, exponentials=8)], Rates(10.0, 2.0))
-    assert floor.seconds == 6 + 4
-    assert floor.details['floor']['bytes'] == [60, 10] and floor.details['floor']['bytes_per_s'] == 10.0
+def test_lower_bound_adds_each_pass_by_what_limits_it() -> None:
+    bound = roofline.lower_bound([Work(bytes=60, exponentials=1), Work(bytes=10, exponentials=8)], Rates(10.0, 2.0))
+    assert bound.seconds == 6 + 4
+    assert bound.details['lower bound']['bytes'] == [60, 10] and bound.details['lower bound']['bytes_per_s'] == 10.0
 
 
 def test_rates_are_those_of_a_machine() -> None:
     # From a slow core's to beyond any processor's.
-    assert 1e8 < floors.measure_copy_rate(CPU, 2**22, duration=0.02) < 1e13
+    assert 1e8 < roofline.measure_copy_rate(CPU, 2**22, duration=0.02) < 1e13
     # One at a time, no processor computes a thousand million of them a second on a thread.
     assert 2e8 < exp_rate.measure_exp_rate(0.05) / torch.get_num_threads() < 1e12
 
@@ -182,9 +182,9 @@ def test_without_sources_or_compiler_the_rate_is_unavailable(tmp_path: Path, mon
     monkeypatch.setattr(exp_rate, '_compiled', fail)
     with pytest.raises(scans.Unavailable, match='a reason'):
         scans.exponentials_call(10, CPU)
-    floors.measure_rates.cache_clear()
+    roofline.measure_rates.cache_clear()
     with pytest.raises(Unavailable, match='rate of exponentials of cpu cannot be measured: .*a reason'):
-        floors.measure_rates(CPU)
+        roofline.measure_rates(CPU)
 
 
 def test_the_exponentials_are_as_many_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:

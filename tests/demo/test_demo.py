@@ -105,7 +105,7 @@ def test_demo_is_interrupted_carried_on_reported_and_renewed(checkout, monkeypat
     config.write_text(config.read_text().replace('max_epochs=4', 'max_epochs=1'))
     forget_runs()
     demo.run_demo()
-    assert 'Starting anew: data or config have changed' in capfd.readouterr().out
+    assert 'Starting over: data or config have changed' in capfd.readouterr().out
     assert (out / 'train' / 'epoch_1.pth').is_file() and not (out / 'train' / 'epoch_4.pth').exists()
 
 

@@ -229,7 +229,7 @@ def test_other_images_of_the_same_names(export, tmp_path, monkeypatch) -> None:
     export('a', out)
     (record,) = FeatureDataset(out).records
     assert record['path'] == str(tmp_path / 'a' / 'x.png')
-    with pytest.raises(CommandError, match=r"'x.png': .*/a/x.png, this one is .*/b/x.png. Name another --out"):
+    with pytest.raises(CommandError, match=r"'x.png': .*/a/x.png, this one is .*/b/x.png. Name another folder"):
         export('b', out)
     (tmp_path / 'link').symlink_to(tmp_path / 'a')
     for same in (tmp_path / 'a', 'link'):
@@ -448,11 +448,11 @@ def test_bad_arguments(tool, models, tmp_path, shapes, capsys) -> None:
         ([config, str(tmp_path / 'junk.pth'), folder, *out], 'junk.pth'),
         ([config, str(tmp_path / 'head.pth'), folder, *out], 'head.pth'),
         (['nowhere.py', checkpoint, folder, *out], 'nowhere.py does not exist'),
-        ([config, models['mmdet'][1], folder, '--neck', *out], '--neck: the model of the config'),
+        ([config, models['mmdet'][1], folder, '--neck', *out], 'neck: the model of the config'),
         ([config, checkpoint, folder, '--out', str(tmp_path / 'file')], 'is a file; name a folder'),
         ([config, checkpoint, folder, '--out', str(tmp_path / 'file' / 'x')], 'cannot be written'),
         ([config, checkpoint, folder, *out, '--levels', '4'], 'the model gives 4 maps, 0 to 3'),
-        ([config, checkpoint, folder, *out, '--batch-size', '0'], '--batch-size must be at least 1'),
+        ([config, checkpoint, folder, *out, '--batch-size', '0'], 'batch_size must be at least 1'),
         ([config, checkpoint, folder, *out, '--launcher', 'pytorch'], 'torchrun'),
     ):
         assert message in fails(capsys, tool.main(command)), command

@@ -181,7 +181,7 @@ def test_an_interrupted_export_leaves_nothing(how, write_config, tool, tmp_path,
 def test_an_unwritable_folder_is_told_first(write_config, tool, capsys, monkeypatch) -> None:
     monkeypatch.setattr(exporting, '_module', lambda *args: pytest.fail('work was done in vain'))
     assert tool.main([str(write_config('mmdet')), '--out', '/proc/x.onnx']) == 2
-    assert '--out /proc/x.onnx cannot be written' in capsys.readouterr().err
+    assert 'out /proc/x.onnx cannot be written' in capsys.readouterr().err
 
 
 class ByValue(torch.nn.Module):
@@ -217,7 +217,7 @@ def test_cascades_are_refused(write_config, tool, tmp_path, capsys) -> None:
     changes = f"model = dict(type='CascadeEncoderDecoder', num_stages=2, decode_head=[{head}, {head}])"
     assert tool.main([str(write_config('mmseg', changes)), '--out', str(tmp_path / 'x.onnx')]) == 2
     error = capsys.readouterr().err
-    assert '--part segmentor: the model of the config, a CascadeEncoderDecoder, has not one head' in error
+    assert 'part segmentor: the model of the config, a CascadeEncoderDecoder, has not one head' in error
     assert list(tmp_path.iterdir()) == []
 
 
@@ -227,7 +227,7 @@ def test_bad_arguments(write_config, tool, tmp_path, capsys) -> None:
         (['nowhere.pth'], 'checkpoint nowhere.pth does not exist'),
         (['--part', 'classifier'], 'the config is one of mmseg, which has no classifier'),
         (['--shape', '0', '5'], 'at least 1'),
-        (['--batch-size', '0'], '--batch-size must be at least 1'),
+        (['--batch-size', '0'], 'batch_size must be at least 1'),
         (['--out', str(tmp_path / 'no' / 'x.onnx')], 'its folder does not exist'),
         (['--out', str(tmp_path)], 'it is a folder'),
     ):

@@ -191,7 +191,7 @@ def test_bad_input(tool, models, image_folder, tmp_path, capsys, monkeypatch) ->
             ['--img', good, '--stage', '4'],
             'stage 4 does not exist: the Mamba2D that was built has stages 0 to 3',
         ),
-        ('erf', ['--img', good, '--size', '0', '9'], '--size must be at least 1 1, got 0 9'),
+        ('erf', ['--img', good, '--size', '0', '9'], 'size must be at least 1 1, got 0 9'),
         ('activation', ['--img', good, '--stages', '-5'], 'stage -5 does not exist'),
         (
             'activation',
@@ -201,10 +201,10 @@ def test_bad_input(tool, models, image_folder, tmp_path, capsys, monkeypatch) ->
         ('activation', ['--img', str(tmp_path / 'cut.png')], 'cut.png cannot be read: the file is cut off'),
         ('activation', ['--img', str(tmp_path / 'words.png')], 'words.png cannot be read: no image, or damaged'),
         ('activation', ['--img', 'nothing.png'], 'nothing.png is no image, folder, pattern'),
-        ('activation', ['--img', good, '--max-pixels', '100'], '80x64 pixels are more than 100 (--max-pixels)'),
+        ('activation', ['--img', good, '--max-pixels', '100'], '80x64 pixels are more than 100 (max_pixels)'),
         ('activation', ['--img', good, str(tmp_path / 'a.png')], 'would be drawn into one file, as both are called a'),
-        ('activation', ['--img', good, '--limit', '0'], '--limit must be at least 1'),
-        ('activation', ['--img', good, '--device', 'abacus'], '--device abacus is no device'),
+        ('activation', ['--img', good, '--limit', '0'], 'limit must be at least 1'),
+        ('activation', ['--img', good, '--device', 'abacus'], 'device abacus is no device'),
         (
             'scan-response',
             ['--img', good, '--stage', '3'],

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ssm_backbones.benchmark.comparison import Floor
+from ssm_backbones.benchmark.comparison import LowerBound
 from ssm_backbones.benchmark.exp_rate import measure_exp_rate
 from ssm_backbones.benchmark.timing import seconds
 from ssm_backbones.benchmark.unavailable import Unavailable
@@ -68,13 +68,13 @@ def _passes(scale: int, inputs: int, outputs: int, exponentials: int) -> tuple[W
     return Work(scale * (inputs + outputs), exponentials), Work(scale * (2 * inputs + outputs), exponentials)
 
 
-def floor(passes: Sequence[Work], rates: Rates) -> Floor:
+def lower_bound(passes: Sequence[Work], rates: Rates) -> LowerBound:
     """Return the lower bound of the time of successive passes, with its details."""
     times = [(each.bytes / rates.bytes, each.exponentials / rates.exponentials) for each in passes]
-    return Floor(
+    return LowerBound(
         sum(max(pair) for pair in times),
         {
-            'floor': {
+            'lower bound': {
                 'bytes': [each.bytes for each in passes],
                 'exponentials': [each.exponentials for each in passes],
                 'bytes_per_s': rates.bytes,
