@@ -363,7 +363,7 @@ def _check_options(options: ExportOptions) -> None:
     for name, least in (('shard_size', 0), ('batch_size', 1), ('workers', 0), ('max_pixels', 1)):
         value = getattr(options, name)
         if value < least:
-            raise CommandError(f'--{name.replace("_", "-")} must be at least {least}, got {value}.')
+            raise CommandError(f'{name} must be at least {least}, got {value}.')
     if os.path.isfile(options.out):
         raise CommandError(f'out {options.out} is a file; name a folder.')
 
