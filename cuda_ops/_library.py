@@ -63,7 +63,7 @@ def _kernel_constants() -> tuple[Mapping[str, int], frozenset[int]]:
         return torch.ops.cuda_ops.kernel_constants(), frozenset(torch.ops.cuda_ops.specialized_states())
     except AttributeError as error:
         raise ImportError(
-            f'{LIBRARY_PATH} was compiled from other sources than these: it does not tell its constants. {_REMEDY}.'
+            f'{LIBRARY_PATH} was compiled from other sources than these: it does not have their constants. {_REMEDY}.'
         ) from error
 
 

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cuda_ops import _autograd, _checks, _library, _reference_mode, reference
-from cuda_ops.reference import COLUMN, COLUMN_REVERSED, ROW, ROW_REVERSED, state_dtype
+from cuda_ops import _autograd, _checks, _library, _reference_mode, route_reference
+from cuda_ops.route_reference import COLUMN, COLUMN_REVERSED, ROW, ROW_REVERSED, state_dtype
 
 _LIBRARY = torch.library.Library('cuda_ops', 'FRAGMENT')
 _library.define(
@@ -161,9 +161,9 @@ def _(
 def _reference_forward(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus, chunk, delta_weight=None):
     _checks.decay_rates(A)
     if delta_weight is not None:
-        delta = reference.low_rank_delta(delta, delta_weight)
+        delta = route_reference.low_rank_delta(delta, delta_weight)
     outputs = _empty_outputs(x, A, routes, per_line, 0)
-    y, last = reference.route_scan(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus)
+    y, last = route_reference.route_scan(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus)
     return y, last, outputs[2] if not chunk else _empty_outputs(x, A, routes, per_line, chunk)[2].zero_()
 
 
@@ -186,8 +186,8 @@ def _reference_backward(
 ):
     outputs = _empty_gradients(x, delta, A, B, C, D, delta_bias, delta_weight)
     if delta_weight is not None:
-        delta = reference.low_rank_delta(delta, delta_weight)
-    grads = reference.route_scan_backward(
+        delta = route_reference.low_rank_delta(delta, delta_weight)
+    grads = route_reference.route_scan_backward(
         grad_output, grad_last, x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus
     )
     for name, output in zip(('x', 'delta', 'A', 'B', 'C', 'D', 'delta_bias'), outputs, strict=True):
@@ -201,8 +201,8 @@ def _differentiable_reference(
 ):
     """The operator by PyTorch operations; no states are saved, since autograd keeps what it needs itself."""
     if delta_weight is not None:
-        delta = reference.low_rank_delta(delta, delta_weight)
-    y, last = reference.route_scan(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus)
+        delta = route_reference.low_rank_delta(delta, delta_weight)
+    y, last = route_reference.route_scan(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus)
     return y, last, _empty_outputs(x, A, routes, per_line, 0)[2]
 
 
@@ -242,7 +242,7 @@ def _backward(ctx, grad_output, grad_last, _grad_states):
 
 
 def _low_rank_delta_backward(grad_delta: Tensor, dt: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`cuda_ops.reference.low_rank_delta` in dt (B, H, W, K, R) and weight (K, E, R)."""
+    """Gradients of :func:`cuda_ops.route_reference.low_rank_delta` in dt (B, H, W, K, R) and weight (K, E, R)."""
     batch, height, width, routes, channels = grad_delta.shape
     # By reshape: flatten has no rule for the vmap of torch.autograd.grad(is_grads_batched=True).
     products = grad_delta.reshape(-1, routes, channels).transpose(0, 1)
@@ -262,7 +262,7 @@ def _second_backward(ctx, *grads):
     *tensors, delta_weight = ctx.saved_tensors
     if delta_weight is not None:
         # The gradient is that of the full delta.
-        tensors[1] = reference.low_rank_delta(tensors[1], delta_weight)
+        tensors[1] = route_reference.low_rank_delta(tensors[1], delta_weight)
     tangents = [
         None if grad is None or tensor is None else grad.to(tensor.dtype)
         for grad, tensor in zip(grads, tensors, strict=True)
@@ -397,7 +397,7 @@ def cross_selective_scan(
     _checks.same_dtype_and_device(x=x, delta=delta, B=B, C=C)
     _checks.same_device(x, A=A, D=D, delta_bias=delta_bias, delta_weight=delta_weight)
     if delta_weight is not None and not _takes_low_rank(x, states, delta_weight.shape[2]):
-        delta, delta_weight = reference.low_rank_delta(delta, delta_weight), None
+        delta, delta_weight = route_reference.low_rank_delta(delta, delta_weight), None
     return _scan(
         x, delta, A, B.unsqueeze(4), C.unsqueeze(4), D, delta_bias, CROSS_ROUTES, False, delta_softplus, delta_weight
     )[0]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from cuda_ops.reference import state_dtype
+from cuda_ops.route_reference import state_dtype
 
 
 class _Diagonal:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from cuda_ops import _autograd, _checks, _library, _reference_mode, wavefront_reference
-from cuda_ops.reference import state_dtype
+from cuda_ops.route_reference import state_dtype
 
 _LIBRARY = torch.library.Library('cuda_ops', 'FRAGMENT')
 _INPUTS = (

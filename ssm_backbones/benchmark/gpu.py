@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import cuda_ops
-from cuda_ops.reference import low_rank_delta
+from cuda_ops.route_reference import low_rank_delta
 from ssm_backbones.benchmark import scans
 from ssm_backbones.benchmark.backbones import backbone_call, use_fused_attention
 from ssm_backbones.benchmark.baselines import (

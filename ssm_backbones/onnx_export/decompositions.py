@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cuda_ops.reference import COLUMN, COLUMN_REVERSED, ROW_REVERSED, low_rank_delta
+from cuda_ops.route_reference import COLUMN, COLUMN_REVERSED, ROW_REVERSED, low_rank_delta
 
 _LIBRARY = torch.library.Library('ssm_export', 'DEF')
 _LIBRARY.define('line(Tensor decay, Tensor inflow) -> Tensor')

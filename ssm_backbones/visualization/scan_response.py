@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cuda_ops
-from cuda_ops.reference import COLUMN, COLUMN_REVERSED, ROW_REVERSED, low_rank_delta
+from cuda_ops.route_reference import COLUMN, COLUMN_REVERSED, ROW_REVERSED, low_rank_delta
 from ssm_backbones.backbones.base import SSMBackbone
 from ssm_backbones.layers.mamba2d_mixer import ScanMixer
 from ssm_backbones.layers.ss2d import ROUTES, SS2D

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cuda_ops
-from cuda_ops import reference
+from cuda_ops import route_reference
 from tests.ops.helpers import differentiate, relative_error, rounded, run_python
 from tests.ops.route_cases import Cross, Lines, Sequence, decay_rates
 
@@ -191,9 +191,9 @@ def operations(length: int) -> tuple[int, int]:
     B, C = torch.randn(2, 1, 1, length, 1, 1, 3)
     arguments = (x, delta, decay_rates(1, 2, 3).float(), B, C, torch.randn(1, 2), torch.randn(1, 2), [0], False, True)
     with CountOperations() as forward:
-        y, last = reference.route_scan(*arguments)
+        y, last = route_reference.route_scan(*arguments)
     with CountOperations() as backward:
-        reference.route_scan_backward(torch.ones_like(y), torch.ones_like(last), *arguments)
+        route_reference.route_scan_backward(torch.ones_like(y), torch.ones_like(last), *arguments)
     return forward.count, backward.count
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import cuda_ops
-from cuda_ops import reference, wavefront_reference
+from cuda_ops import route_reference, wavefront_reference
 from tests.ops.helpers import differentiate, relative_error
 from tests.ops.route_cases import Case, Cross, Factors, Lines, Sequence, case_id
 from tests.ops.wavefront_cases import Wavefront, loop
@@ -470,13 +470,13 @@ def test_written_out_gradients_of_the_reference_are_autograd_s() -> None:
             case.function(**given, **case.options())
         x, delta, A, B, C, D, bias, routes, per_line, softplus, _, weight = recorded[0]
         if weight is not None:
-            delta = reference.low_rank_delta(delta, weight)
+            delta = route_reference.low_rank_delta(delta, weight)
         inputs = dict(x=x, delta=delta, A=A, B=B, C=C, D=D, delta_bias=bias)
         options = dict(routes=routes, per_line=per_line, delta_softplus=softplus)
         # The state behind every single line is not kept.
-        forward = (lambda **given: reference.route_scan(**given)[:1]) if per_line else reference.route_scan
+        forward = (lambda **given: route_reference.route_scan(**given)[:1]) if per_line else route_reference.route_scan
         expected, (weight, *last) = differentiate(forward, inputs, options)
-        got = reference.route_scan_backward(weight, last[0] if last else None, **inputs, **options)
+        got = route_reference.route_scan_backward(weight, last[0] if last else None, **inputs, **options)
         for name, value in got.items():
             torch.testing.assert_close(value, expected[f'grad {name}'], rtol=1e-10, atol=1e-10)
 

@@ -71,14 +71,14 @@ def test_a_library_with_cuda_kernels_serves_the_cpu(built: tuple[Path, str]) -> 
     assert 'CUDA kernels: yes: nvcc' in log and 'for 9.0 (TORCH_CUDA_ARCH_LIST)' in log
     use = """
 import torch, cuda_ops
-from cuda_ops import reference
+from cuda_ops import route_reference
 status = cuda_ops.backend_status()
 assert status.devices['cuda'].backend == 'compiled', status
 x, delta, A = torch.randn(2, 5, 7, 6), torch.randn(2, 5, 7, 6), -torch.rand(6, 3)
 B, C = torch.randn(2, 5, 7, 3), torch.randn(2, 5, 7, 3)
 y = cuda_ops.line_scan(x, delta, A, B, C, axis='row')
 grid = (x, delta[:, :, :, None], A[None], B[:, :, :, None, None], C[:, :, :, None, None], None, None)
-torch.testing.assert_close(y, reference.route_scan(*grid, [0], True, True)[0])
+torch.testing.assert_close(y, route_reference.route_scan(*grid, [0], True, True)[0])
 print(status)
 """
     result = subprocess.run([sys.executable, '-c', use], cwd=folder, capture_output=True, text=True, timeout=300)

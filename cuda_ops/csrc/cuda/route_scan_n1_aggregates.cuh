@@ -59,11 +59,11 @@ __global__ void __launch_bounds__(kAggregateThreads, 2) segment_aggregates_n1(Ro
         const int u = Backward ? kRunPositions - 1 - i : i;
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          const float step = sum_rows[u] < a.segment_length ? delta[u][c] : 0.f;
-          const float decay = fast_exp2(step * parameters.A[c]);
+          const float dt = sum_rows[u] < a.segment_length ? delta[u][c] : 0.f;
+          const float decay = fast_exp2(dt * parameters.A[c]);
           const float value = pair_to_float(inputs[u], c) * projection[u];
-          run_delta[c] += step;
-          run.state[c] = Backward ? decay * (run.state[c] + value) : decay * run.state[c] + value * step;
+          run_delta[c] += dt;
+          run.state[c] = Backward ? decay * (run.state[c] + value) : decay * run.state[c] + value * dt;
         }
       }
 #pragma unroll
