@@ -9,6 +9,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import cuda_ops
+import ssm_backbones
+
 STACKS = ('openmmlab', 'onedl')
 FILES = ('base', 'build', 'dev', 'onnx', *STACKS)
 
@@ -85,3 +88,10 @@ def test_no_package_index_is_named(root):
     ]
     index = re.compile(r'https?://|--(extra-)?index-url|--find-links|^-f |@ *(git|file)', re.MULTILINE)
     assert not [path.name for path in files if index.search(path.read_text())]
+
+
+def test_the_latest_release_in_the_changelog_is_the_version(root):
+    changelog = (root / 'CHANGELOG.md').read_text(encoding='utf-8')
+    versions = re.findall(r'^## (\S+) \((\d{4}-\d\d-\d\d)\)$', changelog, re.MULTILINE)
+    assert versions[0][0] == ssm_backbones.__version__ == cuda_ops.__version__
+    assert [date for _, date in versions] == sorted((date for _, date in versions), reverse=True)
