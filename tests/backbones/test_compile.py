@@ -12,6 +12,8 @@ NAMES = {
     'v2m-hier': (V2M, dict(layout='hierarchical', embed_dims=8, depths=[1, 1], d_state=2, ssm_ratio=1.0)),
     'mamba2d': (Mamba2D, dict(embed_dims=[8, 16], depths=[2, 1], d_state=2, mixers=['scan', 'scan'])),
 }
+# Tracing is slow: one family is in the quick tests.
+SAMPLED = [pytest.param(name, marks=() if name == 'vmamba' else pytest.mark.slow) for name in NAMES]
 SCANS = ('cuda_ops.route_scan', 'cuda_ops.wavefront_scan')
 
 
@@ -24,7 +26,7 @@ def scans_in(graph) -> int:
     return sum(str(node.target).startswith(SCANS) for node in graph.nodes)
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', SAMPLED)
 def test_one_graph(name) -> None:
     """fullgraph=True raises at a graph break; the graph holds the scans as operators, and serves other sizes."""
     model = build(name).eval()
@@ -44,6 +46,7 @@ def test_one_graph(name) -> None:
     assert graphs and all(scans_in(graph) for graph in graphs)
 
 
+@pytest.mark.slow
 def test_one_graph_with_gradients() -> None:
     """The one layout that tests/backbones/test_families.py compiles with checkpointing alone."""
     model = build('v2m-hier')
@@ -59,7 +62,7 @@ def test_one_graph_with_gradients() -> None:
         assert torch.allclose(grads[1][key], value, rtol=1e-4, atol=1e-6), key
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', SAMPLED)
 def test_exported_program(name, tmp_path) -> None:
     """Saved and loaded, with open batch and sides; the scans are operators in it."""
     model = build(name).eval()
@@ -92,6 +95,7 @@ class Families(torch.nn.Module):
         return tuple(map for model in self.models for map in model(images))
 
 
+@pytest.mark.slow
 def test_ahead_of_time_compiled_library(tmp_path) -> None:
     """AOTInductor on the CPU: the compiled ops are called from the compiled library."""
     model = Families().eval()

@@ -241,14 +241,19 @@ def test_whole_models_of_other_dtypes(name, options, dtype):
 @pytest.mark.parametrize(
     ('family', 'arch', 'options', 'sizes'),
     [
-        (VMamba, VMAMBA_ARCH, dict(out_indices=(0, 1)), [(40, 32), (33, 47)]),
         (VMamba, VMAMBA_ARCH, dict(out_indices=(0, 1), with_cp=True), [(40, 32)]),
-        (VMamba, dict(VMAMBA_ARCH, version='v0'), dict(out_indices=(0, 1)), [(33, 47)]),
-        (Mamba2D, dict(MAMBA2D_ARCH, depths=[1, 1]), dict(out_indices=(0, 1)), [(40, 32), (33, 47)]),
         (Mamba2D, MAMBA2D_ARCH, dict(out_indices=(0, 1), with_cp=True), [(40, 32)]),
-        (V2M, dict(PLAIN_ARCH, depth=1), dict(), [(40, 32), (33, 80)]),
-        (V2M, dict(PLAIN_ARCH, depth=1), dict(pyramid='single', cls_token='center'), [(40, 32)]),
         (V2M, HIERARCHICAL_ARCH, dict(out_indices=(0, 1), with_cp=True), [(40, 32)]),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (VMamba, VMAMBA_ARCH, dict(out_indices=(0, 1)), [(40, 32), (33, 47)]),
+                (VMamba, dict(VMAMBA_ARCH, version='v0'), dict(out_indices=(0, 1)), [(33, 47)]),
+                (Mamba2D, dict(MAMBA2D_ARCH, depths=[1, 1]), dict(out_indices=(0, 1)), [(40, 32), (33, 47)]),
+                (V2M, dict(PLAIN_ARCH, depth=1), dict(), [(40, 32), (33, 80)]),
+                (V2M, dict(PLAIN_ARCH, depth=1), dict(pyramid='single', cls_token='center'), [(40, 32)]),
+            )
+        ),
     ],
 )
 def test_compiles_without_graph_breaks(family, arch, options, sizes):

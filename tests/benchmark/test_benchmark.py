@@ -273,6 +273,7 @@ def test_scaling_is_relative_to_the_first_size_and_the_pixels(small_registry: No
     assert second['time_per_pixel'] == pytest.approx(statistics.median(ratios))
 
 
+@pytest.mark.slow
 def test_peak_memory_grows_with_the_pixels() -> None:
     small, large = (scaling_peak('vmamba-tiny', size, 'cpu') for size in (224, 448))
     # The stem's map alone: 48 channels at half the side, before and after its norm.

@@ -15,21 +15,22 @@ from tests.configs.catalogue import config
 from tests.configs.small_runs import RecordSteps, shrink
 
 CONFIGS = (
-    'vmamba/vmamba-tiny_8xb128_in1k',
-    'v2m/v2m-hier-small_8xb128_in1k',
-    'v2m/v2m-tiny_8xb64_in1k',
+    # One of each family and task also in the quick tests.
+    pytest.param('vmamba/vmamba-tiny_8xb128_in1k', marks=pytest.mark.slow),
+    pytest.param('v2m/v2m-hier-small_8xb128_in1k', marks=pytest.mark.slow),
+    pytest.param('v2m/v2m-tiny_8xb64_in1k', marks=pytest.mark.slow),
     'mamba2d/mamba2d-nano_32xb128_in1k',
     'vmamba/mask-rcnn_vmamba-tiny_fpn_ms-crop-3x_coco',
-    'v2m/mask-rcnn_v2m-hier-small_fpn_1x_coco',
-    'v2m/mask-rcnn_v2m-tiny_fpn_1x_coco',
-    'mamba2d/mask-rcnn_mamba2d-nano_fpn_1x_coco',
-    'vmamba/vmamba-tiny_upernet_8xb2-160k_ade20k-512x512',
+    pytest.param('v2m/mask-rcnn_v2m-hier-small_fpn_1x_coco', marks=pytest.mark.slow),
+    pytest.param('v2m/mask-rcnn_v2m-tiny_fpn_1x_coco', marks=pytest.mark.slow),
+    pytest.param('mamba2d/mask-rcnn_mamba2d-nano_fpn_1x_coco', marks=pytest.mark.slow),
+    pytest.param('vmamba/vmamba-tiny_upernet_8xb2-160k_ade20k-512x512', marks=pytest.mark.slow),
     'v2m/v2m-hier-small_upernet_8xb2-160k_ade20k-512x512',
-    'v2m/v2m-tiny_upernet_8xb2-160k_ade20k-512x512',
-    'mamba2d/mamba2d-nano_upernet_8xb2-160k_ade20k-512x512',
-    'vmamba/cascade-mask-rcnn_vmamba-tiny_fpn_1x_coco',
-    'vmamba/dino-4scale_vmamba-tiny_8xb2-12e_coco',
-    'vmamba/vmamba-tiny_segformer_8xb2-160k_ade20k-512x512',
+    pytest.param('v2m/v2m-tiny_upernet_8xb2-160k_ade20k-512x512', marks=pytest.mark.slow),
+    pytest.param('mamba2d/mamba2d-nano_upernet_8xb2-160k_ade20k-512x512', marks=pytest.mark.slow),
+    pytest.param('vmamba/cascade-mask-rcnn_vmamba-tiny_fpn_1x_coco', marks=pytest.mark.slow),
+    pytest.param('vmamba/dino-4scale_vmamba-tiny_8xb2-12e_coco', marks=pytest.mark.slow),
+    pytest.param('vmamba/vmamba-tiny_segformer_8xb2-160k_ade20k-512x512', marks=pytest.mark.slow),
 )
 METRICS = {'mmpretrain': 'accuracy/top1', 'mmdet': 'coco/bbox_mAP', 'mmseg': 'mIoU'}
 
@@ -54,6 +55,7 @@ def test_trains_and_tests(name, beside_data, tmp_path) -> None:
     assert math.isfinite(metrics[f'val/{METRICS[cfg.default_scope]}'].current())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('tta', [False, True], ids=['single-scale', 'multi-scale'])
 def test_segmentation_tests_at_one_scale_and_at_many(tta, beside_data, tmp_path) -> None:
     cfg = config('mamba2d/mamba2d-nano_upernet_8xb2-160k_ade20k-512x512')

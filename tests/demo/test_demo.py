@@ -64,6 +64,7 @@ def killed_after_the_first_epoch(command) -> int:
     return process.wait()
 
 
+@pytest.mark.slow
 def test_demo_is_interrupted_carried_on_reported_and_renewed(checkout, monkeypatch, capfd, forget_runs) -> None:
     out = checkout / 'demo' / 'vmamba-det'
     with monkeypatch.context() as patch, pytest.raises(CommandError, match='carries on from the last checkpoint'):
@@ -143,6 +144,7 @@ sys.exit(run_command(lambda: run._run([sys.executable, '-c', {child!r}])))
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('task', 'last', 'shown'),
     [

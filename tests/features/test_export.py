@@ -317,6 +317,7 @@ def test_the_bound_on_pixels_is_the_one_asked_for(tmp_path, monkeypatch) -> None
     assert Image.MAX_IMAGE_PIXELS == 10
 
 
+@pytest.mark.slow
 def test_processes_share_the_images(models, tmp_path, shapes, environment, export, free_port) -> None:
     folder = shapes / 'ade20k' / 'images' / 'training'
     (tmp_path / 'in').mkdir()

@@ -23,7 +23,7 @@ def able(capability: str) -> bool:
     return found in order and order.index(found) >= order.index(TORCH_NAMES[capability])
 
 
-@pytest.mark.parametrize('capability', ('baseline', 'avx2'))
+@pytest.mark.parametrize('capability', (pytest.param('baseline', marks=pytest.mark.slow), 'avx2'))
 def test_capability_passes_the_tests(capability: str) -> None:
     if capability != 'baseline' and platform.machine() not in ('x86_64', 'AMD64'):
         pytest.skip(f'{capability} is an instruction set of x86-64, this is {platform.machine()}')

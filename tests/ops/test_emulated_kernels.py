@@ -105,6 +105,7 @@ def test_results_do_not_depend_on_the_order_of_threads(emulation: Emulation, cas
             assert torch.equal(value, first[name]), f'{name} with seed {seed}'
 
 
+@pytest.mark.slow
 def test_kernels_fit_into_the_shared_memory_of_older_gpus(emulation: Emulation) -> None:
     for limit in (48 * 1024, 64 * 1024, 99 * 1024):
         with emulation.serve(shared_limit=limit):
@@ -332,6 +333,7 @@ def test_strips_give_the_same_bits_whichever_blocks_take_them(
             assert torch.equal(value, first[name]), f'{name} with {multiprocessors} blocks, {residents} at a time'
 
 
+@pytest.mark.slow
 def test_more_blocks_than_a_grid_takes_are_divided_among_launches(tmp_path: Path) -> None:
     few = Emulation(tmp_path, ['-DSSM_MAX_BLOCKS=3'])
     with few.serve():
@@ -361,6 +363,7 @@ def test_what_has_no_kernel_is_refused(emulation: Emulation) -> None:
             torch.ops.cuda_ops.route_scan(x, delta, A, None, None, None, None, [0, 2], False, True, 20000)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(SANITIZE_VARIABLE in os.environ, reason='these are the sanitized tests')
 def test_sanitizers_find_nothing(pytestconfig: pytest.Config) -> None:
     """The tests above once more, with every access watched: address and undefined-behaviour sanitizers."""

@@ -115,7 +115,7 @@ def block_inputs(height: int, width: int, channels: int = 8) -> list[Tensor]:
 @pytest.mark.parametrize(
     ('function', 'backend', 'sizes'),
     (
-        (small_block, 'inductor', ((5, 7),)),
+        pytest.param(small_block, 'inductor', ((5, 7),), marks=pytest.mark.slow),
         (block, 'aot_eager', ((5, 7), (6, 9), (3, 11))),
     ),
     ids=('inductor', 'dynamic-shapes'),

@@ -243,7 +243,10 @@ def user(x: Tensor, weight: Tensor, A_log: Tensor, D: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ('backend', 'sizes'),
-    (('inductor', ((5, 7),)), ('aot_eager', ((5, 7), (9, 6), (3, 11)))),
+    (
+        ('inductor', ((5, 7),)),
+        pytest.param('aot_eager', ((5, 7), (9, 6), (3, 11)), marks=pytest.mark.slow),
+    ),
     ids=('inductor', 'dynamic-shapes'),
 )
 def test_torch_compile_takes_the_scan_whole(backend: str, sizes: tuple[tuple[int, int], ...]) -> None:

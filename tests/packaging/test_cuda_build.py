@@ -64,6 +64,7 @@ build.build(Path({str(package)!r}), Path({str(folder / 'objects')!r}))
     return folder, result.stdout
 
 
+@pytest.mark.slow
 @NO_NVCC
 @pytest.mark.skipif(torch.cuda.is_available(), reason='a GPU is here: tests/gpu tests the library itself')
 def test_a_library_with_cuda_kernels_serves_the_cpu(built: tuple[Path, str]) -> None:

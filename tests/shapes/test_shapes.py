@@ -160,6 +160,7 @@ def test_a_killed_run_leaves_nothing_that_looks_complete(tmp_path: Path) -> None
     assert len(list((tmp_path / 'coco/train2017').iterdir())) == FEW.train
 
 
+@pytest.mark.slow
 def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
     arguments = ('--train', '600', '--val', '1', '--size', '64', '64', '--formats', 'coco')
     first = _start(tmp_path, *arguments)

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / 'tools'
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason='one process is started for each GPU, of which there may be one')
 def test_dist_train_and_test_share_the_work(write_config, environment, tmp_path, free_port) -> None:
     changes = 'train_cfg = dict(max_epochs=1)\nval_cfg = val_dataloader = val_evaluator = None'
@@ -32,6 +33,7 @@ def test_dist_train_and_test_share_the_work(write_config, environment, tmp_path,
     assert out.is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs SyncBN is PyTorch's own")
 def test_upernet_trains_with_two_cpu_processes(shapes, environment, tmp_path, free_port) -> None:
     config, work_dir = ROOT / 'configs/vmamba/vmamba-nano_upernet_demo_shapes.py', tmp_path / 'work'
