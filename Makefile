@@ -14,8 +14,8 @@ given = $(filter command environment,$(firstword $(origin $(1))))
 
 help:
 	@echo 'make demo     set up, then train, evaluate and show a small model (DEMO_ARGS, FAMILY, TASK are passed on)'
-	@echo 'make test     set up, then check style and types and run the tests (PYTEST_ARGS are passed on)'
-	@echo 'make test-slow  the same with the slow tests, which take long for what they add (PYTEST_ARGS are passed on)'
+	@echo 'make test     set up, then check style and types and run all tests but the slow ones (PYTEST_ARGS are passed on)'
+	@echo 'make test-slow    the same with the slow tests'
 	@echo 'make kernels  compile every CUDA kernel for every architecture by nvcc alone, and print what each takes (ARCHS="8.0 9.0")'
 	@echo 'make setup    make or complete the environment alone'
 	@echo 'make lint     set up, then check format, style and types alone'
