@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cuda_ops.reference import state_dtype
+from cuda_ops.route_reference import state_dtype
 
 
 def causal_conv1d_fn(

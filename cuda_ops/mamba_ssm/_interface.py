@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from cuda_ops import _checks
 from cuda_ops._reference_mode import use_reference
 from cuda_ops.mamba_ssm._convolution import causal_conv1d_fn
-from cuda_ops.reference import state_dtype
+from cuda_ops.route_reference import state_dtype
 from cuda_ops.route_scan import selective_scan
 
 
