@@ -103,6 +103,12 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
         default='none',
         help='launcher of the processes of a distributed run',
     )
+    parser.add_argument(
+        '--no-check',
+        dest='check',
+        action='store_false',
+        help='do not check the data first (tools/check_data.py tells what the check finds)',
+    )
     # torch.distributed.launch passes one spelling or the other; torchrun sets LOCAL_RANK instead.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 

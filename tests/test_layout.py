@@ -20,6 +20,7 @@ ROOMS = [
     'factory',
     'heads',
     'apis',
+    'data_check',
     'flops',
     'engine',
     'shapes',

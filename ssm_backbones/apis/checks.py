@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import DATASETS, DefaultScope
+from mmengine.registry import DATASETS
 
+from ssm_backbones.apis.config import registered
 from ssm_backbones.utils.errors import CommandError
 
 
-def check_data(cfg: Config, modes: Sequence[str]) -> None:
+def check_paths(cfg: Config, modes: Sequence[str]) -> None:
     """Check that the files and folders of the datasets and evaluators of ``modes`` exist.
 
     Checked are annotation files, image folders and data roots on the local disk. Not checked are files in other
@@ -109,6 +110,12 @@ def leaf_datasets(dataset: Any, key: str = '') -> Iterator[tuple[str, Any]]:
         yield key, dataset
 
 
+def is_here(dataset: Mapping[str, Any], scope: str) -> bool:
+    """Return whether a data set's files have to be on the local disk: it is not remote and does not download itself."""
+    remote = _is_remote(dataset) or not _is_local(dataset.get('data_root') or '')
+    return not remote and not _downloads_itself(dataset, scope)
+
+
 def _check_dataset(dataset: Mapping[str, Any], key: str, scope: str) -> None:
     if _is_remote(dataset) or _downloads_itself(dataset, scope):
         return
@@ -152,6 +159,5 @@ def _is_remote(owner: Mapping[str, Any]) -> bool:
 
 
 def _downloads_itself(dataset: Mapping[str, Any], scope: str) -> bool:
-    with DefaultScope.overwrite_default_scope(scope):
-        kind = DATASETS.get(dataset['type']) if isinstance(dataset['type'], str) else dataset['type']
+    kind = registered(DATASETS, dataset['type'], scope) if isinstance(dataset['type'], str) else dataset['type']
     return kind is not None and 'download' in inspect.signature(kind.__init__).parameters

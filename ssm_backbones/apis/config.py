@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.registry import Registry
 
 from ssm_backbones.utils.errors import CommandError
 
@@ -48,3 +49,12 @@ def load_config(path: str | Path, cfg_options: Mapping[str, Any] | None = None) 
     if 'model' not in cfg:
         raise CommandError(f'config file {path} has no `model`.')
     return cfg
+
+
+def registered(registry: Registry, name: str, scope: str) -> Any:
+    """Return what a host library's registry has under a name, None if nothing.
+
+    ``registry.get`` alone looks into mmengine's own registry, whatever the default scope.
+    """
+    with registry.switch_scope_and_registry(scope) as own:
+        return own.get(name)

@@ -14,7 +14,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 
-from ssm_backbones.apis.checks import check_data, leaf_datasets
+from ssm_backbones.apis.checks import check_paths, leaf_datasets
 from ssm_backbones.compat import without_pil_limit
 from ssm_backbones.utils.errors import CommandError
 
@@ -128,7 +128,7 @@ def _of_split(split: str, cfg: Config) -> list[InputImage]:
     loader = cfg.get(f'{split}_dataloader')
     if loader is None:
         raise CommandError(f'the config has no {split}_dataloader.')
-    check_data(cfg, (split,))
+    check_paths(cfg, (split,))
     images = []
     for _, settings in leaf_datasets(loader.dataset):
         settings = deepcopy(settings)

@@ -21,10 +21,11 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from ssm_backbones.apis.checks import check_checkpoint, check_data, check_init_cfg
+from ssm_backbones.apis.checks import check_checkpoint, check_init_cfg, check_paths
 from ssm_backbones.apis.config import load_config
 from ssm_backbones.checkpoints.files import read_checkpoint
 from ssm_backbones.compat import name_unreadable_files
+from ssm_backbones.data_check import as_table, check_data, error_message
 from ssm_backbones.engine.checkpoint_hook import LoadCheckpointHook
 from ssm_backbones.engine.cpu_distributed import CPUDistributedDataParallel
 from ssm_backbones.utils.errors import CommandError
@@ -45,6 +46,7 @@ class TrainOptions:
         auto_scale_lr: Scale the learning rate by the actual over the config's ``auto_scale_lr.base_batch_size``.
         cfg_options: Values that replace the config's, by dotted key.
         launcher: ``'none'``, ``'pytorch'``, ``'slurm'`` or ``'mpi'``.
+        check: Check the data first, as :func:`ssm_backbones.data_check.check_data` does.
     """
 
     config: str
@@ -54,6 +56,7 @@ class TrainOptions:
     auto_scale_lr: bool = False
     cfg_options: Mapping[str, Any] = field(default_factory=dict)
     launcher: str = 'none'
+    check: bool = True
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class TestOptions:
         tta: Test-time augmentation.
         cfg_options: Values that replace the config's, by dotted key.
         launcher: As in :class:`TrainOptions`.
+        check: As in :class:`TrainOptions`.
     """
 
     __test__ = False  # pytest would take the class for a test by its name
@@ -85,6 +89,7 @@ class TestOptions:
     tta: bool = False
     cfg_options: Mapping[str, Any] = field(default_factory=dict)
     launcher: str = 'none'
+    check: bool = True
 
 
 def train(options: TrainOptions) -> Runner:
@@ -105,10 +110,12 @@ def train(options: TrainOptions) -> Runner:
     message = _choose_start(cfg, options.resume)
     if cfg.default_scope == 'mmpretrain':
         _set_mmpretrain_dataloaders(cfg, ('train_dataloader', 'val_dataloader', 'test_dataloader'))
-    check_data(cfg, ('train', 'val'))
+    check_paths(cfg, ('train', 'val'))
     check_init_cfg(cfg.model)
     start = cfg.get('load_from')
     _check_start(start, 'load_from' if options.resume is None else '--resume' if cfg.resume else 'load_from')
+    if options.check:
+        _check_data(cfg, ('train', 'val'), options.launcher)
     _prepare_launch(cfg, options.launcher)
     with name_unreadable_files():
         runner = _build_runner(cfg)
@@ -139,9 +146,11 @@ def test(options: TestOptions) -> dict[str, float]:
         _enable_tta(cfg)
     if scope == 'mmpretrain':
         _set_mmpretrain_dataloaders(cfg, ('test_dataloader',))
-    check_data(cfg, ('test',))
+    check_paths(cfg, ('test',))
     _check_out(options.out, scope)
     _check_start(options.checkpoint, 'checkpoint')
+    if options.check:
+        _check_data(cfg, ('test',), options.launcher)
     _prepare_launch(cfg, options.launcher)
     if options.out is not None and scope == 'mmseg':
         cfg.test_evaluator.output_dir = options.out
@@ -158,6 +167,19 @@ def test(options: TestOptions) -> dict[str, float]:
 
 
 test.__test__ = False  # type: ignore[attr-defined]
+
+
+def _check_data(cfg: Config, modes: tuple[str, ...], launcher: str) -> None:
+    """Check the data in the first process of a run, and log what is no error."""
+    rank = {'none': '0', 'pytorch': 'RANK', 'slurm': 'SLURM_PROCID', 'mpi': 'OMPI_COMM_WORLD_RANK'}[launcher]
+    if os.environ.get(rank, '0') != '0':
+        return
+    findings = check_data(cfg, modes)
+    message = error_message(findings)
+    if message:
+        raise CommandError(f'{message}\ntools/check_data.py tells more; --no-check goes on without this check.')
+    if findings:
+        logger.warning('the check of the data found:\n%s', as_table(findings))
 
 
 def _set_work_dir(cfg: Config, config: str, work_dir: str | None) -> None:

@@ -6,7 +6,7 @@ import pytest
 from mmengine.config import ConfigDict
 from mmengine.registry import DATA_SAMPLERS, DATASETS, EVALUATOR, DefaultScope
 
-from ssm_backbones.apis.checks import check_data
+from ssm_backbones.apis.checks import check_paths
 from tests.configs.catalogue import ZOO, config, pipeline
 
 TRAIN, VAL = 6, 2
@@ -60,7 +60,7 @@ CHECKS = {
 @pytest.mark.parametrize('name', ZOO)
 def test_datasets_and_pipelines(name, beside_data) -> None:
     cfg = config(name)
-    check_data(cfg, ('train', 'val', 'test'))
+    check_paths(cfg, ('train', 'val', 'test'))
     kind, check = CHECKS[cfg.default_scope]
     read = [samples(cfg.default_scope, cfg[f'{mode}_dataloader']) for mode in ('train', 'val', 'test')]
     assert [(size, type_name) for size, type_name, _ in read] == [(TRAIN, kind), (VAL, kind), (VAL, kind)]

@@ -150,7 +150,7 @@ def test_unreadable_image(content, worker, shapes, tmp_path, work_dir, write_con
         image = data / 'coco/train2017' / image['file_name']
         image.unlink() if content is None else image.write_bytes(content)
     config = write_config('mmdet', f'train_dataloader = dict(num_workers={int(worker)})', data)
-    error = fails(capsys, run_train([str(config), '--work-dir', str(work_dir)]))
+    error = fails(capsys, run_train([str(config), '--work-dir', str(work_dir), '--no-check']))
     assert error.startswith(f'error: image {data}/coco/train2017/') and 'cannot be read' in error
     assert not list(work_dir.glob('*.pth'))
 
@@ -160,7 +160,8 @@ def test_unreadable_label_map(shapes, tmp_path, work_dir, write_config, capsys) 
     shutil.copytree(shapes, data)
     for path in (data / 'ade20k/annotations/training').iterdir():
         path.write_bytes(b'no image')
-    error = fails(capsys, run_train([str(write_config('mmseg', data=data)), '--work-dir', str(work_dir)]))
+    arguments = [str(write_config('mmseg', data=data)), '--work-dir', str(work_dir), '--no-check']
+    error = fails(capsys, run_train(arguments))
     assert error.startswith(f'error: label map {data}/ade20k/annotations/training/')
 
 

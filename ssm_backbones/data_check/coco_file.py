@@ -1,0 +1,171 @@
+"""A file of COCO annotations as columns, one entry for each annotation."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssm_backbones.data_check.json_stream import read_members
+
+# Kinds of segmentation.
+ABSENT, EMPTY, POLYGONS, DEGENERATE, RLE, MALFORMED = range(6)
+
+
+@dataclass
+class CocoFile:
+    """A file of COCO annotations without what the check does not need.
+
+    Attributes:
+        path: The file.
+        images: Entries of ``images`` without other keys than ``id``, ``file_name``, ``width`` and ``height``.
+        categories: Entries of ``categories``.
+        ids, image_ids, category_ids: Of the annotations; None if missing.
+        boxes: (N, 4) float64, ``x, y, width, height``; NaN if the annotation has no box of four numbers.
+        bad_boxes: The value of ``bbox`` by index, where it is not a list of four numbers.
+        areas: (N,) float64; NaN if missing or not a number.
+        has_area, has_crowd, crowd, ignored: (N,) bool.
+        masks: (N,) uint8, the kind of segmentation.
+        extents: (N, 4) float32, smallest x and y, largest x and y of the polygons; NaN for others.
+        few_points: (N,) bool, some polygons have fewer than three points or an odd number of coordinates.
+        rle_sizes: ``size`` of run lengths by index.
+        sample: An image's annotations as they are in the file, for a trial of the pipeline.
+    """
+
+    path: Path
+    images: list[dict[str, Any]] = field(default_factory=list)
+    categories: list[dict[str, Any]] = field(default_factory=list)
+    ids: list[Any] = field(default_factory=list)
+    image_ids: list[Any] = field(default_factory=list)
+    category_ids: list[Any] = field(default_factory=list)
+    boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))
+    bad_boxes: dict[int, Any] = field(default_factory=dict)
+    areas: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    has_area: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    has_crowd: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    crowd: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    ignored: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    masks: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
+    extents: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))
+    few_points: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    rle_sizes: dict[int, Any] = field(default_factory=dict)
+    sample: list[dict[str, Any]] = field(default_factory=list)
+
+    def describe(self, index: int) -> str:
+        """Name an annotation for a message."""
+        return f'annotation {self.ids[index]} of image {self.image_ids[index]}'
+
+
+def read_coco(path: str | Path) -> CocoFile:
+    """Read a file of COCO annotations.
+
+    Raises:
+        ValueError: If the file is not a JSON object of COCO's form. The message gives the place.
+    """
+    coco = CocoFile(Path(path))
+    columns = _Columns(coco)
+    for key, value in read_members(path):
+        if key in ('images', 'annotations', 'categories') and not isinstance(value, dict):
+            raise ValueError(f'{key} has to be a list of objects, found {_short(value)}')
+        if key == 'annotations':
+            columns.append(value)
+        elif key == 'images':
+            coco.images.append({name: value[name] for name in ('id', 'file_name', 'width', 'height') if name in value})
+        elif key == 'categories':
+            coco.categories.append(value)
+    columns.finish()
+    return coco
+
+
+class _Columns:
+    """Appends annotations; only what is written here runs once for each of a million annotations."""
+
+    def __init__(self, coco: CocoFile) -> None:
+        self.coco = coco
+        self.boxes, self.areas, self.extents = array('d'), array('d'), array('f')
+        self.has_area, self.has_crowd, self.crowd = bytearray(), bytearray(), bytearray()
+        self.ignored, self.masks, self.few_points = bytearray(), bytearray(), bytearray()
+
+    def append(self, annotation: dict[str, Any]) -> None:
+        coco = self.coco
+        get = annotation.get
+        index = len(coco.ids)
+        image_id = get('image_id')
+        coco.ids.append(get('id'))
+        coco.image_ids.append(image_id)
+        coco.category_ids.append(get('category_id'))
+        if not index or image_id == coco.image_ids[0]:
+            coco.sample.append(annotation)
+        box: Any = get('bbox')
+        try:
+            x, y, width, height = box
+            self.boxes.extend((x, y, width, height))
+        except (TypeError, ValueError):
+            del self.boxes[4 * index :]
+            self.boxes.extend((float('nan'),) * 4)
+            coco.bad_boxes[index] = box
+        area: Any = get('area')
+        measured = isinstance(area, (int, float))
+        self.has_area.append(measured)
+        self.areas.append(area if measured else float('nan'))
+        crowd = get('iscrowd')
+        self.has_crowd.append(crowd is not None)
+        self.crowd.append(bool(crowd))
+        self.ignored.append(bool(get('ignore')))
+        kind, few, extent = _segmentation(get('segmentation'))
+        self.masks.append(kind)
+        self.few_points.append(few)
+        self.extents.extend(extent)
+        if kind == RLE:
+            coco.rle_sizes[index] = annotation['segmentation'].get('size')
+
+    def finish(self) -> None:
+        coco = self.coco
+        coco.boxes = np.frombuffer(self.boxes, np.float64).reshape(-1, 4)
+        coco.areas = np.frombuffer(self.areas, np.float64)
+        coco.extents = np.frombuffer(self.extents, np.float32).reshape(-1, 4)
+        coco.masks = np.frombuffer(self.masks, np.uint8)
+        for name in ('has_area', 'has_crowd', 'crowd', 'ignored', 'few_points'):
+            setattr(coco, name, np.frombuffer(getattr(self, name), np.uint8).astype(bool))
+
+
+_NO_EXTENT = (float('nan'),) * 4
+
+
+def _segmentation(value: Any) -> tuple[int, bool, tuple[float, ...]]:
+    """Return the kind, whether polygons have too few points, and the extent."""
+    if value is None:
+        return ABSENT, False, _NO_EXTENT
+    if isinstance(value, Mapping):
+        counts, size = value.get('counts'), value.get('size')
+        sound = isinstance(counts, (list, str)) and isinstance(size, list) and len(size) == 2
+        return RLE if sound else MALFORMED, False, _NO_EXTENT
+    if not isinstance(value, list):
+        return MALFORMED, False, _NO_EXTENT
+    if not value:
+        return EMPTY, False, _NO_EXTENT
+    left = top = float('inf')
+    right = bottom = -left
+    few = False
+    try:
+        for polygon in value:
+            if len(polygon) < 6 or len(polygon) % 2:
+                few = True
+                continue
+            xs, ys = polygon[::2], polygon[1::2]
+            left, right = min(left, *xs), max(right, *xs)
+            top, bottom = min(top, *ys), max(bottom, *ys)
+    except TypeError:
+        return MALFORMED, False, _NO_EXTENT
+    if right < left:
+        return DEGENERATE, True, _NO_EXTENT
+    return POLYGONS, few, (left, top, right, bottom)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f'{text[:57]}...'
