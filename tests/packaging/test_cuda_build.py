@@ -87,6 +87,7 @@ print(status)
     assert 'no such device here' in result.stdout and '9.0' in result.stdout
 
 
+@pytest.mark.slow
 @NO_NVCC
 def test_kernels_keep_to_their_registers(built: tuple[Path, str], report: ModuleType) -> None:
     """What the assembler said of every kernel of the library, as ``make kernels`` has it for all architectures."""
