@@ -374,7 +374,7 @@ def test_averages_forget_the_untrained_heads(name, folder, monkeypatch):
     iterations = cfg.train_cfg.max_epochs * 1000 // 2
     assert (1 - average.momentum) ** iterations < 1e-3
     text = ' '.join(PAGE.read_text(encoding='utf-8').split())
-    said = re.search(r'below 1 % after (\d+) iterations with (\S+), but only after (\d+) (\d+) with (\S+), VMamba', text)
+    said = re.search(r'below 1 % after (\d+) iterations with (\S+), but only after (\d+) (\d+) with (\S+),', text)
     assert float(said[2]) == average.momentum
     assert 1 - float(said[5]) == PUBLISHED['vmamba']['recipes']['imagenet']['ema']
     for iterations, momentum in ((said[1], said[2]), (said[3] + said[4], said[5])):
