@@ -78,6 +78,11 @@ VMAMBA_WHOLE = [(hosts.detector, *item) for item in DETECTORS.items()] + [
 ]
 
 
+def sampled(rows, variants=('tiny-s1l8', 'tiny-v0', 'nano')):
+    """Mark those of other variants as slow."""
+    return [pytest.param(*row, marks=() if row[-1] in variants else pytest.mark.slow) for row in rows]
+
+
 def widths_of(variant):
     return [VMAMBA[variant]['embed_dims'] * 2**i for i in range(4)]
 
@@ -111,7 +116,7 @@ def assert_marks_moved(converted, official):
     assert sizes(converted) == sizes(official)
 
 
-@pytest.mark.parametrize(('name', 'variant'), CLASSIFIERS.items())
+@pytest.mark.parametrize(('name', 'variant'), sampled(CLASSIFIERS.items()))
 def test_vmamba_classifiers(name, variant, tmp_path):
     official = marked_tensors(vmamba_classifier(**VMAMBA[variant]))
     source = saved({'model': official, 'max_accuracy': 82.6, 'epoch': 264}, tmp_path, name)
@@ -130,7 +135,7 @@ def test_vmamba_classifiers(name, variant, tmp_path):
     assert_same(back['model'], official)
 
 
-@pytest.mark.parametrize(('name', 'variant'), MAMBA2D_CLASSIFIERS.items())
+@pytest.mark.parametrize(('name', 'variant'), sampled(MAMBA2D_CLASSIFIERS.items()))
 def test_mamba2d_classifiers(name, variant, tmp_path):
     official = marked_tensors(mamba2d_classifier(**MAMBA2D[variant]))
     source = saved(
@@ -165,14 +170,14 @@ def test_mamba2d_classifiers(name, variant, tmp_path):
     assert_same(back['state_dict'], official)
 
 
-@pytest.mark.parametrize(('host', 'name', 'variant'), VMAMBA_WHOLE)
+@pytest.mark.parametrize(('host', 'name', 'variant'), sampled(VMAMBA_WHOLE))
 def test_vmamba_detectors_and_segmentors(host, name, variant, tmp_path):
     model = host(dict(type='VMamba', arch=variant), widths_of(variant))
     backbone = marked_tensors(vmamba_pyramid(**VMAMBA[variant]))
     check_whole_model(model, backbone, 'VMamba', variant, tmp_path / name)
 
 
-@pytest.mark.parametrize(('host', 'name', 'variant'), MAMBA2D_WHOLE)
+@pytest.mark.parametrize(('host', 'name', 'variant'), sampled(MAMBA2D_WHOLE))
 def test_mamba2d_detectors_and_segmentors(host, name, variant, tmp_path):
     model = host(dict(type='Mamba2D', arch=variant), MAMBA2D[variant]['embed_dims'])
     backbone = marked_tensors(mamba2d_backbone(**MAMBA2D[variant]))

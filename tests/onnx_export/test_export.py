@@ -55,6 +55,7 @@ def test_backbones(name, tmp_path) -> None:
 
 
 # Those that pad by the size of the image: what is left open has to stay open there.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'settings',
     [
@@ -107,7 +108,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize('host', ['mmpretrain', 'mmseg', 'mmdet'])
+@pytest.mark.parametrize('host', ['mmpretrain', pytest.param('mmseg', marks=pytest.mark.slow), 'mmdet'])
 def test_tool(host, tool, write_config, tmp_path, capsys) -> None:
     config = str(write_config(host, CHANGES[host]))
     model = build_model(load_config(config), None)

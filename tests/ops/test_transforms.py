@@ -399,7 +399,9 @@ def test_gradient_of_a_tangent_is_right(problem: Problem) -> None:
 
 
 @pytest.mark.parametrize('case', (Cross(2, 1, 2, 4, 2), Wavefront(2, 1, 2, 4, 2)), ids=case_id)
-@pytest.mark.parametrize('way', (by_func, by_dual_numbers), ids=lambda way: way.__name__)
+@pytest.mark.parametrize(
+    'way', (by_func, pytest.param(by_dual_numbers, marks=pytest.mark.slow)), ids=lambda way: way.__name__
+)
 def test_compiled_tangents_are_the_same(case: Case | Wavefront, way: Callable[..., Tensor]) -> None:
     problem = problem_of(case)
     tangents = problem.tangents()
