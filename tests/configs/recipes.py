@@ -31,6 +31,7 @@ HOSTS = {
     'ade20k': 'mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py',
     'imagenet': 'mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py',
     'cascade': 'mmdet::cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py',
+    'faster-rcnn': 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
     'dino': 'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py',
     'segformer': 'mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py',
 }
@@ -70,7 +71,7 @@ class Recipe:
     @property
     def other_head(self) -> str | None:
         """The host library's model with which no author trained a backbone of this package."""
-        found = [head for head in ('cascade', 'dino', 'segformer') if head in self.name]
+        found = [head for head in ('cascade', 'faster-rcnn', 'dino', 'segformer') if head in self.name]
         return found[0] if found else None
 
     @property
@@ -370,20 +371,14 @@ def _(recipe: Recipe, value: str) -> str | list[str]:
     """The published phrase, or what of the host's own config is not so here."""
     trained = host(recipe.schedule if recipe.task == 'coco' else 'ade20k')
     own = ('clip_grad',) if 'clip_grad' in recipe.published() else ()
+    # Boxes alone are read and evaluated in a way of their own.
+    data = host('faster-rcnn') if recipe.other_head == 'faster-rcnn' else trained
     differing = compare(
         recipe.cfg,
-        trained,
-        (
-            'train_dataloader',
-            'val_dataloader',
-            'test_dataloader',
-            'val_evaluator',
-            'test_evaluator',
-            'param_scheduler',
-            'tta_pipeline',
-            'tta_model',
-        ),
+        data,
+        ('train_dataloader', 'val_dataloader', 'test_dataloader', 'val_evaluator', 'test_evaluator'),
     )
+    differing += compare(recipe.cfg, trained, ('param_scheduler', 'tta_pipeline', 'tta_model'))
     # How often is validated changes nothing that is trained.
     differing += compare(
         dict(train_cfg=recipe.cfg.train_cfg), dict(train_cfg=trained.train_cfg), ('train_cfg',), but=('val_interval',)

@@ -29,6 +29,7 @@ CONFIGS = (
     pytest.param('v2m/v2m-tiny_upernet_8xb2-160k_ade20k-512x512', marks=pytest.mark.slow),
     pytest.param('mamba2d/mamba2d-nano_upernet_8xb2-160k_ade20k-512x512', marks=pytest.mark.slow),
     pytest.param('vmamba/cascade-mask-rcnn_vmamba-tiny_fpn_1x_coco', marks=pytest.mark.slow),
+    pytest.param('vmamba/faster-rcnn_vmamba-tiny_fpn_1x_coco', marks=pytest.mark.slow),
     pytest.param('vmamba/dino-4scale_vmamba-tiny_8xb2-12e_coco', marks=pytest.mark.slow),
     pytest.param('vmamba/vmamba-tiny_segformer_8xb2-160k_ade20k-512x512', marks=pytest.mark.slow),
 )
