@@ -12,6 +12,7 @@ from cuda_ops import __version__  # noqa: E402
 from ssm_backbones.backbones import V2M, Mamba2D, VMamba  # noqa: E402
 from ssm_backbones.checkpoints import load_official  # noqa: E402
 from ssm_backbones.compat import allow_inheritance  # noqa: E402
+from ssm_backbones.datasets.loading import LoadBands  # noqa: E402
 from ssm_backbones.engine.optim import BFloat16OptimWrapper, LayerDecayOptimWrapperConstructor  # noqa: E402
 from ssm_backbones.factory import create_backbone, list_backbones  # noqa: E402
 from ssm_backbones.utils.configs import config_file  # noqa: E402
@@ -21,6 +22,7 @@ allow_inheritance()
 __all__ = [
     'BFloat16OptimWrapper',
     'LayerDecayOptimWrapperConstructor',
+    'LoadBands',
     'Mamba2D',
     'V2M',
     'VMamba',

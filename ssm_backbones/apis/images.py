@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 
@@ -18,7 +19,7 @@ from ssm_backbones.apis.checks import check_paths, leaf_datasets
 from ssm_backbones.compat import without_pil_limit
 from ssm_backbones.utils.errors import CommandError
 
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
+SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm', '.jp2', '.npy')
 SPLITS = ('train', 'val', 'test')
 MAX_PIXELS = 100_000_000
 
@@ -99,6 +100,9 @@ test_pipeline.__test__ = False  # type: ignore[attr-defined]
 def check_readable(path: str, max_pixels: int) -> None:
     """Reject truncated files, which decoders accept silently, and images that are too large to process.
 
+    Arrays (.npy) and the TIFFs that Pillow cannot open, such as those of five bands, are checked for their size alone;
+    the config's own loader decodes them.
+
     Raises:
         UnreadableImage: If the image cannot be used. The message gives the reason.
     """
@@ -106,14 +110,19 @@ def check_readable(path: str, max_pixels: int) -> None:
 
     try:
         data = Path(path).read_bytes()
-        with without_pil_limit(), Image.open(path) as image:
-            kind, (width, height) = image.format, image.size
-    except UnidentifiedImageError:
-        raise UnreadableImage('no image, or damaged' if data else 'the file is empty') from None
+        kind = ''
+        if path.lower().endswith('.npy'):
+            height, width = _array_size(np.load(path, mmap_mode='r').shape)
+        else:
+            try:
+                with without_pil_limit(), Image.open(path) as image:
+                    kind, (width, height) = image.format or '', image.size
+            except UnidentifiedImageError:
+                height, width = _tiff_size(path, data)
     except FileNotFoundError:
         raise UnreadableImage('no such file') from None
-    except OSError as error:
-        raise UnreadableImage(str(error)) from error
+    except (OSError, ValueError, EOFError) as error:
+        raise UnreadableImage(str(error) if data else 'the file is empty') from error
     if width * height > max_pixels:
         raise UnreadableImage(f'too large: {width}x{height} pixels are more than {max_pixels} (max_pixels)')
     # Within the coded image, neither marker can occur; the first may also end a thumbnail before it.
@@ -122,6 +131,29 @@ def check_readable(path: str, max_pixels: int) -> None:
     )
     if cut_off:
         raise UnreadableImage('the file is cut off: its end is missing')
+
+
+def _array_size(shape: Sequence[int]) -> tuple[int, int]:
+    """Return height and width of an array whose bands, if it has any, are the shortest side, first or last."""
+    if len(shape) == 2:
+        return shape[0], shape[1]
+    if len(shape) != 3:
+        raise ValueError(f'no image: an array of shape {tuple(shape)}')
+    return (shape[1], shape[2]) if shape[0] < shape[2] else (shape[0], shape[1])
+
+
+def _tiff_size(path: str, data: bytes) -> tuple[int, int]:
+    if data[:4] not in (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+'):
+        raise ValueError('no image, or damaged')
+    try:
+        import tifffile
+    except ImportError as error:
+        raise ValueError('a TIFF that Pillow cannot open; tifffile reads more of them: pip install tifffile') from error
+    try:
+        with tifffile.TiffFile(path) as file:
+            return _array_size(file.series[0].shape)
+    except (tifffile.TiffFileError, IndexError, KeyError) as error:
+        raise ValueError(f'a damaged TIFF ({error})') from error
 
 
 def _of_split(split: str, cfg: Config) -> list[InputImage]:

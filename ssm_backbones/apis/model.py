@@ -135,8 +135,22 @@ def fingerprint(extractor: FeatureExtractor, cfg: Config, pipeline: Sequence[Map
         preprocessor=_plain(preprocessor_config(cfg)),
         pipeline=_plain(pipeline),
     )
+    return _digest(parts, extractor)
+
+
+def model_fingerprint(model: nn.Module, cfg: Config, pipeline: Sequence[Mapping[str, Any]]) -> str:
+    """Hash everything that a whole model's predictions depend on: weights, settings and preprocessing.
+
+    Returns:
+        64 hexadecimal digits (SHA-256).
+    """
+    parts = dict(model=_plain(cfg.model), preprocessor=_plain(preprocessor_config(cfg)), pipeline=_plain(pipeline))
+    return _digest(parts, model)
+
+
+def _digest(parts: Mapping[str, Any], model: nn.Module) -> str:
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode())
-    for name, tensor in sorted(extractor.state_dict().items()):
+    for name, tensor in sorted(model.state_dict().items()):
         digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}\n'.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

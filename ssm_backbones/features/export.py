@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ssm_backbones.apis.batches import batches
 from ssm_backbones.apis.checks import check_device
 from ssm_backbones.apis.config import load_config
 from ssm_backbones.apis.images import (
@@ -34,11 +34,10 @@ from ssm_backbones.features.placement import PlacedPipeline, Placement, Placemen
 from ssm_backbones.features.store import DTYPES, FeatureStore, Record
 from ssm_backbones.utils.errors import CommandError
 from ssm_backbones.utils.files import locked
+from ssm_backbones.utils.progress import progress
 from ssm_backbones.utils.signals import interrupt_on_sigterm
 from ssm_backbones.utils.torch_compat import OutOfMemoryError
 
-# Limit on the images that wait for others of their size, in batches; beyond it, smaller batches are computed.
-_WAITING_BATCHES = 4
 _PROBE = 256
 _PATIENCE = timedelta(days=30)
 
@@ -210,20 +209,6 @@ def describe_levels(extractor: FeatureExtractor, wanted: Sequence[int] | None = 
     ]
 
 
-def batches(samples: Iterable[_Sample], batch_size: int) -> Iterator[list[_Sample]]:
-    """Yield batches of samples of one size, with at most ``batch_size`` each, and a bounded number waiting."""
-    waiting: dict[tuple[int, ...], list[_Sample]] = {}
-    for sample in samples:
-        assert sample.data is not None, 'only what could be read is batched'
-        shape = tuple(sample.data['inputs'].shape)
-        waiting.setdefault(shape, []).append(sample)
-        if len(waiting[shape]) == batch_size:
-            yield waiting.pop(shape)
-        elif sum(map(len, waiting.values())) >= _WAITING_BATCHES * batch_size:
-            yield waiting.pop(max(waiting, key=lambda key: len(waiting[key])))
-    yield from waiting.values()
-
-
 def _run(
     extractor: FeatureExtractor,
     dataset: _Images,
@@ -255,7 +240,8 @@ def _run(
         pin_memory=device.type == 'cuda',
     )
     # One thread writes while the next batch is computed; it is the only one that touches the store.
-    with _progress(len(dataset), rank) as advance, ThreadPoolExecutor(1) as writer, interrupt_on_sigterm():
+    bar = progress('exporting', len(dataset), disable=rank != 0)
+    with bar as advance, ThreadPoolExecutor(1) as writer, interrupt_on_sigterm():
         pending: list[Future] = []
         try:
             for batch in batches(readable(loader), options.batch_size):
@@ -423,15 +409,3 @@ def _draw_previews(options: ExportOptions, images: Sequence[InputImage], rank: i
     from ssm_backbones.features.preview import draw_missing_previews
 
     draw_missing_previews(options.out, {image.id for image in images}, quiet=rank != 0)
-
-
-@contextlib.contextmanager
-def _progress(total: int, rank: int) -> Iterator[Any]:
-    """Show a progress bar on stderr of the first process; yield a function that advances it by a number of images."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn('exporting'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(file=sys.stderr), disable=rank != 0 or not total) as progress:
-        task = progress.add_task('exporting', total=total)
-        yield lambda count: progress.advance(task, count)

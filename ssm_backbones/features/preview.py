@@ -13,8 +13,11 @@ import numpy as np
 from ssm_backbones.apis.images import UnreadableImage
 from ssm_backbones.features.dataset import FeatureDataset
 from ssm_backbones.features.store import PREVIEWS, Record
+from ssm_backbones.utils.arrays import bands_last, read_array
+from ssm_backbones.utils.errors import CommandError
 from ssm_backbones.utils.files import atomic_file, file_name, writing
 from ssm_backbones.visualization.colours import pca_colours
+from ssm_backbones.visualization.reading import array_as_rgb
 
 _SIDE, _GAP, _BAR = 320, 12, 44
 _PAPER, _INK, _MUTED = (255, 255, 255), (32, 36, 44), (120, 126, 138)
@@ -92,14 +95,26 @@ def _as_given(original: np.ndarray, record: Record, size: tuple[int, int]) -> An
 
 
 def _read(path: str) -> np.ndarray:
-    """Read uint8 (H, W, 3), RGB, like the pipelines' default reader: 16 bits become 8, and EXIF rotation applies."""
+    """Read uint8 (H, W, 3), RGB, like the pipelines' default reader: 16 bits become 8, and EXIF rotation applies.
+
+    Of arrays, and of TIFFs that OpenCV does not read, three bands are stretched to 8 bits.
+    """
     import mmcv
 
+    if not path.lower().endswith('.npy'):
+        try:
+            image = mmcv.imread(path, channel_order='rgb', backend='cv2')
+        except Exception as error:
+            # The decoder raises arbitrary errors for files that are damaged, too large or missing.
+            if not path.lower().endswith(('.tif', '.tiff')):
+                raise UnreadableImage(f'{type(error).__name__}: {str(error).strip()}') from error
+        else:
+            if image is not None and image.ndim == 3 and image.shape[2] == 3:
+                return image
     try:
-        return mmcv.imread(path, channel_order='rgb', backend='cv2')
-    except Exception as error:
-        # The decoder raises arbitrary errors for files that are damaged, too large or missing.
-        raise UnreadableImage(f'{type(error).__name__}: {str(error).strip()}') from error
+        return array_as_rgb(bands_last(read_array(path), path=path))
+    except CommandError as error:
+        raise UnreadableImage(str(error)) from error
 
 
 def draw_missing_previews(folder: str | os.PathLike[str], ids: Collection[str], quiet: bool = False) -> None:

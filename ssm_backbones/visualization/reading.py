@@ -84,16 +84,22 @@ class ImageReader:
 
 
 def as_rgb(inputs: Tensor) -> np.ndarray:
-    """Convert a packed image (C, H, W) to uint8 (H, W, 3), RGB, for drawing.
+    """Convert a packed image (C, H, W) to uint8 (H, W, 3), RGB, for drawing. See :func:`array_as_rgb`."""
+    return array_as_rgb(inputs.permute(1, 2, 0).cpu().numpy())
+
+
+def array_as_rgb(image: np.ndarray) -> np.ndarray:
+    """Convert a loaded image (H, W) or (H, W, C) to uint8 (H, W, 3), RGB, for drawing.
 
     Three channels are BGR, as mmcv reads; fewer become grey; of more, the first three are taken. Other values than
     uint8 are stretched to 0..255.
     """
-    if inputs.shape[0] == 3:
-        inputs = inputs.flip(0)
-    elif inputs.shape[0] < 3:
-        inputs = inputs[:1].expand(3, -1, -1)
-    colours = inputs[:3].permute(1, 2, 0).cpu().numpy()
+    image = image if image.ndim == 3 else image[:, :, None]
+    if image.shape[2] == 3:
+        image = image[:, :, ::-1]
+    elif image.shape[2] < 3:
+        image = np.repeat(image[:, :, :1], 3, axis=2)
+    colours = image[:, :, :3]
     if colours.dtype == np.uint8:
         return np.ascontiguousarray(colours)
     low, high = float(colours.min()), float(colours.max())
