@@ -52,7 +52,8 @@ INHERITED = [name for name, block in BLOCKS.items() if re.fullmatch(r"_base_ = '
 CONFIGS = [name for name, block in BLOCKS.items() if block.startswith('_base_') and name not in INHERITED]
 PARTS = [name for name, block in BLOCKS.items() if block.startswith('backbone=')]
 INFERENCE = [name for name, block in BLOCKS.items() if 'DetInferencer' in block]
-SCRIPTS = [name for name in BLOCKS if name not in INHERITED + CONFIGS + PARTS + INFERENCE]
+PREDICTION = [name for name, block in BLOCKS.items() if 'Predictor(' in block]
+SCRIPTS = [name for name in BLOCKS if name not in INHERITED + CONFIGS + PARTS + INFERENCE + PREDICTION]
 EPOCHS = 4
 # The small arch that takes the full one's place, and its channels.
 SMALL = {'VMamba': [16, 32, 64, 128], 'Mamba2D': [16, 24, 32, 64]}
@@ -167,6 +168,19 @@ def build(config):
     cfg = load_config(config)
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         return import_module(f'{cfg.default_scope}.registry').MODELS.build(cfg.model)
+
+
+@pytest.mark.parametrize('name', PREDICTION)
+def test_predictors_find_objects_and_draw_them(name, street, write_config):
+    """The block as it stands, with a small model for the one that it names."""
+    config, weights = re.search(r"Predictor\('(\S+)', '(\S+)'\)", BLOCKS[name]).groups()
+    Path(config).write_text(f"_base_ = '{write_config('mmdet')}'\n")
+    Path(weights).parent.mkdir(parents=True)
+    torch.save(dict(state_dict=build(config).state_dict()), weights)
+    namespace = {'__name__': 'snippet'}
+    exec(compile(BLOCKS[name], name, 'exec'), namespace)
+    assert len(namespace['result'].pred_instances)
+    assert namespace['drawing'].shape == (*street[::-1], 3)
 
 
 @pytest.mark.parametrize('name', INFERENCE)

@@ -13,7 +13,7 @@ import cuda_ops
 import ssm_backbones
 
 STACKS = ('openmmlab', 'onedl')
-FILES = ('base', 'build', 'dev', 'onnx', *STACKS)
+FILES = ('base', 'build', 'convert', 'dev', 'onnx', *STACKS)
 
 
 def requirements(root, name):
