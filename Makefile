@@ -13,15 +13,15 @@ given = $(filter command environment,$(firstword $(origin $(1))))
 .PHONY: help setup demo test test-slow lint format docs kernels clean
 
 help:
-	@echo 'make demo     set up, then train, evaluate and show a small model (DEMO_ARGS, FAMILY, TASK are passed on)'
-	@echo 'make test     set up, then check style and types and run all tests but the slow ones (PYTEST_ARGS are passed on)'
-	@echo 'make test-slow    the same with the slow tests'
-	@echo 'make kernels  compile every CUDA kernel for every architecture by nvcc alone, and print what each takes (ARCHS="8.0 9.0")'
-	@echo 'make setup    make or complete the environment alone'
-	@echo 'make lint     set up, then check format, style and types alone'
-	@echo 'make format   set up, then put Python, C++ and CUDA sources into the form that make lint checks'
-	@echo 'make docs     build the documentation site into build/docs, in an environment of its own (.venv-docs)'
-	@echo 'make clean    remove what compiling and testing left; the environment and the data stay'
+	@echo 'make demo      set up, then train, evaluate and show a small model (DEMO_ARGS, FAMILY, TASK are passed on)'
+	@echo 'make test      set up, then check style and types and run all tests but the slow ones (PYTEST_ARGS are passed on)'
+	@echo 'make test-slow the same with the slow tests'
+	@echo 'make kernels   compile every CUDA kernel for every architecture by nvcc alone, and print what each takes (ARCHS="8.0 9.0")'
+	@echo 'make setup     make or complete the environment alone'
+	@echo 'make lint      set up, then check format, style and types alone'
+	@echo 'make format    set up, then put Python, C++ and CUDA sources into the form that make lint checks'
+	@echo 'make docs      build the documentation site into build/docs, in an environment of its own (.venv-docs)'
+	@echo 'make clean     remove what compiling and testing left; the environment and the data stay'
 	@echo 'Variables: PYTHON=python3.12 (to make the environment with), VENV=folder, STACK=openmmlab or onedl'
 
 setup:
