@@ -49,7 +49,7 @@ class LoadBands:
             CommandError: If the file cannot be read or has another number of bands. The message names it.
         """
         path = results['img_path']
-        image = bands_last(read_array(path), self.bands, path).astype(np.float32)
+        image = np.ascontiguousarray(bands_last(read_array(path), self.bands, path), np.float32)
         if self.mean is not None and self.std is not None:
             image = (image - self.mean) / self.std
         results.update(img=image, img_shape=image.shape[:2], ori_shape=image.shape[:2])

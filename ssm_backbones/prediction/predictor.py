@@ -129,7 +129,7 @@ class Predictor:
         config: The config file, of mmdet, mmseg or mmpretrain.
         checkpoint: Checkpoint of its model.
         device: ``'cpu'``, ``'cuda'`` or ``'cuda:1'``; by default a GPU where there is one.
-        window: Height and width in pixels of the windows that larger images are divided into, see
+        window: Side, or height and width, in pixels of the windows that larger images are divided into, see
             :mod:`ssm_backbones.prediction.windows`; None predicts on each image as a whole. Not for classifiers.
         overlap: Least overlap of neighbouring windows in pixels, at least the size of the largest object; a quarter of
             the window's smaller side by default.
@@ -153,7 +153,7 @@ class Predictor:
         checkpoint: str | os.PathLike[str],
         device: str | None = None,
         *,
-        window: Sequence[int] | None = None,
+        window: int | Sequence[int] | None = None,
         overlap: int | None = None,
         batch_size: int = 1,
         score_thr: float = 0.3,
@@ -165,9 +165,10 @@ class Predictor:
         self.device, checkpoint = check_device(device), os.fspath(checkpoint)
         self.cfg = load_config(os.fspath(config), cfg_options)
         self.task = TASKS[self.cfg.default_scope]
+        sides = [window] if isinstance(window, int) else window
         if overlap is None:
-            overlap = min(window) // 4 if window is not None else 0
-        self.window = None if window is None else check_window(window, overlap)
+            overlap = min(sides) // 4 if sides is not None else 0
+        self.window = None if sides is None else check_window(sides, overlap)
         if self.window is not None and self.task == 'cls':
             raise CommandError('window is for detectors and segmentors: a classifier sees each image as a whole.')
         self.overlap, self.batch_size = overlap, batch_size

@@ -281,6 +281,12 @@ def _convert(read: Any, images: Path, file: Path) -> _Part:
     content = json.loads(file.read_text(encoding='utf-8'))
     if not content['images']:
         raise CommandError(f'{images} holds no images.')
+    if any(each['iscrowd'] for each in content['annotations']):
+        # Masks of several pieces are marked as crowds, which mmdet does not learn; these formats have no crowds.
+        for each in content['annotations']:
+            each['iscrowd'] = 0
+        with writing(file):
+            write_atomic(file, json.dumps(content))
     return _Part(images, file, content)
 
 

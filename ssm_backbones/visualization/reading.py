@@ -103,7 +103,9 @@ def array_as_rgb(image: np.ndarray) -> np.ndarray:
     if colours.dtype == np.uint8:
         return np.ascontiguousarray(colours)
     low, high = float(colours.min()), float(colours.max())
-    return np.round((colours - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
+    stretched = np.round((colours - low) * (255 / max(high - low, 1e-12)))
+    # OpenCV draws on contiguous images alone; bands that came first in a file are not.
+    return np.ascontiguousarray(stretched, np.uint8)
 
 
 def _resized(pipeline: list[dict[str, Any]], size: tuple[int, int]) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from ssm_backbones.prediction import PredictOptions, predict
 from ssm_backbones.project import NewProjectOptions, new_project
 from ssm_backbones.utils.errors import CommandError
 from ssm_backbones.visualization.figures import VisualizeOptions, visualize
+from ssm_backbones.visualization.reading import array_as_rgb
 
 FORMS = {
     # name: suffix, bands, dtype, bands first in the file
@@ -59,7 +60,9 @@ def test_values_are_the_files_in_any_pipeline(form, tmp_path) -> None:
             load = TRANSFORMS.build(dict(type='LoadBands', bands=bands))
         results = load(dict(img_path=str(path)))
         assert results['img'].dtype == np.float32 and results['img_shape'] == results['ori_shape'] == (20, 30)
-        assert np.array_equal(results['img'], image.astype(np.float32))
+        assert np.array_equal(results['img'], image.astype(np.float32)) and results['img'].flags.c_contiguous
+    picture = array_as_rgb(np.moveaxis(np.moveaxis(image, 2, 0).copy(), 0, 2))
+    assert picture.shape == (20, 30, 3) and picture.flags.c_contiguous
     mean, std = np.arange(bands) + 1.0, np.arange(bands) + 2.0
     normalised = LoadBands(bands, mean.tolist(), std.tolist())(dict(img_path=str(path)))['img']
     assert np.allclose(normalised, (image.astype(np.float32) - mean) / std, atol=1e-3)
@@ -150,3 +153,41 @@ def test_what_trains_is_exported_drawn_and_predicted_on(form, shapes, tmp_path, 
     assert all(Path(path).stat().st_size for path in drawn) and drawn
     found = predict(PredictOptions(*model, [images], str(tmp_path / 'found'), workers=0, cfg_options=SMALL))
     assert (found.predicted, found.unreadable) == (4, [])
+
+
+@pytest.mark.slow
+def test_detectors_and_classifiers_of_five_bands(shapes, tmp_path, train) -> None:
+    boxes, classes = tmp_path / 'boxes', tmp_path / 'classes'
+    shutil.copytree(shapes / 'coco', boxes)
+    for path in boxes.glob('*/*.jpg'):
+        np.save(path.with_suffix('.npy'), many_bands(cv2.imread(str(path)), 5, np.float32))
+        path.unlink()
+    for path in boxes.glob('annotations/*.json'):
+        path.write_text(path.read_text().replace('.jpg"', '.npy"'))
+    for path in (shapes / 'imagenet').glob('*/*/*.JPEG'):
+        target = classes / path.relative_to(shapes / 'imagenet').with_suffix('.npy')
+        target.parent.mkdir(parents=True, exist_ok=True)
+        np.save(target, many_bands(cv2.imread(str(path)), 5, np.float32))
+    few = {key: value for key, value in SMALL.items() if 'workers' in key}
+    scale = {
+        f'{mode}_dataloader.dataset.pipeline.{place}.scale': (64, 64)
+        for mode, place in (('train', 2), ('val', 1), ('test', 1))
+    }
+    for task, data, options in (('det', boxes, scale), ('cls', classes, {})):
+        out = tmp_path / f'{task}_mine.py'
+        made = new_project(NewProjectOptions(task, str(data), str(out), 'vmamba-test', batch_size=4, epochs=1))
+        assert not [finding for finding in made.findings if finding.severity == 'error']
+        runner = train(out, work_dir=str(tmp_path / task), cfg_options={**few, **options})
+        assert runner.model.backbone.in_channels == 5
+        images = [str(path) for path in sorted(data.rglob('*.npy'))[:2]]
+        found = predict(
+            PredictOptions(
+                str(out),
+                str(tmp_path / task / 'epoch_1.pth'),
+                images,
+                str(tmp_path / f'found_{task}'),
+                workers=0,
+                cfg_options=options,
+            )
+        )
+        assert (found.predicted, found.unreadable) == (2, [])

@@ -3,17 +3,20 @@
 import csv
 import json
 import math
+import os
 import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from mmengine.registry import DATASETS, DefaultScope
 from PIL import Image
 
 from ssm_backbones.apis.config import load_config
 from ssm_backbones.project import NewProjectOptions, new_project
+from ssm_backbones.project.recipe import choose_batch, choose_epochs
 from ssm_backbones.project.sources import read_class_list
 from ssm_backbones.utils.errors import CommandError
 
@@ -130,6 +133,24 @@ def test_converted_boxes_are_those_of_the_coco_form(write, shapes, tmp_path) -> 
     # An annotation of id 0 is never matched by pycocotools.
     content = json.loads(Path(ours.val_evaluator.ann_file).read_text())
     assert min(each['id'] for each in content['annotations']) > 0
+
+
+def test_polygons_become_masks_and_none_a_crowd(tmp_path) -> None:
+    pytest.importorskip('supervision', reason='YOLO and Pascal VOC are converted by supervision')
+    data = tmp_path / 'data'
+    for split in ('train', 'val'):
+        for kind in ('images', 'labels'):
+            (data / kind / split).mkdir(parents=True)
+        Image.new('RGB', (40, 40)).save(data / 'images' / split / 'a.jpg')
+        # A square, and two triangles that meet in one point.
+        lines = ['0 0.1 0.1 0.4 0.1 0.4 0.4 0.1 0.4', '1 0.5 0.5 0.9 0.9 0.9 0.5 0.5 0.9']
+        (data / 'labels' / split / 'a.txt').write_text('\n'.join(lines))
+    (data / 'data.yaml').write_text('train: images/train\nval: images/val\nnames: [one, two]\n')
+    made = make(tmp_path, 'det', data)
+    assert made.found.masks and made.found.classes == ('one', 'two')
+    content = json.loads(Path(made.found.train['ann_file']).read_text())
+    assert [each['iscrowd'] for each in content['annotations']] == [0, 0]
+    assert all(each['segmentation'] for each in content['annotations'])
 
 
 def test_converters_that_are_missing_are_named(shapes, tmp_path, monkeypatch) -> None:
@@ -339,6 +360,33 @@ def test_the_authors_weights_and_a_config_of_the_backbone_are_used(shapes, tmp_p
     assert cfg.model.backbone.init_cfg.checkpoint.endswith('M2D-N-backbone.ckpt')
 
 
+@pytest.mark.parametrize(
+    ('task', 'images', 'epochs'),
+    [
+        ('det', 118_287, 12),
+        ('det', 1000, 60),
+        ('det', 10, 150),
+        ('seg', 20_210, 128),
+        ('cls', 1_281_167, 30),
+        ('cls', 1, 200),
+    ],
+)
+def test_fewer_images_are_seen_more_often(task, images, epochs) -> None:
+    assert choose_epochs(task, images) == epochs
+
+
+def test_batches_follow_the_memory(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    found = []
+    for gibibytes in (4, 16, 64, 512):
+        held = {'SC_PHYS_PAGES': gibibytes, 'SC_PAGE_SIZE': 2**30}
+        monkeypatch.setattr(os, 'sysconf', held.get)
+        found.append([choose_batch(task, 'vmamba-tiny', 100_000) for task in ('det', 'seg', 'cls')])
+    assert found == sorted(found) and found[0][0] == 1 and found[-1] == [16, 16, 128]
+    assert choose_batch('det', 'vmamba-base', 100_000) <= found[-1][0]
+    assert choose_batch('det', 'vmamba-tiny', 5) == 2
+
+
 @pytest.mark.parametrize('backbone', ['mamba2d-nano', pytest.param('v2m-tiny', marks=pytest.mark.slow)])
 def test_backbones_without_a_config_for_boxes_lose_the_mask_head(backbone, shapes, tmp_path) -> None:
     as_coco(shapes, tmp_path / 'data', masks=False)
@@ -353,6 +401,9 @@ SMALL = {
     'det': {
         'train_cfg.max_epochs': 1,
         'train_cfg.val_interval': 1,
+        'model.train_cfg.rpn_proposal.max_per_img': 50,
+        'model.train_cfg.rcnn.sampler.num': 16,
+        'model.test_cfg.rpn.max_per_img': 50,
         'train_dataloader.dataset.pipeline.2.scale': (64, 64),
         'test_dataloader.dataset.pipeline.1.scale': (64, 64),
         'val_dataloader.dataset.pipeline.1.scale': (64, 64),
