@@ -59,7 +59,7 @@ def _line(name: str) -> _Body:
     """Build the body of ``h_l = decay_l * h_{l-1} + inflow_l``."""
     body = _Body(name, ['state', 'decay', 'inflow'])
     state, decay, inflow = body.inputs
-    body.finish(body.add('Add', body.add('Mul', decay, state), inflow))
+    body.finish(body.add('Add', body.add('Mul', state, decay), inflow))
     return body
 
 
@@ -71,13 +71,16 @@ def _front(name: str) -> _Body:
     # The row above the first one is zero.
     row = body.add('Slice', state, start, one, start)
     above = body.add('Concat', body.add('Sub', row, row), body.add('Slice', state, start, end, start), axis=0)
-    moved = body.add('Add', body.add('Mul', left, state), body.add('Mul', top, above))
+    moved = body.add('Add', body.add('Mul', state, left), body.add('Mul', above, top))
     body.finish(body.add('Add', moved, inflow))
     return body
 
 
 class _Body:
-    """Builder of the body graph of a ``Scan``: inputs are the state and then the position's elements."""
+    """Builder of the body graph of a ``Scan``: inputs are the state and then the position's elements.
+
+    Nodes have to use the inputs in that order, in which OpenVINO binds them (findings/openvino-scan-inputs.sh).
+    """
 
     def __init__(self, name: str, inputs: Sequence[str]) -> None:
         self.name = name
