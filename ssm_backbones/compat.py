@@ -204,23 +204,51 @@ def _find_base(cfg_path: str) -> tuple[str, str] | None:
 
 @functools.cache
 def let_mmcv_take_bfloat16() -> None:
-    """Make mmcv's RoIAlign and NMS, which do not support bfloat16, compute bfloat16 inputs in float32."""
-    from mmcv.ops import RoIAlign
-    from mmcv.ops.nms import NMSop
+    """Make mmcv's operators, which do not support bfloat16, nor float16 on CPUs, compute such inputs in float32."""
+    for name, function in _MMCV_FUNCTIONS:
+        function = getattr(importlib.import_module(f'mmcv.ops.{name}'), function)
+        function.forward = staticmethod(_in_float32(function.forward))
+        # The backward pass gets what the forward pass stored, in float32; autograd casts the gradients that it returns.
+        function.backward = staticmethod(_in_float32(function.backward, out_too=False))
 
-    RoIAlign.forward = _in_float32(RoIAlign.forward)
-    NMSop.forward = staticmethod(_in_float32(NMSop.forward))
+
+_MMCV_FUNCTIONS = (
+    ('carafe', 'CARAFEFunction'),
+    ('carafe', 'CARAFENaiveFunction'),
+    ('deform_conv', 'DeformConv2dFunction'),
+    ('focal_loss', 'SigmoidFocalLossFunction'),
+    ('focal_loss', 'SoftmaxFocalLossFunction'),
+    ('modulated_deform_conv', 'ModulatedDeformConv2dFunction'),
+    ('multi_scale_deform_attn', 'MultiScaleDeformableAttnFunction'),
+    ('nms', 'NMSop'),
+    ('nms', 'SoftNMSop'),
+    ('roi_align', 'RoIAlignFunction'),
+    ('roi_pool', 'RoIPoolFunction'),
+)
 
 
-def _in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
+def _in_float32(function: Callable[..., Any], out_too: bool = True) -> Callable[..., Any]:
     @functools.wraps(function)
     def computed_in_float32(*args: Any) -> Any:
-        if not any(isinstance(arg, Tensor) and arg.dtype == torch.bfloat16 for arg in args):
+        dtype = next((arg.dtype for arg in args if _is_unsupported(arg)), None)
+        if dtype is None:
             return function(*args)
         out = function(*(arg.float() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args))
-        return out.bfloat16() if out.is_floating_point() else out
+        if not out_too:
+            return out
+        return tuple(_to(part, dtype) for part in out) if isinstance(out, tuple) else _to(out, dtype)
 
     return computed_in_float32
+
+
+def _is_unsupported(value: Any) -> bool:
+    if not isinstance(value, Tensor):
+        return False
+    return value.dtype == torch.bfloat16 or (value.dtype == torch.float16 and not value.is_cuda)
+
+
+def _to(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 @contextlib.contextmanager

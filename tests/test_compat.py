@@ -149,3 +149,58 @@ def test_mmseg_of_another_distribution_is_found_by_its_module(monkeypatch) -> No
     monkeypatch.setitem(MODULE2PACKAGE, 'mmseg', 'mmsegmentation')
     compat._patch_mmseg_bases.__wrapped__()
     assert MODULE2PACKAGE['mmseg'] == 'mmseg'
+
+
+def eighths(*shape):
+    """Numbers that every type holds."""
+    return torch.randint(8, shape) / 8
+
+
+def deform(x):
+    from mmcv.ops import DeformConv2d
+
+    layer = DeformConv2d(4, 4, 3, padding=1)
+    return layer(x, eighths(2, 18, 9, 7).to(x.dtype))
+
+
+def modulated_deform(x):
+    from mmcv.ops import ModulatedDeformConv2d
+
+    layer = ModulatedDeformConv2d(4, 4, 3, padding=1)
+    return layer(x, eighths(2, 18, 9, 7).to(x.dtype), eighths(2, 9, 9, 7).to(x.dtype))
+
+
+def roi_align(x):
+    from mmcv.ops import RoIAlign
+
+    return RoIAlign(3)(x, torch.tensor([[0, 1, 1, 6, 6], [1, 0, 2, 5, 5]], dtype=x.dtype))
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('operator', [deform, modulated_deform, roi_align])
+def test_mmcv_s_operators_compute_half_precision_in_float32(operator, dtype) -> None:
+    compat.let_mmcv_take_bfloat16()
+    x = torch.randn(2, 4, 9, 7).to(dtype)
+    results = []
+    for values in (x.float().requires_grad_(), x.clone().requires_grad_()):
+        torch.manual_seed(1)
+        out = operator(values)
+        assert out.dtype == values.dtype
+        out.float().square().sum().backward()
+        results.append((out.detach().float(), values.grad.float()))
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0.03, atol=0.03 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('name', ['nms', 'soft_nms'])
+def test_mmcv_s_suppression_takes_half_precision(name, dtype) -> None:
+    import mmcv.ops
+
+    compat.let_mmcv_take_bfloat16()
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30]])
+    scores = torch.tensor([0.5, 0.875, 0.25])
+    expected = getattr(mmcv.ops, name)(boxes, scores, 0.5)
+    got = getattr(mmcv.ops, name)(boxes.to(dtype), scores.to(dtype), 0.5)
+    assert got[1].tolist() == expected[1].tolist()
+    torch.testing.assert_close(got[0].float(), expected[0], rtol=0.01, atol=0.01)

@@ -46,6 +46,9 @@ def load_config(path: str | Path, cfg_options: Mapping[str, Any] | None = None) 
             f'config file {path} needs {HOST_PACKAGES[scope]}, which cannot be imported ({error}). '
             f'Install it: pip install {HOST_PACKAGES[scope]}'
         ) from error
+    if scope == 'mmpretrain':
+        # A config's own custom_imports replace those of its base, which name the heads.
+        importlib.import_module('ssm_backbones.heads')
     if 'model' not in cfg:
         raise CommandError(f'config file {path} has no `model`.')
     return cfg

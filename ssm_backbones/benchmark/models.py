@@ -34,6 +34,7 @@ from ssm_backbones.benchmark.memory import peak_bytes
 from ssm_backbones.benchmark.report import Report
 from ssm_backbones.benchmark.timing import Call, Clock, Settings, measure_interleaved, warm_up
 from ssm_backbones.benchmark.unavailable import reason
+from ssm_backbones.compat import let_mmcv_take_bfloat16
 from ssm_backbones.utils.errors import CommandError
 
 INFERENCE, TRAINING = 'inference', 'training step'
@@ -139,6 +140,8 @@ class Subject:
         return preprocessor(batch, train)
 
     def _autocast(self) -> Any:
+        if self.options.amp and self.cfg.default_scope != 'mmpretrain':
+            let_mmcv_take_bfloat16()
         return torch.autocast(self.device.type, torch.bfloat16) if self.options.amp else nullcontext()
 
     def _predict(self, data: Mapping[str, Any]) -> Any:

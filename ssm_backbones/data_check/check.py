@@ -126,7 +126,7 @@ class _Check:
 
     def build(self, key: str, dataset: Mapping[str, Any], **changes: Any) -> Any:
         """Build a data set without its pipeline; add a finding and return None if that fails."""
-        settings = {**deepcopy(dict(dataset)), 'pipeline': [], **changes}
+        settings = {**deepcopy(dict(dataset)), 'pipeline': [], 'serialize_data': False, **changes}
         try:
             scope = DefaultScope.overwrite_default_scope(self.cfg.default_scope)
             # pycocotools prints what it does.
@@ -185,7 +185,8 @@ class _Detection(_Check):
             min_size=filters.get('min_size', 0),
             drops_empty=filters.get('filter_empty_gt', False),
         )
-        self.check_file(file, needs, key, required=training)
+        # Sets of images alone, for semi-supervised training, keep the empty ones.
+        self.check_file(file, needs, key, required=needs.drops_empty)
         self.counts[key] = coco.count_objects(file)
         if not self.findings.has_errors():
             self._try_on_sample(key, dataset, file)
@@ -243,7 +244,7 @@ class _Detection(_Check):
             path = os.path.join(folder, 'annotations.json')
             with open(path, 'w', encoding='utf-8') as output:
                 json.dump(content, output)
-            built = self.build(key, dataset, ann_file=path, indices=None, filter_cfg=None, serialize_data=False)
+            built = self.build(key, dataset, ann_file=path, indices=None, filter_cfg=None)
         if built is not None:
             infos = sorted((built.get_data_info(i) for i in range(len(built))), key=lambda info: info['img_id'] != id)
             try_pipeline(infos, dataset.get('pipeline') or [], key, self.cfg, self.findings)
@@ -259,7 +260,7 @@ class _Segmentation(_Check):
     def check_dataset(self, key: str, dataset: Mapping[str, Any], kind: Any) -> None:
         from mmseg.datasets import BaseSegDataset
 
-        built = self.build(key, dataset, lazy_init=True, serialize_data=False)
+        built = self.build(key, dataset, lazy_init=True)
         if built is None:
             return
         self.classes[key] = built.metainfo.get('classes')
@@ -272,7 +273,7 @@ class _Segmentation(_Check):
         if self.findings.has_errors():
             return
         built.full_init()
-        self.paths[key] = [info['img_path'] for info in map(built.get_data_info, range(len(built)))]
+        self.paths[key] = [info['img_path'] for info in built.data_list]
         self.try_pipeline(key, dataset, built)
 
     def finish(self) -> None:
@@ -295,9 +296,7 @@ class _Classification(_Check):
         self.counts[key] = {name: {'': count} for name, count in counts.items()}
         if getattr(built, 'folder_to_idx', None) is not None:
             self.trees[key] = tuple(built.folder_to_idx)
-        self.paths[key] = [
-            info['img_path'] for info in map(built.get_data_info, range(len(built))) if 'img_path' in info
-        ]
+        self.paths[key] = [info['img_path'] for info in built.data_list if 'img_path' in info]
         if not self.findings.has_errors():
             self.try_pipeline(key, dataset, built)
 

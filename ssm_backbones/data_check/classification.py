@@ -43,7 +43,7 @@ def check_labels(dataset: Any, key: str, findings: Findings) -> tuple[dict[str, 
     Returns:
         The number of images by class, and the names of the classes; for a tree of folders, the folders' names.
     """
-    infos = [dataset.get_data_info(index) for index in range(len(dataset))]
+    infos = dataset.data_list
     folders = getattr(dataset, 'folder_to_idx', None)
     names = tuple(dataset.metainfo.get('classes') or ()) or None
     paths = [info['img_path'] for info in infos if 'img_path' in info]

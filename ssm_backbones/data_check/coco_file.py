@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import gc
 from array import array
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,11 @@ from typing import Any
 import numpy as np
 
 from ssm_backbones.data_check.json_stream import read_members
+
+_IMAGE_KEYS = ('id', 'file_name', 'width', 'height')
+_NAN = float('nan')
+# Coordinates that are held at a time.
+_COORDINATES = 4_000_000
 
 # Kinds of segmentation.
 ABSENT, EMPTY, POLYGONS, DEGENERATE, RLE, MALFORMED = range(6)
@@ -68,27 +73,38 @@ def read_coco(path: str | Path) -> CocoFile:
     """
     coco = CocoFile(Path(path))
     columns = _Columns(coco)
-    for key, value in read_members(path):
-        if key in ('images', 'annotations', 'categories') and not isinstance(value, dict):
-            raise ValueError(f'{key} has to be a list of objects, found {_short(value)}')
-        if key == 'annotations':
-            columns.append(value)
-        elif key == 'images':
-            coco.images.append({name: value[name] for name in ('id', 'file_name', 'width', 'height') if name in value})
-        elif key == 'categories':
-            coco.categories.append(value)
+    append = columns.append
+    collecting = gc.isenabled()
+    # Millions of objects are made and forgotten, none of them in a cycle.
+    gc.disable()
+    try:
+        for key, value in read_members(path):
+            if key == 'annotations' and isinstance(value, dict):
+                append(value)
+            elif key in ('images', 'annotations', 'categories') and not isinstance(value, dict):
+                raise ValueError(f'{key} has to be a list of objects, found {_short(value)}')
+            elif key == 'images':
+                coco.images.append({name: value[name] for name in _IMAGE_KEYS if name in value})
+            elif key == 'categories':
+                coco.categories.append(value)
+    finally:
+        if collecting:
+            gc.enable()
     columns.finish()
     return coco
 
 
 class _Columns:
-    """Appends annotations; only what is written here runs once for each of a million annotations."""
+    """Appends annotations; what is written here runs once for each of a million annotations."""
 
     def __init__(self, coco: CocoFile) -> None:
         self.coco = coco
-        self.boxes, self.areas, self.extents = array('d'), array('d'), array('f')
+        self.boxes, self.areas = array('d'), array('d')
         self.has_area, self.has_crowd, self.crowd = bytearray(), bytearray(), bytearray()
         self.ignored, self.masks, self.few_points = bytearray(), bytearray(), bytearray()
+        # Of the polygons that are not reduced to their extents yet.
+        self.coordinates, self.lengths, self.owners = array('f'), array('q'), array('q')
+        self.extents: list[tuple[np.ndarray, np.ndarray]] = []
 
     def append(self, annotation: dict[str, Any]) -> None:
         coco = self.coco
@@ -106,64 +122,78 @@ class _Columns:
             self.boxes.extend((x, y, width, height))
         except (TypeError, ValueError):
             del self.boxes[4 * index :]
-            self.boxes.extend((float('nan'),) * 4)
+            self.boxes.extend((_NAN, _NAN, _NAN, _NAN))
             coco.bad_boxes[index] = box
         area: Any = get('area')
         measured = isinstance(area, (int, float))
         self.has_area.append(measured)
-        self.areas.append(area if measured else float('nan'))
+        self.areas.append(area if measured else _NAN)
         crowd = get('iscrowd')
         self.has_crowd.append(crowd is not None)
         self.crowd.append(bool(crowd))
         self.ignored.append(bool(get('ignore')))
-        kind, few, extent = _segmentation(get('segmentation'))
+        self._append_mask(index, get('segmentation'))
+
+    def _append_mask(self, index: int, value: Any) -> None:
+        few = False
+        if isinstance(value, list) and value:
+            kind, few = self._append_polygons(index, value)
+        elif isinstance(value, dict):
+            counts, size = value.get('counts'), value.get('size')
+            sound = isinstance(counts, (list, str)) and isinstance(size, list) and len(size) == 2
+            kind = RLE if sound else MALFORMED
+            if sound:
+                self.coco.rle_sizes[index] = size
+        else:
+            kind = ABSENT if value is None else EMPTY if value == [] else MALFORMED
         self.masks.append(kind)
         self.few_points.append(few)
-        self.extents.extend(extent)
-        if kind == RLE:
-            coco.rle_sizes[index] = annotation['segmentation'].get('size')
+
+    def _append_polygons(self, index: int, polygons: list[Any]) -> tuple[int, bool]:
+        coordinates = self.coordinates
+        held, few, kept = len(coordinates), False, 0
+        try:
+            for polygon in polygons:
+                length = len(polygon)
+                if length < 6 or length % 2:
+                    few = True
+                    continue
+                coordinates.extend(polygon)
+                self.lengths.append(length)
+                self.owners.append(index)
+                kept += 1
+        except TypeError:
+            del coordinates[held:]
+            del self.lengths[len(self.lengths) - kept :], self.owners[len(self.owners) - kept :]
+            return MALFORMED, False
+        if len(coordinates) > _COORDINATES:
+            self._reduce()
+        return (POLYGONS if kept else DEGENERATE), few
+
+    def _reduce(self) -> None:
+        """Reduce polygons to their extents."""
+        if not self.lengths:
+            return
+        points = np.frombuffer(self.coordinates, np.float32).reshape(-1, 2)
+        ends = np.cumsum(np.frombuffer(self.lengths, np.int64)) // 2
+        starts = np.concatenate([[0], ends[:-1]])
+        extents = np.hstack([np.minimum.reduceat(points, starts), np.maximum.reduceat(points, starts)])
+        self.extents.append((np.array(self.owners), extents))
+        self.coordinates, self.lengths, self.owners = array('f'), array('q'), array('q')
 
     def finish(self) -> None:
         coco = self.coco
         coco.boxes = np.frombuffer(self.boxes, np.float64).reshape(-1, 4)
         coco.areas = np.frombuffer(self.areas, np.float64)
-        coco.extents = np.frombuffer(self.extents, np.float32).reshape(-1, 4)
         coco.masks = np.frombuffer(self.masks, np.uint8)
         for name in ('has_area', 'has_crowd', 'crowd', 'ignored', 'few_points'):
             setattr(coco, name, np.frombuffer(getattr(self, name), np.uint8).astype(bool))
-
-
-_NO_EXTENT = (float('nan'),) * 4
-
-
-def _segmentation(value: Any) -> tuple[int, bool, tuple[float, ...]]:
-    """Return the kind, whether polygons have too few points, and the extent."""
-    if value is None:
-        return ABSENT, False, _NO_EXTENT
-    if isinstance(value, Mapping):
-        counts, size = value.get('counts'), value.get('size')
-        sound = isinstance(counts, (list, str)) and isinstance(size, list) and len(size) == 2
-        return RLE if sound else MALFORMED, False, _NO_EXTENT
-    if not isinstance(value, list):
-        return MALFORMED, False, _NO_EXTENT
-    if not value:
-        return EMPTY, False, _NO_EXTENT
-    left = top = float('inf')
-    right = bottom = -left
-    few = False
-    try:
-        for polygon in value:
-            if len(polygon) < 6 or len(polygon) % 2:
-                few = True
-                continue
-            xs, ys = polygon[::2], polygon[1::2]
-            left, right = min(left, *xs), max(right, *xs)
-            top, bottom = min(top, *ys), max(bottom, *ys)
-    except TypeError:
-        return MALFORMED, False, _NO_EXTENT
-    if right < left:
-        return DEGENERATE, True, _NO_EXTENT
-    return POLYGONS, few, (left, top, right, bottom)
+        self._reduce()
+        coco.extents = np.full((len(coco.ids), 4), np.nan, np.float32)
+        for owners, extents in self.extents:
+            # NaN yields to numbers.
+            np.fmin.at(coco.extents[:, :2], owners, extents[:, :2])
+            np.fmax.at(coco.extents[:, 2:], owners, extents[:, 2:])
 
 
 def _short(value: Any) -> str:

@@ -19,6 +19,8 @@ from ssm_backbones.data_check.finding import WARNING, Findings
 SAMPLED = 200
 """Files that are opened without ``every_file``."""
 _HASHED = 2000
+# Of more images, contents are not compared: to ask for the sizes of all takes long.
+_COMPARED = 200_000
 _ORIENTATION = 0x0112
 _TURNING = (5, 6, 7, 8)
 
@@ -113,7 +115,7 @@ def check_copies(train: Mapping[str, Sequence[str]], others: Mapping[str, Sequen
         )
         if by_size is None:
             by_size = {}
-            for path in trained.values():
+            for path in trained.values() if len(trained) <= _COMPARED else ():
                 by_size.setdefault(_size(path), []).append(path)
         digests: dict[str, str] = {}
         pairs = []

@@ -48,7 +48,8 @@ class _Reader:
         self.position = 0
         self.before = 0
         self.ended = False
-        self.decode = json.JSONDecoder().raw_decode
+        decoder: Any = json.JSONDecoder()
+        self.decode, self.scan = decoder.raw_decode, decoder.scan_once
 
     @property
     def offset(self) -> int:
@@ -98,9 +99,25 @@ class _Reader:
             self.position += 1
             return
         while True:
+            yield from self._held_elements()
             yield self.value()
             if self.expect(',]') == ']':
                 return
+
+    def _held_elements(self) -> Iterator[Any]:
+        """Take elements as long as each is held whole and followed by another one, which is what mostly happens."""
+        text, position, scan = self.text, self.position, self.scan
+        try:
+            while text[position] == '{':
+                value, end = scan(text, position)
+                if text[end] != ',':
+                    return
+                position = end + (2 if text[end + 1] == ' ' else 1)
+                self.position = position
+                yield value
+        except (IndexError, StopIteration, json.JSONDecodeError):
+            # Cut off, or wrong: value() finds out.
+            return
 
     def _read_on(self) -> bool:
         if self.ended:

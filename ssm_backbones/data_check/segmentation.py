@@ -78,7 +78,7 @@ def _check_values(
     labels: Counter[int] = Counter()
     colours, other_sizes, wide, beyond = [], [], [], []
     for image, path in pairs:
-        array = _read(path)
+        array = _read(path, palette=loader.get('imdecode_backend', 'pillow') == 'pillow')
         if array is None:
             # Not PIL's: the trial of the pipeline says more.
             continue
@@ -224,11 +224,14 @@ def _as_trained(values: np.ndarray, dataset: Any) -> list[int]:
     return [mapping.get(label, label) for label in labels]
 
 
-def _read(path: str) -> np.ndarray | None:
+def _read(path: str, palette: bool) -> np.ndarray | None:
+    """Read a label map; other decoders than PIL's make colours of a palette's indices."""
     from PIL import Image
 
     try:
         with Image.open(path) as image:
+            if image.mode == 'P' and not palette:
+                return np.asarray(image.convert('RGB'))
             return np.asarray(image).squeeze()
     except (OSError, SyntaxError, ValueError):
         return None

@@ -182,6 +182,8 @@ class _Trial:
             "Make them agree: color_type='color' gives 3 channels, 'grayscale' 1, 'unchanged' those of the file; mean "
             'and std have a value for each, or one for all; bgr_to_rgb and rgb_to_bgr are for 3.'
         )
+        if str(inputs.dtype).startswith('torch.uint') and inputs.dtype != torch.uint8:
+            remedy += ' PyTorch has few operators for this type: set to_float32=True in the loader.'
         if channels != expected or (mean is not None and len(mean) not in (1, channels)):
             self.findings.add(ERROR, f'{self.key}.pipeline', described, remedy)
             return

@@ -167,8 +167,8 @@ class BFloat16OptimWrapper(OptimWrapper):
     """Optimizer wrapper that runs the model in bfloat16 autocast, on any device.
 
     mmengine's ``AmpOptimWrapper`` does not support CPUs. bfloat16 has float32's range, so gradients are neither scaled
-    nor checked for overflow; parameters, gradients and the optimizer stay in float32. mmcv's RoIAlign and NMS, which do
-    not support bfloat16, are patched to compute in float32. Takes ``OptimWrapper``'s arguments.
+    nor checked for overflow; parameters, gradients and the optimizer stay in float32. mmcv's operators, which do not
+    support bfloat16, are patched to compute in float32. Takes ``OptimWrapper``'s arguments.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

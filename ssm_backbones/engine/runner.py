@@ -24,10 +24,12 @@ from mmengine.runner import Runner
 from ssm_backbones.apis.checks import check_checkpoint, check_init_cfg, check_paths
 from ssm_backbones.apis.config import load_config
 from ssm_backbones.checkpoints.files import read_checkpoint
-from ssm_backbones.compat import name_unreadable_files
+from ssm_backbones.compat import let_mmcv_take_bfloat16, name_unreadable_files
 from ssm_backbones.data_check import as_table, check_data, error_message
 from ssm_backbones.engine.checkpoint_hook import LoadCheckpointHook
 from ssm_backbones.engine.cpu_distributed import CPUDistributedDataParallel
+from ssm_backbones.engine.half_precision import return_float32
+from ssm_backbones.engine.resuming import CheckResumedHook
 from ssm_backbones.utils.errors import CommandError
 
 logger = logging.getLogger(__name__)
@@ -110,6 +112,7 @@ def train(options: TrainOptions) -> Runner:
     message = _choose_start(cfg, options.resume)
     if cfg.default_scope == 'mmpretrain':
         _set_mmpretrain_dataloaders(cfg, ('train_dataloader', 'val_dataloader', 'test_dataloader'))
+    _let_loaders_do_without_workers(cfg)
     check_paths(cfg, ('train', 'val'))
     check_init_cfg(cfg.model)
     start = cfg.get('load_from')
@@ -124,6 +127,8 @@ def train(options: TrainOptions) -> Runner:
         if start is not None:
             resumed = bool(cfg.get('resume'))
             runner.register_hook(LoadCheckpointHook(start, whole=resumed, convert=not resumed))
+            if resumed:
+                runner.register_hook(CheckResumedHook(start))
         runner.train()
     _leave_launch()
     return runner
@@ -146,6 +151,7 @@ def test(options: TestOptions) -> dict[str, float]:
         _enable_tta(cfg)
     if scope == 'mmpretrain':
         _set_mmpretrain_dataloaders(cfg, ('test_dataloader',))
+    _let_loaders_do_without_workers(cfg)
     check_paths(cfg, ('test',))
     _check_out(options.out, scope)
     _check_start(options.checkpoint, 'checkpoint')
@@ -229,6 +235,15 @@ def _set_mmpretrain_dataloaders(cfg: Config, names: tuple[str, ...]) -> None:
         loader.setdefault('pin_memory', torch.cuda.is_available())
         if name != 'test_dataloader':
             loader.setdefault('persistent_workers', loader.get('num_workers', 0) > 0)
+
+
+def _let_loaders_do_without_workers(cfg: Config) -> None:
+    """Take away what PyTorch refuses in a loader with ``num_workers=0``, which most base configs set."""
+    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        loader = cfg.get(name)
+        if loader is not None and not loader.get('num_workers', 0):
+            loader['persistent_workers'] = False
+            loader.pop('prefetch_factor', None)
 
 
 def _choose_start(cfg: Config, resume: str | None) -> str:
@@ -409,8 +424,12 @@ def _leave_launch() -> None:
 
 
 def _build_runner(cfg: Config) -> Runner:
+    if cfg.default_scope != 'mmpretrain':
+        # `fp16` of the loops for validation and testing means bfloat16 on a CPU.
+        let_mmcv_take_bfloat16()
     if cfg.default_scope == 'mmdet':
         importlib.import_module('mmdet.utils').setup_cache_size_limit_of_dynamo()
-    if 'runner_type' in cfg:
-        return RUNNERS.build(cfg)
-    return Runner.from_cfg(cfg)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    if any((cfg.get(f'{mode}_cfg') or {}).get('fp16') for mode in ('val', 'test')):
+        return_float32(runner.model)
+    return runner

@@ -49,6 +49,12 @@ def test_palette_images_are_class_indices(check):
     assert not errors(check('mmseg', rewrite(palette)))
 
 
+def test_palette_images_are_colours_to_another_decoder(check):
+    other = {'train_dataloader.dataset.pipeline.1.imdecode_backend': 'cv2'}
+    (error,) = errors(check('mmseg', rewrite(palette), other, modes=['train']))
+    assert 'as an image in colours' in error
+
+
 @pytest.mark.parametrize(
     ('change', 'expected'),
     [

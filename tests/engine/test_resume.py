@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ssm_backbones.checkpoints.files import CheckpointError
+
 ROOT = Path(__file__).resolve().parents[2]
 EPOCHS, LENGTH = 8, 3
 
@@ -50,3 +52,45 @@ def test_killed_and_resumed_goes_on_as_if_nothing_had_happened(
     name = f'epoch_{EPOCHS}.pth'
     expected, got = (torch.load(folder / name)['state_dict'] for folder in (whole, parts))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+SHORT = """
+    val_cfg = val_dataloader = val_evaluator = None
+    train_cfg = dict(max_epochs={epochs})
+    param_scheduler = [dict(type='CosineAnnealingLR', by_epoch=True, begin=0, end=2, convert_to_iter_based=True)]
+    model = dict(backbone=dict(frozen_stages={frozen}))
+    optim_wrapper = dict(constructor={constructor!r}, paramwise_cfg={paramwise})
+    train_dataloader = dict(batch_size={batch}, persistent_workers=True)
+"""
+LAYERWISE = dict(constructor='LayerDecayOptimWrapperConstructor', paramwise='dict(layer_decay_rate=0.9)')
+PLAIN = dict(constructor='DefaultOptimWrapperConstructor', paramwise='dict()')
+
+
+def short(write_config, epochs, frozen=-1, batch=4, constructor=PLAIN):
+    return write_config('mmpretrain', SHORT.format(epochs=epochs, frozen=frozen, batch=batch, **constructor))
+
+
+@pytest.mark.parametrize(('before', 'after'), [(-1, 1), (1, -1)])
+def test_other_stages_may_be_frozen(before, after, train, write_config, tmp_path) -> None:
+    train(short(write_config, 1, before), tmp_path)
+    runner = train(short(write_config, 2, after), tmp_path, resume='auto')
+    assert runner.epoch == 2
+    first, last = (torch.load(tmp_path / f'epoch_{epoch}.pth')['state_dict'] for epoch in (1, 2))
+    moved = {name for name in first if not torch.equal(first[name], last[name])}
+    stem = {name for name in moved if name.startswith('backbone.patch_embed')}
+    assert moved and bool(stem) == (after == -1)
+
+
+def test_groups_of_other_parameters_are_refused_in_one_line(train, write_config, tmp_path) -> None:
+    train(short(write_config, 1, 1, constructor=LAYERWISE), tmp_path)
+    with pytest.raises(CheckpointError, match='cannot be resumed from: its optimizer has .* Other frozen_stages'):
+        train(short(write_config, 2, -1, constructor=LAYERWISE), tmp_path, resume='auto')
+
+
+def test_another_batch_size_is_logged_with_what_it_means(train, write_config, tmp_path) -> None:
+    train(short(write_config, 1), tmp_path)
+    runner = train(short(write_config, 2, batch=2), tmp_path, resume='auto')
+    assert runner.epoch == 2 and runner.train_dataloader.num_workers == 0
+    log = max(tmp_path.glob('*/*.log')).read_text()
+    assert 'CosineAnnealingLR goes on to iteration 6, as it was saved, not to 12' in log
+    assert 'the batch size was 4 and is 2 now' in log

@@ -2,11 +2,13 @@
 
 import argparse
 import functools
+import importlib
 import json
 import logging
 import math
 import os
 import pickle
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ssm_backbones.apis.config import load_config
 from ssm_backbones.checkpoints import convert_file
 from ssm_backbones.shapes.classes import SEG_PALETTE
 from ssm_backbones.utils.errors import CommandError
@@ -372,3 +375,76 @@ def test_averaged_weights_are_tested_with_and_without_the_others(train, test, wr
     for name in ('alone', 'bare'):
         np.testing.assert_array_equal(predictions(test, config, tmp_path / f'{name}.pth', tmp_path / name), expected)
     assert train(config, tmp_path / 'train', resume='auto').epoch == 2
+
+
+def test_the_loops_may_evaluate_in_half_precision(train, test, write_config, tmp_path) -> None:
+    """On a CPU, ``fp16`` means bfloat16, which mmcv's operators do not take."""
+    changes = """
+        train_cfg = dict(max_epochs=1, val_interval=1)
+        val_cfg = dict(fp16=True)
+        test_cfg = dict(fp16=True)
+        model = dict(test_cfg=dict(rcnn=dict(nms=dict(_delete_=True, type='soft_nms', iou_threshold=0.5))))
+    """
+    config = write_config('mmdet', changes)
+    train(config, tmp_path)
+    assert METRICS['mmdet'] <= test(config, tmp_path / 'epoch_1.pth', tmp_path / 'test').keys()
+
+
+def test_a_config_s_own_imports_may_replace_ours(write_config, monkeypatch) -> None:
+    """Mamba2D's classifiers need a head, which the configs import that they inherit from."""
+    imported = []
+    load = importlib.import_module
+
+    def recorded(name, *args):
+        imported.append(name)
+        return load(name, *args)
+
+    monkeypatch.setattr(importlib, 'import_module', recorded)
+    load_config(write_config('mmpretrain', "custom_imports = dict(imports=['json'], allow_failed_imports=False)"))
+    assert 'ssm_backbones.heads' in imported
+
+
+def test_data_that_would_stop_the_training_later_are_refused_at_once(shapes, train, write_config, tmp_path) -> None:
+    data = tmp_path / 'data'
+    shutil.copytree(shapes, data)
+    path = data / 'coco/annotations/instances_val2017.json'
+    content = json.loads(path.read_text())
+    for annotation in content['annotations']:
+        del annotation['iscrowd']
+    path.write_text(json.dumps(content))
+    config = write_config('mmdet', 'train_cfg = dict(max_epochs=1, val_interval=1)', data)
+    with pytest.raises(CommandError, match="no 'iscrowd', which val_evaluator needs") as failure:
+        train(config, tmp_path / 'work')
+    assert '--no-check' in str(failure.value) and not (tmp_path / 'work').exists()
+    with pytest.raises(KeyError, match='iscrowd'):
+        train(config, tmp_path / 'work', check=False)
+
+
+@pytest.mark.slow
+def test_a_compiled_training_is_the_same(train, test, write_config, read_losses, tmp_path) -> None:
+    short = 'val_cfg = val_dataloader = val_evaluator = None\ntrain_cfg = dict(max_epochs={})'
+    plain, compiled = (write_config('mmpretrain', f'{short.format(2)}\ncompile = {flag}') for flag in (False, True))
+    first = write_config('mmpretrain', f'{short.format(1)}\ncompile = True')
+    train(plain, tmp_path / 'plain')
+    train(first, tmp_path / 'compiled')
+    train(compiled, tmp_path / 'compiled', resume='auto')
+    assert read_losses(tmp_path / 'compiled') == pytest.approx(read_losses(tmp_path / 'plain'), rel=1e-3)
+    names = [torch.load(tmp_path / name / 'epoch_2.pth')['state_dict'].keys() for name in ('plain', 'compiled')]
+    assert names[0] == names[1]
+    assert test(plain, tmp_path / 'compiled/epoch_2.pth', tmp_path / 'test')
+
+
+@pytest.mark.slow
+def test_deformable_convolutions_train_in_bfloat16(train, write_config, tmp_path) -> None:
+    changes = """
+        from mmengine.config import Config
+        vfnet = Config._get_cfg_path('mmdet::vfnet/vfnet_r50_fpn_1x_coco.py', '')[0]
+        model = dict(_delete_=True, **Config.fromfile(vfnet).model.to_dict())
+        model['backbone'] = dict(type='VMamba', arch='test', out_indices=(1, 2, 3))
+        model['neck'].update(in_channels=[32, 64, 128], out_channels=32, start_level=0)
+        model['bbox_head'].update(num_classes=6, in_channels=32, feat_channels=32, stacked_convs=1)
+        val_evaluator = dict(metric=['bbox'])
+        train_cfg = dict(max_epochs=1, val_interval=1)
+        del Config, vfnet
+    """
+    assert train(write_config('mmdet', changes), tmp_path, amp=True).epoch == 1
