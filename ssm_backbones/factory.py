@@ -9,6 +9,7 @@ from typing import Any
 from ssm_backbones.backbones import V2M, Mamba2D, VMamba
 from ssm_backbones.backbones.base import SSMBackbone
 from ssm_backbones.checkpoints import load_backbone
+from ssm_backbones.checkpoints.published import published_classifier
 from ssm_backbones.utils.errors import did_you_mean
 
 _FAMILIES: dict[str, Any] = {'vmamba': VMamba, 'v2m': V2M, 'mamba2d': Mamba2D}
@@ -61,18 +62,27 @@ class FeatureInfo(Sequence[Mapping[str, Any]]):
         return f'FeatureInfo(channels={self.channels()}, reduction={self.reduction()})'
 
 
-def list_backbones() -> list[str]:
-    """Return the names that :func:`create_backbone` takes: family and arch."""
+def list_backbones(pretrained: bool = False) -> list[str]:
+    """Return the names that :func:`create_backbone` takes: family and arch.
+
+    Args:
+        pretrained: Only those whose weights the authors published, which ``create_backbone(name, pretrained=True)``
+            downloads.
+    """
     names = []
     for family, kind in _FAMILIES.items():
         archs = [*getattr(kind, 'ALIASES', {}), *kind.ARCHS]
-        names += [f'{family}-{arch}' for arch in archs if not arch.startswith('test')]
+        names += [
+            f'{family}-{arch}'
+            for arch in archs
+            if not arch.startswith('test') and (not pretrained or published_classifier(kind, arch))
+        ]
     return names
 
 
 def create_backbone(
     name: str,
-    pretrained: str | os.PathLike[str] | None = None,
+    pretrained: str | os.PathLike[str] | bool | None = None,
     *,
     out_indices: int | Sequence[int] | None = None,
     in_channels: int = 3,
@@ -84,8 +94,9 @@ def create_backbone(
         name: Family and arch, such as ``'vmamba-tiny'``, ``'v2m-hier-small'`` or ``'mamba2d-nano'``; see
             :func:`list_backbones`.
         pretrained: A checkpoint, path or URL: an official one, one of this package's tools (of the backbone, a
-            classifier, a detector or a segmentor), or a state dict. The stem of an official one is adapted to
-            ``in_channels``.
+            classifier, a detector or a segmentor), or a state dict. True downloads the classifier that the authors
+            published (see :func:`list_backbones`) once into ``torch.hub``'s folder. The stem of an official one is
+            adapted to ``in_channels``.
         out_indices: Stages whose maps are returned; all of a hierarchical backbone, the last block of a plain one.
         in_channels: Channels of the images.
         options: Further arguments of the family's class, such as ``drop_path_rate``, ``frozen_stages``, ``with_cp``,
@@ -96,8 +107,10 @@ def create_backbone(
         (B, C_i, H_i, W_i). Its ``feature_info``, a :class:`FeatureInfo`, gives channels and strides.
 
     Raises:
-        ValueError: If the name is unknown or an option is out of range.
-        CheckpointError: If the checkpoint cannot be read or does not match.
+        ValueError: If the name is unknown, an option is out of range, or ``pretrained`` is True and no weights were
+            published.
+        CheckpointError: If the checkpoint cannot be downloaded or read, or does not match. Without a network, the
+            message says which file to put where.
     """
     family, _, arch = name.partition('-')
     if family not in _FAMILIES or not arch:
@@ -105,10 +118,15 @@ def create_backbone(
         raise ValueError(f'there is no backbone {name!r}{did_you_mean(name, known)}. Known: {", ".join(known)}')
     if out_indices is not None:
         options['out_indices'] = out_indices
+    if pretrained is True:
+        pretrained = published_classifier(_FAMILIES[family], arch)
+        if pretrained is None:
+            raise ValueError(
+                f'pretrained=True: no weights of {name!r} were published, but of {", ".join(list_backbones(True))}. '
+                'Give the path or URL of a checkpoint, or None to start from random weights.'
+            )
     backbone: SSMBackbone = _FAMILIES[family](arch=arch, in_channels=in_channels, **options)
-    if pretrained is not None:
-        if isinstance(pretrained, bool):
-            raise TypeError('pretrained takes the path or URL of a checkpoint: no weights come with the package.')
+    if pretrained is not None and pretrained is not False:
         load_backbone(backbone, pretrained)
     backbone.feature_info = FeatureInfo(backbone)
     return backbone

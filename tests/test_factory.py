@@ -148,7 +148,7 @@ def test_weights_that_do_not_fit_leave_the_backbone_alone(tmp_path) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(CheckpointError, match='does not exist'):
         create_backbone('vmamba-test', tmp_path / 'nowhere.pth')
-    with pytest.raises(TypeError, match='takes the path or URL'):
+    with pytest.raises(ValueError, match="no weights of 'vmamba-test' were published"):
         create_backbone('vmamba-test', True)
 
 

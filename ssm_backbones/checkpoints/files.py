@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
-import hashlib
 import os
 import pickle
 import pickletools
-import urllib.error
 import urllib.parse
+import urllib.request
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -19,7 +17,8 @@ from typing import Any
 
 import torch
 
-from ssm_backbones.utils.errors import CommandError
+from ssm_backbones.checkpoints.download import download, is_url
+from ssm_backbones.checkpoints.errors import CheckpointError
 from ssm_backbones.utils.files import atomic_file
 from ssm_backbones.utils.torch_compat import allow_in_checkpoints
 
@@ -32,24 +31,22 @@ _PICKLES = 5
 _FAULTS = (AttributeError, TypeError, NameError, ImportError, NotImplementedError, MemoryError)
 
 
-class CheckpointError(CommandError):
-    """A checkpoint that cannot be read or identified, or does not match; the message names cause and remedy."""
-
-
 def read_checkpoint(source: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint file with ``weights_only=True``, onto the CPU.
 
     Args:
-        source: A path, or an http, https or ftp URL, which is downloaded once into ``torch.hub``'s folder.
+        source: A path, a file URL, or an http, https or ftp URL, which is downloaded once into ``torch.hub``'s folder.
 
     Raises:
         CheckpointError: If the file does not exist, is truncated or not a checkpoint, or contains anything but tensors
             and plain Python values.
     """
     name = str(source)
+    if name.startswith('file://'):
+        return _read(Path(urllib.request.url2pathname(urllib.parse.urlsplit(name).path)), name)
     if not is_url(name):
         return _read(Path(name).expanduser(), name)
-    path = _download(name)
+    path = download(name)
     try:
         return _read(path, name)
     except CheckpointError:
@@ -84,11 +81,6 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]
             torch.save(dict(checkpoint), temporary)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f'{path} cannot be written: {error}') from error
-
-
-def is_url(name: str) -> bool:
-    """Return whether a checkpoint is named by a URL."""
-    return name.startswith(('http://', 'https://', 'ftp://'))
 
 
 def _read(path: Path, name: str) -> dict[str, Any]:
@@ -190,26 +182,3 @@ def _globals_in(path: Path) -> Iterator[str]:
                         strings.append(argument)
             except Exception:  # whatever damaged bytes raise
                 return
-
-
-def _download(url: str) -> Path:
-    parts = urllib.parse.urlsplit(url)
-    if parts.fragment:
-        raise CheckpointError(f'{url}: what follows # is no part of the address; write a # in a name as %23.')
-    name = Path(urllib.parse.unquote(parts.path)).name
-    if not name:
-        raise CheckpointError(f'{url} names no file.')
-    # Releases of different years share file names.
-    folder = Path(torch.hub.get_dir(), 'checkpoints', hashlib.sha256(url.encode()).hexdigest()[:12])
-    path = folder / name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / '.lock', 'w') as lock:
-            # In a distributed run, the first process downloads and the others wait.
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.exists():
-                with atomic_file(path) as temporary:
-                    torch.hub.download_url_to_file(url, str(temporary), progress=os.isatty(2))
-    except (OSError, urllib.error.URLError, RuntimeError) as error:
-        raise CheckpointError(f'{url} cannot be downloaded: {error}') from error
-    return path

@@ -2,11 +2,9 @@
 
 import argparse
 import gzip
-import http.server
 import os
 import pickle
 import sys
-import threading
 import types
 import zipfile
 
@@ -299,54 +297,6 @@ def test_writing_is_all_or_nothing(tmp_path):
         write_checkpoint({}, tmp_path)
     with pytest.raises(CheckpointError, match='cannot be written'):
         write_checkpoint({}, path / 'below-a-file.pth')
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """Serves a folder on this machine; yields the folder, the address and the list of what was asked for."""
-    folder, asked = tmp_path / 'served', []
-    folder.mkdir()
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, directory=str(folder), **kwargs)
-
-        def log_message(self, *args):
-            asked.append(self.path)
-
-    monkeypatch.setenv('no_proxy', '*')
-    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as running:
-        thread = threading.Thread(target=running.serve_forever)
-        thread.start()
-        yield folder, f'http://127.0.0.1:{running.server_port}', asked
-        running.shutdown()
-        thread.join()
-
-
-def test_urls_are_downloaded_once(server):
-    folder, address, asked = server
-    (folder / '#v2cls').mkdir()
-    torch.save({'model': classifier()}, folder / '#v2cls' / 'tiny.pth')
-    url = f'{address}/%23v2cls/tiny.pth'
-    for _ in range(2):
-        assert load_official(VMamba('test'), url).source == url
-    assert asked == ['/%23v2cls/tiny.pth']
-    with pytest.raises(CheckpointError, match='write a # in a name as %23'):
-        read_checkpoint(f'{address}/#v2cls/tiny.pth')
-
-
-def test_what_was_downloaded_in_vain_is_downloaded_again(server):
-    folder, address, asked = server
-    page = folder / 'tiny.pth'
-    page.write_text('<!DOCTYPE html><html>Log in</html>')
-    with pytest.raises(CheckpointError, match=f'{address}/tiny.pth is a web page'):
-        read_checkpoint(f'{address}/tiny.pth')
-    torch.save({'model': classifier()}, page)
-    assert read_checkpoint(f'{address}/tiny.pth').keys() == {'model'}
-    assert len(asked) == 2
-    with pytest.raises(CheckpointError, match='nowhere.pth cannot be downloaded: .*404'):
-        read_checkpoint(f'{address}/nowhere.pth')
 
 
 def test_numbers_of_numpy_in_a_runners_checkpoint_are_read(tmp_path):
