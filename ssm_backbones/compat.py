@@ -12,14 +12,17 @@ import codecs
 import contextlib
 import functools
 import importlib
+import importlib.abc
 import importlib.machinery
 import importlib.metadata
 import importlib.util
 import logging
 import os
 import pickle
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -49,6 +52,7 @@ def apply_patches() -> None:
     _patch_torchvision_import()
     _patch_checkpoint_loading()
     _patch_mmseg_bases()
+    _patch_mmpretrain_multimodal()
 
 
 @functools.cache
@@ -65,6 +69,69 @@ def _patch_mmseg_bases() -> None:
     except importlib.metadata.PackageNotFoundError:
         MODULE2PACKAGE['mmseg'] = 'mmseg'
         logger.debug('mmsegmentation is installed under another name; its configs are found by the module mmseg.')
+
+
+@functools.cache
+def _patch_mmpretrain_multimodal() -> None:
+    """Let mmpretrain be imported where transformers 5 is installed, which peft and others bring.
+
+    mmpretrain 1.2 imports its multimodal models wherever it finds pycocotools and transformers from 4.28 on. They
+    derive from names that transformers 5 no longer has, so ``import mmpretrain.models`` ends in ``TypeError: NoneType
+    takes no arguments``. The patch makes it take its multimodal extra for missing, as without transformers.
+    """
+    transformers, mmpretrain = _version('transformers'), _version('mmpretrain')
+    if transformers is None or mmpretrain is None or int(transformers.partition('.')[0]) < 5:
+        return
+
+    def leave_out_multimodal(module: ModuleType) -> None:
+        if getattr(module, 'WITH_MULTIMODAL', False):
+            module.WITH_MULTIMODAL = False  # type: ignore[attr-defined]
+            logger.warning(
+                "mmpretrain %s's multimodal models (BLIP, CLIP, LLaVA and others) do not import with transformers %s "
+                "and are left out; to use them, install 'transformers<5'.",
+                mmpretrain,
+                transformers,
+            )
+
+    _after_import('mmpretrain.utils.dependency', leave_out_multimodal)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+class _ImportObserver(importlib.abc.MetaPathFinder):
+    """Finds one module as the import system does, and calls a function with it once it has been executed."""
+
+    def __init__(self, name: str, function: Callable[[ModuleType], None]) -> None:
+        self.name = name
+        self.function = function
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                self.function(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _after_import(name: str, function: Callable[[ModuleType], None]) -> None:
+    """Call a function with a module, now if it has been imported, else as soon as it is."""
+    if name in sys.modules:
+        function(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _ImportObserver(name, function))
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """The patches for clashes between the libraries."""
 
+import importlib
 import importlib.metadata
 import os
 import pickle
@@ -96,6 +97,7 @@ def test_torch_load_still_refuses_code(payload, tmp_path) -> None:
 
 FAKE_TORCHVISION = """
 import torch
+import importlib
 import importlib.metadata
 import os
 try:
@@ -204,3 +206,62 @@ def test_mmcv_s_suppression_takes_half_precision(name, dtype) -> None:
     got = getattr(mmcv.ops, name)(boxes.to(dtype), scores.to(dtype), 0.5)
     assert got[1].tolist() == expected[1].tolist()
     torch.testing.assert_close(got[0].float(), expected[0], rtol=0.01, atol=0.01)
+
+
+WITH_TRANSFORMERS_5 = """
+import logging
+logging.basicConfig(format='%(name)s: %(message)s')
+import {first}
+import ssm_backbones.compat
+ssm_backbones.compat.apply_patches()
+from mmpretrain.registry import MODELS
+import mmpretrain.models
+print(MODELS.get('ImageClassifier').__name__, callable(MODELS.get('Llava')))
+"""
+
+
+@pytest.fixture
+def transformers_5(tmp_path) -> Path:
+    """A folder with a stand-in that has none of the names that version 5 no longer has."""
+    if importlib.metadata.packages_distributions().get('mmpretrain') != ['mmpretrain']:
+        pytest.skip("the fork's multimodal models are not those of mmpretrain 1.2")
+    (tmp_path / 'transformers.py').write_text('__version__ = "5.24.0"\n')
+    metadata = tmp_path / 'transformers-5.24.0.dist-info' / 'METADATA'
+    metadata.parent.mkdir()
+    metadata.write_text('Metadata-Version: 2.1\nName: transformers\nVersion: 5.24.0\n')
+    return tmp_path
+
+
+def test_mmpretrain_takes_its_multimodal_extra_for_missing_beside_transformers_5(
+    transformers_5, monkeypatch, caplog
+) -> None:
+    name = 'mmpretrain.utils.dependency'
+    kept = importlib.import_module(name)
+    assert not kept.WITH_MULTIMODAL
+    monkeypatch.setattr(sys.modules['mmpretrain.utils'], 'dependency', kept)
+    monkeypatch.syspath_prepend(transformers_5)
+    monkeypatch.delitem(sys.modules, name)
+    assert importlib.import_module(name).WITH_MULTIMODAL
+    monkeypatch.delitem(sys.modules, name)
+    with caplog.at_level('WARNING', logger='ssm_backbones.compat'):
+        compat._patch_mmpretrain_multimodal.__wrapped__()
+        assert not caplog.messages
+        again = importlib.import_module(name)
+    assert again.WITH_MULTIMODAL is False and again.satisfy_requirement('transformers>=4.28.0')
+    (message,) = caplog.messages
+    assert "mmpretrain 1.2.0's multimodal models" in message and "install 'transformers<5'" in message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('first', ['sys', 'mmpretrain'])
+def test_mmpretrain_is_imported_beside_transformers_5(first, transformers_5) -> None:
+    """Imported before this package or after it."""
+    result = subprocess.run(
+        [sys.executable, '-c', WITH_TRANSFORMERS_5.format(first=first)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'PYTHONPATH': os.pathsep.join([str(transformers_5), str(ROOT)])},
+        timeout=600,
+    )
+    assert result.stdout.strip() == 'ImageClassifier True', result.stderr
+    assert "ssm_backbones.compat: mmpretrain 1.2.0's multimodal models" in result.stderr
