@@ -20,7 +20,7 @@ import logging
 import os
 import pickle
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,7 +30,7 @@ import torch
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssm_backbones.utils.configs import PACKAGE, config_file
 from ssm_backbones.utils.errors import CommandError
@@ -198,6 +198,57 @@ def _history_buffer_method(owner: Any, name: str) -> Callable[..., Any]:
     if owner is HistoryBuffer and isinstance(name, str) and not name.startswith('_') and hasattr(HistoryBuffer, name):
         return getattr(HistoryBuffer, name)
     raise pickle.UnpicklingError(f'a checkpoint may not ask for attribute {name!r} of {owner!r}')
+
+
+@functools.cache
+def revise_loaded_names(revise: Callable[[nn.Module, Mapping[str, Any]], Mapping[str, Any]]) -> None:
+    """Pass each state dict through a function before mmengine loads it into a module.
+
+    mmengine's ``load_state_dict`` hands each part of a model only the entries under that part's own name, so that no
+    part sees that they carry a prefix more.
+
+    Args:
+        revise: Takes the module and the state dict, and returns the state dict to load.
+    """
+
+    def patch(checkpoint: ModuleType) -> None:
+        load = checkpoint.load_state_dict
+
+        @functools.wraps(load)
+        def load_revised(module: nn.Module, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+            return load(module, revise(module, state_dict), *args, **options)
+
+        checkpoint.load_state_dict = load_revised  # type: ignore[attr-defined]
+
+    _after_import('mmengine.runner.checkpoint', patch)
+
+
+@functools.cache
+def keep_names_in_transformers() -> None:
+    """Keep transformers 5 from renaming parameters of the backbones when it loads a model that it saved itself.
+
+    For DETR and RT-DETR it renames every ``out_proj`` in a file to ``o_proj``, as its own attention layers are called
+    now, the backbone's too. Those weights of a mixer would then start from random numbers, of which only a report of
+    missing names tells. The patch leaves ``mixer.out_proj`` out of that rename.
+    """
+
+    def patch(module: ModuleType) -> None:
+        build = getattr(module, '_build_checkpoint_conversion_mapping', None)
+        if build is None:
+            return
+        renaming = module.WeightRenaming
+
+        def narrowed(mappings: dict[str, Any] | None) -> dict[str, Any] | None:
+            for transforms in (mappings or {}).values():
+                for place, transform in enumerate(transforms):
+                    if type(transform) is renaming and transform.source_patterns == ['out_proj']:
+                        transforms[place] = renaming(r'(?<!mixer\.)out_proj', 'o_proj')
+            return mappings
+
+        module._build_checkpoint_conversion_mapping = lambda: narrowed(build())  # type: ignore[attr-defined]
+        narrowed(getattr(module, '_checkpoint_conversion_mapping_cache', None))
+
+    _after_import('transformers.conversion_mapping', patch)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from ssm_backbones.checkpoints.identify import (
     identify_official,
     identify_ours,
 )
-from ssm_backbones.checkpoints.locate import choose_weights
+from ssm_backbones.checkpoints.locate import choose_weights, without_wrapper_of_blocks
 from ssm_backbones.checkpoints.naming import official_layout
 from ssm_backbones.checkpoints.report import (
     Report,
@@ -109,7 +109,7 @@ def restore_checkpoint(
         CheckpointError: If the file is not exactly a checkpoint of ours.
     """
     path = ('state_dict',) if isinstance(checkpoint.get('state_dict'), Mapping) else ()
-    held = checkpoint['state_dict'] if path else checkpoint
+    held = without_wrapper_of_blocks(checkpoint['state_dict'] if path else checkpoint, source)
     found = identify_ours(held, source)
     note = _note(checkpoint, found)
     naming, head_naming = found.family.naming(note['dialect']), found.family.head_naming(note['dialect'])

@@ -17,14 +17,21 @@ import torch
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.registry import MODELS
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssm_backbones.backbones.base import SSMBackbone
 from ssm_backbones.checkpoints.differences import Fit, Mismatch, explain, fit
 from ssm_backbones.checkpoints.files import CheckpointError, read_checkpoint
 from ssm_backbones.checkpoints.identify import FAMILIES, describe, identify_official
 from ssm_backbones.checkpoints.loading import refuse_integers, remedy
-from ssm_backbones.checkpoints.locate import WeightSet, common_prefix, find_official, own_weights
+from ssm_backbones.checkpoints.locate import (
+    WeightSet,
+    common_prefix,
+    find_official,
+    own_weights,
+    without_wrappers_if_better,
+)
+from ssm_backbones.compat import revise_loaded_names
 from ssm_backbones.layers.token_grid import TokenGrid
 
 _OFFICIAL_REMEDY = (
@@ -97,6 +104,7 @@ def check_pretrained(backbone: Mapping[str, Any], key: str) -> None:
         inside = {re.sub(r'^module\.', '', name): value for name, value in state.items()}
     with torch.device('meta'):
         model = MODELS.build({**backbone, 'type': backbone['type'].rpartition('.')[2], 'init_cfg': None})
+    inside = dict(revise_names(model, inside))
     mismatches = [
         mismatch
         for mismatch in _fit_known_parts(model, inside, everything=bool(prefix)).mismatches
@@ -108,6 +116,20 @@ def check_pretrained(backbone: Mapping[str, Any], key: str) -> None:
     if not inside and not model.state_dict().keys().isdisjoint(state):
         raise CheckpointError(f'{where} holds the bare {type(model).__name__}. Leave out the prefix.')
     raise CheckpointError(_refuse(model, mismatches, inside or state, where))
+
+
+def revise_names(module: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Remove a prefix that all names of a state dict carry beside the module's own, as every loader here does.
+
+    Only in models with a backbone of this package, and where more of the module's names are found without the prefix.
+    """
+    if not any(isinstance(part, SSMBackbone) for part in module.modules()):
+        return state_dict
+    expected = module.state_dict().keys()
+    if expected <= state_dict.keys():
+        return state_dict
+    tensors = {name: value for name, value in state_dict.items() if isinstance(value, Tensor)}
+    return without_wrappers_if_better(tensors, expected, 'the checkpoint') or state_dict
 
 
 def names_backbone(kind: Any) -> bool:
@@ -191,3 +213,4 @@ def _mmengine_loads() -> bool:
 
 
 SSMBackbone.before_loading = convert_or_refuse
+revise_loaded_names(revise_names)

@@ -40,6 +40,8 @@ class WeightSet:
     tensors: dict[str, Tensor]
     outside: tuple[str, ...]
     """Entries of the same dictionary outside the wrapper that belong to no other set."""
+    inserted: tuple[str, ...] = ()
+    """What ``torch.compile`` and other wrappers of modules had inserted into the names."""
     others: tuple[WeightSet, ...] = ()
     """The other sets in the file."""
 
@@ -79,7 +81,10 @@ def choose_weights(checkpoint: Mapping[str, Any], wanted: str, families: Sequenc
             f'{source} holds {many} weights for {wanted!r}; it holds {held}. Choose one of these '
             "names, 'auto', 'raw' or 'ema'."
         )
-    return replace(chosen[0], others=tuple(found for found in sets if found is not chosen[0]))
+    (found,) = chosen
+    taken_off = [found.wrapper] * bool(found.wrapper) + list(found.inserted)
+    _log_taken_off(source, taken_off, len(found.tensors), found.outside)
+    return replace(found, others=tuple(other for other in sets if other is not found))
 
 
 def holds_official(checkpoint: Mapping[str, Any], families: Sequence[Family]) -> bool:
@@ -111,22 +116,82 @@ def without_wrappers(tensors: Mapping[str, Tensor], expected: Collection[str], s
     Raises:
         CheckpointError: If several prefixes match equally well.
     """
-    cleaned = dict(tensors)
-    if not any(_WRAPPER.search(name) for name in expected):
-        cleaned = {_WRAPPER.sub('', name): value for name, value in tensors.items()}
+    inside, taken_off, outside = _unwrapped(tensors, expected, source)
+    _log_taken_off(source, taken_off, len(inside), outside)
+    return inside
+
+
+def without_wrappers_if_better(
+    tensors: Mapping[str, Tensor], expected: Collection[str], source: str
+) -> dict[str, Tensor] | None:
+    """Do as :func:`without_wrappers` if more names match then than before; otherwise return None."""
+    inside, taken_off, outside = _unwrapped(tensors, expected, source)
+    if sum(name in expected for name in inside) <= sum(name in expected for name in tensors):
+        return None
+    _log_taken_off(source, taken_off, len(inside), outside)
+    return inside
+
+
+def _unwrapped(
+    tensors: Mapping[str, Tensor], expected: Collection[str], source: str
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """Return the tensors under the module's names, what was taken off, and the names outside of the prefix."""
+    wrapped = any(_WRAPPER.search(name) for name in expected)
+    cleaned = dict(tensors) if wrapped else without_inserted(tensors)
     prefix = common_prefix(cleaned, expected, source)
     inside = {name.removeprefix(prefix): value for name, value in cleaned.items() if name.startswith(prefix)}
-    taken_off = [repr(prefix)] if prefix else []
-    taken_off += sorted({repr(match[0]) for name in tensors for match in _WRAPPER.finditer(name)})
+    taken_off = [prefix] * bool(prefix) + ([] if wrapped else _inserted(tensors))
+    return inside, taken_off, [name for name in cleaned if not name.startswith(prefix)]
+
+
+def without_wrapper_of_blocks(tensors: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Remove a wrapper's prefix from the names of a model of ours, of which only the blocks' names are known.
+
+    The backbone's own prefix, ``backbone.``, is kept, as are other entries of the model; those outside the wrapper are
+    left out. The log lists what is removed.
+
+    Args:
+        tensors: Entries by their names in the file.
+        source: The file's name, for messages.
+
+    Raises:
+        CheckpointError: If several prefixes occur.
+    """
+    cleaned = without_inserted(tensors)
+    blocks = (re.fullmatch(r'((?:.*?\.)??)(?:backbone\.)?stages\.0\.blocks\.0\.mixer\..*', name) for name in cleaned)
+    wrappers = sorted({match[1] for match in blocks if match})
+    if len(wrappers) > 1:
+        raise CheckpointError(
+            f'{source} holds the weights several times, under the prefixes '
+            f'{", ".join(map(repr, wrappers))}; save those to convert in a file of their own.'
+        )
+    wrapper = wrappers[0] if wrappers else ''
+    inside = {name.removeprefix(wrapper): value for name, value in cleaned.items() if name.startswith(wrapper)}
+    outside = [name for name in cleaned if not name.startswith(wrapper)]
+    _log_taken_off(source, [wrapper] * bool(wrapper) + _inserted(tensors), len(inside), outside)
+    return inside
+
+
+def without_inserted(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries without what ``torch.compile`` and wrappers of modules insert anywhere in names."""
+    cleaned = {_WRAPPER.sub('', name): value for name, value in named.items()}
+    # Otherwise both a wrapped and a bare copy are in the file.
+    return cleaned if len(cleaned) == len(named) else dict(named)
+
+
+def _inserted(names: Collection[str]) -> list[str]:
+    return sorted({match[0] for name in names for match in _WRAPPER.finditer(name)})
+
+
+def _log_taken_off(source: str, taken_off: Sequence[str], number: int, outside: Sequence[str] = ()) -> None:
+    """Log what was taken off the names of a number of tensors, if anything was, and the names outside."""
     # That a whole model has its backbone under this name is nothing to report.
-    if taken_off and taken_off != ["'backbone.'"]:
-        outside = [name for name in cleaned if not name.startswith(prefix)]
+    if taken_off and taken_off != ['backbone.']:
         print_log(
-            f'{source}: {" and ".join(taken_off)} is taken off the names of {len(inside)} tensors'
+            f'{source}: {" and ".join(map(repr, taken_off))} is taken off the names of {number} tensors'
             + (f'; {len(outside)} others are left out: {shorten(outside, ", ")}.' if outside else '.'),
             logger='current',
         )
-    return inside
 
 
 def common_prefix(names: Collection[str], expected: Collection[str], source: str = 'the checkpoint') -> str:
@@ -157,7 +222,8 @@ def common_prefix(names: Collection[str], expected: Collection[str], source: str
 
 def find_official(checkpoint: Mapping[str, Any], families: Sequence[Family]) -> Iterator[WeightSet]:
     """Yield every set of weights with official names in a checkpoint."""
-    for path, mapping in _mappings(checkpoint, ()):
+    for path, held in _mappings(checkpoint, ()):
+        mapping = without_inserted(held)
         found: dict[tuple[str, str], Family] = {}
         for family in families:
             # The wrapper is matched as short as possible, so that 'backbone.' is never taken for one.
@@ -169,7 +235,14 @@ def find_official(checkpoint: Mapping[str, Any], families: Sequence[Family]) -> 
         owned, outside = _share_out(mapping, {wrapper for wrapper, _ in found})
         for (wrapper, prefix), family in found.items():
             yield WeightSet(
-                family, path, wrapper, prefix, _is_average(checkpoint, path, wrapper), owned[wrapper], outside
+                family,
+                path,
+                wrapper,
+                prefix,
+                _is_average(checkpoint, path, wrapper),
+                owned[wrapper],
+                outside,
+                tuple(_inserted(held)),
             )
 
 

@@ -141,7 +141,6 @@ FILES = {
         lambda own: {'state_dict': prefixed('backbone.', {name: (64 * t).to(torch.int8) for name, t in own.items()})},
         'is of torch.int8, expected floating-point',
     ),
-    'a compiled one': (lambda own: {'state_dict': prefixed('backbone._orig_mod.', own)}, "begin with '_orig_mod.'"),
 }
 
 
@@ -153,6 +152,19 @@ def test_mmengine_does_not_pass_over_a_backbone_that_is_not_there(case, tmp_path
     with pytest.raises(CheckpointError, match=message):
         by_mmengine(model, change(VMamba('test').state_dict()), tmp_path)
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize('prefix', ['_orig_mod.', 'model.', 'module._orig_mod.', 'student.', 'ema.module.'])
+def test_mmengine_loads_what_a_wrapper_saved(prefix, tmp_path, log):
+    model, source = Model(), Model().state_dict()
+    by_mmengine(model, {'state_dict': prefixed(prefix, source) | {'steps': torch.ones(1)}}, tmp_path)
+    assert_unchanged(model, source)
+    (line,) = (line for line in log if 'taken off' in line)
+    assert f'{len(source)} tensors; 1 others are left out: steps.' in line or '_orig_mod.' in prefix
+    inserted = {name.replace('backbone.', 'backbone._orig_mod.'): value for name, value in source.items()}
+    model = Model()
+    by_mmengine(model, {'state_dict': inserted}, tmp_path)
+    assert_unchanged(model, source)
 
 
 def test_pytorch_still_tells_what_does_not_fit_in_its_own_words():
@@ -221,7 +233,6 @@ PRETRAINED = {
         'backbone.',
         "'OfficialPretrained'",
     ),
-    'a whole model': (lambda own: {'state_dict': prefixed('backbone.', own)}, None, "Give prefix='backbone.' beside"),
     'another prefix': (
         lambda own: {'state_dict': prefixed('student.backbone.', own)},
         'backbone.',
@@ -265,6 +276,8 @@ def test_a_pretrained_file_that_fits_in_nothing_is_refused_with_the_remedy(case,
         (lambda: prefixed('module.', VMamba('test').state_dict()), None),
         (lambda: prefixed('backbone.', VMamba('test').state_dict()), 'backbone'),
         (lambda: {**VMamba('test').state_dict(), 'head.weight': torch.ones(1)}, None),
+        (lambda: prefixed('backbone.', VMamba('test').state_dict()) | {'head.weight': torch.ones(1)}, None),
+        (lambda: prefixed('student.backbone._orig_mod.', VMamba('test').state_dict()), None),
     ],
 )
 def test_a_pretrained_file_that_fits_passes(make, prefix, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ssm_backbones.checkpoints import CheckpointError, convert_checkpoint
+from ssm_backbones.checkpoints import CheckpointError, convert_checkpoint, restore_checkpoint
 from tests.checkpoints.small import classifier, marked, prefixed, pyramid
 
 RAW, AVERAGED = 0.0, 1000.0
@@ -87,14 +87,45 @@ def test_trainers_that_save_the_averages_in_the_place_of_the_weights():
     assert report.left_out == {'ema_state_dict:module.': 'other weights, to be chosen by this name'}
 
 
-@pytest.mark.parametrize('wrapper', ['module.', 'model.', '_orig_mod.', 'net.model.'])
-def test_wrappers_are_taken_off(wrapper):
+@pytest.mark.parametrize('wrapper', ['module.', 'model.', 'module._orig_mod.', 'net.model.'])
+def test_wrappers_are_taken_off_and_logged(wrapper, log):
     tensors = classifier()
     expected = convert_checkpoint({'model': tensors})[0]['state_dict']
     found, report = convert_checkpoint({'model': {**prefixed(wrapper, tensors), 'criterion.weight': torch.ones(2)}})
     assert found['state_dict'].keys() == expected.keys()
     assert all(torch.equal(found['state_dict'][name], tensor) for name, tensor in expected.items())
-    assert report.left_out == {'criterion.weight': f'beside the model in model:{wrapper}'}
+    taken_off = wrapper.removesuffix('_orig_mod.')
+    assert report.left_out == {'criterion.weight': f'beside the model in model:{taken_off}'}
+    (line,) = log
+    parts = [repr(part) for part in (taken_off, wrapper[len(taken_off) :]) if part]
+    assert line == (
+        f'the checkpoint: {" and ".join(parts)} is taken off the names of {len(tensors)} tensors; '
+        '1 others are left out: criterion.weight.'
+    )
+
+
+def test_what_a_compiler_inserts_within_names_is_taken_off(log):
+    tensors = classifier()
+    expected = convert_checkpoint({'model': tensors})[0]['state_dict']
+    inserted = {name.replace('.blocks.0.', '.blocks.0._orig_mod.'): value for name, value in tensors.items()}
+    assert inserted.keys() != tensors.keys()
+    found = convert_checkpoint({'model': inserted})[0]['state_dict']
+    assert found.keys() == expected.keys()
+    assert log == [f"the checkpoint: '_orig_mod.' is taken off the names of {len(tensors)} tensors."]
+
+
+@pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', 'student.model.', 'ema._orig_mod.'])
+def test_wrappers_are_taken_off_on_the_way_back(prefix, log):
+    ours = convert_checkpoint({'model': classifier()})[0]['state_dict']
+    expected = restore_checkpoint({'state_dict': ours})[0]['model']
+    for held in (ours, {name.removeprefix('backbone.'): value for name, value in ours.items() if 'head' not in name}):
+        found = restore_checkpoint({'state_dict': prefixed(prefix, held)})[0]['model']
+        assert found.keys() <= expected.keys() and len(found) == len(held)
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
+        assert f'is taken off the names of {len(held)} tensors' in log.pop()
+    twins = {**prefixed('student.', ours), **prefixed('teacher.', ours)}
+    with pytest.raises(CheckpointError, match="under the prefixes 'student.', 'teacher.'"):
+        restore_checkpoint({'state_dict': twins})
 
 
 def test_a_bare_state_dict_and_averages_alone_are_taken():
