@@ -7,15 +7,17 @@ DEMO_ARGS ?=
 
 IN_VENV = "$(VENV)/bin/python"
 SOURCES = find cuda_ops/csrc tests/cuda_emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
+site-packages = $(1) -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 given = $(filter command environment,$(firstword $(origin $(1))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format docs kernels clean
+.PHONY: help setup demo test test-slow tools lint format docs kernels clean
 
 help:
 	@echo 'make demo      set up, then train, evaluate and show a small model (DEMO_ARGS, FAMILY, TASK are passed on)'
 	@echo 'make test      set up, then check style and types and run all tests but the slow ones (PYTEST_ARGS are passed on)'
 	@echo 'make test-slow the same with the slow tests'
+	@echo 'make tools     test timm, transformers and other libraries around the backbones, in an environment of its own (.venv-tools)'
 	@echo 'make kernels   compile every CUDA kernel for every architecture by nvcc alone, and print what each takes (ARCHS="8.0 9.0")'
 	@echo 'make setup     make or complete the environment alone'
 	@echo 'make lint      set up, then check format, style and types alone'
@@ -49,6 +51,14 @@ test: lint
 
 test-slow: lint
 	@$(PYTEST) --dist loadfile $(PYTEST_ARGS)
+
+# On top of the project's environment, so that neither torch nor the host libraries are installed twice.
+tools: setup
+	@test -x .venv-tools/bin/python || $(IN_VENV) -m venv .venv-tools
+	@{ $(call site-packages,$(IN_VENV)); pwd; } > "$$($(call site-packages,.venv-tools/bin/python))/project.pth"
+	@.venv-tools/bin/python -m pip install --quiet -c requirements/constraints.txt -r requirements/tools.txt
+	@.venv-tools/bin/python -m pytest tests/timm tests/integrations $(PYTEST_ARGS)
+	@.venv-tools/bin/python -m pytest tests/docs -k 'scripts and timm' $(PYTEST_ARGS)
 
 docs:
 	@test -x .venv-docs/bin/mkdocs || $(PYTHON) -m venv .venv-docs

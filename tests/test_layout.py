@@ -19,6 +19,7 @@ ROOMS = [
     'checkpoints',
     'factory',
     'heads',
+    'timm',
     'apis',
     'data_check',
     'flops',
