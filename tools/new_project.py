@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f'{made.config} inherits {made.base}: batches of {made.batch_size}, {made.epochs} epochs, '
             f'{made.iterations} steps on one device'
         )
-        print(as_table(made.findings))
+        print(f'check of the data: {as_table(made.findings)}')
         errors = sum(finding.severity == ERROR for finding in made.findings)
         if errors:
             raise CommandError(f'{errors} error{"s" * (errors > 1)} in the data of {made.config}; see above.')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Mapping
@@ -109,6 +110,7 @@ def _weights(family: str, backbone: str) -> str | None:
     return init_cfg.get('checkpoint')
 
 
+@functools.cache
 def parameters(backbone: str) -> int:
     """Count the parameters of a backbone."""
     with torch.device('meta'):

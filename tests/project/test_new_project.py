@@ -206,8 +206,7 @@ def test_one_annotation_file_is_divided(shapes, tmp_path) -> None:
     'form',
     [
         'colours',
-        'split',
-        *(pytest.param(form, marks=pytest.mark.slow) for form in ('indices', 'palette', 'grey', 'binary')),
+        *(pytest.param(form, marks=pytest.mark.slow) for form in ('split', 'indices', 'palette', 'grey', 'binary')),
     ],
 )
 def test_label_maps_in_each_form(form, shapes, tmp_path) -> None:
@@ -344,9 +343,10 @@ def test_bad_options(options, message, shapes, tmp_path, monkeypatch) -> None:
 
 
 def test_a_config_is_not_overwritten(shapes, tmp_path) -> None:
-    make(tmp_path, 'cls', shapes / 'imagenet')
+    (tmp_path / 'my_config.py').write_text('mine = True\n')
     with pytest.raises(CommandError, match='exists'):
         make(tmp_path, 'cls', shapes / 'imagenet')
+    assert (tmp_path / 'my_config.py').read_text() == 'mine = True\n'
 
 
 def test_the_authors_weights_and_a_config_of_the_backbone_are_used(shapes, tmp_path, tool, capsys) -> None:
