@@ -359,6 +359,48 @@ def _in_float32(function: Callable[..., Any], out_too: bool = True) -> Callable[
     return computed_in_float32
 
 
+def let_losses_take_bfloat16(model: nn.Module) -> None:
+    """Make a model's heads compute their losses in float32, without autocast, from outputs in bfloat16.
+
+    The losses of some heads, such as mmdet's VFNet's, mix both types and stop.
+    """
+    for kind in {type(module) for module in model.modules()}:
+        owner = next((base for base in kind.__mro__ if 'loss_by_feat' in vars(base)), None)
+        if owner is not None:
+            _patch_loss(owner)
+
+
+@functools.cache
+def _patch_loss(owner: Any) -> None:
+    original = owner.loss_by_feat
+
+    @functools.wraps(original)
+    def loss_in_float32(self: Any, *args: Any, **kwargs: Any) -> Any:
+        held = [tensor for tensor in _tensors((args, tuple(kwargs.values()))) if tensor.dtype == torch.bfloat16]
+        if not held:
+            return original(self, *args, **kwargs)
+        kwargs = {name: _bfloat16_to_float32(value) for name, value in kwargs.items()}
+        with torch.autocast(held[0].device.type, enabled=False):
+            return original(self, *_bfloat16_to_float32(args), **kwargs)
+
+    owner.loss_by_feat = loss_in_float32
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _bfloat16_to_float32(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype == torch.bfloat16 else value
+    # Named tuples and other kinds of sequence are left as they are.
+    return type(value)(map(_bfloat16_to_float32, value)) if type(value) in (list, tuple) else value
+
+
 def _is_unsupported(value: Any) -> bool:
     if not isinstance(value, Tensor):
         return False

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 _BLANKS = ' \t\r\n'
 
 

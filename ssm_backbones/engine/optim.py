@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ssm_backbones.backbones.base import SSMBackbone
-from ssm_backbones.compat import let_mmcv_take_bfloat16
+from ssm_backbones.compat import let_losses_take_bfloat16, let_mmcv_take_bfloat16
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _RATES_AND_GAINS = ('A_log', 'D', 'dt_bias', 'scale')
@@ -168,16 +168,20 @@ class BFloat16OptimWrapper(OptimWrapper):
 
     mmengine's ``AmpOptimWrapper`` does not support CPUs. bfloat16 has float32's range, so gradients are neither scaled
     nor checked for overflow; parameters, gradients and the optimizer stay in float32. mmcv's operators, which do not
-    support bfloat16, are patched to compute in float32. Takes ``OptimWrapper``'s arguments.
+    support bfloat16, and the heads' losses are patched to compute in float32. Takes ``OptimWrapper``'s arguments.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._prepared = False
         if 'mmcv.ops' in sys.modules:
             let_mmcv_take_bfloat16()
 
     @contextmanager
     def optim_context(self, model: torch.nn.Module) -> Iterator[None]:
         """Enter bfloat16 autocast and the gradient accumulation context of ``OptimWrapper``."""
+        if not self._prepared:
+            let_losses_take_bfloat16(model)
+            self._prepared = True
         with super().optim_context(model), autocast(dtype=torch.bfloat16):
             yield

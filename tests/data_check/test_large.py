@@ -13,7 +13,7 @@ from PIL import Image
 IMAGES, OBJECTS, CLASSES = 118_000, 860_000, 80
 
 CHECK = """
-import resource, sys, time
+import json, resource, sys, time
 from ssm_backbones.apis.config import load_config
 from ssm_backbones.data_check import check_data
 
@@ -23,10 +23,16 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start, wall = time.process_time(), time.perf_counter()
 found = check_data(cfg, ('train',))
 spent = time.process_time() - start
+with open(f'{cfg.train_dataloader.dataset.data_root}large.json') as file:
+    text = file.read(50_000_000)
+text = text[text.index('"annotations":[') + 15 : text.rindex(',{')]
+start = time.process_time()
+json.loads(f'[{text}]')
+parsed = (time.process_time() - start) / len(text)
 print([str(finding) for finding in found])
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(f'wall {time.perf_counter() - wall:.1f} s', file=sys.stderr)
-print(spent, before * 1024, after * 1024)
+print(spent, parsed, before * 1024, after * 1024)
 """
 
 
@@ -79,10 +85,13 @@ def test_annotations_of_coco_s_size_take_seconds(write_config, tmp_path, environ
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     found, figures = result.stdout.splitlines()[-2:]
     assert found == '[]'
-    seconds, before, after = map(float, figures.split())
+    seconds, parsed, before, after = map(float, figures.split())
+    size = os.stat(tmp_path / 'large.json').st_size
+    parsed *= size
     print(
-        f'{os.stat(tmp_path / "large.json").st_size / 1e6:.0f} MB of annotations: {seconds:.1f} s of processor time, '
-        f'{(after - before) / 1e9:.2f} GB more than before, {after / 1e9:.2f} GB in all'
+        f'{size / 1e6:.0f} MB of annotations: {seconds:.1f} s of processor time, {seconds / parsed:.2f} times that of '
+        f'json alone; {(after - before) / 1e9:.2f} GB more than before, {after / 1e9:.2f} GB in all'
     )
-    assert seconds < 20
+    # A machine that is busy otherwise parses more slowly, too: json alone takes 10 s where it is not.
+    assert seconds < 20 * max(1, parsed / 10)
     assert after < 2e9

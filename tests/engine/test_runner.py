@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import shutil
+import textwrap
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from ssm_backbones.shapes.classes import SEG_PALETTE
 from ssm_backbones.utils.errors import CommandError
 from tests.checkpoints.small import classifier
 
+ROOT = Path(__file__).resolve().parents[2]
 HOSTS = ('mmdet', 'mmseg', 'mmpretrain')
 METRICS = {
     'mmdet': {'coco/bbox_mAP', 'coco/segm_mAP'},
@@ -434,17 +436,36 @@ def test_a_compiled_training_is_the_same(train, test, write_config, read_losses,
     assert test(plain, tmp_path / 'compiled/epoch_2.pth', tmp_path / 'test')
 
 
-@pytest.mark.slow
-def test_deformable_convolutions_train_in_bfloat16(train, write_config, tmp_path) -> None:
-    changes = """
-        from mmengine.config import Config
+DEFORMABLE = {
+    'VFNet': """
         vfnet = Config._get_cfg_path('mmdet::vfnet/vfnet_r50_fpn_1x_coco.py', '')[0]
         model = dict(_delete_=True, **Config.fromfile(vfnet).model.to_dict())
         model['backbone'] = dict(type='VMamba', arch='test', out_indices=(1, 2, 3))
         model['neck'].update(in_channels=[32, 64, 128], out_channels=32, start_level=0)
         model['bbox_head'].update(num_classes=6, in_channels=32, feat_channels=32, stacked_convs=1)
+        del vfnet
+    """,
+    'DINO': """
+        dino = '{root}/configs/vmamba/dino-4scale_vmamba-tiny_8xb2-12e_coco.py'
+        model = dict(_delete_=True, **Config.fromfile(dino).model.to_dict())
+        model['backbone'] = dict(type='VMamba', arch='test', out_indices=(1, 2, 3))
+        model['neck'].update(in_channels=[32, 64, 128])
+        model['num_queries'] = model['test_cfg']['max_per_img'] = 20
+        model['encoder']['num_layers'] = model['decoder']['num_layers'] = 2
+        model['bbox_head'].update(num_classes=6)
+        del dino
+    """,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('detector', DEFORMABLE)
+def test_detectors_of_deformable_operators_train_in_bfloat16(detector, train, write_config, tmp_path) -> None:
+    changes = textwrap.dedent(DEFORMABLE[detector].replace('{root}', str(ROOT))) + textwrap.dedent("""
         val_evaluator = dict(metric=['bbox'])
         train_cfg = dict(max_epochs=1, val_interval=1)
-        del Config, vfnet
-    """
-    assert train(write_config('mmdet', changes), tmp_path, amp=True).epoch == 1
+        val_cfg = dict(fp16=True)
+        del Config
+    """)
+    config = write_config('mmdet', f'from mmengine.config import Config\n{changes}')
+    assert train(config, tmp_path, amp=True).epoch == 1
