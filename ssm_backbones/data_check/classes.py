@@ -38,7 +38,9 @@ def class_names(dataset: Mapping[str, Any], key: str, scope: str, findings: Find
             )
     classes = metainfo.get('classes')
     if classes is None:
-        classes = getattr(dataset_class(dataset, scope), 'METAINFO', {}).get('classes')
+        # Of ImageNet's names two classes each are called crane and maillot.
+        own = getattr(dataset_class(dataset, scope), 'METAINFO', {}).get('classes')
+        return None if own is None else tuple(own)
     if isinstance(classes, str):
         if os.path.isfile(classes):
             with open(classes, encoding='utf-8') as file:
@@ -50,8 +52,6 @@ def class_names(dataset: Mapping[str, Any], key: str, scope: str, findings: Find
             f'Write classes=({classes!r}, ), with the comma, or the path of a file with a name in each line.',
         )
         return (classes,)
-    if classes is None:
-        return None
     doubled = sorted({name for name in classes if list(classes).count(name) > 1})
     if doubled:
         findings.add(

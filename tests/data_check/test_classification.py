@@ -5,6 +5,8 @@ import shutil
 import pytest
 
 from ssm_backbones.data_check import WARNING
+from ssm_backbones.data_check.classes import class_names
+from ssm_backbones.data_check.finding import Findings
 from tests.data_check.conftest import errors
 
 
@@ -88,3 +90,10 @@ def test_lists_of_labels(line, expected, check, tmp_path):
     options = {'train_dataloader.dataset.ann_file': 'train.txt', 'train_dataloader.dataset.data_prefix': 'train'}
     found = errors(check('mmpretrain', write, options, modes=['train']))
     assert len(found) == 1 and expected in found[0], found
+
+
+def test_imagenet_has_two_classes_of_one_name_twice():
+    """That is as it should be: cranes are birds and machines."""
+    findings = Findings()
+    names = class_names(dict(type='ImageNet'), 'train_dataloader.dataset', 'mmpretrain', findings)
+    assert len(names) == 1000 and names.count('crane') == 2 and not findings.found
