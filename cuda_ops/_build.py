@@ -35,6 +35,8 @@ X86_CAPABILITIES = {
 }
 # Compute capabilities that a library for unknown GPUs is compiled for, from Turing on.
 ARCHS = ('7.5', '8.0', '8.6', '8.9', '9.0', '10.0', '12.0')
+# The first torch whose stable ABI has all that the bindings need.
+STABLE_SINCE = (2, 10)
 SOURCE_SUFFIXES = ('.cpp', '.h', '.cu', '.cuh')
 
 
@@ -314,12 +316,44 @@ def cuda_steps(csrc: Path, objects: Path, toolkit: Toolkit, gencode: Sequence[st
     return steps
 
 
+def uses_stable_abi(torch_version: str) -> bool:
+    """Whether bindings are compiled with torch's stable ABI: one library then serves every torch from 2.10 on."""
+    return parse_release(torch_version) >= STABLE_SINCE
+
+
+def parse_release(version: str) -> tuple[int, int]:
+    """Major and minor version of torch.
+
+    Raises:
+        ValueError: if the version does not begin with them.
+    """
+    found = re.match(r'(\d+)\.(\d+)', version)
+    if not found:
+        raise ValueError(f'{version!r} is no version of torch')
+    return int(found.group(1)), int(found.group(2))
+
+
+def binding_flags(version: str, include: Sequence[Path], cxx11_abi: bool = True) -> list[str]:
+    """Return the flags of ``*_bindings.cpp`` for a torch.
+
+    Args:
+        version: torch's, e.g. ``2.13.0+cpu``.
+        include: the folders of its headers.
+        cxx11_abi: whether it was compiled with the C++11 ABI; without meaning for the stable ABI.
+    """
+    flags = [flag for path in include for flag in ('-isystem', str(path))]
+    if uses_stable_abi(version):
+        major, minor = STABLE_SINCE
+        return [*flags, '-DSSM_STABLE_ABI', f'-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000']
+    return [*flags, *_openmp(), f'-D_GLIBCXX_USE_CXX11_ABI={int(cxx11_abi)}']
+
+
 def binding_steps(csrc: Path, objects: Path, compiler: Sequence[str], torch: Any, with_cuda: bool) -> list[Step]:
     """Compile every ``*_bindings.cpp``, the only files with torch's headers; they need none of CUDA's."""
     from torch.utils.cpp_extension import include_paths
 
-    flags = [f'-I{csrc}', *_openmp(), f'-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}']
-    flags += [flag for path in include_paths() for flag in ('-isystem', path)]
+    include = [Path(path) for path in include_paths()]
+    flags = [f'-I{csrc}', *binding_flags(torch.__version__, include, torch.compiled_with_cxx11_abi())]
     if with_cuda:
         flags.append('-DSSM_WITH_CUDA')
     return [
@@ -329,18 +363,16 @@ def binding_steps(csrc: Path, objects: Path, compiler: Sequence[str], torch: Any
 
 def link_step(library: Path, objects: Sequence[Path], compiler: Sequence[str], toolkit: Toolkit | None) -> Step:
     """Link the library. It carries no path to torch: torch is in the process before the library is loaded."""
+    import torch
     from torch.utils.cpp_extension import library_paths
 
-    argv = [
-        *compiler,
-        '-shared',
-        *_openmp(),
-        *map(str, objects),
-        *(f'-L{path}' for path in library_paths()),
-        '-lc10',
-        '-ltorch_cpu',
-        '-ltorch',
-    ]
+    argv = [*compiler, '-shared', *map(str, objects), *(f'-L{path}' for path in library_paths())]
+    if not uses_stable_abi(torch.__version__):
+        argv += [*_openmp(), '-lc10']
+    # libtorch names torch's CUDA library, where the current stream is looked up, and must stay although nothing else
+    # is taken from it.
+    argv += ['-Wl,--no-as-needed'] if sys.platform.startswith('linux') else []
+    argv += ['-ltorch_cpu', '-ltorch']
     if toolkit:
         # The runtime is carried along, so that neither torch's nor the machine's version of it matters.
         argv += [*(f'-L{path}' for path in toolkit.libraries), '-lcudart_static', '-ldl', '-lrt', '-lpthread']
@@ -426,6 +458,7 @@ def build(package: Path, build_dir: Path, csrc: Path = CSRC, environ: Mapping[st
         run_steps(steps, build_dir, environ)
         info = {
             'torch': torch.__version__,
+            'oldest_torch': '{}.{}'.format(*STABLE_SINCE) if uses_stable_abi(torch.__version__) else None,
             'cxx11_abi': torch.compiled_with_cxx11_abi(),
             'compiler': version,
             'machine': machine,

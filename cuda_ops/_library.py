@@ -1,5 +1,7 @@
 """Find the compiled library, or say why there is none, and register what serves each device."""
 
+import ctypes
+import functools
 import json
 import os
 import warnings
@@ -10,6 +12,8 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from cuda_ops._build import parse_release
 
 _PACKAGE = Path(__file__).parent
 LIBRARY_PATH = _PACKAGE / '_C.so'
@@ -43,33 +47,66 @@ def _load() -> Status:
             raise ValueError(f'it holds {info!r:.40} instead of an object')
     except (OSError, ValueError) as error:
         return Status(False, f'the record of its build, {INFO_PATH.name}, cannot be read ({error})', {})
-    built_for = str(info.get('torch'))
-    if built_for != torch.__version__:
-        return Status(False, f'it was compiled for torch {built_for}, and this is torch {torch.__version__}', info)
+    oldest = info.get('oldest_torch')
+    built_for = f'torch {oldest} and newer' if oldest else f'torch {info.get("torch")}'
+    fits = _serves(str(oldest)) if oldest else info.get('torch') == torch.__version__
+    if not fits:
+        return Status(False, f'it was compiled for {built_for}, and this is torch {torch.__version__}', info)
     try:
         torch.ops.load_library(str(LIBRARY_PATH))
     except OSError as error:
         return Status(False, f'it cannot be loaded ({error})', info)
-    return Status(True, f'compiled for torch {built_for}', info)
+    return Status(True, f'compiled for {built_for}', info)
+
+
+def _serves(oldest: str) -> bool:
+    """Whether a library with torch's stable ABI, compiled for a version such as 2.10 and newer, serves this torch."""
+    try:
+        return parse_release(torch.__version__) >= parse_release(oldest)
+    except ValueError:
+        return False
 
 
 STATUS = _load()
 
 
-def _kernel_constants() -> tuple[Mapping[str, int], frozenset[int]]:
+def _interface() -> Mapping[str, Any]:
+    """What the library tells about itself (csrc/library_bindings.cpp)."""
     if not STATUS.compiled:
-        return {}, frozenset()
+        return {'constants': {}, 'specialized_states': [], 'operators': {}}
     try:
-        return torch.ops.cuda_ops.kernel_constants(), frozenset(torch.ops.cuda_ops.specialized_states())
+        describe = ctypes.CDLL(str(LIBRARY_PATH)).cuda_ops_interface
     except AttributeError as error:
         raise ImportError(
             f'{LIBRARY_PATH} was compiled from other sources than these: it does not have their constants. {_REMEDY}.'
         ) from error
+    describe.restype = ctypes.c_char_p
+    return json.loads(describe())
 
 
-# What the CUDA kernels save depends on these (csrc/library_bindings.cpp); empty where there is no compiled library. The
-# reference needs none of them.
-KERNEL_CONSTANTS, SPECIALIZED_STATES = _kernel_constants()
+_INTERFACE = _interface()
+# What the CUDA kernels save depends on these; empty where there is no compiled library. The reference needs none.
+KERNEL_CONSTANTS: Mapping[str, int] = _INTERFACE['constants']
+SPECIALIZED_STATES = frozenset(_INTERFACE['specialized_states'])
+
+
+@functools.cache
+def cpu_capability() -> str:
+    """Return the instruction set of the compiled CPU kernels: 'baseline', 'avx2' or 'avx512'.
+
+    Raises:
+        RuntimeError: If there is no compiled library.
+        ValueError: If SSM_OPS_CPU_CAPABILITY names none.
+    """
+    if not STATUS.compiled:
+        raise RuntimeError(f'there are no compiled kernels: {STATUS.reason}. {_REMEDY}.')
+    capability = ctypes.CDLL(str(LIBRARY_PATH)).cuda_ops_cpu_capability
+    capability.restype = ctypes.c_char_p
+    name = capability()
+    if name is None:
+        value = os.environ.get('SSM_OPS_CPU_CAPABILITY')
+        raise ValueError(f'SSM_OPS_CPU_CAPABILITY is {value!r}; it must be baseline, avx2 or avx512')
+    return name.decode()
 
 
 def define(library: torch.library.Library, schema: str) -> None:
@@ -78,15 +115,35 @@ def define(library: torch.library.Library, schema: str) -> None:
     Raises:
         ImportError: If its kernels take other arguments.
     """
-    try:
-        library.define(schema)
-    except RuntimeError as error:
-        if not STATUS.compiled:
-            raise
+    name = schema.partition('(')[0]
+    # Only for kernels without the stable ABI torch compares them itself, and then their number and types alone as well.
+    types = ', '.join(str(argument.type) for argument in torch._C.parse_schema(f'cuda_ops::{schema}').arguments)
+    if STATUS.compiled and _INTERFACE['operators'].get(name) != types:
         raise ImportError(
-            f'{LIBRARY_PATH} was compiled from other sources than these: its cuda_ops::'
-            f'{schema.partition("(")[0]} takes other arguments. {_REMEDY}.'
-        ) from error
+            f'{LIBRARY_PATH} was compiled from other sources than these: its cuda_ops::{name} takes other arguments. '
+            f'{_REMEDY}.'
+        )
+    library.define(schema)
+
+
+# torch.cuda.OutOfMemoryError before torch 2.5.
+_OutOfMemoryError: type[RuntimeError] = getattr(torch, 'OutOfMemoryError', torch.cuda.OutOfMemoryError)
+
+
+def call(operator: Callable, *arguments: Any) -> Any:
+    """Call an operator; want of memory is torch.OutOfMemoryError, although the stable ABI does not pass it on.
+
+    Raises:
+        torch.OutOfMemoryError: If a tensor of the result, or scratch memory, cannot be allocated.
+    """
+    if torch.compiler.is_compiling():
+        return operator(*arguments)
+    try:
+        return operator(*arguments)
+    except RuntimeError as error:
+        if 'cuda_ops: out of memory' not in str(error):
+            raise
+        raise _OutOfMemoryError(str(error)) from None
 
 
 def serve(library: torch.library.Library, references: Mapping[str, Callable]) -> None:

@@ -90,6 +90,6 @@ def backend_status() -> BackendStatus:
             present,
             'compiled' if compiled else 'reference',
             '' if compiled else _library.why_reference(device),
-            torch.ops.cuda_ops.cpu_capability() if compiled and device == 'cpu' else None,
+            _library.cpu_capability() if compiled and device == 'cpu' else None,
         )
     return BackendStatus(__version__, torch.__version__, found.compiled, found.reason, dict(found.info), devices)

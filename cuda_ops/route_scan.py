@@ -232,7 +232,15 @@ def _backward(ctx, grad_output, grad_last, _grad_states):
     if grad_output is None:
         grad_output = torch.zeros_like(x)
     grads = list(
-        torch.ops.cuda_ops.route_scan_backward(grad_output, grad_last, *tensors, states, *ctx.options, delta_weight)
+        _library.call(
+            torch.ops.cuda_ops.route_scan_backward,
+            grad_output,
+            grad_last,
+            *tensors,
+            states,
+            *ctx.options,
+            delta_weight,
+        )
     )
     grad_weight = None
     if delta_weight is not None:
@@ -327,9 +335,8 @@ def _scan(
         None if value is None else value.to(dtype) for value in (D, delta_bias, delta_weight)
     )
     # A chunk of 0 saves no states: the Autograd kernel sets one, by _with_chunk, if a backward pass may follow.
-    output, last, _ = torch.ops.cuda_ops.route_scan(
-        x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus, 0, delta_weight
-    )
+    arguments = (x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus, 0, delta_weight)
+    output, last, _ = _library.call(torch.ops.cuda_ops.route_scan, *arguments)
     return output, last
 
 

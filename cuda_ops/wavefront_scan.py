@@ -15,7 +15,7 @@ Source: Baty et al., "Mamba2D", arXiv 2412.16146.
 The states are never stored whole. The forward pass keeps those of one line in a chunk of lines, along the map's shorter
 side; the backward pass recomputes a chunk of them at a time from there. On a GPU the lines of a chunk advance together,
 each one pixel behind the line before it: the forward pass also keeps the states of every 8th of these wavefronts
-(``fronts``), and the backward pass recomputes at most 8 of them at a time.
+(``checkpoints``), and the backward pass recomputes at most 8 of them at a time.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ _INPUTS = (
 _library.define(_LIBRARY, f'wavefront_scan({_INPUTS}, bool reverse, int chunk) -> (Tensor, Tensor, Tensor)')
 _library.define(
     _LIBRARY,
-    f'wavefront_scan_backward(Tensor grad_output, {_INPUTS}, Tensor states, Tensor fronts, '
+    f'wavefront_scan_backward(Tensor grad_output, {_INPUTS}, Tensor states, Tensor checkpoints, '
     'bool reverse, int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)',
 )
 _NAMES = ('x', 'delta_top', 'delta_left', 'A_top', 'A_left', 'B_top', 'B_left', 'C', 'D')
@@ -59,8 +59,8 @@ def _chunk_lines(height: int, width: int, states: int, device_type: str) -> int:
     return -(-lines // chunks)
 
 
-def _fronts_shape(x: Tensor, states: int, chunk: int) -> tuple[int, ...]:
-    """(B, strips, fronts, channel tiles, states, rows, tile channels), the size of the CUDA kernels' saved fronts."""
+def _checkpoints_shape(x: Tensor, states: int, chunk: int) -> tuple[int, ...]:
+    """(B, strips, checkpoints, channel tiles, states, rows, tile channels): the CUDA kernels' checkpointed wavefronts."""
     batch, height, width, channels = x.shape
     lines, length = max(height, width), min(height, width)
     rows = min(chunk, lines)
@@ -78,12 +78,12 @@ def _empty_outputs(x: Tensor, A_top: Tensor, chunk: int) -> tuple[Tensor, Tensor
     states = A_top.shape[1]
     saved = (max(height, width) - 1) // chunk if chunk else 0
     kept = chunk and x.device.type == 'cuda' and _library.KERNEL_CONSTANTS
-    fronts = _fronts_shape(x, states, chunk) if kept else (0,)
+    checkpoints = _checkpoints_shape(x, states, chunk) if kept else (0,)
     dtype = state_dtype(x.dtype)
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         x.new_empty((batch, saved, min(height, width), states, channels), dtype=dtype),
-        x.new_empty(fronts, dtype=dtype),
+        x.new_empty(checkpoints, dtype=dtype),
     )
 
 
@@ -123,7 +123,7 @@ def _(x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D, reverse, chu
 
 
 @torch.library.register_fake('cuda_ops::wavefront_scan_backward')
-def _(grad_output, x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D, states, fronts, reverse, chunk):
+def _(grad_output, x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D, states, checkpoints, reverse, chunk):
     return _empty_gradients(x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D)
 
 
@@ -131,12 +131,12 @@ def _reference_forward(x, delta_top, delta_left, A_top, A_left, B_top, B_left, C
     for name, A in (('A_top', A_top), ('A_left', A_left)):
         _checks.decay_rates(A, name)
     y = wavefront_reference.wavefront_scan(x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D, reverse)
-    _, states, fronts = _empty_outputs(x, A_top, chunk)
-    return y, states.zero_(), fronts.zero_()
+    _, states, checkpoints = _empty_outputs(x, A_top, chunk)
+    return y, states.zero_(), checkpoints.zero_()
 
 
 def _reference_backward(
-    grad_output, x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D, states, fronts, reverse, chunk
+    grad_output, x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D, states, checkpoints, reverse, chunk
 ):
     inputs = (x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D)
     grads = wavefront_reference.wavefront_scan_backward(grad_output, *inputs, reverse)
@@ -174,11 +174,13 @@ def _save_for_backward(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_output, _grad_states, _grad_fronts):
-    *tensors, states, fronts = ctx.saved_tensors
+def _backward(ctx, grad_output, _grad_states, _grad_checkpoints):
+    *tensors, states, checkpoints = ctx.saved_tensors
     if grad_output is None:
         return (None,) * (len(tensors) + 2)
-    grads = torch.ops.cuda_ops.wavefront_scan_backward(grad_output, *tensors, states, fronts, *ctx.options)
+    grads = _library.call(
+        torch.ops.cuda_ops.wavefront_scan_backward, grad_output, *tensors, states, checkpoints, *ctx.options
+    )
     given = [None if tensor is None else grad for grad, tensor in zip(grads, tensors, strict=True)]
     return *given, None, None
 
@@ -295,4 +297,4 @@ def wavefront_scan(
     A_top, A_left, D = A_top.to(dtype), A_left.to(dtype), None if D is None else D.to(dtype)
     # A chunk of 0 saves no states: the Autograd kernel sets one, by _with_chunk, if a backward pass may follow.
     tensors = (x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D)
-    return torch.ops.cuda_ops.wavefront_scan(*tensors, reverse, 0)[0]
+    return _library.call(torch.ops.cuda_ops.wavefront_scan, *tensors, reverse, 0)[0]

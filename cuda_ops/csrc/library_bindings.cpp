@@ -1,31 +1,41 @@
-// Facts about the compiled library, for the Python side.
+// Facts about the compiled library, which the Python side reads through ctypes.
+#include <exception>
 #include <string>
-#include <vector>
+#include <utility>
 
-#include "bindings.h"
+#include "cuda_kernels.h"
+#include "signatures.h"
 
-namespace cuda_ops {
-namespace {
+#define SSM_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Constants of the CUDA kernels that determine which states are saved, and their shapes.
-c10::Dict<std::string, int64_t> kernel_constants() {
-  c10::Dict<std::string, int64_t> constants;
-  constants.insert("route_n1_chunk", kN1Chunk);
-  constants.insert("state_group", kStateGroup);
-  constants.insert("wavefront_checkpoint_steps", kCheckpointSteps);
-  constants.insert("wavefront_strip_rows", kWavefrontStripRows);
-  constants.insert("wavefront_tile_channels", kWavefrontTileChannels);
-  return constants;
+// The instruction set of the CPU kernels, or null where SSM_OPS_CPU_CAPABILITY names none.
+SSM_EXPORT const char* cuda_ops_cpu_capability() {
+  try {
+    return cuda_ops::cpu_capability();
+  } catch (const std::exception&) {
+    return nullptr;
+  }
 }
 
-// The numbers of states that CUDA kernels are specialised for; any other is padded to a multiple of the state group.
-std::vector<int64_t> specialized_states() { return {std::begin(kSpecializedStates), std::end(kSpecializedStates)}; }
-
-}  // namespace
-}  // namespace cuda_ops
-
-TORCH_LIBRARY_FRAGMENT(cuda_ops, library) {
-  library.def("cpu_capability() -> str", [] { return std::string(cuda_ops::cpu_capability()); });
-  library.def("kernel_constants() -> Dict(str, int)", cuda_ops::kernel_constants);
-  library.def("specialized_states() -> int[]", cuda_ops::specialized_states);
+// JSON: the constants of the CUDA kernels that determine which states are saved, and their shapes; the numbers of
+// states that CUDA kernels are specialised for (any other is padded to a multiple of the state group); the operators,
+// with the types of their arguments.
+SSM_EXPORT const char* cuda_ops_interface() {
+  static const std::string json = [] {
+    using namespace cuda_ops;
+    const std::pair<const char*, int64_t> constants[] = {{"route_n1_chunk", kN1Chunk},
+                                                         {"state_group", kStateGroup},
+                                                         {"wavefront_checkpoint_steps", kCheckpointSteps},
+                                                         {"wavefront_strip_rows", kWavefrontStripRows},
+                                                         {"wavefront_tile_channels", kWavefrontTileChannels}};
+    std::string numbers, states, operators;
+    const auto add = [](std::string& list, const std::string& entry) { list += (list.empty() ? "" : ", ") + entry; };
+    const auto quoted = [](const std::string& text) { return "\"" + text + "\""; };
+    for (const auto& [name, value] : constants) add(numbers, quoted(name) + ": " + std::to_string(value));
+    for (const int64_t count : kSpecializedStates) add(states, std::to_string(count));
+    for (const auto& [name, types] : signatures()) add(operators, quoted(name) + ": " + quoted(types));
+    return "{\"constants\": {" + numbers + "}, \"specialized_states\": [" + states + "], \"operators\": {" + operators +
+           "}}";
+  }();
+  return json.c_str();
 }

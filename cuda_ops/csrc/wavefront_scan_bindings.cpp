@@ -22,6 +22,25 @@ struct Orientation {
   // A (B, H, W, ...) tensor with the strides that the kernels use.
   GridTensor operator()(const Tensor& tensor) const {
     GridTensor grid = grid_tensor(tensor);
+    orient(grid, tensor);
+    return grid;
+  }
+
+  // A (parts, B, H, W, N) tensor in the same way; `route` is the stride between parts.
+  GridTensor in_parts(const Tensor& tensor) const {
+    const Sizes strides = tensor.strides();
+    GridTensor grid;
+    grid.data = tensor.data_ptr();
+    grid.batch = strides[1];
+    grid.row = strides[2];
+    grid.column = strides[3];
+    orient(grid, tensor);
+    grid.route = strides[0];
+    return grid;
+  }
+
+ private:
+  void orient(GridTensor& grid, const Tensor& tensor) const {
     if (reverse && tensor.numel()) {
       const int64_t last = (height - 1) * grid.row + (width - 1) * grid.column;
       grid.data = static_cast<char*>(grid.data) + last * int64_t(tensor.element_size());
@@ -29,14 +48,6 @@ struct Orientation {
       grid.column = -grid.column;
     }
     if (transposed) std::swap(grid.row, grid.column);
-    return grid;
-  }
-
-  // A (parts, B, H, W, N) tensor in the same way; `route` is the stride between parts.
-  GridTensor in_parts(const Tensor& tensor) const {
-    GridTensor grid = (*this)(tensor.select(0, 0));
-    grid.route = tensor.stride(0);
-    return grid;
   }
 };
 
@@ -57,28 +68,27 @@ struct Inputs {
   Inputs(const Tensor& x_, const Tensor& delta_top_, const Tensor& delta_left_, const Tensor& A_top_,
          const Tensor& A_left_, const Tensor& B_top_, const Tensor& B_left_, const Tensor& C_, const OptionalTensor& D_,
          bool reverse, int64_t chunk) {
-    TORCH_CHECK_VALUE(x_.dim() == 4, "x must be (batch, height, width, channels), got ", x_.sizes());
-    TORCH_CHECK_VALUE(A_top_.dim() == 2, "A_top must be (channels, states), got ", A_top_.sizes());
-    TORCH_CHECK_VALUE(chunk >= 0, "chunk must not be negative, got ", chunk);
+    SSM_CHECK(x_.dim() == 4, "x must be (batch, height, width, channels), got ", x_.sizes());
+    SSM_CHECK(A_top_.dim() == 2, "A_top must be (channels, states), got ", A_top_.sizes());
+    SSM_CHECK(chunk >= 0, "chunk must not be negative, got ", chunk);
     const int64_t batch = x_.size(0);
     const int64_t height = x_.size(1);
     const int64_t width = x_.size(2);
     const int64_t channels = x_.size(3);
     const int64_t states = A_top_.size(1);
-    TORCH_CHECK_VALUE(height >= 1 && width >= 1, "x must have height and width of at least 1, got ", x_.sizes());
+    SSM_CHECK(height >= 1 && width >= 1, "x must have height and width of at least 1, got ", x_.sizes());
     const auto type = x_.scalar_type();
     const auto state = state_type(x_);
-    const auto device = x_.device();
     WavefrontScanParams& p = params;
     p.dtype = data_type(x_);
-    check_shape("delta_top", delta_top_, x_.sizes(), type, device);
-    check_shape("delta_left", delta_left_, x_.sizes(), type, device);
-    check_shape("A_top", A_top_, {channels, states}, state, device);
-    check_shape("A_left", A_left_, {channels, states}, state, device);
-    check_shape("B_top", B_top_, {batch, height, width, states}, type, device);
-    check_shape("B_left", B_left_, {batch, height, width, states}, type, device);
-    check_shape("C", C_, {batch, height, width, states}, type, device);
-    check_shape("D", D_, {channels}, state, device);
+    check_shape("delta_top", delta_top_, x_.sizes(), type, x_);
+    check_shape("delta_left", delta_left_, x_.sizes(), type, x_);
+    check_shape("A_top", A_top_, {channels, states}, state, x_);
+    check_shape("A_left", A_left_, {channels, states}, state, x_);
+    check_shape("B_top", B_top_, {batch, height, width, states}, type, x_);
+    check_shape("B_left", B_left_, {batch, height, width, states}, type, x_);
+    check_shape("C", C_, {batch, height, width, states}, type, x_);
+    check_shape("D", D_, {channels}, state, x_);
 
     x = last_contiguous(x_);
     delta_top = last_contiguous(delta_top_);
@@ -86,9 +96,9 @@ struct Inputs {
     B_top = last_contiguous(B_top_);
     B_left = last_contiguous(B_left_);
     C = last_contiguous(C_);
-    A_top = A_top_.contiguous();
-    A_left = A_left_.contiguous();
-    D = contiguous(D_);
+    A_top = ops::contiguous(A_top_);
+    A_left = ops::contiguous(A_left_);
+    D = ops::contiguous(D_);
     check_decay_rates("A_top", A_top);
     check_decay_rates("A_left", A_left);
 
@@ -145,11 +155,10 @@ struct CudaScratch {
     plan.tiles = 1;
     if (!x.numel()) return;
     cuda.check(cuda->wavefront_scan_plan(p, backward, &plan), "cuda_ops::wavefront_scan");
-    const auto state = x.options().dtype(at::kFloat);
-    boundary_row = at::empty({p.batch, p.width, p.states, p.channels}, state);
-    if (plan.grouped) group_sums = at::empty({backward ? 3 : 1, p.batch, p.height, p.width, p.channels}, state);
-    counters =
-        at::zeros({wavefront_counter_count(plan.strips, p.batch * plan.tiles, backward)}, x.options().dtype(at::kLong));
+    const auto state = ScalarType::Float;
+    boundary_row = ops::empty(x, {p.batch, p.width, p.states, p.channels}, state);
+    if (plan.grouped) group_sums = ops::empty(x, {backward ? 3 : 1, p.batch, p.height, p.width, p.channels}, state);
+    counters = ops::zeros(x, {wavefront_counter_count(plan.strips, p.batch * plan.tiles, backward)}, ScalarType::Long);
     p.boundary_row = boundary_row.data_ptr();
     p.counters = counters.data_ptr();
     p.group_sums = plan.grouped ? group_sums.data_ptr() : nullptr;
@@ -163,10 +172,10 @@ std::tuple<Tensor, Tensor, Tensor> wavefront_scan(const Tensor& x, const Tensor&
   const Cuda cuda(x);
   Inputs inputs(x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D, reverse, chunk);
   WavefrontScanParams& p = inputs.params;
-  Tensor y = at::empty(x.sizes(), x.options());
-  const auto state = x.options().dtype(state_type(x));
-  Tensor saved = at::empty(inputs.saved_sizes(), state);
-  Tensor checkpoints = at::empty(inputs.checkpoint_sizes(cuda), state);
+  Tensor y = ops::empty(x, x.sizes(), x.scalar_type());
+  const auto state = state_type(x);
+  Tensor saved = ops::empty(x, inputs.saved_sizes(), state);
+  Tensor checkpoints = ops::empty(x, inputs.checkpoint_sizes(cuda), state);
   p.y = inputs.oriented(y);
   p.saved_rows = saved.data_ptr();
   p.checkpoints = checkpoints.numel() ? checkpoints.data_ptr() : nullptr;
@@ -185,11 +194,11 @@ struct Gradient {
   Tensor rows;
 
   explicit Gradient(const Tensor& tensor)
-      : result(at::empty_like(tensor)),
-        rows(has_unit_stride(result) ? result : at::empty_like(tensor, at::MemoryFormat::Contiguous)) {}
+      : result(ops::empty_like(tensor)),
+        rows(has_unit_stride(result) ? result : ops::empty(tensor, tensor.sizes(), tensor.scalar_type())) {}
 
-  Tensor finish() const {
-    if (!rows.is_same(result)) result.copy_(rows);
+  Tensor finish() {
+    if (!has_unit_stride(result)) ops::copy(result, rows);
     return result;
   }
 };
@@ -197,26 +206,26 @@ struct Gradient {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> wavefront_scan_backward(
     const Tensor& grad_output, const Tensor& x, const Tensor& delta_top, const Tensor& delta_left, const Tensor& A_top,
     const Tensor& A_left, const Tensor& B_top, const Tensor& B_left, const Tensor& C, const OptionalTensor& D,
-    const Tensor& states, const Tensor& fronts, bool reverse, int64_t chunk) {
-  TORCH_CHECK_VALUE(chunk >= 1, "the backward pass needs the states saved with a chunk of at least 1, got ", chunk);
+    const Tensor& states, const Tensor& checkpoints, bool reverse, int64_t chunk) {
+  SSM_CHECK(chunk >= 1, "the backward pass needs the states saved with a chunk of at least 1, got ", chunk);
   const Cuda cuda(x);
   Inputs inputs(x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D, reverse, chunk);
   WavefrontScanParams& p = inputs.params;
   const Orientation& oriented = inputs.oriented;
   const auto type = x.scalar_type();
-  const auto state = x.options().dtype(state_type(x));
-  check_shape("grad_output", grad_output, x.sizes(), type, x.device());
-  check_shape("states", states, inputs.saved_sizes(), state_type(x), x.device());
-  check_shape("fronts", fronts, inputs.checkpoint_sizes(cuda), state_type(x), x.device());
+  const auto state = state_type(x);
+  check_shape("grad_output", grad_output, x.sizes(), type, x);
+  check_shape("states", states, inputs.saved_sizes(), state_type(x), x);
+  check_shape("checkpoints", checkpoints, inputs.checkpoint_sizes(cuda), state_type(x), x);
   const Tensor grad_y = last_contiguous(grad_output);
-  const Tensor saved = states.contiguous();
-  Tensor checkpoints = fronts.contiguous();
+  const Tensor saved = ops::contiguous(states);
+  Tensor saved_wavefronts = ops::contiguous(checkpoints);
   // The kernels load 16 bytes at a time.
-  if (reinterpret_cast<uintptr_t>(checkpoints.data_ptr()) % 16) checkpoints = checkpoints.clone();
+  if (reinterpret_cast<uintptr_t>(saved_wavefronts.data_ptr()) % 16) saved_wavefronts = ops::clone(saved_wavefronts);
 
-  Tensor grad_x = at::empty(x.sizes(), x.options());
-  const Gradient grad_delta_top(delta_top);
-  const Gradient grad_delta_left(delta_left);
+  Tensor grad_x = ops::empty(x, x.sizes(), x.scalar_type());
+  Gradient grad_delta_top(delta_top);
+  Gradient grad_delta_left(delta_left);
   std::optional<CudaScratch> scratch;
   if (cuda) scratch.emplace(cuda, p, x, true);
   const int64_t parts =
@@ -224,15 +233,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   // On CUDA, each strip has its own sums.
   const int64_t maps = p.batch * (cuda ? scratch->plan.strips : 1);
   const std::vector<int64_t> projections{parts, p.batch, x.size(1), x.size(2), p.states};
-  Tensor grad_B_top = at::empty(projections, state);
-  Tensor grad_B_left = at::empty(projections, state);
-  Tensor grad_C = at::empty(projections, state);
-  Tensor grad_A_top = at::empty({maps, p.channels, p.states}, state);
-  Tensor grad_A_left = at::empty_like(grad_A_top);
-  Tensor grad_D = D ? at::empty({maps, p.channels}, state) : Tensor();
+  Tensor grad_B_top = ops::empty(x, projections, state);
+  Tensor grad_B_left = ops::empty(x, projections, state);
+  Tensor grad_C = ops::empty(x, projections, state);
+  Tensor grad_A_top = ops::empty(x, {maps, p.channels, p.states}, state);
+  Tensor grad_A_left = ops::empty_like(grad_A_top);
+  Tensor grad_D = D ? ops::empty(x, {maps, p.channels}, state) : Tensor();
 
   p.saved_rows = saved.data_ptr();
-  p.checkpoints = checkpoints.data_ptr();
+  p.checkpoints = saved_wavefronts.data_ptr();
   p.grad_y = oriented(grad_y);
   p.grad_x = oriented(grad_x);
   p.grad_C = oriented.in_parts(grad_C);
@@ -250,30 +259,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   }
 
   auto per_projection = [&](const Tensor& in_parts) {
-    return (parts == 1 ? in_parts.squeeze(0) : in_parts.sum(0)).to(type);
+    return ops::to(parts == 1 ? ops::squeeze(in_parts, 0) : ops::sum(in_parts, {0}), type);
   };
   return {grad_x,
           grad_delta_top.finish(),
           grad_delta_left.finish(),
-          grad_A_top.sum(0),
-          grad_A_left.sum(0),
+          ops::sum(grad_A_top, {0}),
+          ops::sum(grad_A_left, {0}),
           per_projection(grad_B_top),
           per_projection(grad_B_left),
           per_projection(grad_C),
-          D ? grad_D.sum(0) : at::empty({0}, state)};
+          D ? ops::sum(grad_D, {0}) : ops::empty(x, {0}, state)};
 }
 
 }  // namespace
 }  // namespace cuda_ops
 
-TORCH_LIBRARY_IMPL(SSM_OPS_NAMESPACE, CPU, library) {
-  library.impl("wavefront_scan", cuda_ops::wavefront_scan);
-  library.impl("wavefront_scan_backward", cuda_ops::wavefront_scan_backward);
+SSM_LIBRARY_IMPL(SSM_OPS_NAMESPACE, CPU, library) {
+  SSM_REGISTER(library, wavefront_scan);
+  SSM_REGISTER(library, wavefront_scan_backward);
 }
 
 #if defined(SSM_WITH_CUDA)
-TORCH_LIBRARY_IMPL(cuda_ops, CUDA, library) {
-  library.impl("wavefront_scan", cuda_ops::wavefront_scan);
-  library.impl("wavefront_scan_backward", cuda_ops::wavefront_scan_backward);
+SSM_LIBRARY_IMPL(cuda_ops, CUDA, library) {
+  SSM_REGISTER(library, wavefront_scan);
+  SSM_REGISTER(library, wavefront_scan_backward);
 }
 #endif

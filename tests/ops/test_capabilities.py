@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from cuda_ops import _library
 from tests.ops.helpers import ROOT, run_python
 
 # The names of torch's own detection, from the least to the most able.
@@ -49,7 +50,7 @@ def test_capability_passes_the_tests(capability: str) -> None:
 @pytest.mark.skipif(platform.machine() not in ('x86_64', 'AMD64'), reason='there is one instruction set to choose from')
 def test_an_unknown_capability_is_refused() -> None:
     result = run_python(
-        'import cuda_ops, torch; print(torch.ops.cuda_ops.cpu_capability())', SSM_OPS_CPU_CAPABILITY='sse'
+        'from cuda_ops import _library; _library.cpu_capability()', SSM_OPS_CPU_CAPABILITY='sse'
     )
     assert "SSM_OPS_CPU_CAPABILITY is 'sse'; it must be baseline, avx2 or avx512" in result.stderr, result.stdout
 
@@ -58,4 +59,4 @@ def test_the_most_able_kernels_are_chosen() -> None:
     if 'SSM_OPS_CPU_CAPABILITY' in os.environ or 'ATEN_CPU_CAPABILITY' in os.environ:
         pytest.skip('the choice is capped from outside')
     best = [name for name in TORCH_NAMES if able(name)][-1] if platform.machine() in ('x86_64', 'AMD64') else 'baseline'
-    assert torch.ops.cuda_ops.cpu_capability() == best
+    assert _library.cpu_capability() == best

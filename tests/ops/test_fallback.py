@@ -134,7 +134,7 @@ def test_a_library_with_other_arguments_is_refused(package: Path) -> None:
 
 def test_a_library_without_the_kernels_constants_is_refused(package: Path) -> None:
     source = package / '_library.py'
-    source.write_text(source.read_text().replace('cuda_ops.kernel_constants', 'cuda_ops.constants_of_other_sources'))
+    source.write_text(source.read_text().replace('.cuda_ops_interface', '.interface_of_other_sources'))
     result = run_python('import cuda_ops', path=package.parent)
     last = result.stderr.strip().splitlines()[-1]
     assert result.returncode and last.startswith('ImportError') and 'compiled from other sources' in last, result.stderr
