@@ -11,7 +11,7 @@ site-packages = $(1) -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 given = $(filter command environment,$(firstword $(origin $(1))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow tools lint format docs kernels clean
+.PHONY: help setup demo test test-slow tools lint format docs kernels wheel abi clean
 
 help:
 	@echo 'make demo      set up, then train, evaluate and show a small model (DEMO_ARGS, FAMILY, TASK are passed on)'
@@ -19,6 +19,8 @@ help:
 	@echo 'make test-slow the same with the slow tests'
 	@echo 'make tools     test timm, transformers and other libraries around the backbones, in an environment of its own (.venv-tools)'
 	@echo 'make kernels   compile every CUDA kernel for every architecture by nvcc alone, and print what each takes (ARCHS="8.0 9.0")'
+	@echo 'make wheel     build and check dist/*.whl for every Python and every torch from 2.10 on (FORCE_CUDA=1: with CUDA kernels)'
+	@echo 'make abi       compile the bindings against the headers of torch 2.1 to 2.15 (VERSIONS="2.4.1 2.13.0")'
 	@echo 'make setup     make or complete the environment alone'
 	@echo 'make lint      set up, then check format, style and types alone'
 	@echo 'make format    set up, then put Python, C++ and CUDA sources into the form that make lint checks'
@@ -68,6 +70,13 @@ docs:
 
 kernels:
 	@$(PYTHON) tools/kernel_report.py $(if $(ARCHS),--archs "$(ARCHS)")
+
+wheel: setup
+	@$(IN_VENV) -m pip install --quiet -r requirements/wheel.txt
+	@$(IN_VENV) tools/make_wheel.py
+
+abi:
+	@$(PYTHON) tools/abi_check.py $(VERSIONS)
 
 clean:
 	rm -rf build dist *.egg-info cuda_ops/_C.so* cuda_ops/_build_info.json* .mypy_cache .pytest_cache .ruff_cache

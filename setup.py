@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.command.egg_info import egg_info
@@ -68,7 +69,19 @@ class NameTheMainPackageFirst(egg_info):
         Path(self.egg_info, 'top_level.txt').write_text('\n'.join(top_level) + '\n', encoding='utf-8')
 
 
+class WheelForEveryPython(bdist_wheel):
+    """Tag the wheel py3-none-PLATFORM: torch loads the op library, which knows nothing of Python."""
+
+    def get_tag(self):
+        return 'py3', 'none', super().get_tag()[2]
+
+
 setup(
     ext_modules=[Extension('cuda_ops._C', sources=[])],
-    cmdclass={'build_ext': BuildOps, 'build_py': BuildPackages, 'egg_info': NameTheMainPackageFirst},
+    cmdclass={
+        'bdist_wheel': WheelForEveryPython,
+        'build_ext': BuildOps,
+        'build_py': BuildPackages,
+        'egg_info': NameTheMainPackageFirst,
+    },
 )

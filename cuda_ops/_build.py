@@ -37,7 +37,9 @@ X86_CAPABILITIES = {
 ARCHS = ('7.5', '8.0', '8.6', '8.9', '9.0', '10.0', '12.0')
 # The first torch whose stable ABI has all that the bindings need.
 STABLE_SINCE = (2, 10)
-SOURCE_SUFFIXES = ('.cpp', '.h', '.cu', '.cuh')
+SOURCE_SUFFIXES = ('.cpp', '.h', '.cu', '.cuh', '.inc')
+# 1 links a library that also runs on older Linux, as `make wheel` wants it.
+PORTABLE_VARIABLE = 'SSM_OPS_PORTABLE'
 
 
 class BuildError(Exception):
@@ -379,6 +381,23 @@ def link_step(library: Path, objects: Sequence[Path], compiler: Sequence[str], t
     return Step(library, tuple(objects), (*argv, '-o', str(library)))
 
 
+def make_portable(steps: Sequence[Step], csrc: Path, objects: Path, compiler: Sequence[str]) -> list[Step]:
+    """Let a library that is linked on a newer Linux run with the C and C++ libraries of manylinux_2_28.
+
+    Args:
+        steps: those of a library, the last of which links it.
+        csrc: the sources.
+        objects: folder for objects.
+        compiler: the C++ compiler's command.
+    """
+    *compiled, link = steps
+    functions = re.findall(r'^SSM_OLD_GLIBC\((\w+),', (csrc / 'portable_functions.inc').read_text(), re.MULTILINE)
+    step = _cxx(compiler, csrc / 'portable.cpp', objects / 'portable.o', [])
+    flags = ['-Wl,--gc-sections', *(f'-Wl,--wrap={name}' for name in functions)]
+    argv = (*link.argv[:-2], str(step.output), *flags, *link.argv[-2:])
+    return [*compiled, step, Step(link.output, (*link.inputs, step.output), argv)]
+
+
 def build_exp_rate(folder: Path, capability: str, csrc: Path = CSRC, environ: Mapping[str, str] = os.environ) -> Path:
     """Compile the CPU kernels' exponential by itself, which the benchmark measures; it is no part of the library.
 
@@ -419,7 +438,8 @@ def build(package: Path, build_dir: Path, csrc: Path = CSRC, environ: Mapping[st
         package: folder that receives ``_C.so`` and ``_build_info.json``.
         build_dir: folder for objects; what is up to date there is not compiled again.
         csrc: the sources.
-        environ: read for CXX, FORCE_CUDA, TORCH_CUDA_ARCH_LIST, CUDA_HOME, CUDAHOSTCXX and MAX_JOBS.
+        environ: read for CXX, FORCE_CUDA, TORCH_CUDA_ARCH_LIST, CUDA_HOME, CUDAHOSTCXX and MAX_JOBS;
+            SSM_OPS_PORTABLE=1 links for older versions of Linux, too.
 
     Raises:
         BuildError: with the reason and the remedy in one line.
@@ -454,6 +474,8 @@ def build(package: Path, build_dir: Path, csrc: Path = CSRC, environ: Mapping[st
             steps += cuda_steps(csrc, build_dir, toolkit, cuda.gencode)
         library = build_dir / LIBRARY_NAME
         steps.append(link_step(library, [step.output for step in steps], compiler, toolkit))
+        if environ.get(PORTABLE_VARIABLE) == '1':
+            steps = make_portable(steps, csrc, build_dir, compiler)
         hashed = source_hash(csrc)
         run_steps(steps, build_dir, environ)
         info = {

@@ -60,7 +60,7 @@ def _chunk_lines(height: int, width: int, states: int, device_type: str) -> int:
 
 
 def _checkpoints_shape(x: Tensor, states: int, chunk: int) -> tuple[int, ...]:
-    """(B, strips, checkpoints, channel tiles, states, rows, tile channels): the CUDA kernels' checkpointed wavefronts."""
+    """(B, strips, checkpoints, channel tiles, states, rows, tile channels): the CUDA kernels' saved wavefronts."""
     batch, height, width, channels = x.shape
     lines, length = max(height, width), min(height, width)
     rows = min(chunk, lines)

@@ -62,18 +62,19 @@ Tensor call(const char* name, const char* overload, const Arguments&... argument
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// By the dispatcher, because the C function for it does not fill the memory as deterministic mode wants it.
 inline Tensor empty_strided(const Tensor& like, Sizes sizes, Sizes strides, ScalarType type) {
-  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  AtenTensorHandle handle = nullptr;
-  const AOTITorchError code = aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
-                                                       device_type(like), device_index(like), &handle);
-  if (code != AOTI_TORCH_SUCCESS) {
+  using torch::stable::detail::from;
+  constexpr auto none = std::nullopt;
+  std::array<StableIValue, 7> stack{from(like), from(sizes), from(strides), from(std::optional(type)),
+                                    from(none), from(none),  from(none)};
+  if (torch_call_dispatcher("aten::new_empty_strided", "", stack.data(), TORCH_ABI_VERSION)) {
     std::string shape;
     for (const int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
     throw std::runtime_error("cuda_ops: out of memory on " + device_name(like) + " while allocating (" + shape + ") " +
                              toString(type));
   }
-  return Tensor(handle);
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 inline Tensor empty(const Tensor& like, Sizes sizes, ScalarType type) {
   std::vector<int64_t> strides(sizes.size());

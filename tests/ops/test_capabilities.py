@@ -49,9 +49,7 @@ def test_capability_passes_the_tests(capability: str) -> None:
 
 @pytest.mark.skipif(platform.machine() not in ('x86_64', 'AMD64'), reason='there is one instruction set to choose from')
 def test_an_unknown_capability_is_refused() -> None:
-    result = run_python(
-        'from cuda_ops import _library; _library.cpu_capability()', SSM_OPS_CPU_CAPABILITY='sse'
-    )
+    result = run_python('from cuda_ops import _library; _library.cpu_capability()', SSM_OPS_CPU_CAPABILITY='sse')
     assert "SSM_OPS_CPU_CAPABILITY is 'sse'; it must be baseline, avx2 or avx512" in result.stderr, result.stdout
 
 

@@ -1,0 +1,96 @@
+"""Build the one wheel: for every Python, for every torch from 2.10 on, for Linux of manylinux_2_28 and newer.
+
+The environment needs torch 2.10 or newer, setuptools and a C++ compiler; `auditwheel` and `torch-abi-audit` check the
+result where they are installed (requirements/wheel.txt). With FORCE_CUDA=1 and nvcc the CUDA kernels are in it, for
+TORCH_CUDA_ARCH_LIST or all usual architectures; with FORCE_CUDA=0 they are not.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+POLICY = 'manylinux_2_28'
+LIMIT = 100 * 2**20
+
+
+class WheelError(Exception):
+    """The wheel cannot be built or must not be given away; the message says why and what to do."""
+
+
+def build(folder: Path) -> Path:
+    """Build the wheel into an empty folder and return its path.
+
+    Raises:
+        WheelError: if the build fails.
+    """
+    arguments = ['--no-deps', '--no-build-isolation', '--wheel-dir', str(folder)]
+    settings = f'--config-settings=--build-option=--plat-name={POLICY}_{platform.machine()}'
+    command = [sys.executable, '-m', 'pip', 'wheel', *arguments, settings, str(ROOT)]
+    environ = os.environ | {'SSM_OPS_PORTABLE': '1', 'FORCE_CUDA': os.environ.get('FORCE_CUDA') or 'auto'}
+    if subprocess.run([*command, '--verbose'], env=environ).returncode:
+        raise WheelError('the wheel was not built; the messages are above')
+    (wheel,) = folder.glob('*.whl')
+    return wheel
+
+
+def check(wheel: Path) -> list[str]:
+    """Check the tag, the library's record, its size, and what it needs; return what was found, a line each.
+
+    Raises:
+        WheelError: for a wheel that does not serve everything that it says.
+    """
+    if not re.search(rf'-py3-none-{POLICY}_\w+\.whl$', wheel.name):
+        raise WheelError(f'{wheel.name} is not tagged py3-none-{POLICY}')
+    if wheel.stat().st_size > LIMIT:
+        raise WheelError(f'{wheel.name} has {wheel.stat().st_size / 2**20:.0f} MiB; package indexes take 100 MiB')
+    with zipfile.ZipFile(wheel) as archive:
+        info = json.loads(archive.read('cuda_ops/_build_info.json'))
+    oldest = info['oldest_torch']
+    if not oldest:
+        raise WheelError(f'torch {info["torch"]} has no stable ABI; build with torch 2.10 or newer')
+    cuda = f'CUDA {info["cuda"]["toolkit"]} for {info["cuda"]["arch_list"]}' if info['cuda'] else 'no CUDA kernels'
+    return [
+        f'{wheel.name}: {wheel.stat().st_size / 2**20:.1f} MiB, torch {oldest} and newer, {cuda}',
+        *_audit('auditwheel', ['auditwheel', 'show', str(wheel)], rf'"{POLICY}_|"manylinux_2_(\d|1\d|2[0-7])_'),
+        *_audit('torch_abi_audit', ['torch_abi_audit', str(wheel)], None),
+    ]
+
+
+def _audit(module: str, command: list[str], expected: str | None) -> list[str]:
+    if importlib.util.find_spec(module) is None:
+        return [f'not checked by {module}, which is not installed (requirements/wheel.txt)']
+    result = subprocess.run([sys.executable, '-m', *command], capture_output=True, text=True)
+    said = result.stdout + result.stderr
+    if result.returncode or (expected and not re.search(expected, said)):
+        raise WheelError(f'{module} refuses {command[-1]}:\n{said.strip()}')
+    return [f'checked by {module}']
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('--out', type=Path, default=ROOT / 'dist', help='folder for the wheel')
+    out = parser.parse_args().out
+    with tempfile.TemporaryDirectory(prefix='wheel-') as folder:
+        try:
+            wheel = build(Path(folder))
+            lines = check(wheel)
+            out.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(wheel, out / f'{wheel.name}.part')
+            (out / f'{wheel.name}.part').replace(out / wheel.name)
+        except (WheelError, OSError) as error:
+            sys.exit(f'error: {error}')
+    print('\n'.join(lines), out / wheel.name, sep='\n')
+
+
+if __name__ == '__main__':
+    main()
