@@ -3,6 +3,15 @@
 ``custom_imports = dict(imports=['ssm_backbones'])`` in a config makes them available by ``type=``.
 """
 
+try:
+    import mmengine  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError(
+        'ssm_backbones needs mmengine, and there is none: install the extra of one stack of host libraries, '
+        "`pip install 'ssm-backbones[openmmlab]'` or `'ssm-backbones[onedl]'`, or mmengine alone for the backbones as "
+        'plain PyTorch modules. The scans, `import cuda_ops`, need torch alone.'
+    ) from error
+
 from ssm_backbones.compat import apply_patches
 
 # Before anything else: the patches let the host libraries import and resume.

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cuda_ops import _build, _library
+import cuda_ops
+from cuda_ops import _build
 
 # Values of a block, which the compiled function takes at a time.
 _BLOCK = 1024
@@ -84,11 +85,12 @@ def exp2_repeatedly(x: Tensor, repeats: int) -> Tensor:
 
 @functools.cache
 def _compiled() -> Callable[..., None]:
-    if not _library.STATUS.compiled:
+    capability = cuda_ops.backend_status().devices['cpu'].instruction_set
+    if capability is None:
         raise RuntimeError('the exponential to measure is that of the compiled library, which is not there')
     with tempfile.TemporaryDirectory() as folder:
         try:
-            library = ctypes.CDLL(str(_build.build_exp_rate(Path(folder), _library.cpu_capability())))
+            library = ctypes.CDLL(str(_build.build_exp_rate(Path(folder), capability)))
         except _build.BuildError as error:
             raise RuntimeError(f'the exponential cannot be compiled: {error}') from error
     function = library.exp2_repeatedly

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import cuda_ops
 from cuda_ops import _library, route_scan
-from cuda_ops.wavefront_scan import _fronts_shape
+from cuda_ops.wavefront_scan import _checkpoints_shape
 from ssm_backbones.layers.ss2d import SS2D
 from tests.cuda_emulation.emulate import SANITIZE_VARIABLE, Emulation, compiler
 from tests.ops.helpers import ROOT, check_against_loop, differentiate, dtype_name, rounded
@@ -309,7 +309,7 @@ def test_strips_of_any_number_of_rows(
         for result, value in zip(results(), expected, strict=True):
             torch.testing.assert_close(result, value, rtol=1e-3, atol=1e-3)
     # What torch.compile is told of the states that a GPU saves.
-    assert shapes == [(0,), _fronts_shape(inputs[0], case.states, chunk)]
+    assert shapes == [(0,), _checkpoints_shape(inputs[0], case.states, chunk)]
 
 
 @pytest.mark.parametrize(
