@@ -30,7 +30,7 @@ def library_of_another_kind(package: Path) -> None:
 
 def built_for_another_torch(package: Path) -> None:
     record = package / '_build_info.json'
-    record.write_text(json.dumps(json.loads(record.read_text()) | {'torch': '1.2.3+other'}))
+    record.write_text(json.dumps(json.loads(record.read_text()) | {'torch': '1.2.3+other', 'oldest_torch': None}))
 
 
 def record_missing(package: Path) -> None:
@@ -167,7 +167,9 @@ def test_status_tells_what_is_in_use() -> None:
     status = cuda_ops.backend_status()
     cpu, cuda = status.devices['cpu'], status.devices['cuda']
     assert (status.version, status.torch) == (cuda_ops.__version__, torch.__version__)
-    assert status.build['torch'] == torch.__version__ and status.reason == f'compiled for torch {torch.__version__}'
+    oldest = status.build['oldest_torch']
+    serves = f'torch {oldest} and newer' if oldest else f'torch {torch.__version__}'
+    assert (oldest or status.build['torch'] == torch.__version__) and status.reason == f'compiled for {serves}'
     assert cpu.present and not cpu.reason and cpu.instruction_set in status.build['capabilities']
     assert cuda.present == torch.cuda.is_available() and cuda.instruction_set is None
     assert (cuda.backend, bool(cuda.reason)) == (('compiled', False) if status.build['cuda'] else ('reference', True))
