@@ -76,7 +76,8 @@ class _Trial:
         for index, step in enumerate(self.pipeline):
             try:
                 with DefaultScope.overwrite_default_scope(self.cfg.default_scope):
-                    steps.append(TRANSFORMS.build(dict(step)))
+                    # Some transforms build those within them in place.
+                    steps.append(TRANSFORMS.build(deepcopy(dict(step))))
             except Exception as error:
                 self.findings.add(
                     ERROR,

@@ -75,6 +75,18 @@ def test_transforms_that_are_unknown_or_misspelt(check):
     assert error.startswith('train_dataloader.dataset.pipeline[1]: LoadAnnotations cannot be built')
 
 
+def test_the_config_is_left_as_it_is(loaded):
+    """mmcv's TestTimeAug builds its transforms in place."""
+    cfg = loaded('mmseg')
+    augmented = dict(
+        type='TestTimeAug', transforms=[[dict(type='Resize', scale=(64, 64))], [dict(type='PackSegInputs')]]
+    )
+    cfg.train_dataloader.dataset.pipeline = [cfg.train_dataloader.dataset.pipeline[0], augmented]
+    before = cfg.pretty_text
+    check_data(cfg, ('train',))
+    assert cfg.pretty_text == before
+
+
 def test_the_random_state_of_the_training_is_left_alone(loaded):
     np.random.seed(3)
     expected = np.random.RandomState(3).rand()
