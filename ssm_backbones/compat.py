@@ -229,7 +229,7 @@ def keep_names_in_transformers() -> None:
 
     For DETR and RT-DETR it renames every ``out_proj`` in a file to ``o_proj``, as its own attention layers are called
     now, the backbone's too. Those weights of a mixer would then start from random numbers, of which only a report of
-    missing names tells. The patch leaves ``mixer.out_proj`` out of that rename.
+    missing names tells (findings/transformers-detr-out-proj.sh). The patch leaves ``mixer.out_proj`` out of it.
     """
 
     def patch(module: ModuleType) -> None:

@@ -125,7 +125,8 @@ def revise_names(module: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[st
     """
     if not any(isinstance(part, SSMBackbone) for part in module.modules()):
         return state_dict
-    expected = module.state_dict().keys()
+    # Not of state_dict(), which gathers the parts of a sharded model.
+    expected = {name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
     if expected <= state_dict.keys():
         return state_dict
     tensors = {name: value for name, value in state_dict.items() if isinstance(value, Tensor)}
