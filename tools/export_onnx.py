@@ -23,6 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('checkpoint', nargs='?', help='checkpoint; without it the weights are as initialised')
     parser.add_argument('--shape', nargs=2, type=int, default=[224, 224], metavar=('H', 'W'), help='of the images')
     parser.add_argument('--dynamic', action='store_true', help='leave batch, height and width open')
+    parser.add_argument(
+        '--no-loops', dest='loops', action='store_false', help='unroll the scans, for runtimes without loops'
+    )
     parser.add_argument('--batch-size', type=int, default=1, metavar='N', help='images at once (1)')
     parser.add_argument('--out', metavar='FILE', help="file to write (default: the config's name with .onnx)")
     parser.add_argument('--part', choices=['backbone', 'classifier', 'segmentor'], help='default: what the config is')

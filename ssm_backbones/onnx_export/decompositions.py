@@ -1,8 +1,8 @@
 """Decompositions of the scans into standard operators around a plain first-order recurrence.
 
 ``cuda_ops::route_scan`` and ``cuda_ops::wavefront_scan`` are rewritten for :func:`torch.export` programs as elementwise
-arithmetic and two loops over a leading dimension. The loops are custom operators, exported as ONNX's standard
-``Scan``::
+arithmetic and two recurrences over a leading dimension. Either they are custom operators, exported as ONNX's standard
+``Scan``, or PyTorch's own operators without a loop (:mod:`ssm_backbones.onnx_export.loop_free`)::
 
     ssm_export::line    h_l = decay_l * h_{l-1} + inflow_l
     ssm_export::front   h_l[i] = left_l[i] * h_{l-1}[i] + top_l[i] * h_{l-1}[i-1] + inflow_l[i]
@@ -14,6 +14,7 @@ Decay, inflow and states of all positions are materialised, (positions, channels
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cuda_ops.route_reference import COLUMN, COLUMN_REVERSED, ROW_REVERSED, low_rank_delta
+from ssm_backbones.onnx_export import loop_free
 
 _LIBRARY = torch.library.Library('ssm_export', 'DEF')
 _LIBRARY.define('line(Tensor decay, Tensor inflow) -> Tensor')
@@ -73,40 +75,46 @@ def route_scan(
     delta_softplus: bool,
     chunk: int,
     delta_weight: Tensor | None = None,
+    *,
+    line: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Decompose ``cuda_ops::route_scan`` for inference in float32; same arguments and results, but no saved states.
+
+    ``line`` computes the recurrence of (L, K, M) along L.
 
     Raises:
         NotImplementedError: If there are groups of channels, which no backbone uses.
     """
     if any(value is not None and value.shape[4] != 1 for value in (B, C)):
         raise NotImplementedError('only scans with one group of channels are exported')
-    batch, height, width, channels = x.shape
+    height, width = x.shape[1:3]
     if delta_weight is not None:
         delta = low_rank_delta(delta, delta_weight)
     d = delta.float() if delta_bias is None else delta.float() + delta_bias
     d = F.softplus(d) if delta_softplus else d
     u = x.float()
-    inflow = (d * u.unsqueeze(3)).unsqueeze(5)
-    if B is not None:
-        inflow = inflow * B.float()
-    decay = torch.exp(d.unsqueeze(5) * A)
-    if B is None:
-        inflow = inflow.expand(decay.shape)
-    # One loop serves all routes: (positions, routes, ...), with the batch, and the lines if they are apart, behind.
-    orders = [_along(route, per_line) for route in routes]
-    states = torch.ops.ssm_export.line(
-        torch.stack([order(decay[:, :, :, k]) for k, order in enumerate(orders)], 1).contiguous(),
-        torch.stack([order(inflow[:, :, :, k]) for k, order in enumerate(orders)], 1).contiguous(),
-    )
-    output = u * D.sum(0) if D is not None else torch.zeros_like(u)
+    # By route, so that nothing has more than five dimensions; one recurrence serves all of them, (positions, routes,
+    # elements).
+    decays, inflows = [], []
     for k, route in enumerate(routes):
-        on_grid = _back(states[:, k], route, per_line, height, width)
+        d_k = d[:, :, :, k]
+        inflow = (d_k * u).unsqueeze(4)
+        inflow = inflow.expand(-1, -1, -1, -1, A.shape[2]) if B is None else inflow * B[:, :, :, k].float()
+        decays.append(_along(torch.exp(d_k.unsqueeze(4) * A[k]), route, per_line))
+        inflows.append(_along(inflow, route, per_line))
+    shape = inflows[0].shape
+    decay, inflow = (torch.stack([value.flatten(1) for value in values], 1) for values in (decays, inflows))
+    sequences = line(decay, inflow)
+    output = u * D.sum(0) if D is not None else torch.zeros_like(u)
+    lasts = []
+    for k, route in enumerate(routes):
+        states = sequences[:, k].reshape(shape)
+        on_grid = _back(states, route, per_line, height, width)
         weighted = on_grid if C is None else on_grid * C[:, :, :, k].float()
         output = output + weighted.sum(-1)
+        lasts.append(states[-1])
     nothing = x.new_empty((0,), dtype=torch.float32)
-    last = nothing if per_line else states[-1].transpose(0, 1).contiguous()
-    return output.to(x.dtype), last, nothing
+    return output.to(x.dtype), nothing if per_line else torch.stack(lasts, 1), nothing
 
 
 def wavefront_scan(
@@ -121,8 +129,13 @@ def wavefront_scan(
     D: Tensor | None,
     reverse: bool,
     chunk: int,
+    *,
+    front: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Decompose ``cuda_ops::wavefront_scan`` for inference in float32; same arguments, but no saved states."""
+    """Decompose ``cuda_ops::wavefront_scan`` for inference in float32; same arguments, but no saved states.
+
+    ``front`` computes the recurrence along the anti-diagonals of (L, I, B, E, N).
+    """
     height, width = x.shape[1], x.shape[2]
     maps = [value.float() for value in (x, delta_top, delta_left, B_top, B_left, C)]
     if reverse:
@@ -137,7 +150,7 @@ def wavefront_scan(
     decay_left = left * torch.exp(d_left.unsqueeze(4) * A_left)
     inflow = top * (d_top * u).unsqueeze(4) * b_top.unsqueeze(3)
     inflow = inflow + left * (d_left * u).unsqueeze(4) * b_left.unsqueeze(3)
-    states = torch.ops.ssm_export.front(*(_skew(value) for value in (decay_left, decay_top, inflow)))
+    states = front(*(_skew(value) for value in (decay_left, decay_top, inflow)))
     y = (_unskew(states, width) * c.unsqueeze(3)).sum(4)
     if D is not None:
         y = y + D * u
@@ -146,23 +159,41 @@ def wavefront_scan(
     return y.to(x.dtype), nothing, nothing
 
 
-def replacements() -> dict[Any, Callable[..., Any]]:
-    """Map the scans to their decompositions, for :class:`ssm_backbones.onnx_export.override.FunctionOverrideMode`."""
-    return {torch.ops.cuda_ops.route_scan: route_scan, torch.ops.cuda_ops.wavefront_scan: wavefront_scan}
+def replacements(loops: bool = True) -> dict[Any, Callable[..., Any]]:
+    """Map the scans to their decompositions, for :class:`ssm_backbones.onnx_export.override.FunctionOverrideMode`.
+
+    Args:
+        loops: Whether each recurrence is one custom operator, for ONNX's ``Scan``, instead of unrolled operators
+            (:mod:`ssm_backbones.onnx_export.loop_free`).
+    """
+    along = torch.ops.ssm_export.line if loops else loop_free.line
+    across = torch.ops.ssm_export.front if loops else loop_free.front
+    return {
+        torch.ops.cuda_ops.route_scan: partial(route_scan, line=along),
+        torch.ops.cuda_ops.wavefront_scan: partial(wavefront_scan, front=across),
+    }
 
 
-def _along(route: int, per_line: bool) -> Callable[[Tensor], Tensor]:
-    """Reorder (B, H, W, ...) along a route: (positions, B or (B, lines), ...)."""
+def decomposition_table() -> dict[Any, Callable[..., Any]]:
+    """Return the scans' decompositions without loops, for ``torch.export.ExportedProgram.run_decompositions``.
 
-    def reorder(grid: Tensor) -> Tensor:
-        column = route in (COLUMN, COLUMN_REVERSED)
-        if per_line:
-            sequence = grid.movedim(1 if column else 2, 0)
-        else:
-            sequence = (grid.transpose(1, 2) if column else grid).flatten(1, 2).transpose(0, 1)
-        return sequence.flip(0) if route in (ROW_REVERSED, COLUMN_REVERSED) else sequence
+    The programs hold PyTorch's own operators alone afterwards, which any backend takes. Height and width have to be
+    fixed; scans of open sizes raise NotImplementedError. Add the table to that of PyTorch's own decompositions::
 
-    return reorder
+        program = torch.export.export(model, (images,))
+        program = program.run_decompositions({**torch.export.default_decompositions(), **decomposition_table()})
+    """
+    return {operator.default: function for operator, function in replacements(loops=False).items()}
+
+
+def _along(grid: Tensor, route: int, per_line: bool) -> Tensor:
+    """Reorder (B, H, W, ...) along a route: (positions, B, ...), or (positions, B, lines, ...)."""
+    column = route in (COLUMN, COLUMN_REVERSED)
+    if per_line:
+        sequence = grid.movedim(1 if column else 2, 0)
+    else:
+        sequence = (grid.transpose(1, 2) if column else grid).flatten(1, 2).transpose(0, 1)
+    return sequence.flip(0) if route in (ROW_REVERSED, COLUMN_REVERSED) else sequence
 
 
 def _back(sequence: Tensor, route: int, per_line: bool, height: int, width: int) -> Tensor:

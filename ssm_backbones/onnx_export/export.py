@@ -59,6 +59,7 @@ class OnnxOptions:
             detector.
         batch_size: Batch size of the graph.
         dynamic: Make batch, height and width dynamic.
+        loops: Compute the scans by loops (``Scan``), rather than by unrolled operators, which take a fixed size.
         cfg_options: Values that replace the config's, by dotted key.
     """
 
@@ -69,6 +70,7 @@ class OnnxOptions:
     part: str | None = None
     batch_size: int = 1
     dynamic: bool = False
+    loops: bool = True
     cfg_options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -163,6 +165,7 @@ def write_onnx(
     path: str | os.PathLike[str],
     dynamic: bool = False,
     notes: Mapping[str, str] | None = None,
+    loops: bool = True,
 ) -> tuple[int, int]:
     """Write a module as ONNX, with its scans as standard operators.
 
@@ -172,6 +175,7 @@ def write_onnx(
         path: The file.
         dynamic: Make batch, height and width dynamic.
         notes: Metadata of the file.
+        loops: Compute the scans by loops (``Scan``), rather than by unrolled operators, which take a fixed size.
 
     Returns:
         The opset's version and the number of operators.
@@ -185,7 +189,7 @@ def write_onnx(
         shapes = ({0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC},)
     count = len(_as_tuple(_run(module, images)))
     with torch.no_grad(), _quiet():
-        with FunctionOverrideMode({**scans.replacements(), **pooling.replacements()}):
+        with FunctionOverrideMode({**scans.replacements(loops), **pooling.replacements()}):
             program = torch.export.export(module, (images,), dynamic_shapes=shapes, strict=False)
         exported = torch.onnx.export(
             program,
@@ -262,6 +266,8 @@ def _part(cfg: Config, wanted: str | None) -> str:
 def _check_shape(options: OnnxOptions) -> tuple[int, int]:
     if len(options.shape) != 2 or min(options.shape) < 1:
         raise CommandError(f'shape takes a height and a width of at least 1, got {tuple(options.shape)}.')
+    if options.dynamic and not options.loops:
+        raise CommandError('dynamic needs loops: scans without them are exported for one size of images.')
     if options.batch_size < 1:
         raise CommandError(f'batch_size must be at least 1, got {options.batch_size}.')
     return options.shape[0], options.shape[1]
@@ -320,7 +326,7 @@ def _write(
 ) -> tuple[int, int]:
     """Call :func:`write_onnx`, and report models that PyTorch cannot export as a :class:`CommandError`."""
     try:
-        return write_onnx(module, images, path, options.dynamic, notes)
+        return write_onnx(module, images, path, options.dynamic, notes, options.loops)
     except _REFUSALS as error:
         said = next((line.strip() for line in str(error).splitlines() if line.strip()), '')
         ways = [*(['without dynamic'] if options.dynamic else []), 'the backbone alone (part backbone)']

@@ -5,6 +5,7 @@ import torch
 
 import cuda_ops
 from ssm_backbones.onnx_export import decompositions as scans
+from ssm_backbones.onnx_export import loop_free
 from ssm_backbones.onnx_export.override import FunctionOverrideMode
 
 SIZES = [(1, 1), (1, 5), (6, 1), (3, 4), (5, 3), (7, 7)]
@@ -13,9 +14,9 @@ SIZES = [(1, 1), (1, 5), (6, 1), (3, 4), (5, 3), (7, 7)]
 class Rewritten(FunctionOverrideMode):
     """Calls the rewritten scans in the place of the registered ones, and counts them."""
 
-    def __init__(self):
+    def __init__(self, loops=True):
         self.calls = 0
-        super().__init__({scan: self.counted(rewritten) for scan, rewritten in scans.replacements().items()})
+        super().__init__({scan: self.counted(rewritten) for scan, rewritten in scans.replacements(loops).items()})
 
     def counted(self, rewritten):
         def call(*args, **kwargs):
@@ -27,10 +28,15 @@ class Rewritten(FunctionOverrideMode):
 
 def agree(call):
     expected = call()
-    with Rewritten() as mode:
-        found = call()
-    assert mode.calls == 1
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for loops in (True, False):
+        with Rewritten(loops) as mode:
+            found = call()
+        assert mode.calls == 1
+        for ours, theirs in zip(
+            *((each,) if isinstance(each, torch.Tensor) else each for each in (found, expected)), strict=True
+        ):
+            # Sums of terms of both signs are rounded at their terms' size.
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 * max(1.0, theirs.abs().max().item()))
 
 
 @pytest.mark.parametrize('states', [1, 3])
@@ -72,6 +78,44 @@ def test_selective_scan_with_its_last_state() -> None:
     B, C = torch.randn(2, 2, 3, 9)
     A = -torch.rand(5, 3)
     agree(lambda: cuda_ops.selective_scan(u, delta, A, B, C, return_last_state=True, delta_softplus=True))
+
+
+@pytest.mark.parametrize('length', [1, 32, 33, 64, 1000])
+def test_recurrence_without_a_loop(length) -> None:
+    """With decays of every size, among them those that underflow."""
+    decay = torch.exp(-(10 ** torch.empty(length, 3).uniform_(-6, 3)))
+    decay[::7] = 0
+    decay[1::5] = 1
+    inflow = torch.randn(length, 3)
+    exact = torch.ops.ssm_export.line(decay.double(), inflow.double())
+    found = loop_free.line(decay, inflow)
+    # Both round in the same places but for products of decays.
+    assert (found - exact).abs().max() <= 1e-6 * exact.abs().max() * max(1, length / 100)
+
+
+class Scans(torch.nn.Module):
+    """A scan of each kind, from a map that gives all their inputs."""
+
+    def forward(self, x):
+        delta, A = x[:, :, :, None].expand(-1, -1, -1, 4, -1), -torch.ones(4, 3, 2)
+        y = cuda_ops.cross_selective_scan(x, delta, A, delta[..., :2], delta[..., 1:])
+        y = y + cuda_ops.line_scan(x, x, A[0], None, x[..., :2], axis='column', reverse=True)
+        return y + cuda_ops.wavefront_scan(x, x.abs(), x.abs(), A[0], A[1], x[..., :2], x[..., 1:], x[..., :2])
+
+
+def test_programs_have_no_operator_of_ours() -> None:
+    x = torch.randn(2, 6, 7, 3)
+    program = torch.export.export(Scans(), (x,), strict=False).run_decompositions(scans.decomposition_table())
+    namespaces = {each.namespace for node in program.graph.nodes if hasattr(each := node.target, 'namespace')}
+    assert namespaces == {'aten'}
+    torch.testing.assert_close(program.module()(x), Scans()(x), rtol=1e-5, atol=1e-5)
+
+
+def test_open_sizes_are_refused_without_loops() -> None:
+    sizes = ({1: torch.export.Dim.DYNAMIC},)
+    program = torch.export.export(Scans(), (torch.randn(2, 6, 7, 3),), dynamic_shapes=sizes, strict=False)
+    with pytest.raises(NotImplementedError, match='scans of open sizes need loops'):
+        program.run_decompositions(scans.decomposition_table())
 
 
 def test_groups_are_refused() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
+import cuda_ops
 from ssm_backbones import V2M, Mamba2D, VMamba
 from ssm_backbones.apis.config import load_config
 from ssm_backbones.apis.model import build_model
@@ -19,7 +20,7 @@ from ssm_backbones.onnx_export import export as exporting
 TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'export_onnx.py'
 
 
-def check_standard(path) -> None:
+def check_standard(path, loops=True) -> None:
     """Only ONNX's own operators, also within the loops; and the checker has no complaint."""
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
@@ -38,7 +39,7 @@ def check_standard(path) -> None:
                 used = dict.fromkeys(name for step in body.node for name in step.input if name in declared)
                 assert list(used) == declared, node.op_type
             graphs += bodies
-    assert 'Scan' in kinds
+    assert bool(kinds & {'Scan', 'Loop', 'If'}) == loops
 
 
 # Each kind of block once or twice: the graph of more of them is longer, and no other.
@@ -68,8 +69,8 @@ def test_backbones(backbone) -> None:
     assert len(differences) == len(model.out_indices) and max(differences.values()) <= 1e-4
 
 
-def test_openvino(backbone) -> None:
-    model, path, shape = backbone
+def check_openvino(model, path, shape) -> None:
+    """The same numbers in OpenVINO."""
     core = openvino.Core()
     # Without a hint it computes in bfloat16 where the processor does.
     compiled = core.compile_model(core.read_model(path), 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
@@ -77,9 +78,33 @@ def test_openvino(backbone) -> None:
     found = compiled({'images': images.numpy()})
     with torch.no_grad():
         expected = model(images)
+    expected = (expected,) if isinstance(expected, torch.Tensor) else expected
     assert len(compiled.outputs) == len(expected)
     for number, ours in enumerate(expected):
         assert np.abs(found[number] - ours.numpy()).max() <= 1e-4 * ours.abs().max(), number
+
+
+def test_openvino(backbone) -> None:
+    check_openvino(*backbone)
+
+
+class Scans(torch.nn.Module):
+    """A scan of each kind, the route scan with chunks, from images that give all their inputs."""
+
+    def forward(self, images):
+        x = images.permute(0, 2, 3, 1)
+        delta, A = x[:, :, :, None].expand(-1, -1, -1, 4, -1), -torch.ones(4, 3, 2)
+        y = cuda_ops.cross_selective_scan(x, delta, A, delta[..., :2], delta[..., 1:])
+        y = y + cuda_ops.line_scan(x, x, A[0], None, x[..., :2], axis='column', reverse=True)
+        return y + cuda_ops.wavefront_scan(x, x.abs(), x.abs(), A[0], A[1], x[..., :2], x[..., 1:], x[..., :2])
+
+
+def test_without_loops(tmp_path) -> None:
+    path, shape = tmp_path / 'model.onnx', (1, 3, 5, 7)
+    exporting.write_onnx(Scans(), torch.randn(shape), path, loops=False)
+    check_standard(path, loops=False)
+    assert max(exporting.compare(exporting.open_session(path), Scans(), shape).values()) <= 1e-4
+    check_openvino(Scans(), path, shape)
 
 
 def test_dynamic_quantisation(backbone, tmp_path) -> None:
@@ -264,6 +289,7 @@ def test_bad_arguments(write_config, tool, tmp_path, capsys) -> None:
         (['nowhere.pth'], 'checkpoint nowhere.pth does not exist'),
         (['--part', 'classifier'], 'the config is one of mmseg, which has no classifier'),
         (['--shape', '0', '5'], 'at least 1'),
+        (['--dynamic', '--no-loops'], 'dynamic needs loops'),
         (['--batch-size', '0'], 'batch_size must be at least 1'),
         (['--out', str(tmp_path / 'no' / 'x.onnx')], 'its folder does not exist'),
         (['--out', str(tmp_path)], 'it is a folder'),
