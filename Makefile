@@ -17,7 +17,7 @@ help:
 	@echo 'make demo      set up, then train, evaluate and show a small model (DEMO_ARGS, FAMILY, TASK are passed on)'
 	@echo 'make test      set up, then check style and types and run all tests but the slow ones (PYTEST_ARGS are passed on)'
 	@echo 'make test-slow the same with the slow tests'
-	@echo 'make tools     test timm, transformers and other libraries around the backbones, in an environment of its own (.venv-tools)'
+	@echo 'make tools     test timm, transformers, peft, torchao and other libraries around the backbones, in an environment of its own (.venv-tools)'
 	@echo 'make kernels   compile every CUDA kernel for every architecture by nvcc alone, and print what each takes (ARCHS="8.0 9.0")'
 	@echo 'make wheel     build and check dist/*.whl for every Python and every torch from 2.10 on (FORCE_CUDA=1: with CUDA kernels)'
 	@echo 'make abi       compile the bindings against the headers of torch 2.1 to 2.15 (VERSIONS="2.4.1 2.13.0")'
@@ -59,7 +59,7 @@ tools: setup
 	@test -x .venv-tools/bin/python || $(IN_VENV) -m venv .venv-tools
 	@{ $(call site-packages,$(IN_VENV)); pwd; } > "$$($(call site-packages,.venv-tools/bin/python))/project.pth"
 	@.venv-tools/bin/python -m pip install --quiet -c requirements/constraints.txt -r requirements/tools.txt
-	@.venv-tools/bin/python -m pytest tests/timm tests/integrations $(PYTEST_ARGS)
+	@.venv-tools/bin/python -m pytest tests/timm tests/integrations tests/pytorch_tools $(PYTEST_ARGS)
 	@.venv-tools/bin/python -m pytest tests/docs -k 'scripts and timm' $(PYTEST_ARGS)
 
 docs:

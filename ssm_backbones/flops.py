@@ -27,6 +27,8 @@ from torch.utils.flop_counter import flop_registry
 from cuda_ops.route_scan import route_scan_flops
 from cuda_ops.wavefront_scan import wavefront_scan_flops
 from ssm_backbones.apis.model import build_model
+from ssm_backbones.layers.mamba2d_mixer import Neighbour
+from ssm_backbones.layers.scans import CrossScan, DeltaProjection, DotProductAttention, LineScan, WavefrontScan
 from ssm_backbones.utils.errors import CommandError
 
 CONVENTION = (
@@ -140,6 +142,49 @@ def mmengine_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
         'cuda_ops::wavefront_scan': _traced(lambda shapes: wavefront_scan_flops(*shapes)),
         'aten::scaled_dot_product_attention': _traced(lambda shapes: _attention_flops(*shapes[:3])),
     }
+
+
+def thop_handles() -> dict[type[nn.Module], Callable[..., None]]:
+    """Return handles for thop, ``thop.profile(model, inputs, custom_ops=thop_handles())``."""
+
+    def handle(formula: Callable[..., int]) -> Callable[..., None]:
+        def count(module: Any, inputs: tuple, output: Any) -> None:
+            module.total_ops += torch.DoubleTensor([formula(*inputs)])
+
+        return count
+
+    def neighbour(module: Any, inputs: tuple, output: Any) -> None:
+        module.total_ops += torch.DoubleTensor([output[0].numel() * inputs[0].shape[-1]])
+
+    return {kind: handle(formula) for kind, formula in _MODULES.items()} | {Neighbour: neighbour}
+
+
+def ptflops_handles() -> dict[type[nn.Module], Callable[..., None]]:
+    """Return handles for ptflops, ``get_model_complexity_info(..., custom_modules_hooks=ptflops_handles())``.
+
+    They are for its backend 'pytorch', which counts the products inside other modules by itself.
+    """
+
+    def handle(formula: Callable[..., int]) -> Callable[..., None]:
+        def count(module: Any, inputs: tuple, output: Any) -> None:
+            module.__flops__ += formula(*inputs)
+
+        return count
+
+    return {kind: handle(_MODULES[kind]) for kind in (CrossScan, LineScan, WavefrontScan, DotProductAttention)}
+
+
+def _cross_scan_flops(x: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> int:
+    return route_scan_flops(x.shape, dt.shape, A.shape) + 4 * x.numel() * dt.shape[-1]
+
+
+_MODULES: dict[type[nn.Module], Callable[..., int]] = {
+    CrossScan: _cross_scan_flops,
+    LineScan: lambda x, delta, A, *rest: route_scan_flops(x.shape, delta.shape, (1, *A.shape)),
+    WavefrontScan: lambda x, top, left, A, *rest: wavefront_scan_flops(x.shape, top.shape, left.shape, A.shape),
+    DeltaProjection: lambda dt, weight: dt[..., 0].numel() * weight.shape[-1] * weight.shape[-2],
+    DotProductAttention: lambda query, key, value: _attention_flops(query.shape, key.shape, value.shape),
+}
 
 
 class _Counter(TorchDispatchMode):

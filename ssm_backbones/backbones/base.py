@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from ssm_backbones.layers.common import feature_map
+from ssm_backbones.layers.common import FeatureMap
 from ssm_backbones.utils.errors import did_you_mean
 
 
@@ -34,15 +35,21 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            if self.with_cp and torch.is_grad_enabled():
+            if self.with_cp and torch.is_grad_enabled() and not isinstance(x, Proxy):
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
         return x
 
+    def to_next(self, x: Tensor) -> Tensor:
+        """Downsample the stage's map (B, H, W, C) to the next stage's input; the last stage returns it as it is."""
+        return self.downsample(x)
+
 
 class SSMBackbone(BaseModule):
-    """Base of the backbones: ``patch_embed``, ``stages`` and, for each chosen stage i, an output norm ``norm{i}``.
+    """Base of the backbones: ``patch_embed``, ``stages`` and, for each chosen stage i, ``norm{i}`` and ``map{i}``.
+
+    The output norm ``norm{i}`` is channel-last; ``map{i}`` makes the returned map (B, C, H, W) of it.
 
     A subclass calls this constructor, assigns ``patch_embed`` (image (B, C, H, W) to map (B, H, W, C)) and ``stages``
     (an ``nn.ModuleList`` of :class:`Stage`, the first ``self.num_built_stages`` of the architecture), and ends its own
@@ -106,7 +113,12 @@ class SSMBackbone(BaseModule):
     @property
     def output_modules(self) -> dict[int, str]:
         """Name of the module that computes each returned map, by the map's index."""
-        return {i: f'norm{i}' for i in self.out_indices}
+        return {i: f'map{i}' if self.returns_maps else f'norm{i}' for i in self.out_indices}
+
+    @property
+    def returns_maps(self) -> bool:
+        """Whether the outputs are maps (B, C, H, W) of the output norms, each by its module ``map{i}``."""
+        return True
 
     @property
     def stage_strides(self) -> tuple[int, ...]:
@@ -127,6 +139,8 @@ class SSMBackbone(BaseModule):
         """Add the output norms and freeze the frozen stages; the last call of a subclass's constructor."""
         for i in sorted(self.out_indices):
             self.add_module(f'norm{i}', self.build_output_norm(i))
+            if self.returns_maps:
+                self.add_module(f'map{i}', FeatureMap())
         self._freeze()
 
     def build_output_norm(self, stage: int) -> nn.Module:
@@ -135,19 +149,22 @@ class SSMBackbone(BaseModule):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Compute maps (B, C_i, H_i, W_i), one per out index, of images (B, in_channels, H, W) of any H, W >= 1."""
-        self.check_images(x)
+        # Symbolic tracing by torch.fx has neither dtype nor shape to check.
+        if not isinstance(x, Proxy):
+            self.check_images(x)
         x = self.patch_embed(x)
         maps = {}
         for i, stage in enumerate(self.stages):
             x = stage(x)
             if i in self.out_indices:
                 maps[i] = self.output(i, x)
-            x = stage.downsample(x)
+            x = stage.to_next(x)
         return tuple(maps[i] for i in self.out_indices)
 
     def output(self, stage: int, x: Tensor) -> Tensor:
         """Return a stage's feature map (B, C, H, W) from the map (B, H, W, C) of its last block."""
-        return feature_map(self.output_norm(stage)(x))
+        x = self.output_norm(stage)(x)
+        return getattr(self, f'map{stage}')(x)
 
     def output_norm(self, stage: int) -> nn.Module:
         """Return the norm of a stage in ``out_indices``.

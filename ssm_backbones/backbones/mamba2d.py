@@ -17,8 +17,10 @@ from ssm_backbones.backbones.base import (
     drop_path_schedule,
     resolve_arch,
 )
-from ssm_backbones.layers.common import MLP, ChannelLastConv2d, ConvNorm
+from ssm_backbones.layers.calls import apply_conv, conv2d
+from ssm_backbones.layers.common import MLP, ConvNorm, kept_samples
 from ssm_backbones.layers.mamba2d_mixer import RotaryAttention, ScanMixer
+from ssm_backbones.utils.tracing import as_one_node
 
 MLP_RATIO = 4
 HEAD_DIM = 32
@@ -39,7 +41,7 @@ class ScaledResidual(nn.Module):
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
         if self.drop_prob and self.training:
             keep_prob = 1.0 - self.drop_prob
-            branch = branch * branch.new_empty((branch.shape[0], 1, 1, 1)).bernoulli_(keep_prob).div_(keep_prob)
+            branch = branch * kept_samples(branch, keep_prob).div(keep_prob)
         return torch.addcmul(branch, x, self.scale)
 
     def extra_repr(self) -> str:
@@ -79,6 +81,9 @@ class NormedStage(Stage):
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(super().forward(x))
 
+    def to_next(self, x: Tensor) -> Tensor:
+        return x if isinstance(self.downsample, nn.Identity) else apply_conv(self.downsample, x)
+
 
 class Mamba2DStem(ConvNorm):
     """A 7x7 convolution of stride 4 and a LayerNorm: images (B, C_in, H, W) -> (B, H', W', C).
@@ -90,9 +95,14 @@ class Mamba2DStem(ConvNorm):
         super().__init__(in_channels, embed_dims, kernel_size=7, stride=4, padding=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        bottom, right = (max(3 - size, 0) for size in x.shape[2:])
-        x = x.permute(0, 2, 3, 1)
-        return super().forward(F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x.contiguous())
+        return super().forward(_at_least_3_pixels(x.permute(0, 2, 3, 1)).contiguous())
+
+
+@as_one_node
+def _at_least_3_pixels(x: Tensor) -> Tensor:
+    """Pad (B, H, W, C) with zeros at the bottom and right until both sides have 3 pixels."""
+    bottom, right = (max(3 - size, 0) for size in x.shape[1:3])
+    return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
 
 
 def _arch(embed_dims: list[int], depths: list[int]) -> dict[str, Any]:
@@ -171,7 +181,7 @@ class Mamba2D(SSMBackbone):
                 for j in range(depths[i])
             ]
             last = i + 1 == self.num_built_stages
-            downsample = None if last else ChannelLastConv2d(widths[i], widths[i + 1], 3, stride=2, padding=1)
+            downsample = None if last else conv2d(widths[i], widths[i + 1], 3, stride=2, padding=1)
             self.stages.append(NormedStage(widths[i], blocks, downsample, with_cp))
         self._init_output_norms()
 

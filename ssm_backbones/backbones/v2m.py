@@ -154,7 +154,11 @@ class PlainV2M(V2M):
     def output_modules(self) -> dict[int, str]:
         if self.pyramid is None:
             return super().output_modules
-        return {i: f'pyramid.norms.{i}' for i in range(len(STRIDES))}
+        return {i: f'pyramid.maps.{i}' for i in range(len(STRIDES))}
+
+    @property
+    def returns_maps(self) -> bool:
+        return self.pyramid is None and self.out_type == 'featmap'
 
     @property
     def stage_strides(self) -> tuple[int, ...]:

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from ssm_backbones.checkpoints.download import download, is_url
 from ssm_backbones.checkpoints.errors import CheckpointError
@@ -32,7 +34,7 @@ _FAULTS = (AttributeError, TypeError, NameError, ImportError, NotImplementedErro
 
 
 def read_checkpoint(source: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a checkpoint file with ``weights_only=True``, onto the CPU.
+    """Read a checkpoint file with ``weights_only=True``, or a safetensors file, onto the CPU.
 
     Args:
         source: A path, a file URL, or an http, https or ftp URL, which is downloaded once into ``torch.hub``'s folder.
@@ -93,6 +95,8 @@ def _read(path: Path, name: str) -> dict[str, Any]:
             start = file.read(512)
     except OSError as error:
         raise CheckpointError(f'{name} cannot be read: {error}') from error
+    if _is_safetensors(start):
+        return _read_safetensors(path, name)
     _check_start(start, name)
     try:
         _check_archive(path, name)
@@ -114,6 +118,23 @@ def _read(path: Path, name: str) -> dict[str, Any]:
     return checkpoint
 
 
+def _is_safetensors(start: bytes) -> bool:
+    # The length of a header in JSON, and the header.
+    return start[8:9] == b'{' and 2 <= int.from_bytes(start[:8], 'little') <= 100_000_000
+
+
+def _read_safetensors(path: Path, name: str) -> dict[str, Any]:
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f'{name} is truncated or damaged ({path.stat().st_size} bytes): {error}. {_AGAIN}'
+        ) from error
+    if not tensors:
+        raise CheckpointError(f'{name} holds no tensors.')
+    return tensors
+
+
 def _check_start(start: bytes, name: str) -> None:
     if not start:
         raise CheckpointError(f'{name} is empty. {_AGAIN}')
@@ -126,7 +147,9 @@ def _check_start(start: bytes, name: str) -> None:
     if text.startswith(b'version https://git-lfs'):
         raise CheckpointError(f'{name} is the pointer of a Git LFS file, not the file. Fetch it with git lfs pull.')
     if not start.startswith((b'PK', b'\x80')):
-        raise CheckpointError(f'{name} is no PyTorch checkpoint: it starts with {start[:16]!r}.')
+        raise CheckpointError(
+            f'{name} is neither a PyTorch checkpoint nor a safetensors file: it starts with {start[:16]!r}.'
+        )
 
 
 def _check_archive(path: Path, name: str) -> None:

@@ -17,6 +17,7 @@ import torch
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.registry import MODELS
+from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 from ssm_backbones.backbones.base import SSMBackbone
@@ -213,5 +214,13 @@ def _mmengine_loads() -> bool:
     return False
 
 
+def _load_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
+    return read_checkpoint(filename)
+
+
+# Regular expressions, of which mmengine takes the last in alphabetical order that matches.
+CheckpointLoader.register_scheme(
+    (r'https?://\S+\.safetensors', r'(?!\w+:).*\.safetensors$'), _load_safetensors, force=True
+)
 SSMBackbone.before_loading = convert_or_refuse
 revise_loaded_names(revise_names)

@@ -7,44 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssm_backbones.layers.calls import apply_conv, apply_linear, conv2d
 from ssm_backbones.utils.torch_compat import is_exporting
-
-# Evaluated once, because torch.compile cannot trace this call.
-_HAS_ONEDNN = torch.backends.mkldnn.is_available()
-
-
-class ChannelLastConv2d(nn.Conv2d):
-    """Convolution from (B, H, W, C_in) to (B, H', W', C_out).
-
-    The map is passed as a channels-last view, so that neither it nor the result is reordered on a CPU. The weight is
-    stored in channels-last layout too.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # A backend may return another layout; otherwise contiguous() costs nothing.
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
-
-
-def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Apply ``F.linear`` to a map: (B, H, W, C_in) times weight (C_out, C_in), giving (B, H, W, C_out).
-
-    In float32 on a CPU it is computed by oneDNN as a 1x1 convolution of the channels-last view. That is two to five
-    times as fast as the BLAS of ``F.linear`` on a processor for which that BLAS is not tuned.
-    """
-    if x.device.type == 'cpu' and x.dtype == torch.float32 and _HAS_ONEDNN:
-        return F.conv2d(x.permute(0, 3, 1, 2), weight[:, :, None, None], bias).permute(0, 2, 3, 1).contiguous()
-    return F.linear(x, weight, bias)
-
-
-class Pointwise(nn.Linear):
-    """A linear layer on the channels of a map, (B, H, W, C_in) -> (B, H, W, C_out)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return pointwise(x, self.weight, self.bias)
+from ssm_backbones.utils.tracing import as_one_node
 
 
 class ConvNorm(nn.Module):
@@ -52,11 +17,11 @@ class ConvNorm(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, padding: int = 0) -> None:
         super().__init__()
-        self.conv = ChannelLastConv2d(in_channels, out_channels, kernel_size, stride, padding)
+        self.conv = conv2d(in_channels, out_channels, kernel_size, stride, padding)
         self.norm = nn.LayerNorm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
+        return self.norm(apply_conv(self.conv, x))
 
 
 class ConvStem(nn.Module):
@@ -85,12 +50,13 @@ class PatchEmbed(nn.Module):
     def __init__(self, in_channels: int, embed_dims: int, patch_size: int, norm: bool = True) -> None:
         super().__init__()
         self.patch_size = patch_size
-        projection = ConvNorm if norm else ChannelLastConv2d
+        self.normed = norm
+        projection: Any = ConvNorm if norm else conv2d
         self.projection = projection(in_channels, embed_dims, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = pad_to_multiple(x.permute(0, 2, 3, 1), self.patch_size)
-        return self.projection(x.contiguous())
+        x = pad_to_multiple(x.permute(0, 2, 3, 1), self.patch_size).contiguous()
+        return self.projection(x) if self.normed else apply_conv(self.projection, x)
 
 
 class PatchMerging(nn.Module):
@@ -104,14 +70,14 @@ class PatchMerging(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(4 * in_channels)
-        self.reduction = Pointwise(4 * in_channels, out_channels, bias=False)
+        self.reduction = nn.Linear(4 * in_channels, out_channels, bias=False)
         init_linear(self.reduction)
 
     def forward(self, x: Tensor) -> Tensor:
         x = pad_to_multiple(x, 2)
         batch, height, width, channels = x.shape
         squares = x.view(batch, height // 2, 2, width // 2, 2, channels).permute(0, 1, 3, 4, 2, 5)
-        return self.reduction(self.norm(squares.reshape(batch, height // 2, width // 2, 4 * channels)))
+        return apply_linear(self.reduction, self.norm(squares.reshape(batch, height // 2, width // 2, 4 * channels)))
 
 
 class MLP(nn.Module):
@@ -119,11 +85,11 @@ class MLP(nn.Module):
 
     def __init__(self, channels: int, hidden_channels: int) -> None:
         super().__init__()
-        self.fc1 = Pointwise(channels, hidden_channels)
-        self.fc2 = Pointwise(hidden_channels, channels)
+        self.fc1 = nn.Linear(channels, hidden_channels)
+        self.fc2 = nn.Linear(hidden_channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return apply_linear(self.fc2, F.gelu(apply_linear(self.fc1, x)))
 
 
 class Residual(nn.Module):
@@ -140,22 +106,30 @@ class Residual(nn.Module):
         if self.drop_prob == 0.0 or not self.training:
             return x + branch
         keep_prob = 1.0 - self.drop_prob
-        keep = branch.new_empty((branch.shape[0],) + (1,) * (branch.ndim - 1)).bernoulli_(keep_prob)
-        return torch.addcmul(x, branch, keep, value=1.0 / keep_prob)
+        return torch.addcmul(x, branch, kept_samples(branch, keep_prob), value=1.0 / keep_prob)
 
     def extra_repr(self) -> str:
         return f'drop_prob={self.drop_prob:.3g}'
 
 
-def feature_map(x: Tensor) -> Tensor:
-    """Convert a channel-last map to the (B, C, H, W) map that a backbone returns.
+@as_one_node
+def kept_samples(x: Tensor, keep_prob: float) -> Tensor:
+    """Draw 1 with probability ``keep_prob``, else 0, for each sample of a map: (B, H, W, C) -> (B, 1, 1, 1)."""
+    return x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep_prob)
+
+
+class FeatureMap(nn.Module):
+    """The map (B, C, H, W) that a backbone returns, from a channel-last one.
 
     It is copied to PyTorch's default layout, because mmcv's RoIAlign and other compiled operators of the host libraries
     ignore strides and silently return wrong results for channels-last maps.
     """
-    return x.permute(0, 3, 1, 2).contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 3, 1, 2).contiguous()
 
 
+@as_one_node
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Pad (B, H, W, C) with zeros at the bottom and right until ``multiple`` divides both sides."""
     # No %, which torch.compile cannot trace when floats are computed from dynamic sizes.
@@ -227,6 +201,7 @@ def init_scan_parameters(
     dt_bias.copy_(delta + torch.log(-torch.expm1(-delta)))
 
 
+@as_one_node
 def negative_exp(A_log: Tensor) -> Tensor:
     """Compute A = -exp(A_log), in at least float32 whatever the parameters' dtype."""
     return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import cuda_ops
-from ssm_backbones.layers.common import ChannelLastConv2d, Pointwise, init_scan_parameters, negative_exp
+from ssm_backbones.layers.calls import apply_conv, apply_linear, conv2d
+from ssm_backbones.layers.common import init_scan_parameters, negative_exp
+from ssm_backbones.layers.scans import DotProductAttention, WavefrontScan, views
+from ssm_backbones.utils.tracing import as_one_node
 
 
 class Neighbour(nn.Module):
@@ -28,10 +30,14 @@ class Neighbour(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(channels))
         init_scan_parameters(self.A_log, D, self.dt_weight, self.dt_bias)
 
+    def forward(self, dt: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute delta (B, H, W, C) from the low-rank dt (B, H, W, R), and A (C, N)."""
+        return self.delta(dt), self.A
+
     def delta(self, dt: Tensor) -> Tensor:
         """Compute delta (B, H, W, C), after softplus, from the low-rank dt (B, H, W, R)."""
         projected = torch.addmm(self.dt_bias, dt.flatten(0, 2), self.dt_weight.t())
-        return F.softplus(projected).view(*dt.shape[:3], projected.shape[-1])
+        return F.softplus(projected).unflatten(0, dt.shape[:3])
 
     @property
     def A(self) -> Tensor:
@@ -60,15 +66,15 @@ class LocalPath(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(channels)
-        self.expand = Pointwise(channels, 2 * channels, bias=False)
+        self.expand = nn.Linear(channels, 2 * channels, bias=False)
         self.act1 = StarReLU()
-        self.conv = ChannelLastConv2d(2 * channels, 2 * channels, 3, padding=1, groups=2 * channels, bias=False)
+        self.conv = conv2d(2 * channels, 2 * channels, 3, padding=1, groups=2 * channels, bias=False)
         self.act2 = StarReLU()
-        self.reduce = Pointwise(2 * channels, channels, bias=False)
+        self.reduce = nn.Linear(2 * channels, channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(self.act1(self.expand(self.norm(x))))
-        return self.reduce(self.act2(x))
+        x = apply_conv(self.conv, self.act1(apply_linear(self.expand, self.norm(x))))
+        return apply_linear(self.reduce, self.act2(x))
 
 
 class ScanMixer(nn.Module):
@@ -89,39 +95,28 @@ class ScanMixer(nn.Module):
         self.d_state = d_state
         self.dt_rank = dt_rank
         self.reverse = reverse
-        self.in_proj = Pointwise(channels, channels)
-        self.x_proj = Pointwise(channels, 2 * dt_rank + 3 * d_state, bias=False)
+        self.in_proj = nn.Linear(channels, channels)
+        self.x_proj = nn.Linear(channels, 2 * dt_rank + 3 * d_state, bias=False)
         self.D = nn.Parameter(torch.empty(channels))
         self.top = Neighbour(channels, d_state, dt_rank, self.D)
         self.left = Neighbour(channels, d_state, dt_rank, self.D)
         with torch.no_grad():
             # dt_bias is initialised alike for both neighbours, as in the authors' code.
             self.left.dt_bias.copy_(self.top.dt_bias)
-        self.out_proj = Pointwise(channels, channels)
+        self.scan = WavefrontScan(reverse)
+        self.out_proj = nn.Linear(channels, channels)
         self.local = LocalPath(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map (B, H, W, C) into one of the same shape."""
-        u = F.gelu(self.in_proj(x))
-        dt_top, dt_left, B_top, B_left, C = self.x_proj(u).split(
+        u = F.gelu(apply_linear(self.in_proj, x))
+        dt_top, dt_left, B_top, B_left, C = apply_linear(self.x_proj, u).split(
             (self.dt_rank, self.dt_rank, self.d_state, self.d_state, self.d_state), dim=-1
         )
-        y = cuda_ops.wavefront_scan(
-            u,
-            self.top.delta(dt_top),
-            self.left.delta(dt_left),
-            self.top.A,
-            self.left.A,
-            B_top,
-            B_left,
-            C,
-            self.D,
-            reverse=self.reverse,
-        )
-        return self.out_proj(F.gelu(y)) + self.local(x)
-
-    def extra_repr(self) -> str:
-        return f'reverse={self.reverse}'
+        delta_top, A_top = self.top(dt_top)
+        delta_left, A_left = self.left(dt_left)
+        y = self.scan(u, delta_top, delta_left, A_top, A_left, B_top, B_left, C, *views(self.D))
+        return apply_linear(self.out_proj, F.gelu(y)) + self.local(x)
 
 
 class RotaryAttention(nn.Module):
@@ -137,21 +132,24 @@ class RotaryAttention(nn.Module):
     def __init__(self, channels: int, head_dim: int = 32) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.qkv = Pointwise(channels, 3 * channels, bias=False)
+        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
         self.q_norm = nn.LayerNorm(head_dim)
         self.k_norm = nn.LayerNorm(head_dim)
-        self.proj = Pointwise(channels, channels, bias=False)
+        self.attend = DotProductAttention()
+        self.proj = nn.Linear(channels, channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map (B, H, W, C) into one of the same shape."""
         batch, height, width, channels = x.shape
-        q, k, v = self.qkv(x).view(batch, height * width, 3, channels // self.head_dim, self.head_dim).unbind(2)
+        qkv = apply_linear(self.qkv, x)
+        q, k, v = qkv.view(batch, height * width, 3, channels // self.head_dim, self.head_dim).unbind(2)
         cosine, sine = rotary_angles(height, width, self.head_dim, q)
         q, k = self.q_norm(rotate_pairs(q, cosine, sine)), self.k_norm(rotate_pairs(k, cosine, sine))
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return self.proj(y.transpose(1, 2).reshape(batch, height, width, channels))
+        y = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return apply_linear(self.proj, y.transpose(1, 2).reshape(batch, height, width, channels))
 
 
+@as_one_node
 def rotary_angles(height: int, width: int, head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return cosines and sines (H * W, 1, head_dim / 2) of the rotation angles, in ``like``'s dtype.
 

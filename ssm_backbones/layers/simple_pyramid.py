@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssm_backbones.layers.common import feature_map
+from ssm_backbones.layers.common import FeatureMap
 
 STRIDES = (4, 8, 16, 32)
 
@@ -37,6 +37,7 @@ class SimplePyramid(nn.Module):
             ]
         )
         self.norms = nn.ModuleList(nn.LayerNorm(width) for width in self.out_channels)
+        self.maps = nn.ModuleList(FeatureMap() for _ in self.out_channels)
 
     def forward(self, maps: Sequence[Tensor], height: int, width: int) -> tuple[Tensor, ...]:
         """Compute maps (B, C_i, ceil(H/s), ceil(W/s)) from four maps (B, ceil(H/16), ceil(W/16), C).
@@ -45,10 +46,10 @@ class SimplePyramid(nn.Module):
         hierarchical backbone.
         """
         outputs = []
-        for x, stride, level, norm in zip(maps, STRIDES, self.levels, self.norms, strict=True):
+        for x, stride, level, norm, to_map in zip(maps, STRIDES, self.levels, self.norms, self.maps, strict=True):
             # Not -(-height // stride), which PyTorch's ONNX exporter rounds towards zero.
             x = level(x)[:, : (height + stride - 1) // stride, : (width + stride - 1) // stride]
-            outputs.append(feature_map(norm(x)))
+            outputs.append(to_map(norm(x)))
         return tuple(outputs)
 
 

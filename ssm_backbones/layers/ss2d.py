@@ -4,15 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import cuda_ops
-from ssm_backbones.layers.common import (
-    ChannelLastConv2d,
-    Pointwise,
-    init_linear,
-    init_scan_parameters,
-    negative_exp,
-    pointwise,
-)
+from ssm_backbones.layers.calls import apply_conv, apply_linear, apply_linear_halves, conv2d
+from ssm_backbones.layers.common import init_linear, init_scan_parameters, negative_exp
+from ssm_backbones.layers.scans import CrossScan, views
 
 ROUTES = 4
 
@@ -47,17 +41,16 @@ class SS2D(nn.Module):
         self.d_state = d_state
         self.dt_rank = dt_rank
         self.gate = gate
-        self.in_proj = Pointwise(channels, inner_channels * (2 if gate else 1), bias=False)
-        self.conv = ChannelLastConv2d(
-            inner_channels, inner_channels, 3, padding=1, groups=inner_channels, bias=conv_bias
-        )
-        self.x_proj = Pointwise(inner_channels, ROUTES * (dt_rank + 2 * d_state), bias=False)
+        self.in_proj = nn.Linear(channels, inner_channels * (2 if gate else 1), bias=False)
+        self.conv = conv2d(inner_channels, inner_channels, 3, padding=1, groups=inner_channels, bias=conv_bias)
+        self.x_proj = nn.Linear(inner_channels, ROUTES * (dt_rank + 2 * d_state), bias=False)
         self.dt_weight = nn.Parameter(torch.empty(ROUTES, inner_channels, dt_rank))
         self.dt_bias = nn.Parameter(torch.empty(ROUTES, inner_channels))
         self.A_log = nn.Parameter(torch.empty(ROUTES, inner_channels, d_state))
         self.D = nn.Parameter(torch.empty(ROUTES, inner_channels))
+        self.scan = CrossScan()
         self.norm = nn.LayerNorm(inner_channels)
-        self.out_proj = Pointwise(inner_channels, channels, bias=False)
+        self.out_proj = nn.Linear(inner_channels, channels, bias=False)
         init_linear(self.in_proj, self.out_proj)
         init_scan_parameters(self.A_log, self.D, self.dt_weight, self.dt_bias)
 
@@ -65,25 +58,22 @@ class SS2D(nn.Module):
         """Mix a map (B, H, W, C) into one of the same shape."""
         z = None
         if self.gate:
-            # Two products, because the halves of one would be strided and the convolution would have to copy its half.
-            weight, gate_weight = self.in_proj.weight.chunk(2)
-            z = pointwise(x, gate_weight)
-            x = pointwise(x, weight)
+            x, z = apply_linear_halves(self.in_proj, x)
         else:
-            x = self.in_proj(x)
-        x = F.silu(self.conv(x))
+            x = apply_linear(self.in_proj, x)
+        x = F.silu(apply_conv(self.conv, x))
 
         dt, B, C = (
-            self.x_proj(x)
+            apply_linear(self.x_proj, x)
             .unflatten(-1, (ROUTES, self.dt_rank + 2 * self.d_state))
             .split((self.dt_rank, self.d_state, self.d_state), dim=-1)
         )
-        y = cuda_ops.cross_selective_scan(x, dt, self.A, B, C, self.D, self.dt_bias, delta_weight=self.dt_weight)
+        y = self.scan(x, dt, self.A, B, C, *views(self.D, self.dt_bias, self.dt_weight))
 
         y = self.norm(y)
         if z is not None:
             y = y * F.silu(z)
-        return self.out_proj(y)
+        return apply_linear(self.out_proj, y)
 
     @property
     def A(self) -> Tensor:

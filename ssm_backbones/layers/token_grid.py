@@ -8,7 +8,8 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssm_backbones.layers.common import ChannelLastConv2d, PatchEmbed, init_lecun_normal, is_unknown
+from ssm_backbones.layers.common import PatchEmbed, init_lecun_normal, is_unknown
+from ssm_backbones.utils.tracing import as_one_node
 
 CLS_TOKENS = ('mean', 'corner', 'center')
 
@@ -30,7 +31,7 @@ class TokenGrid(PatchEmbed):
         cls_token: 'mean', 'corner' or 'center'.
     """
 
-    projection: ChannelLastConv2d
+    projection: nn.Conv2d
 
     def __init__(
         self, in_channels: int, embed_dims: int, patch_size: int, grid_size: tuple[int, int], cls_token: str = 'mean'
@@ -61,9 +62,7 @@ class TokenGrid(PatchEmbed):
 
     def position_embedding(self, height: int, width: int) -> Tensor:
         """Return the position embedding (1, height, width, embed_dims) of a grid of that size."""
-        if not is_unknown(height, width) and self.pos_embed.shape[1:3] == (height, width):
-            return self.pos_embed
-        return _resize(self.pos_embed, height, width)
+        return resized_positions(self.pos_embed, height, width)
 
     def resize_saved(self, state_dict: MutableMapping[str, Any], prefix: str = '') -> None:
         """Resize a saved position embedding (1, h, w, embed_dims) to this grid, in place, and log it.
@@ -115,6 +114,14 @@ class TokenGrid(PatchEmbed):
         row, column = self.crossing(x.shape[1] - 1, x.shape[2] - 1)
         x = torch.cat([x[:, :row], x[:, row + 1 :]], dim=1)
         return torch.cat([x[:, :, :column], x[:, :, column + 1 :]], dim=2)
+
+
+@as_one_node
+def resized_positions(positions: Tensor, height: int, width: int) -> Tensor:
+    """Return a position embedding (1, h, w, C) for another grid, or as it is if it has that size."""
+    if not is_unknown(height, width) and positions.shape[1:3] == (height, width):
+        return positions
+    return _resize(positions, height, width)
 
 
 def _resize(positions: Tensor, height: int, width: int) -> Tensor:

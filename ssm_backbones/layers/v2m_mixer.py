@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import cuda_ops
-from ssm_backbones.layers.common import ChannelLastConv2d, Pointwise, init_scan_parameters, negative_exp, pointwise
+from ssm_backbones.layers.calls import apply_causal_conv, apply_conv, apply_linear, apply_linear_halves, conv2d
+from ssm_backbones.layers.common import init_scan_parameters, negative_exp
+from ssm_backbones.layers.scans import DeltaProjection, LineScan, views
 
 PASSES = 2
 ROW, COLUMN = range(PASSES)
@@ -41,12 +42,15 @@ class V2MMixer(nn.Module):
         super().__init__()
         self.d_state = d_state
         self.dt_rank = dt_rank
-        self.in_proj = Pointwise(channels, 2 * inner_channels, bias=False)
+        self.in_proj = nn.Linear(channels, 2 * inner_channels, bias=False)
         self.dt_weight = nn.Parameter(torch.empty(PASSES, inner_channels, dt_rank))
         self.dt_bias = nn.Parameter(torch.empty(PASSES, inner_channels))
         self.A_log = nn.Parameter(torch.empty(PASSES, inner_channels, d_state))
         self.D = nn.Parameter(torch.empty(PASSES, inner_channels))
-        self.out_proj = Pointwise(inner_channels, channels, bias=False)
+        self.to_delta = DeltaProjection()
+        self.row_scan = LineScan('row')
+        self.column_scan = LineScan('column')
+        self.out_proj = nn.Linear(inner_channels, channels, bias=False)
         with torch.no_grad():
             self.out_proj.weight.div_(math.sqrt(depth))
         # Both passes are initialised alike. The authors' code does so for the first pass only and leaves the second
@@ -60,21 +64,16 @@ class V2MMixer(nn.Module):
 
     def project_in(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Project a map (B, H, W, C) to the scans' input and the gate SiLU(z), both (B, H, W, E)."""
-        # Two products, because halves of a single product would be strided and the next operators would copy them.
-        weight, gate_weight = self.in_proj.weight.chunk(2)
-        return pointwise(x, weight), F.silu(pointwise(x, gate_weight))
+        x, z = apply_linear_halves(self.in_proj, x)
+        return x, F.silu(z)
 
     def scan_rows(self, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, from_right: bool) -> Tensor:
         """Compute s of the module's equations, along W from the left or right edge; A is that of both passes."""
-        return cuda_ops.line_scan(
-            x, delta, A[ROW], B, None, self.D[ROW], self.dt_bias[ROW], axis='row', reverse=from_right
-        )
+        return self.row_scan(x, delta, A[ROW], B, None, self.D[ROW], self.dt_bias[ROW], from_right)
 
     def scan_columns(self, x: Tensor, delta: Tensor, A: Tensor, C: Tensor, from_bottom: bool) -> Tensor:
         """Compute y of the module's equations, along H from the top or bottom edge; A is that of both passes."""
-        return cuda_ops.line_scan(
-            x, delta, A[COLUMN], None, C, self.D[COLUMN], self.dt_bias[COLUMN], axis='column', reverse=from_bottom
-        )
+        return self.column_scan(x, delta, A[COLUMN], None, C, self.D[COLUMN], self.dt_bias[COLUMN], from_bottom)
 
 
 class PlainV2MMixer(V2MMixer):
@@ -93,20 +92,19 @@ class PlainV2MMixer(V2MMixer):
         self, channels: int, inner_channels: int, d_state: int, dt_rank: int, depth: int = 1, d_conv: int = 4
     ) -> None:
         super().__init__(channels, inner_channels, d_state, dt_rank, depth)
-        self.row_conv = CausalConv(inner_channels, d_conv, axis='row')
-        self.column_conv = CausalConv(inner_channels, d_conv, axis='column')
-        self.x_proj = nn.ModuleList(Pointwise(inner_channels, dt_rank + d_state, bias=False) for _ in range(PASSES))
+        self.row_conv = nn.Conv1d(inner_channels, inner_channels, d_conv, padding=d_conv - 1, groups=inner_channels)
+        self.column_conv = nn.Conv1d(inner_channels, inner_channels, d_conv, padding=d_conv - 1, groups=inner_channels)
+        self.x_proj = nn.ModuleList(nn.Linear(inner_channels, dt_rank + d_state, bias=False) for _ in range(PASSES))
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map (B, H, W, C) into one of the same shape."""
         x, gate = self.project_in(x)
         A = self.A
         left = self.first_pass(x, gate, A, from_right=False)
-        y = self.second_pass(left, A, from_bottom=False) + self.second_pass(left, A, from_bottom=True)
+        left = self.second_pass(left, A, from_bottom=False) + self.second_pass(left, A, from_bottom=True)
         right = self.first_pass(x, gate, A, from_right=True)
-        y = y + self.second_pass(right, A, from_bottom=False) + self.second_pass(right, A, from_bottom=True)
-        # The sum of the corners is halved by way of the weight, which is smaller than the map.
-        return pointwise(y * gate, 0.5 * self.out_proj.weight)
+        right = self.second_pass(right, A, from_bottom=False) + self.second_pass(right, A, from_bottom=True)
+        return apply_linear(self.out_proj, torch.lerp(left, right, 0.5) * gate)
 
     def corner(self, x: Tensor, gate: Tensor, from_right: bool, from_bottom: bool) -> Tensor:
         """Compute one corner's y from the outputs of :meth:`project_in`; all maps are (B, H, W, E)."""
@@ -115,21 +113,20 @@ class PlainV2MMixer(V2MMixer):
 
     def first_pass(self, x: Tensor, gate: Tensor, A: Tensor, from_right: bool) -> Tensor:
         """Compute s', the gated scan along W from one side."""
-        x = F.silu(self.row_conv(x, from_right))
+        x = F.silu(apply_causal_conv(self.row_conv, x, 'row', from_right))
         delta, B = self.project(ROW, x)
         return gate * self.scan_rows(x, delta, A, B, from_right)
 
     def second_pass(self, s: Tensor, A: Tensor, from_bottom: bool) -> Tensor:
         """Compute y, the scan of s' along H from the top or bottom."""
-        s = F.silu(self.column_conv(s, from_bottom))
+        s = F.silu(apply_causal_conv(self.column_conv, s, 'column', from_bottom))
         delta, C = self.project(COLUMN, s)
         return self.scan_columns(s, delta, A, C, from_bottom)
 
     def project(self, which: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return a pass's delta (B, H, W, E), and its B or C (B, H, W, N)."""
-        dt, projection = self.x_proj[which](x).split((self.dt_rank, self.d_state), dim=-1)
-        # dt is a strided slice: a matrix product reads it in place, a convolution would copy it.
-        return F.linear(dt, self.dt_weight[which]), projection
+        dt, projection = apply_linear(self.x_proj[which], x).split((self.dt_rank, self.d_state), dim=-1)
+        return self.to_delta(dt, self.dt_weight[which]), projection
 
 
 class HierarchicalV2MMixer(V2MMixer):
@@ -146,20 +143,20 @@ class HierarchicalV2MMixer(V2MMixer):
 
     def __init__(self, channels: int, inner_channels: int, d_state: int, dt_rank: int, depth: int = 1) -> None:
         super().__init__(channels, inner_channels, d_state, dt_rank, depth)
-        self.conv = ChannelLastConv2d(inner_channels, inner_channels, 3, padding=1, groups=inner_channels, bias=False)
-        self.x_proj = Pointwise(inner_channels, PASSES * (dt_rank + d_state), bias=False)
+        self.conv = conv2d(inner_channels, inner_channels, 3, padding=1, groups=inner_channels, bias=False)
+        self.x_proj = nn.Linear(inner_channels, PASSES * (dt_rank + d_state), bias=False)
         self.norm = nn.LayerNorm(inner_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map (B, H, W, C) into one of the same shape."""
         x, gate = self.project_in(x)
-        x = F.silu(self.conv(x))
+        x = F.silu(apply_conv(self.conv, x))
         A = self.A
         delta, B, C = self.project(x)
         s = gate * (self.scan_rows(x, delta[ROW], A, B, False) + self.scan_rows(x, delta[ROW], A, B, True))
         down = self.scan_columns(s, delta[COLUMN], A, C, False)
         up = self.scan_columns(s, delta[COLUMN], A, C, True)
-        return self.out_proj(self.norm(torch.lerp(down, up, 0.5)) * gate)
+        return apply_linear(self.out_proj, self.norm(torch.lerp(down, up, 0.5)) * gate)
 
     def corner(self, x: Tensor, gate: Tensor, from_right: bool, from_bottom: bool) -> Tensor:
         """Compute one corner's y from x after the convolution and SiLU, and the gate; all maps are (B, H, W, E)."""
@@ -170,33 +167,8 @@ class HierarchicalV2MMixer(V2MMixer):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return delta of both passes (2, B, H, W, E), B of the first and C of the second (B, H, W, N)."""
-        dt, projections = self.x_proj(x).split((PASSES * self.dt_rank, PASSES * self.d_state), dim=-1)
+        dt, projections = apply_linear(self.x_proj, x).split((PASSES * self.dt_rank, PASSES * self.d_state), dim=-1)
         dt = dt.unflatten(-1, (PASSES, self.dt_rank)).flatten(0, 2).transpose(0, 1)
-        delta = torch.bmm(dt, self.dt_weight.transpose(1, 2)).view(PASSES, *x.shape)
+        delta = self.to_delta(dt, *views(self.dt_weight)).unflatten(1, x.shape[:3])
         B, C = projections.chunk(PASSES, dim=-1)
         return delta, B, C
-
-
-class CausalConv(nn.Conv1d):
-    """Causal depthwise convolution along rows or columns, (B, H, W, C) -> the same.
-
-    Args:
-        channels: Channels C.
-        kernel_size: Length of the kernel, whose last weight is the pixel's own. The edge is padded with zeros.
-        axis: 'row' (along W) or 'column' (along H).
-    """
-
-    def __init__(self, channels: int, kernel_size: int, axis: str) -> None:
-        super().__init__(channels, channels, kernel_size, groups=channels)
-        self.rows = axis == 'row'
-
-    def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
-        """Convolve along the axis; ``reverse`` sees the following pixels instead of the preceding ones."""
-        # Padding the kernel with zeros makes the window symmetric, for which oneDNN's backward is six times as fast as
-        # for a shorter, one-sided one; but only along columns, so rows are viewed as columns.
-        ahead = self.kernel_size[0] - 1
-        weight = F.pad(self.weight, (0, ahead))
-        weight = (weight.flip(2) if reverse else weight).unsqueeze(3)
-        columns = x.flatten(0, 1).unsqueeze(2) if self.rows else x
-        y = F.conv2d(columns.permute(0, 3, 1, 2), weight, self.bias, padding=(ahead, 0), groups=self.groups)
-        return y.permute(0, 2, 3, 1).reshape(x.shape)

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cuda_ops
 from cuda_ops.route_reference import COLUMN, COLUMN_REVERSED, ROW_REVERSED, low_rank_delta
 from ssm_backbones.backbones.base import SSMBackbone
+from ssm_backbones.layers.calls import apply_causal_conv, apply_conv
 from ssm_backbones.layers.mamba2d_mixer import ScanMixer
 from ssm_backbones.layers.ss2d import ROUTES, SS2D
 from ssm_backbones.layers.v2m_mixer import HierarchicalV2MMixer, PlainV2MMixer, V2MMixer
@@ -172,7 +173,7 @@ def scan_paths(mixer: nn.Module, x: Tensor) -> tuple[dict[str, Linear], int]:
     if isinstance(mixer, V2MMixer):
         u, gate = mixer.project_in(x)
         if isinstance(mixer, HierarchicalV2MMixer):
-            u = F.silu(mixer.conv(u))
+            u = F.silu(apply_conv(mixer.conv, u))
         corners = {f'from the {name}': _corner(mixer, u, gate, *ends) for name, ends in _CORNERS.items()}
         return corners, gate.shape[3]
     raise TypeError(f'a {type(mixer).__name__} has no scan.')
@@ -186,10 +187,14 @@ def _corner(mixer: Any, u: Tensor, gate: Tensor, from_right: bool, from_bottom: 
     rows, columns = _held_scans(lambda: mixer.corner(u, gate, from_right, from_bottom))
     if not isinstance(mixer, PlainV2MMixer):
         return lambda v: columns(gate * rows(v))
-    conv, bias = mixer.column_conv, mixer.column_conv.bias
+    bias: Any = mixer.column_conv.bias
+
+    def conv(s: Tensor) -> Tensor:
+        return apply_causal_conv(mixer.column_conv, s, 'column', from_bottom)
+
     # Between the scans lies SiLU(conv(s)), that is conv(s) times a gate; the bias is no part of the weights.
-    between = torch.sigmoid(conv(gate * rows(rows.given), from_bottom))
-    return lambda v: columns(between * (conv(gate * rows(v), from_bottom) - bias))
+    between = torch.sigmoid(conv(gate * rows(rows.given)))
+    return lambda v: columns(between * (conv(gate * rows(v)) - bias))
 
 
 def _cells(model: SSMBackbone, height: int, width: int, device: torch.device) -> Tensor:

@@ -70,7 +70,7 @@ def test_strides_and_names_tell_what_the_maps_are(name, options):
         made = {}
         for index, module in model.output_modules.items():
             model.get_submodule(module).register_forward_hook(
-                lambda module, inputs, output, index=index: made.update({index: output.shape[1:3]})
+                lambda module, inputs, output, index=index: made.update({index: output.shape[2:]})
             )
         maps = model(torch.randn(1, 3, 96, 64))
     assert [(96 // stride, 64 // stride) for stride in model.strides] == [m.shape[2:] for m in maps]

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ssm_backbones import V2M, create_backbone
+from ssm_backbones.layers.calls import apply_causal_conv, apply_conv
 from ssm_backbones.visualization import ScanResponse, scan_response
 from ssm_backbones.visualization.scan_response import default_scan_stage, scan_paths, scan_stages
 from ssm_backbones.visualization.stages import runs_of
@@ -54,7 +55,7 @@ def test_paths_add_up_to_what_the_model_computes(name: str) -> None:
     with torch.no_grad():
         paths, channels = scan_paths(mixer, x)
         if name == 'vmamba-test':
-            u = F.silu(mixer.conv(mixer.in_proj(x)))
+            u = F.silu(apply_conv(mixer.conv, mixer.in_proj(x)))
             expected = runs['norm'].given
         elif name == 'mamba2d-test':
             # The inverse of what follows the scan is not needed where what follows is applied.
@@ -64,7 +65,7 @@ def test_paths_add_up_to_what_the_model_computes(name: str) -> None:
             return
         elif name == 'v2m-test-hier':
             entered, _ = mixer.project_in(x)
-            u = F.silu(mixer.conv(entered))
+            u = F.silu(apply_conv(mixer.conv, entered))
             expected = 2 * runs['norm'].given
         else:
             # A bias of the convolution between the scans is no part of any weight.
@@ -72,7 +73,7 @@ def test_paths_add_up_to_what_the_model_computes(name: str) -> None:
             paths, channels = scan_paths(mixer, x)
             entered, gate = mixer.project_in(x)
             right = {name: 'right' in name for name in paths}
-            inputs = {name: F.silu(mixer.row_conv(entered, right[name])) for name in paths}
+            inputs = {name: F.silu(apply_causal_conv(mixer.row_conv, entered, 'row', right[name])) for name in paths}
             whole = sum(path(inputs[name]) for name, path in paths.items())
             torch.testing.assert_close(F.linear(whole * gate, 0.5 * mixer.out_proj.weight), mixer(x))
             return
@@ -101,7 +102,7 @@ def test_vmamba_by_the_formula(sense: str) -> None:
     height, width = found.total.shape
     assert (height, width) == (3, 4)
     with torch.no_grad():
-        u = F.silu(mixer.conv(mixer.in_proj(runs['mixer'].given)))[0]
+        u = F.silu(apply_conv(mixer.conv, mixer.in_proj(runs['mixer'].given)))[0]
         steps, B, C = mixer.x_proj(u).unflatten(-1, (4, -1)).split((mixer.dt_rank, mixer.d_state, mixer.d_state), -1)
         delta = F.softplus(torch.einsum('hwkr,ker->hwke', steps, mixer.dt_weight) + mixer.dt_bias)
         A = mixer.A.double()

@@ -1,0 +1,137 @@
+"""Call PyTorch's own linear and convolutional layers on channel-last maps (B, H, W, C), fast.
+
+The layers are plain ``nn.Linear``, ``nn.Conv2d`` and ``nn.Conv1d``, with weights in PyTorch's default layout, so that
+adapters, pruning, quantisation, sharding, tracing and counters find them. What kernels prefer is made at run time.
+
+A layer that nothing observes may be computed from its weights instead of being called, where that is faster:
+:func:`is_unobserved` says when the two cannot be told apart but by rounding.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules import module as torch_module
+
+# Evaluated once, because torch.compile cannot trace this call.
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()
+_ORIGINALS = (nn.Module.__call__, nn.Linear.forward, nn.Conv1d.forward, F.linear, F.conv1d)
+
+
+def is_unobserved(layer: Any, kind: type[nn.Module]) -> bool:
+    """Return whether a layer may be replaced by functions of its weights without anyone noticing.
+
+    It may if it is exactly of PyTorch's type ``kind``, has plain weights, no hook and no ``forward`` of its own, and
+    neither ``torch.jit.trace`` records its calls nor somebody has replaced the functions that it would run. Then it is
+    no adapter, quantised layer, parametrisation, or shard.
+    """
+    if type(layer) is not kind or 'forward' in layer.__dict__:
+        return False
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return False
+    if not all(value is None or type(value) in (nn.Parameter, Tensor) for value in (layer.weight, layer.bias)):
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return not (
+        torch.jit.is_tracing()
+        or torch_module._has_any_global_hook()
+        or _ORIGINALS != (nn.Module.__call__, nn.Linear.forward, nn.Conv1d.forward, F.linear, F.conv1d)
+    )
+
+
+def apply_linear(layer: Any, x: Tensor) -> Tensor:
+    """Apply a linear layer to the channels of a map, (B, H, W, C_in) -> (B, H, W, C_out)."""
+    if isinstance(x, Tensor) and _suits_onednn(x) and is_unobserved(layer, nn.Linear):
+        return _pointwise(x, layer.weight, layer.bias)
+    return layer(x)
+
+
+def apply_linear_halves(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Apply a linear layer without bias to a map, and split its output: (B, H, W, C_in) -> two (B, H, W, C_out / 2).
+
+    The halves of one product are strided, and convolutions copy them; so there are two products where possible.
+    """
+    if isinstance(x, Tensor) and is_unobserved(layer, nn.Linear):
+        first, second = layer.weight.chunk(2)
+        product: Any = _pointwise if _suits_onednn(x) else F.linear
+        return product(x, first), product(x, second)
+    first, second = layer(x).chunk(2, dim=-1)
+    return first, second
+
+
+def _suits_onednn(x: Tensor) -> bool:
+    return x.device.type == 'cpu' and x.dtype == torch.float32 and _HAS_ONEDNN
+
+
+def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute ``F.linear`` by oneDNN, as a 1x1 convolution of the channels-last view.
+
+    In float32 that is two to five times as fast as the BLAS of ``F.linear`` on a processor for which that BLAS is not
+    tuned.
+    """
+    return F.conv2d(x.permute(0, 3, 1, 2), weight[:, :, None, None], bias).permute(0, 2, 3, 1).contiguous()
+
+
+def conv2d(*args: Any, **kwargs: Any) -> nn.Conv2d:
+    """Build an ``nn.Conv2d`` to be called by :func:`apply_conv`.
+
+    A weight with one input channel is in the default and in the channels-last layout at once, but for the stride of
+    that single channel. It is given the stride that the gradients of channels-last convolutions have: reducers of
+    distributed training and fused optimizers compare all strides.
+    """
+    conv = nn.Conv2d(*args, **kwargs)
+    if conv.in_channels == conv.groups:
+        size = conv.weight.shape
+        strides = (size[2] * size[3], 1, size[3], 1)
+        conv.weight.data = conv.weight.data.as_strided(size, strides)
+    return conv
+
+
+def apply_conv(layer: Any, x: Tensor) -> Tensor:
+    """Apply a 2-D convolution to a map, (B, H, W, C_in) -> (B, H', W', C_out).
+
+    The layer is given a channels-last view, (B, C_in, H, W). On a CPU a weight much larger than the map is not
+    reordered to match it: the map is copied to the weight's layout.
+    """
+    images = x.permute(0, 3, 1, 2)
+    if type(layer) is nn.Conv2d and isinstance(x, Tensor) and not torch.compiler.is_compiling():
+        if x.device.type == 'cpu' and layer.weight.is_contiguous() and layer.weight.numel() >= 2 * x.numel():
+            images = images.contiguous()
+    # A backend may return another layout; otherwise contiguous() costs nothing.
+    return layer(images).permute(0, 2, 3, 1).contiguous()
+
+
+def apply_causal_conv(layer: Any, x: Tensor, axis: str, reverse: bool = False) -> Tensor:
+    """Apply a causal depthwise 1-D convolution along rows or columns of a map, (B, H, W, C) -> the same.
+
+    Args:
+        layer: An ``nn.Conv1d`` of C groups, padded by its length less one. The last weight is the pixel's own.
+        x: The map.
+        axis: 'row' (along W) or 'column' (along H). The edge is padded with zeros.
+        reverse: See the following pixels instead of the preceding ones.
+    """
+    rows = axis == 'row'
+    if isinstance(x, Tensor) and is_unobserved(layer, nn.Conv1d):
+        return _causal_conv(x, layer.weight, layer.bias, rows, reverse)
+    along = 2 if rows else 1
+    lines = x.flip(along) if reverse else x
+    lines = lines if rows else lines.transpose(1, 2)
+    # Sequences (N, C, L); the padding behind the end adds outputs, which are dropped.
+    y = layer(lines.flatten(0, 1).transpose(1, 2))[..., : lines.shape[2]].transpose(1, 2)
+    y = y.unflatten(0, lines.shape[:2])
+    y = y if rows else y.transpose(1, 2)
+    return (y.flip(along) if reverse else y).contiguous()
+
+
+def _causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, rows: bool, reverse: bool) -> Tensor:
+    # Padding the kernel with zeros makes the window symmetric, for which oneDNN's backward is six times as fast as
+    # for a shorter, one-sided one; but only along columns, so rows are viewed as columns.
+    ahead = weight.shape[2] - 1
+    # Flattened, since the gradient of a (C, 1, L) view would not have the strides of the parameter.
+    weight = F.pad(weight.flatten(1), (0, ahead))
+    weight = (weight.flip(1) if reverse else weight)[:, None, :, None]
+    columns = x.flatten(0, 1).unsqueeze(2) if rows else x
+    y = F.conv2d(columns.permute(0, 3, 1, 2), weight, bias, padding=(ahead, 0), groups=weight.shape[0])
+    return y.permute(0, 2, 3, 1).reshape(x.shape)

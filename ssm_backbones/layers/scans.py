@@ -1,0 +1,113 @@
+"""The scans as modules without parameters, for hooks, counters of FLOPs and symbolic tracing."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import cuda_ops
+from ssm_backbones.utils.tracing import as_one_node
+
+cross_selective_scan = as_one_node(cuda_ops.cross_selective_scan)
+line_scan = as_one_node(cuda_ops.line_scan)
+wavefront_scan = as_one_node(cuda_ops.wavefront_scan)
+
+
+def views(*parameters: Tensor) -> tuple[Tensor, ...]:
+    """Return views of parameters, to be given to a module.
+
+    What tracks modules by hooks, PyTorch's counter of FLOPs among them, fails for a module that is given a parameter
+    itself while no gradients are recorded.
+    """
+    return tuple(parameter.view_as(parameter) for parameter in parameters)
+
+
+class CrossScan(nn.Module):
+    """SS2D's four scans, :func:`cuda_ops.cross_selective_scan` of a low-rank delta."""
+
+    def forward(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor,
+        dt_bias: Tensor,
+        dt_weight: Tensor,
+    ) -> Tensor:
+        return cross_selective_scan(x, dt, A, B, C, D, dt_bias, delta_weight=dt_weight)
+
+
+class LineScan(nn.Module):
+    """A scan along every row or every column, :func:`cuda_ops.line_scan`.
+
+    Args:
+        axis: 'row' or 'column'.
+    """
+
+    def __init__(self, axis: str) -> None:
+        super().__init__()
+        self.axis = axis
+
+    def forward(
+        self,
+        x: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor | None,
+        C: Tensor | None,
+        D: Tensor,
+        dt_bias: Tensor,
+        reverse: bool = False,
+    ) -> Tensor:
+        return line_scan(x, delta, A, B, C, D, dt_bias, axis=self.axis, reverse=reverse)
+
+    def extra_repr(self) -> str:
+        return self.axis
+
+
+class WavefrontScan(nn.Module):
+    """Mamba2D's scan, :func:`cuda_ops.wavefront_scan`.
+
+    Args:
+        reverse: Start from the bottom right corner instead of the upper left one.
+    """
+
+    def __init__(self, reverse: bool = False) -> None:
+        super().__init__()
+        self.reverse = reverse
+
+    def forward(
+        self,
+        x: Tensor,
+        delta_top: Tensor,
+        delta_left: Tensor,
+        A_top: Tensor,
+        A_left: Tensor,
+        B_top: Tensor,
+        B_left: Tensor,
+        C: Tensor,
+        D: Tensor,
+    ) -> Tensor:
+        return wavefront_scan(x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D, reverse=self.reverse)
+
+    def extra_repr(self) -> str:
+        return f'reverse={self.reverse}'
+
+
+class DeltaProjection(nn.Module):
+    """Delta of its low-rank dt, by the mixer's weight: (..., R) and (E, R) -> (..., E), or for K passes at once.
+
+    With a weight (K, E, R) it takes dt (K, L, R) and gives (K, L, E).
+    """
+
+    def forward(self, dt: Tensor, weight: Tensor) -> Tensor:
+        # dt is a strided slice: matrix products read it in place, a convolution would copy it.
+        return F.linear(dt, weight) if weight.ndim == 2 else torch.bmm(dt, weight.transpose(1, 2))
+
+
+class DotProductAttention(nn.Module):
+    """``F.scaled_dot_product_attention`` of (B, heads, L, C), a module of its own for the same reasons."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value)
