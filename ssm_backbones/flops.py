@@ -211,6 +211,9 @@ class _Counter(TorchDispatchMode):
         """Track which of the model's modules are running, also when ``forward`` is called as a method."""
         with ExitStack() as replaced:
             for name, module in model.named_modules():
+                if type(module) is nn.Conv1d:
+                    # A causal convolution that is watched would be computed in another way, and counted otherwise.
+                    continue
                 replaced.enter_context(_replaced_forward(module, partial(self._run, name, module.forward)))
             yield
 

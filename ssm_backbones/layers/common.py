@@ -119,14 +119,19 @@ def kept_samples(x: Tensor, keep_prob: float) -> Tensor:
 
 
 class FeatureMap(nn.Module):
-    """The map (B, C, H, W) that a backbone returns, from a channel-last one.
+    """:func:`feature_map` as a module, for hooks: its output is the map that a backbone returns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return feature_map(x)
+
+
+def feature_map(x: Tensor) -> Tensor:
+    """Convert a channel-last map to the (B, C, H, W) map that a backbone returns.
 
     It is copied to PyTorch's default layout, because mmcv's RoIAlign and other compiled operators of the host libraries
     ignore strides and silently return wrong results for channels-last maps.
     """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.permute(0, 3, 1, 2).contiguous()
+    return x.permute(0, 3, 1, 2).contiguous()
 
 
 @as_one_node

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ssm_backbones.layers.calls import apply_conv, apply_linear, conv2d
 from ssm_backbones.layers.common import init_scan_parameters, negative_exp
-from ssm_backbones.layers.scans import DotProductAttention, WavefrontScan, views
+from ssm_backbones.layers.scans import DotProductAttention, WavefrontScan, module_inputs
 from ssm_backbones.utils.tracing import as_one_node
 
 
@@ -81,7 +81,7 @@ class ScanMixer(nn.Module):
     """Mixer of a wavefront scan over a channel-last map (B, H, W, C) and a local path.
 
     ``in_proj -> GELU -> scan -> GELU -> out_proj``, plus :class:`LocalPath` of the same input. dt, B and C come from
-    one projection of the scan's input; the operator takes them as strided views of it.
+    one projection of the scan's input; the operator takes them as strided module_inputs of it.
 
     Args:
         channels: Width C, of the scan too.
@@ -115,7 +115,7 @@ class ScanMixer(nn.Module):
         )
         delta_top, A_top = self.top(dt_top)
         delta_left, A_left = self.left(dt_left)
-        y = self.scan(u, delta_top, delta_left, A_top, A_left, B_top, B_left, C, *views(self.D))
+        y = self.scan(u, delta_top, delta_left, A_top, A_left, B_top, B_left, C, *module_inputs(self.D))
         return apply_linear(self.out_proj, F.gelu(y)) + self.local(x)
 
 

@@ -12,13 +12,12 @@ line_scan = as_one_node(cuda_ops.line_scan)
 wavefront_scan = as_one_node(cuda_ops.wavefront_scan)
 
 
-def views(*parameters: Tensor) -> tuple[Tensor, ...]:
-    """Return views of parameters, to be given to a module.
+def module_inputs(*parameters: Tensor) -> tuple[Tensor, ...]:
+    """Return parameters as they are to be given to a module: detached while no gradients are recorded.
 
-    What tracks modules by hooks, PyTorch's counter of FLOPs among them, fails for a module that is given a parameter
-    itself while no gradients are recorded.
+    What tracks modules by hooks, PyTorch's counter of FLOPs among them, otherwise looks for their gradients even then.
     """
-    return tuple(parameter.view_as(parameter) for parameter in parameters)
+    return parameters if torch.is_grad_enabled() else tuple(parameter.detach() for parameter in parameters)
 
 
 class CrossScan(nn.Module):

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from ssm_backbones.layers.calls import apply_conv, apply_linear, apply_linear_halves, conv2d
 from ssm_backbones.layers.common import init_linear, init_scan_parameters, negative_exp
-from ssm_backbones.layers.scans import CrossScan, views
+from ssm_backbones.layers.scans import CrossScan, module_inputs
 
 ROUTES = 4
 
@@ -68,7 +68,7 @@ class SS2D(nn.Module):
             .unflatten(-1, (ROUTES, self.dt_rank + 2 * self.d_state))
             .split((self.dt_rank, self.d_state, self.d_state), dim=-1)
         )
-        y = self.scan(x, dt, self.A, B, C, *views(self.D, self.dt_bias, self.dt_weight))
+        y = self.scan(x, dt, self.A, B, C, *module_inputs(self.D, self.dt_bias, self.dt_weight))
 
         y = self.norm(y)
         if z is not None:

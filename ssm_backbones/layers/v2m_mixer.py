@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ssm_backbones.layers.calls import apply_causal_conv, apply_conv, apply_linear, apply_linear_halves, conv2d
 from ssm_backbones.layers.common import init_scan_parameters, negative_exp
-from ssm_backbones.layers.scans import DeltaProjection, LineScan, views
+from ssm_backbones.layers.scans import DeltaProjection, LineScan, module_inputs
 
 PASSES = 2
 ROW, COLUMN = range(PASSES)
@@ -69,11 +69,13 @@ class V2MMixer(nn.Module):
 
     def scan_rows(self, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, from_right: bool) -> Tensor:
         """Compute s of the module's equations, along W from the left or right edge; A is that of both passes."""
-        return self.row_scan(x, delta, A[ROW], B, None, self.D[ROW], self.dt_bias[ROW], from_right)
+        return self.row_scan(x, delta, A[ROW], B, None, *module_inputs(self.D[ROW], self.dt_bias[ROW]), from_right)
 
     def scan_columns(self, x: Tensor, delta: Tensor, A: Tensor, C: Tensor, from_bottom: bool) -> Tensor:
         """Compute y of the module's equations, along H from the top or bottom edge; A is that of both passes."""
-        return self.column_scan(x, delta, A[COLUMN], None, C, self.D[COLUMN], self.dt_bias[COLUMN], from_bottom)
+        return self.column_scan(
+            x, delta, A[COLUMN], None, C, *module_inputs(self.D[COLUMN], self.dt_bias[COLUMN]), from_bottom
+        )
 
 
 class PlainV2MMixer(V2MMixer):
@@ -126,7 +128,7 @@ class PlainV2MMixer(V2MMixer):
     def project(self, which: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return a pass's delta (B, H, W, E), and its B or C (B, H, W, N)."""
         dt, projection = apply_linear(self.x_proj[which], x).split((self.dt_rank, self.d_state), dim=-1)
-        return self.to_delta(dt, self.dt_weight[which]), projection
+        return self.to_delta(dt, *module_inputs(self.dt_weight[which])), projection
 
 
 class HierarchicalV2MMixer(V2MMixer):
@@ -169,6 +171,6 @@ class HierarchicalV2MMixer(V2MMixer):
         """Return delta of both passes (2, B, H, W, E), B of the first and C of the second (B, H, W, N)."""
         dt, projections = apply_linear(self.x_proj, x).split((PASSES * self.dt_rank, PASSES * self.d_state), dim=-1)
         dt = dt.unflatten(-1, (PASSES, self.dt_rank)).flatten(0, 2).transpose(0, 1)
-        delta = self.to_delta(dt, *views(self.dt_weight)).unflatten(1, x.shape[:3])
+        delta = self.to_delta(dt, *module_inputs(self.dt_weight)).unflatten(1, x.shape[:3])
         B, C = projections.chunk(PASSES, dim=-1)
         return delta, B, C

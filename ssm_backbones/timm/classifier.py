@@ -185,7 +185,7 @@ def stage_maps(backbone: SSMBackbone, x: Tensor, count: int) -> Iterator[Tensor]
     for stage in backbone.stages[:count]:
         x = stage(x)
         yield x
-        x = stage.downsample(x)
+        x = stage.to_next(x)
 
 
 def stage_info(backbone: SSMBackbone, module: str) -> list[dict[str, Any]]:

@@ -52,7 +52,7 @@ class SSMFeatures(nn.Module):
             self.backbone: SSMBackbone = family(arch=arch, in_channels=in_chans, **options)  # type: ignore[call-arg]
             self.levels = indices = tuple(feature_take_indices(len(STRIDES), out_indices)[0])
             info = [
-                dict(num_chs=channels, reduction=stride, module=f'backbone.pyramid.norms.{i}', index=i)
+                dict(num_chs=channels, reduction=stride, module=f'backbone.pyramid.maps.{i}', index=i)
                 for i, (channels, stride) in enumerate(zip(self.backbone.out_channels, STRIDES, strict=True))
             ]
         else:
@@ -62,7 +62,7 @@ class SSMFeatures(nn.Module):
             stages = settings.get('depth') or len(settings['depths'])
             indices = tuple(feature_take_indices(stages, out_indices)[0])
             self.backbone = family(arch=arch, in_channels=in_chans, out_indices=indices, **options)  # type: ignore[call-arg]
-            info = stage_info(self.backbone, 'backbone.norm{}')
+            info = stage_info(self.backbone, 'backbone.map{}')
         self.in_chans = in_chans
         self.feature_info = FeatureInfo(info, indices)
         self.return_layers: Mapping[str, str] | None = None

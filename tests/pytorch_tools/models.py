@@ -6,7 +6,7 @@ from torch import nn
 from ssm_backbones import V2M, Mamba2D, VMamba
 
 FAMILIES = {
-    'vmamba': (VMamba, 'test'),
+    'vmamba': (VMamba, dict(embed_dims=32, depths=[1, 1], d_state=1, ssm_ratio=1.0, version='v2')),
     'vmamba-v0': (VMamba, dict(embed_dims=32, depths=[1, 1], d_state=4, ssm_ratio=2.0, version='v0')),
     'v2m-plain': (V2M, dict(layout='plain', embed_dims=32, depth=2, d_state=2)),
     'v2m-hier': (V2M, dict(layout='hierarchical', embed_dims=32, depths=[1, 1], d_state=2, ssm_ratio=1.0)),
