@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import nn
-from torchvision.models.feature_extraction import create_feature_extractor
 
 from ssm_backbones import V2M
 from tests.pytorch_tools.models import FAMILIES, build, images
@@ -32,6 +31,9 @@ def test_fx_traces_the_plain_layout(options):
 @pytest.mark.filterwarnings('ignore:The nodes obtained by tracing')
 @pytest.mark.parametrize('name', FAMILIES)
 def test_torchvisions_feature_extractor_gives_the_maps(name):
+    # After the package, which mends the import of a torchvision for another device.
+    from torchvision.models.feature_extraction import create_feature_extractor
+
     model = build(name).eval()
     maps = {module: f'map {index}' for index, module in model.output_modules.items()}
     found = create_feature_extractor(model, return_nodes=maps)(images())
