@@ -95,14 +95,19 @@ class WavefrontScan(nn.Module):
 
 
 class DeltaProjection(nn.Module):
-    """Delta of its low-rank dt, by the mixer's weight: (..., R) and (E, R) -> (..., E), or for K passes at once.
+    """Delta of its low-rank dt, by the mixer's weight: (..., R) and (E, R) -> (..., E).
 
-    With a weight (K, E, R) it takes dt (K, L, R) and gives (K, L, E).
+    Args:
+        passes: Take several at once: dt (K, L, R) and weight (K, E, R), giving (K, L, E).
     """
+
+    def __init__(self, passes: bool = False) -> None:
+        super().__init__()
+        self.passes = passes
 
     def forward(self, dt: Tensor, weight: Tensor) -> Tensor:
         # dt is a strided slice: matrix products read it in place, a convolution would copy it.
-        return F.linear(dt, weight) if weight.ndim == 2 else torch.bmm(dt, weight.transpose(1, 2))
+        return torch.bmm(dt, weight.transpose(1, 2)) if self.passes else F.linear(dt, weight)
 
 
 class DotProductAttention(nn.Module):

@@ -47,7 +47,6 @@ class V2MMixer(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(PASSES, inner_channels))
         self.A_log = nn.Parameter(torch.empty(PASSES, inner_channels, d_state))
         self.D = nn.Parameter(torch.empty(PASSES, inner_channels))
-        self.to_delta = DeltaProjection()
         self.row_scan = LineScan('row')
         self.column_scan = LineScan('column')
         self.out_proj = nn.Linear(inner_channels, channels, bias=False)
@@ -96,6 +95,7 @@ class PlainV2MMixer(V2MMixer):
         super().__init__(channels, inner_channels, d_state, dt_rank, depth)
         self.row_conv = nn.Conv1d(inner_channels, inner_channels, d_conv, padding=d_conv - 1, groups=inner_channels)
         self.column_conv = nn.Conv1d(inner_channels, inner_channels, d_conv, padding=d_conv - 1, groups=inner_channels)
+        self.to_delta = DeltaProjection()
         self.x_proj = nn.ModuleList(nn.Linear(inner_channels, dt_rank + d_state, bias=False) for _ in range(PASSES))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,6 +146,7 @@ class HierarchicalV2MMixer(V2MMixer):
     def __init__(self, channels: int, inner_channels: int, d_state: int, dt_rank: int, depth: int = 1) -> None:
         super().__init__(channels, inner_channels, d_state, dt_rank, depth)
         self.conv = conv2d(inner_channels, inner_channels, 3, padding=1, groups=inner_channels, bias=False)
+        self.to_delta = DeltaProjection(passes=True)
         self.x_proj = nn.Linear(inner_channels, PASSES * (dt_rank + d_state), bias=False)
         self.norm = nn.LayerNorm(inner_channels)
 
