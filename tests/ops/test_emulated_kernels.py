@@ -112,7 +112,7 @@ def test_kernels_fit_into_the_shared_memory_of_older_gpus(emulation: Emulation) 
         with emulation.serve(shared_limit=limit):
             for case in (Cross(1, 9, 15, 130, 16), Cross(1, 9, 15, 130, 11), Lines(1, 3, 90, 70, 8, 'row')):
                 check(case, torch.float32, cuda=True)
-            # Keeps 1, 2 and 4 of the 8 steps from one front to the next.
+            # Keeps 1, 2 and 4 of the 8 steps from one checkpointed wavefront to the next.
             case = Wavefront(1, 17, 20, 18, 16)
             check_against_loop(
                 cuda_ops.wavefront_scan,
