@@ -211,7 +211,7 @@ class _Counter(TorchDispatchMode):
         """Track which of the model's modules are running, also when ``forward`` is called as a method."""
         with ExitStack() as replaced:
             for name, module in model.named_modules():
-                if type(module) is nn.Conv1d:
+                if type(module) is nn.Conv1d and module.groups == module.in_channels and module.padding != (0,):
                     # A causal convolution that is watched would be computed in another way, and counted otherwise.
                     continue
                 replaced.enter_context(_replaced_forward(module, partial(self._run, name, module.forward)))

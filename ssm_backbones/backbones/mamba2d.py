@@ -82,7 +82,7 @@ class NormedStage(Stage):
         return self.norm(super().forward(x))
 
     def to_next(self, x: Tensor) -> Tensor:
-        return x if isinstance(self.downsample, nn.Identity) else apply_conv(self.downsample, x)
+        return self.downsample(x) if isinstance(self.downsample, nn.Identity) else apply_conv(self.downsample, x)
 
 
 class Mamba2DStem(ConvNorm):

@@ -28,11 +28,13 @@ def is_unobserved(layer: Any, kind: type[nn.Module]) -> bool:
     """
     if type(layer) is not kind or 'forward' in layer.__dict__:
         return False
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+    # Counters set hooks before they trace. They are to count causal convolutions as they run.
+    counted = kind is nn.Conv1d and torch.jit.is_tracing()
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    if hooks and not counted:
         return False
     if not all(value is None or type(value) in (nn.Parameter, Tensor) for value in (layer.weight, layer.bias)):
         return False
-    # Causal convolutions are counted and traced as they run, with the windows of _causal_conv.
     if torch.compiler.is_compiling() or kind is nn.Conv1d:
         return True
     return not (

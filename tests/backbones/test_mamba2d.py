@@ -351,7 +351,9 @@ def test_a_map_is_the_output_of_the_stages_norm_and_feeds_the_next_stage():
         stage.norm.register_forward_hook(lambda module, args, output, i=i: normed.update({i: output}))
         stage.downsample.register_forward_pre_hook(lambda module, args, i=i: entered.update({i: args[0]}))
     for i, m in enumerate(model(torch.randn(1, 3, 32, 32))):
-        assert torch.equal(m, normed[i].permute(0, 3, 1, 2)) and torch.equal(entered[i], normed[i])
+        # Convolutions take (B, C, H, W); the last stage has none.
+        assert torch.equal(m, normed[i].permute(0, 3, 1, 2))
+        assert torch.equal(entered[i] if i < 3 else entered[i].permute(0, 3, 1, 2), m)
         torch.testing.assert_close(m.mean(1), torch.zeros_like(m[:, 0]), rtol=0, atol=1e-5)
     assert not [name for name, _ in model.named_parameters() if name.startswith('norm')]
 
