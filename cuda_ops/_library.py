@@ -131,10 +131,10 @@ _OutOfMemoryError: type[RuntimeError] = getattr(torch, 'OutOfMemoryError', torch
 
 
 def call(operator: Callable, *arguments: Any) -> Any:
-    """Call an operator; want of memory is torch.OutOfMemoryError, although the stable ABI does not pass it on.
+    """Call an operator; want of memory is an OutOfMemoryError of PyTorch, although the stable ABI does not pass it on.
 
     Raises:
-        torch.OutOfMemoryError: If a tensor of the result, or scratch memory, cannot be allocated.
+        OutOfMemoryError of PyTorch: If a tensor of the result, or scratch memory, cannot be allocated.
     """
     if torch.compiler.is_compiling():
         return operator(*arguments)

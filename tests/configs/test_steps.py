@@ -15,7 +15,7 @@ from tests.configs.catalogue import config
 from tests.configs.small_runs import RecordSteps, shrink
 
 CONFIGS = (
-    # One of each family and task also in the quick tests.
+    # A detector and a classifier also in the quick tests.
     pytest.param('vmamba/vmamba-tiny_8xb128_in1k', marks=pytest.mark.slow),
     pytest.param('v2m/v2m-hier-small_8xb128_in1k', marks=pytest.mark.slow),
     pytest.param('v2m/v2m-tiny_8xb64_in1k', marks=pytest.mark.slow),
@@ -25,7 +25,7 @@ CONFIGS = (
     pytest.param('v2m/mask-rcnn_v2m-tiny_fpn_1x_coco', marks=pytest.mark.slow),
     pytest.param('mamba2d/mask-rcnn_mamba2d-nano_fpn_1x_coco', marks=pytest.mark.slow),
     pytest.param('vmamba/vmamba-tiny_upernet_8xb2-160k_ade20k-512x512', marks=pytest.mark.slow),
-    'v2m/v2m-hier-small_upernet_8xb2-160k_ade20k-512x512',
+    pytest.param('v2m/v2m-hier-small_upernet_8xb2-160k_ade20k-512x512', marks=pytest.mark.slow),
     pytest.param('v2m/v2m-tiny_upernet_8xb2-160k_ade20k-512x512', marks=pytest.mark.slow),
     pytest.param('mamba2d/mamba2d-nano_upernet_8xb2-160k_ade20k-512x512', marks=pytest.mark.slow),
     pytest.param('vmamba/cascade-mask-rcnn_vmamba-tiny_fpn_1x_coco', marks=pytest.mark.slow),

@@ -22,6 +22,7 @@ def last_epoch_logged(work_dir: Path) -> int:
     return max((json.loads(line).get('epoch', 0) for line in lines), default=0)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_goes_on_as_if_nothing_had_happened(
     train, write_config, read_losses, environment, tmp_path
 ) -> None:

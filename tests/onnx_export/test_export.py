@@ -169,7 +169,10 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize('host', ['mmpretrain', pytest.param('mmseg', marks=pytest.mark.slow), 'mmdet'])
+SLOW_HOSTS = [pytest.param(host, marks=pytest.mark.slow) for host in ('mmpretrain', 'mmseg')]
+
+
+@pytest.mark.parametrize('host', ['mmdet', *SLOW_HOSTS])
 def test_tool(host, tool, write_config, tmp_path, capsys) -> None:
     config = str(write_config(host, CHANGES[host]))
     model = build_model(load_config(config), None)
