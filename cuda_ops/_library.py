@@ -71,7 +71,7 @@ STATUS = _load()
 
 
 def _interface() -> Mapping[str, Any]:
-    """What the library tells about itself (csrc/library_bindings.cpp)."""
+    """Read the library's constants and its operators' argument types (csrc/library_bindings.cpp)."""
     if not STATUS.compiled:
         return {'constants': {}, 'specialized_states': [], 'operators': {}}
     try:
@@ -131,7 +131,7 @@ _OutOfMemoryError: type[RuntimeError] = getattr(torch, 'OutOfMemoryError', torch
 
 
 def call(operator: Callable, *arguments: Any) -> Any:
-    """Call an operator; want of memory is an OutOfMemoryError of PyTorch, although the stable ABI does not pass it on.
+    """Call an operator, and raise PyTorch's OutOfMemoryError where memory runs out: the stable ABI loses its type.
 
     Raises:
         OutOfMemoryError of PyTorch: If a tensor of the result, or scratch memory, cannot be allocated.

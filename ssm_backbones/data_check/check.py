@@ -119,6 +119,7 @@ class _Check:
             check_copies(train, others, self.findings)
 
     def check_dataset(self, key: str, dataset: Mapping[str, Any], kind: Any) -> None:
+        """Check one data set of class ``kind``; each host library's check implements this."""
         raise NotImplementedError
 
     def finish(self) -> None:

@@ -81,7 +81,7 @@ class ScanMixer(nn.Module):
     """Mixer of a wavefront scan over a channel-last map (B, H, W, C) and a local path.
 
     ``in_proj -> GELU -> scan -> GELU -> out_proj``, plus :class:`LocalPath` of the same input. dt, B and C come from
-    one projection of the scan's input; the operator takes them as strided module_inputs of it.
+    one projection of the scan's input; the operator takes them as strided views of it.
 
     Args:
         channels: Width C, of the scan too.
