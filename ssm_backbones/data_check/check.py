@@ -225,13 +225,9 @@ class _Detection(_Check):
     def check_file(self, file: CocoFile, needs: coco.Needs, key: str, required: bool = True) -> None:
         classes = self.classes.get(key)
         if classes is not None:
-            names = {category['id']: category['name'] for category in file.categories}
-            counts: dict[str, int] = {}
-            for id in file.category_ids:
-                counts[names.get(id, '')] = counts.get(names.get(id, ''), 0) + 1
-            class_checks.check_names_in_file(
-                file.path, [category['name'] for category in file.categories], classes, key, counts, self.findings
-            )
+            names = [category['name'] for category in file.categories]
+            counts = dict(zip(names, np.bincount(file.category_indices + 1, minlength=len(names) + 1)[1:], strict=True))
+            class_checks.check_names_in_file(file.path, names, classes, key, counts, self.findings)
         if file.ids or required:
             coco.check_annotations(file, needs, classes, self.findings)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,9 @@ def check_structure(coco: CocoFile, findings: Findings) -> bool:
                 f'Give every {name} {field!r}.',
             )
             sound &= not lacking
-        _check_doubled(coco, name, [entry.get('id') for entry in entries], findings)
+        entry_ids = [entry.get('id') for entry in entries]
+        sound &= _check_types(coco, 'id', entry_ids, lambda index, name=name: f'{name} {index}', findings)  # type: ignore[misc]
+        _check_doubled(coco, name, entry_ids, findings)
     names = [entry.get('name') for entry in coco.categories]
     _check_doubled(coco, 'category named', names, findings)
     bad_sizes = [
@@ -90,6 +92,7 @@ def check_structure(coco: CocoFile, findings: Findings) -> bool:
             f'Give every annotation {name!r}.',
         )
         sound &= not without
+        sound &= _check_types(coco, name, column, coco.describe, findings)
     _check_doubled(coco, 'annotation', coco.ids, findings)
     return sound and not bad_sizes
 
@@ -194,10 +197,8 @@ class _View:
 
     def __init__(self, coco: CocoFile, classes: Sequence[str] | None) -> None:
         self.coco = coco
-        images = {image['id']: index for index, image in enumerate(coco.images)}
-        categories = {category['id']: index for index, category in enumerate(coco.categories)}
-        self.images = np.array([images.get(id, -1) for id in coco.image_ids])
-        self.categories = np.array([categories.get(id, -1) for id in coco.category_ids])
+        self.images = coco.image_indices
+        self.categories = coco.category_indices
         sizes = np.array([[image['width'], image['height']] for image in coco.images] + [[np.inf, np.inf]])
         self.sizes = sizes[self.images]
         used = np.array(
@@ -443,6 +444,23 @@ def _check_id_0(view: _View, findings: Findings) -> None:
             'Number annotations from 1: add 1 to every id.',
             coco.describe(index),
         )
+
+
+def _check_types(
+    coco: CocoFile, field: str, column: Sequence[Any], describe: Callable[[int], str], findings: Findings
+) -> bool:
+    """Check that ids can be looked up, and return whether they can."""
+    sound = (int, float, str, type(None))
+    if set(map(type, column)).issubset(sound):
+        return True
+    findings.add_all(
+        ERROR,
+        coco.path,
+        [index for index, value in enumerate(column) if type(value) not in sound],
+        lambda index: (describe(index), f'has {field} {column[index]!r}, a {type(column[index]).__name__}'),
+        'Ids are numbers.',
+    )
+    return False
 
 
 def _check_doubled(coco: CocoFile, name: str, ids: Sequence[Any], findings: Findings) -> None:

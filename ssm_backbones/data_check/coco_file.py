@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import gc
+import json
 from array import array
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
-
-from ssm_backbones.data_check.json_stream import read_members
 
 _IMAGE_KEYS = ('id', 'file_name', 'width', 'height')
 _NAN = float('nan')
@@ -60,38 +60,100 @@ class CocoFile:
     rle_sizes: dict[int, Any] = field(default_factory=dict)
     sample: list[dict[str, Any]] = field(default_factory=list)
 
+    @cached_property
+    def image_indices(self) -> np.ndarray:
+        """(N,) positions of the annotations' images in ``images``; -1 where there is none."""
+        return _positions(self.images, self.image_ids)
+
+    @cached_property
+    def category_indices(self) -> np.ndarray:
+        """(N,) positions of the annotations' categories in ``categories``; -1 where there is none."""
+        return _positions(self.categories, self.category_ids)
+
     def describe(self, index: int) -> str:
         """Name an annotation for a message."""
         return f'annotation {self.ids[index]} of image {self.image_ids[index]}'
 
 
+class _File(msgspec.Struct):
+    images: list[dict[str, Any]] = []
+    annotations: list[msgspec.Raw] = []
+    categories: list[dict[str, Any]] = []
+
+
+class _Annotation(msgspec.Struct):
+    id: Any = None
+    image_id: Any = None
+    category_id: Any = None
+    bbox: Any = None
+    area: Any = None
+    iscrowd: Any = None
+    ignore: Any = None
+    segmentation: Any = None
+
+
 def read_coco(path: str | Path) -> CocoFile:
     """Read a file of COCO annotations.
+
+    The annotations of COCO's training set are 450 MB of JSON, of which Python would make several gigabytes of objects.
+    Here the text is held, and one annotation's objects at a time. What is not strictly JSON (NaN, Infinity) is read
+    by Python's json, with all of its objects.
 
     Raises:
         ValueError: If the file is not a JSON object of COCO's form. The message gives the place.
     """
-    coco = CocoFile(Path(path))
-    columns = _Columns(coco)
-    append = columns.append
-    collecting = gc.isenabled()
-    # Millions of objects are made and forgotten, none of them in a cycle.
-    gc.disable()
+    with open(path, 'rb') as file:
+        content = file.read()
     try:
-        for key, value in read_members(path):
-            if key == 'annotations' and isinstance(value, dict):
-                append(value)
-            elif key in ('images', 'annotations', 'categories') and not isinstance(value, dict):
-                raise ValueError(f'{key} has to be a list of objects, found {_short(value)}')
-            elif key == 'images':
-                coco.images.append({name: value[name] for name in _IMAGE_KEYS if name in value})
-            elif key == 'categories':
-                coco.categories.append(value)
-    finally:
-        if collecting:
-            gc.enable()
+        return _read_strictly(Path(path), content)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        # json says where the error is, or reads it.
+        return _read_by_json(Path(path), content)
+
+
+def _read_strictly(path: Path, content: bytes) -> CocoFile:
+    file = msgspec.json.decode(content, type=_File)
+    coco = CocoFile(path, [_image(entry) for entry in file.images], file.categories)
+    columns = _Columns(coco)
+    decode = msgspec.json.Decoder(_Annotation).decode
+    for text in file.annotations:
+        if columns.append(decode(text)):
+            coco.sample.append(msgspec.json.decode(text))
     columns.finish()
     return coco
+
+
+def _read_by_json(path: Path, content: bytes) -> CocoFile:
+    try:
+        file = json.loads(content.decode('utf-8'))
+    except RecursionError as error:
+        raise ValueError('values are nested too deeply') from error
+    if not isinstance(file, dict):
+        raise ValueError(f'has to be an object with images, annotations and categories, found {_short(file)}')
+    for key in ('images', 'annotations', 'categories'):
+        entries = file.setdefault(key, [])
+        if not isinstance(entries, list):
+            raise ValueError(f'{key} has to be a list of objects, found {_short(entries)}')
+        for index, entry in enumerate(entries):
+            if not isinstance(entry, dict):
+                raise ValueError(f'{key} has to be a list of objects, found {_short(entry)} at index {index}')
+    coco = CocoFile(path, [_image(entry) for entry in file['images']], file['categories'])
+    columns = _Columns(coco)
+    for entry in file['annotations']:
+        known = {name: entry[name] for name in _Annotation.__struct_fields__ if name in entry}
+        if columns.append(_Annotation(**known)):
+            coco.sample.append(entry)
+    columns.finish()
+    return coco
+
+
+def _positions(entries: list[dict[str, Any]], ids: list[Any]) -> np.ndarray:
+    known = {entry['id']: index for index, entry in enumerate(entries)}
+    return np.fromiter((known.get(id, -1) for id in ids), np.int64, len(ids))
+
+
+def _image(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: entry[name] for name in _IMAGE_KEYS if name in entry}
 
 
 class _Columns:
@@ -106,33 +168,34 @@ class _Columns:
         self.coordinates, self.lengths, self.owners = array('f'), array('q'), array('q')
         self.extents: list[tuple[np.ndarray, np.ndarray]] = []
 
-    def append(self, annotation: dict[str, Any]) -> None:
+    def append(self, annotation: _Annotation) -> bool:
+        """Append an annotation and return whether it belongs to the sample: those of the first one's image."""
         coco = self.coco
-        get = annotation.get
         index = len(coco.ids)
-        image_id = get('image_id')
-        coco.ids.append(get('id'))
-        coco.image_ids.append(image_id)
-        coco.category_ids.append(get('category_id'))
-        if not index or image_id == coco.image_ids[0]:
-            coco.sample.append(annotation)
-        box: Any = get('bbox')
+        coco.ids.append(annotation.id)
+        coco.image_ids.append(annotation.image_id)
+        coco.category_ids.append(annotation.category_id)
+        box = annotation.bbox
         try:
             x, y, width, height = box
-            self.boxes.extend((x, y, width, height))
-        except (TypeError, ValueError):
+            self.boxes.extend(array('d', (x, y, width, height)))
+        except (TypeError, ValueError, OverflowError):
             del self.boxes[4 * index :]
             self.boxes.extend((_NAN, _NAN, _NAN, _NAN))
             coco.bad_boxes[index] = box
-        area: Any = get('area')
-        measured = isinstance(area, (int, float))
-        self.has_area.append(measured)
-        self.areas.append(area if measured else _NAN)
-        crowd = get('iscrowd')
+        area = annotation.area
+        try:
+            self.areas.append(area)
+            self.has_area.append(True)
+        except (TypeError, OverflowError):
+            self.areas.append(_NAN)
+            self.has_area.append(False)
+        crowd = annotation.iscrowd
         self.has_crowd.append(crowd is not None)
         self.crowd.append(bool(crowd))
-        self.ignored.append(bool(get('ignore')))
-        self._append_mask(index, get('segmentation'))
+        self.ignored.append(bool(annotation.ignore))
+        self._append_mask(index, annotation.segmentation)
+        return annotation.image_id == coco.image_ids[0]
 
     def _append_mask(self, index: int, value: Any) -> None:
         few = False
@@ -158,11 +221,11 @@ class _Columns:
                 if length < 6 or length % 2:
                     few = True
                     continue
-                coordinates.extend(polygon)
+                coordinates.extend(array('f', polygon))
                 self.lengths.append(length)
                 self.owners.append(index)
                 kept += 1
-        except TypeError:
+        except (TypeError, OverflowError):
             del coordinates[held:]
             del self.lengths[len(self.lengths) - kept :], self.owners[len(self.owners) - kept :]
             return MALFORMED, False

@@ -186,7 +186,7 @@ def test_a_broken_file_is_named(check):
         path.write_text(path.read_text()[:-100])
 
     (error,) = errors(check('mmdet', cut, modes=['train']))
-    assert 'is no file of COCO annotations' in error and 'at character' in error
+    assert 'is no file of COCO annotations' in error and 'line 1 column' in error
 
 
 @pytest.mark.parametrize(('orientation', 'annotated'), [(6, (40, 64)), (6, (64, 40)), (3, (40, 64))])

@@ -92,6 +92,6 @@ def test_annotations_of_coco_s_size_take_seconds(write_config, tmp_path, environ
         f'{size / 1e6:.0f} MB of annotations: {seconds:.1f} s of processor time, {seconds / parsed:.2f} times that of '
         f'json alone; {(after - before) / 1e9:.2f} GB more than before, {after / 1e9:.2f} GB in all'
     )
-    # A machine that is busy otherwise parses more slowly, too: json alone takes 10 s where it is not.
-    assert seconds < 20 * max(1, parsed / 10)
+    # The limit is 20 s where json alone takes 19 s. A machine that is busy otherwise parses more slowly, too.
+    assert seconds < 20 * max(1, parsed / 19)
     assert after < 2e9
