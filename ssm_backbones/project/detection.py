@@ -251,12 +251,21 @@ def _voc_list(data: Path, name: str) -> set[str]:
 
 def _convert_voc(images: Path, annotations: Path, file: Path) -> _Part:
     return _convert(
-        lambda supervision: supervision.DetectionDataset.from_pascal_voc(str(images), str(annotations)), images, file
+        lambda supervision: supervision.DetectionDataset.from_pascal_voc(str(images), str(annotations)),
+        images,
+        file,
+        by_name=True,
     )
 
 
-def _convert(read: Any, images: Path, file: Path) -> _Part:
+def _convert(read: Any, images: Path, file: Path, by_name: bool = False) -> _Part:
     """Convert annotations to COCO's format by supervision.
+
+    Args:
+        read: Returns supervision's data set, given the module.
+        images: Folder of the images.
+        file: File to write.
+        by_name: Whether to number classes in the order of their names, for formats that list none.
 
     Raises:
         CommandError: If supervision is missing, or cannot read the annotations.
@@ -281,13 +290,41 @@ def _convert(read: Any, images: Path, file: Path) -> _Part:
     content = json.loads(file.read_text(encoding='utf-8'))
     if not content['images']:
         raise CommandError(f'{images} holds no images.')
-    if any(each['iscrowd'] for each in content['annotations']):
-        # Masks of several pieces are marked as crowds, which mmdet does not learn; these formats have no crowds.
-        for each in content['annotations']:
-            each['iscrowd'] = 0
-        with writing(file):
-            write_atomic(file, json.dumps(content))
+    content = _ordered(content, by_name)
+    with writing(file):
+        write_atomic(file, json.dumps(content))
     return _Part(images, file, content)
+
+
+def _ordered(content: dict[str, Any], by_name: bool) -> dict[str, Any]:
+    """Return converted annotations in an order that is the same on every machine, without the formats' rounding.
+
+    supervision lists YOLO's images as the file system does, and Pascal VOC's classes as they occur. What is trained
+    depends on both orders.
+    """
+    categories = sorted(content['categories'], key=lambda each: each['name'] if by_name else each['id'])
+    images = sorted(content['images'], key=lambda each: each['file_name'])
+    category_ids = {each['id']: id for id, each in enumerate(categories, 1)}
+    image_ids = {each['id']: id for id, each in enumerate(images, 1)}
+    annotations = sorted(content['annotations'], key=lambda each: (image_ids[each['image_id']], each['id']))
+    for id, each in enumerate(annotations, 1):
+        boxed = each['area'] == each['bbox'][2] * each['bbox'][3]
+        # YOLO's shares have six digits.
+        _, _, width, height = each['bbox'] = [round(value, 2) for value in each['bbox']]
+        each.update(
+            id=id,
+            image_id=image_ids[each['image_id']],
+            category_id=category_ids[each['category_id']],
+            area=width * height if boxed else each['area'],
+            # Masks of several pieces are marked as crowds, which mmdet does not learn; these formats have no crowds.
+            iscrowd=0,
+        )
+    return {
+        **content,
+        'images': [{**each, 'id': image_ids[each['id']]} for each in images],
+        'categories': [{**each, 'id': category_ids[each['id']]} for each in categories],
+        'annotations': annotations,
+    }
 
 
 def _divided(part: _Part, converted: Path, seed: int) -> list[_Part]:

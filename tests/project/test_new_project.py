@@ -21,7 +21,8 @@ from ssm_backbones.project.sources import read_class_list
 from ssm_backbones.utils.errors import CommandError
 
 TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'new_project.py'
-NAMES = ['disc', 'rectangle', 'triangle', 'star', 'ring', 'cross']
+# In the order of Pascal VOC's, whose classes no file lists.
+NAMES = ['cross', 'disc', 'rectangle', 'ring', 'star', 'triangle']
 COLOURS = [
     (0, 0, 0),
     (90, 90, 90),
@@ -49,8 +50,11 @@ def as_coco(shapes: Path, folder: Path, masks: bool = True) -> None:
     shutil.copytree(shapes / 'coco', folder)
     for path in folder.glob('annotations/*.json'):
         content = json.loads(path.read_text())
-        for each in content['annotations'] if not masks else []:
-            each['segmentation'] = []
+        if not masks:
+            # What the other formats hold.
+            content['categories'].sort(key=lambda each: NAMES.index(each['name']))
+            for each in content['annotations']:
+                each.update(segmentation=[], area=each['bbox'][2] * each['bbox'][3])
         path.write_text(json.dumps(content))
 
 
@@ -100,7 +104,7 @@ def make(tmp_path: Path, task: str, data: Path, **options):
 
 
 def objects(cfg, mode: str) -> list:
-    """Names and boxes of all images of a split, as mmdet's data set has them."""
+    """Names, boxes and their labels of all images of a split, as mmdet's data set has them, in its order."""
     settings = cfg[f'{mode}_dataloader'].dataset
     settings.update(pipeline=[], filter_cfg=None)
     with DefaultScope.overwrite_default_scope('mmdet'):
@@ -111,19 +115,19 @@ def objects(cfg, mode: str) -> list:
         info = dataset.get_data_info(place)
         assert Path(info['img_path']).is_file()
         found.append(
-            sorted((names[each['bbox_label']], [round(v) for v in each['bbox']]) for each in info['instances'])
+            [(names[each['bbox_label']], each['bbox_label'], each['bbox']) for each in info['instances']],
         )
-    return sorted(found)
+    return found
 
 
-@pytest.mark.parametrize('write', [as_yolo, pytest.param(as_voc, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('write', [as_yolo, as_voc])
 def test_converted_boxes_are_those_of_the_coco_form(write, shapes, tmp_path) -> None:
     pytest.importorskip('supervision', reason='YOLO and Pascal VOC are converted by supervision')
     write(shapes, tmp_path / 'data')
     as_coco(shapes, tmp_path / 'coco', masks=False)
     made = make(tmp_path, 'det', tmp_path / 'data')
     assert (made.found.images, made.found.val_images, made.found.masks) == (12, 4, False)
-    assert sorted(made.found.classes) == sorted(NAMES)
+    assert made.found.classes == tuple(NAMES)
     (tmp_path / 'other').mkdir()
     reference = make(tmp_path / 'other', 'det', tmp_path / 'coco')
     assert made.base == reference.base == 'vmamba/faster-rcnn_vmamba-tiny_fpn_1x_coco.py'
@@ -436,7 +440,7 @@ def test_the_configs_train(task, data, shapes, tmp_path, train) -> None:
 
 @pytest.mark.slow
 def test_each_format_of_boxes_learns_as_much_as_coco_s(shapes, tmp_path, train) -> None:
-    """Trained alike from the same seed; the boxes differ by what the formats round."""
+    """The annotations are equal, and so is what is learnt from the same seed."""
     pytest.importorskip('supervision', reason='YOLO and Pascal VOC are converted by supervision')
     losses, precision = {}, {}
     for name, write in (('coco', lambda *where: as_coco(*where, masks=False)), ('yolo', as_yolo), ('voc', as_voc)):
@@ -449,5 +453,5 @@ def test_each_format_of_boxes_learns_as_much_as_coco_s(shapes, tmp_path, train) 
         losses[name] = runner.message_hub.log_scalars['train/loss'].mean(6)
         precision[name] = runner.message_hub.log_scalars['val/coco/bbox_mAP'].current()
     for name in ('yolo', 'voc'):
-        assert losses[name] == pytest.approx(losses['coco'], rel=0.05)
-        assert precision[name] == pytest.approx(precision['coco'], abs=0.02)
+        assert losses[name] == losses['coco']
+        assert precision[name] == precision['coco']
