@@ -5,13 +5,19 @@ import shutil
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).resolve().parent
+
+# As pyproject.toml demands, which nothing heeds without build isolation.
+if int(setuptools.__version__.partition('.')[0]) < 77:
+    sys.exit(f"error: setuptools {setuptools.__version__} is too old; pip install -U 'setuptools>=77,<81'")
+
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
 
 
 def load_build_module():

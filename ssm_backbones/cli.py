@@ -10,10 +10,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mmengine.config import DictAction
-
+from ssm_backbones.utils import mm
 from ssm_backbones.utils.errors import CommandError
+from ssm_backbones.utils.mm import DictAction
 
+# What to do about missing modules whose packages have other names.
+_REMEDIES = dict.fromkeys(('mmcv', 'mmdet', 'mmseg', 'mmpretrain'), mm.STACKS)
+_REMEDIES |= {'mmengine': mm.REMEDY, 'PIL': 'pip install pillow', 'cv2': 'pip install opencv-python'}
 _CFG_OPTIONS_HELP = (
     'replace settings of the config: KEY=VALUE pairs, nested keys joined by dots; lists as KEY="[a,b]" or KEY=a,b, '
     'tuples within them as KEY="[(a,b),(c,d)]", quoted and without spaces'
@@ -80,7 +83,10 @@ train_main.__test__ = test_main.__test__ = False  # type: ignore[attr-defined]
 
 
 def run_command(run: Callable[[], Any]) -> int:
-    """Call a command and return its exit status: 2 after printing a :class:`CommandError`, 130 after Ctrl-C, else 0."""
+    """Call a command and return its exit status.
+
+    It is 2 after printing a :class:`CommandError` or the name of a package that is missing, 130 after Ctrl-C, else 0.
+    """
     logging.basicConfig(format='%(levelname)s: %(message)s')
     # mmengine finds the libraries' own configs through pkg_resources, which warns each time that it is deprecated.
     warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
@@ -88,6 +94,13 @@ def run_command(run: Callable[[], Any]) -> int:
         run()
     except CommandError as error:
         print(f'error: {_without_worker_traceback(error)}', file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        package = (error.name or '').partition('.')[0]
+        if package in ('', 'ssm_backbones', 'cuda_ops'):
+            raise
+        remedy = _REMEDIES.get(package, f'pip install {package}')
+        print(f'error: this command needs {package}, which is not installed; {remedy}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)

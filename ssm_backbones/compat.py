@@ -23,18 +23,20 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from mmengine.config import Config
-from mmengine.config.utils import MODULE2PACKAGE
-from mmengine.logging import HistoryBuffer
 from torch import Tensor, nn
 
 from ssm_backbones.utils.configs import PACKAGE, config_file
 from ssm_backbones.utils.errors import CommandError
+from ssm_backbones.utils.mm import INSTALLED, HistoryBuffer
 from ssm_backbones.utils.torch_compat import allow_in_checkpoints
+
+if TYPE_CHECKING or INSTALLED:
+    from mmengine.config import Config
+    from mmengine.config.utils import MODULE2PACKAGE
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +53,9 @@ def apply_patches() -> None:
     """Apply every patch that the installed versions need. Cheap and idempotent."""
     _patch_torchvision_import()
     _patch_checkpoint_loading()
-    _patch_mmseg_bases()
-    _patch_mmpretrain_multimodal()
+    if INSTALLED:
+        _patch_mmseg_bases()
+        _patch_mmpretrain_multimodal()
 
 
 @functools.cache

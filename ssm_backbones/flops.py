@@ -16,20 +16,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from mmengine.config import Config
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from cuda_ops.route_scan import route_scan_flops
 from cuda_ops.wavefront_scan import wavefront_scan_flops
-from ssm_backbones.apis.model import build_model
 from ssm_backbones.layers.mamba2d_mixer import Neighbour
 from ssm_backbones.layers.scans import CrossScan, DeltaProjection, DotProductAttention, LineScan, WavefrontScan
 from ssm_backbones.utils.errors import CommandError
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
 
 CONVENTION = (
     'A multiply-add counts once. Counted are convolutions, matrix products and attention; scans, 9*L*E*N for each '
@@ -315,6 +316,8 @@ def _traced(flops: Callable[[list[Any]], int]) -> Callable[[list[Any], list[Any]
 
 def _build(cfg: Config) -> nn.Module:
     """Build the config's model on the meta device, a detector on the CPU."""
+    from ssm_backbones.apis.model import build_model
+
     # Proposals are chosen by their values, so what is behind a detector's backbone has to be computed.
     if cfg.default_scope == 'mmdet':
         return build_model(cfg)

@@ -6,11 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmengine.config import DictAction
-
 from ssm_backbones.benchmark import Report, Settings, run, select, write_json
 from ssm_backbones.cli import run_command
 from ssm_backbones.utils.errors import CommandError
+from ssm_backbones.utils.mm import DictAction
 
 EPILOG = """
 examples:

@@ -6,10 +6,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from mmengine.config import DictAction
-
 from ssm_backbones.cli import run_command
 from ssm_backbones.utils.errors import CommandError
+from ssm_backbones.utils.mm import DictAction
 
 
 def main(argv: Sequence[str] | None = None) -> int:

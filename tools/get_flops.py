@@ -6,9 +6,8 @@ import math
 import sys
 from collections.abc import Sequence
 
-from mmengine.config import DictAction
-
 from ssm_backbones.cli import run_command
+from ssm_backbones.utils.mm import DictAction
 
 
 def main(argv: Sequence[str] | None = None) -> int:

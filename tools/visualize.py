@@ -5,9 +5,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mmengine.config import DictAction
-
 from ssm_backbones.cli import run_command
+from ssm_backbones.utils.mm import DictAction
 
 _STAGE = 'stage, from 0 on, or -1 for the last; blocks count as stages where all are of one resolution (V2M-T, V2M-S)'
 

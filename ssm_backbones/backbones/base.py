@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -14,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ssm_backbones.layers.common import FeatureMap
 from ssm_backbones.utils.errors import did_you_mean
+from ssm_backbones.utils.mm import BaseModule
 
 
 class Stage(nn.Module):

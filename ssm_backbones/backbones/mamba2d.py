@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,6 +19,7 @@ from ssm_backbones.backbones.base import (
 from ssm_backbones.layers.calls import apply_conv, conv2d
 from ssm_backbones.layers.common import MLP, ConvNorm, kept_samples
 from ssm_backbones.layers.mamba2d_mixer import RotaryAttention, ScanMixer
+from ssm_backbones.utils.mm import MODELS
 from ssm_backbones.utils.tracing import as_one_node
 
 MLP_RATIO = 4

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ssm_backbones.backbones.base import (
@@ -21,6 +20,7 @@ from ssm_backbones.layers.common import Residual
 from ssm_backbones.layers.simple_pyramid import STRIDES, SimplePyramid
 from ssm_backbones.layers.token_grid import TokenGrid
 from ssm_backbones.layers.v2m_mixer import HierarchicalV2MMixer, PlainV2MMixer
+from ssm_backbones.utils.mm import MODELS
 from ssm_backbones.utils.torch_compat import RMSNorm
 
 PATCH_SIZE = 16

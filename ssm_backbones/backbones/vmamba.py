@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
-from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ssm_backbones.backbones.base import (
@@ -17,6 +16,7 @@ from ssm_backbones.backbones.base import (
 )
 from ssm_backbones.layers.common import MLP, ConvNorm, ConvStem, PatchEmbed, PatchMerging, Residual, init_linear
 from ssm_backbones.layers.ss2d import SS2D
+from ssm_backbones.utils.mm import MODELS
 
 MLP_RATIO = 4
 

@@ -9,10 +9,10 @@ from types import MethodType
 from typing import Any
 
 import torch
-from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssm_backbones import backbones
 from ssm_backbones.benchmark.timing import Call
 from ssm_backbones.benchmark.unavailable import Unavailable
 
@@ -47,9 +47,15 @@ def build_backbone(name: str, device: torch.device) -> nn.Module:
     config = BACKBONES[name]
     library, _, _ = config['type'].rpartition('.')
     try:
-        importlib.import_module(f'{library}.models' if library else 'ssm_backbones')
+        if library:
+            importlib.import_module(f'{library}.models')
     except ImportError as error:
         raise Unavailable(f"{name} is {library}'s, which cannot be imported: {error}") from error
+    if not library:
+        options = {key: value for key, value in config.items() if key != 'type'}
+        return getattr(backbones, config['type'])(**options).to(device)
+    from mmengine.registry import MODELS
+
     return MODELS.build(dict(config)).to(device)
 
 

@@ -14,10 +14,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
-from mmengine.registry import MODELS
-from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 from ssm_backbones.backbones.base import SSMBackbone
@@ -34,6 +30,7 @@ from ssm_backbones.checkpoints.locate import (
 )
 from ssm_backbones.compat import revise_loaded_names
 from ssm_backbones.layers.token_grid import TokenGrid
+from ssm_backbones.utils.mm import INSTALLED, MODELS, is_model_wrapper, print_log
 
 _OFFICIAL_REMEDY = (
     "For a backbone, init_cfg=dict(type='OfficialPretrained', checkpoint=...) or load_official "
@@ -214,13 +211,18 @@ def _mmengine_loads() -> bool:
     return False
 
 
-def _load_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
-    return read_checkpoint(filename)
+def _let_mmengine_read_safetensors() -> None:
+    from mmengine.runner import CheckpointLoader
+
+    def load(filename: str, map_location: Any = None) -> dict[str, Any]:
+        return read_checkpoint(filename)
+
+    # Regular expressions, of which mmengine takes the last in alphabetical order that matches.
+    schemes = (r'https?://\S+\.safetensors', r'(?!\w+:).*\.safetensors$')
+    CheckpointLoader.register_scheme(schemes, load, force=True)
 
 
-# Regular expressions, of which mmengine takes the last in alphabetical order that matches.
-CheckpointLoader.register_scheme(
-    (r'https?://\S+\.safetensors', r'(?!\w+:).*\.safetensors$'), _load_safetensors, force=True
-)
+if INSTALLED:
+    _let_mmengine_read_safetensors()
 SSMBackbone.before_loading = convert_or_refuse
 revise_loaded_names(revise_names)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from mmengine.logging import print_log
-from mmengine.model import update_init_info
-from mmengine.registry import WEIGHT_INITIALIZERS
 from torch import nn
 
 from ssm_backbones.backbones.base import SSMBackbone
 from ssm_backbones.checkpoints.loading import load_official, returns_last_stage_alone
+from ssm_backbones.utils.mm import WEIGHT_INITIALIZERS, print_log
 
 
 @WEIGHT_INITIALIZERS.register_module(name='OfficialPretrained')
@@ -45,4 +43,6 @@ class OfficialPretrainedInit:
         )
         print_log(str(report), logger='current')
         if hasattr(module, '_params_init_info'):
+            from mmengine.model import update_init_info
+
             update_init_info(module, init_info=f'OfficialPretrained: load from {self.checkpoint}')

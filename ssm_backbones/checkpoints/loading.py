@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ssm_backbones.backbones.base import SSMBackbone
@@ -21,6 +20,7 @@ from ssm_backbones.checkpoints.report import (
     leave_out_the_rest,
     start_report,
 )
+from ssm_backbones.utils.mm import print_log
 
 _CLASS_TOKEN = 'patch_embed.cls_token'
 

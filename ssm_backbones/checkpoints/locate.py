@@ -8,12 +8,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mmengine.logging import print_log
 from torch import Tensor
 
 from ssm_backbones.checkpoints.differences import shorten
 from ssm_backbones.checkpoints.families import Family
 from ssm_backbones.checkpoints.files import CheckpointError
+from ssm_backbones.utils.mm import print_log
 
 _MAIN_PATHS = [('state_dict',), ('model',), ()]
 _AVERAGE = re.compile(r'(?:^|[^A-Za-z])ema(?:[^a-z]|$)|EMA|ema[A-Z]|[Aa]verag')

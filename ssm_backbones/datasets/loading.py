@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from mmengine.registry import TRANSFORMS
 
 from ssm_backbones.utils.arrays import bands_last, read_array
+from ssm_backbones.utils.mm import TRANSFORMS
 
 
 @TRANSFORMS.register_module()

@@ -6,7 +6,7 @@ the package itself cannot be imported.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,11 +30,19 @@ def examine() -> list[Section]:
     """Return all findings, by section."""
     torch, torch_line = machine.import_torch()
     found = hosts.installed()
-    base = [machine.python_line(), torch_line, machine.numpy_line(torch), hosts.mmengine_line(), hosts.package_line()]
+    base = [
+        machine.python_line(),
+        torch_line,
+        machine.numpy_line(torch),
+        hosts.mmengine_line(found),
+        hosts.package_line(),
+    ]
     if any(line.broken for line in base):
         tried = [Line('imports', 'not tried, for what is broken above')]
     else:
-        tried = [*hosts.host_lines(found), hosts.loading_line(torch)]
+        tried = hosts.host_lines(found)
+        if importlib.util.find_spec('mmengine') is not None:
+            tried.append(hosts.loading_line(torch))
     sections = [('base', base), ('host libraries', [*hosts.stack_lines(found), *tried])]
     sections.append(('machine', _guarded('compilers', machine.compiler_lines) + machine.gpu_lines(torch)))
     if torch is not None:

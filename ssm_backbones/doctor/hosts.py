@@ -59,8 +59,12 @@ def stack_lines(found: Mapping[str, str]) -> list[Line]:
     return lines
 
 
-def mmengine_line() -> Line:
-    """Report whether mmengine, which the package needs, is installed."""
+def mmengine_line(found: Mapping[str, str]) -> Line:
+    """Report whether mmengine, which everything with configs needs, is installed."""
+    hosts = {name for names in DISTRIBUTIONS.values() for name in names}
+    if importlib.util.find_spec('mmengine') is None and hosts.isdisjoint(found):
+        remedy = "for configs, training and the tools that read configs: pip install 'ssm-backbones[openmmlab]'"
+        return Line('mmengine', 'not installed; create_backbone, checkpoints and the scans need none', remedy)
     try:
         version = importlib.import_module('mmengine').__version__
         return Line('mmengine', version)

@@ -4,11 +4,11 @@ from collections.abc import MutableMapping
 from typing import Any
 
 import torch
-from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssm_backbones.layers.common import PatchEmbed, init_lecun_normal, is_unknown
+from ssm_backbones.utils.mm import print_log
 from ssm_backbones.utils.tracing import as_one_node
 
 CLS_TOKENS = ('mean', 'corner', 'center')

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ssm_backbones.shapes.classes import CLASSES, WNIDS
 from ssm_backbones.shapes.options import ShapesOptions
@@ -111,7 +110,7 @@ def write_ade20k(folder: Path, options: ShapesOptions) -> None:
             scene = draw_scene(options.seed, split, index, options.size, options.largest)
             stem = f'ADE_{split}_{index + 1:08d}'
             _save_image(scene.image, images / f'{stem}.jpg')
-            Image.fromarray(label_map(scene)).save(maps / f'{stem}.png', compress_level=6)
+            _image(label_map(scene)).save(maps / f'{stem}.png', compress_level=6)
 
 
 def label_map(scene: Scene) -> np.ndarray:
@@ -147,6 +146,13 @@ WRITERS: dict[str, Callable[[Path, ShapesOptions], None]] = {
 """The formats by name; each writer fills an empty folder."""
 
 
+def _image(values: np.ndarray) -> Any:
+    # What shapes there are can be asked for without Pillow.
+    from PIL import Image
+
+    return Image.fromarray(values)
+
+
 def _save_image(image: np.ndarray, path: Path) -> None:
     # All settings are spelt out: the bytes must not follow a default of another Pillow.
-    Image.fromarray(image).save(path, format='JPEG', quality=95, subsampling=0, optimize=False, progressive=False)
+    _image(image).save(path, format='JPEG', quality=95, subsampling=0, optimize=False, progressive=False)

@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from mmengine.logging import print_log
 from torch import Tensor
 
 from ssm_backbones.checkpoints import CheckpointError, adapt_stem, read_checkpoint
@@ -18,6 +17,7 @@ from ssm_backbones.checkpoints.locate import choose_weights, holds_official, own
 from ssm_backbones.checkpoints.report import start_report
 from ssm_backbones.timm.classifier import SSMClassifier
 from ssm_backbones.timm.features import SSMFeatures
+from ssm_backbones.utils.mm import print_log
 
 
 def load_weights(
