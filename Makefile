@@ -6,12 +6,12 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
 IN_VENV = "$(VENV)/bin/python"
-SOURCES = find cuda_ops/csrc tests/cuda_emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
+SOURCES = find cuda_ops/csrc cuda_ops/runtimes tests/cuda_emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 site-packages = $(1) -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 given = $(filter command environment,$(firstword $(origin $(1))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow tools lint format docs kernels wheel abi clean
+.PHONY: help setup demo test test-slow tools lint format docs kernels runtimes wheel abi clean
 
 help:
 	@echo 'make demo      set up, then train, evaluate and show a small model (DEMO_ARGS, FAMILY, TASK are passed on)'
@@ -19,6 +19,7 @@ help:
 	@echo 'make test-slow the same with the slow tests'
 	@echo 'make tools     test timm, transformers, peft, torchao and other libraries around the backbones, in an environment of its own (.venv-tools)'
 	@echo 'make kernels   compile every CUDA kernel for every architecture by nvcc alone, and print what each takes (ARCHS="8.0 9.0")'
+	@echo 'make runtimes  compile the scans as operators of onnxruntime and OpenVINO, into build/runtimes'
 	@echo 'make wheel     build and check dist/*.whl for every Python and every torch from 2.10 on (FORCE_CUDA=1: with CUDA kernels)'
 	@echo 'make abi       compile the bindings against the headers of torch 2.1 to 2.15 (VERSIONS="2.4.1 2.13.0")'
 	@echo 'make setup     make or complete the environment alone'
@@ -70,6 +71,9 @@ docs:
 
 kernels:
 	@$(PYTHON) tools/kernel_report.py $(if $(ARCHS),--archs "$(ARCHS)")
+
+runtimes: setup
+	@$(IN_VENV) tools/make_runtimes.py
 
 wheel: setup
 	@$(IN_VENV) -m pip install --quiet -r requirements/wheel.txt

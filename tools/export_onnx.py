@@ -25,6 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         '--no-loops', dest='loops', action='store_false', help='unroll the scans, for runtimes without loops'
     )
+    parser.add_argument(
+        '--custom-ops',
+        action='store_true',
+        help='each scan as one operator, of the libraries of make runtimes',
+    )
     parser.add_argument('--batch-size', type=int, default=1, metavar='N', help='images at once (1)')
     parser.add_argument('--out', metavar='FILE', help="file to write (default: the config's name with .onnx)")
     parser.add_argument('--part', choices=['backbone', 'classifier', 'segmentor'], help='default: what the config is')
@@ -35,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ssm_backbones.onnx_export.export import TOLERANCE, OnnxOptions, export_onnx
 
         result = export_onnx(OnnxOptions(**vars(args)))
-        print(f'{result.part} written to {result.path}: opset {result.opset}, {result.nodes} standard operators')
+        kind = "standard and this package's" if args.custom_ops else 'standard'
+        print(f'{result.part} written to {result.path}: opset {result.opset}, {result.nodes} {kind} operators')
         print(f'onnxruntime against PyTorch, largest difference relative to the largest value (bound {TOLERANCE:.0e}):')
         for shape, outputs in result.differences.items():
             figures = ', '.join(f'{name} {value:.1e}' for name, value in outputs.items())

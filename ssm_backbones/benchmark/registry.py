@@ -13,6 +13,7 @@ from ssm_backbones.benchmark import gpu
 from ssm_backbones.benchmark.comparison import Comparison, Scaling, measure_comparison, measure_scaling
 from ssm_backbones.benchmark.cpu import backbone_comparisons, cross_scan_comparisons, wavefront_comparisons
 from ssm_backbones.benchmark.export import EXPORTS, ExportComparison, measure_export
+from ssm_backbones.benchmark.exported import STANDARD, exported_comparisons
 from ssm_backbones.benchmark.machine import describe_machine
 from ssm_backbones.benchmark.report import Report
 from ssm_backbones.benchmark.timing import Settings
@@ -29,6 +30,7 @@ COMPARISONS: list[Comparison] = [
     *cross_scan_comparisons(states=16),
     *wavefront_comparisons(states=16, target=2.0),
     *gpu.COMPARISONS,
+    *(comparison for name in STANDARD for comparison in exported_comparisons(name)),
 ]
 SCALINGS: list[Scaling] = [
     Scaling(f'{name}/sizes', 'forward pass of one image from 224x224 to 1024x1024', name)

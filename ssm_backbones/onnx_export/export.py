@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, Guar
 from torch.nn import functional as F
 from torch.onnx import OnnxExporterError
 
+from cuda_ops import runtimes
 from ssm_backbones.apis.config import load_config
 from ssm_backbones.apis.model import build_extractor, build_model, preprocessor_config
 from ssm_backbones.onnx_export import decompositions as scans
@@ -60,6 +61,8 @@ class OnnxOptions:
         batch_size: Batch size of the graph.
         dynamic: Make batch, height and width dynamic.
         loops: Compute the scans by loops (``Scan``), rather than by unrolled operators, which take a fixed size.
+        custom_ops: Keep each scan as one operator of this package, for runtimes that load the libraries of
+            :mod:`cuda_ops.runtimes`.
         cfg_options: Values that replace the config's, by dotted key.
     """
 
@@ -71,6 +74,7 @@ class OnnxOptions:
     batch_size: int = 1
     dynamic: bool = False
     loops: bool = True
+    custom_ops: bool = False
     cfg_options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -137,9 +141,12 @@ def export_onnx(options: OnnxOptions) -> OnnxResult:
             ONNX, or the file does not compute what PyTorch computes, within :data:`TOLERANCE`; then it is not written.
     """
     require_onnx()
+    _check_shape(options)
+    if options.custom_ops:
+        _custom_ops_library()
     cfg = load_config(options.config, options.cfg_options)
     part = _part(cfg, options.part)
-    height, width = _check_shape(options)
+    height, width = options.shape
     path = Path(options.out or f'{Path(options.config).stem}_{part}.onnx')
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise CommandError(f'out {path}: {"it is a folder" if path.is_dir() else "its folder does not exist"}.')
@@ -151,7 +158,7 @@ def export_onnx(options: OnnxOptions) -> OnnxResult:
         if options.dynamic:
             # Another batch size, and sides that no stride divides.
             shapes += [(1, channels, height + 37, width + 11), (3, channels, width, height)]
-        session = open_session(partial)
+        session = open_session(partial, options.custom_ops)
         differences = {shape: compare(session, module, shape) for shape in shapes}
         _check_differences(differences)
         seconds = _times(session, module, images)
@@ -166,8 +173,9 @@ def write_onnx(
     dynamic: bool = False,
     notes: Mapping[str, str] | None = None,
     loops: bool = True,
+    custom_ops: bool = False,
 ) -> tuple[int, int]:
-    """Write a module as ONNX, with its scans as standard operators.
+    """Write a module as ONNX, with its scans as standard operators unless custom ones are asked for.
 
     Args:
         module: Module from images (B, C, H, W) to a tensor or a tuple of tensors, in evaluation mode.
@@ -176,12 +184,16 @@ def write_onnx(
         dynamic: Make batch, height and width dynamic.
         notes: Metadata of the file.
         loops: Compute the scans by loops (``Scan``), rather than by unrolled operators, which take a fixed size.
+        custom_ops: Keep each scan as one operator (:mod:`ssm_backbones.onnx_export.custom_ops`).
 
     Returns:
         The opset's version and the number of operators.
     """
+    from ssm_backbones.onnx_export import custom_ops as custom_scans
     from ssm_backbones.onnx_export import scan_op as onnx_scans
 
+    replaced = custom_scans.replacements() if custom_ops else scans.replacements(loops)
+    translations = custom_scans.translations() if custom_ops else onnx_scans.translations()
     module = module.eval()
     shapes = None
     if dynamic:
@@ -189,13 +201,13 @@ def write_onnx(
         shapes = ({0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC},)
     count = len(_as_tuple(_run(module, images)))
     with torch.no_grad(), _quiet():
-        with FunctionOverrideMode({**scans.replacements(loops), **pooling.replacements()}):
+        with FunctionOverrideMode({**replaced, **pooling.replacements()}):
             program = torch.export.export(module, (images,), dynamic_shapes=shapes, strict=False)
         exported = torch.onnx.export(
             program,
             dynamo=True,
             opset_version=onnx_scans.OPSET,
-            custom_translation_table=onnx_scans.translations(),
+            custom_translation_table=translations,
             input_names=['images'],
             output_names=[f'map{place}' for place in range(count)] if count > 1 else ['output'],
             verbose=False,
@@ -207,12 +219,22 @@ def write_onnx(
     return onnx_scans.OPSET, sum(1 for _ in exported.model.graph.all_nodes())
 
 
-def open_session(path: str | os.PathLike[str]) -> Any:
-    """Open an onnxruntime session of a file, on the CPU, with as many threads as PyTorch uses."""
+def open_session(path: str | os.PathLike[str], custom_ops: bool = False) -> Any:
+    """Open an onnxruntime session of a file, on the CPU, with as many threads as PyTorch uses.
+
+    Args:
+        path: The file.
+        custom_ops: Whether it has the scans as operators of this package.
+
+    Raises:
+        CommandError: If their library is not built.
+    """
     runtime = importlib.import_module('onnxruntime')
     settings = runtime.SessionOptions()
     settings.intra_op_num_threads = torch.get_num_threads()
     settings.log_severity_level = 3
+    if custom_ops:
+        settings.register_custom_ops_library(str(_custom_ops_library()))
     return runtime.InferenceSession(str(path), settings, providers=['CPUExecutionProvider'])
 
 
@@ -263,14 +285,22 @@ def _part(cfg: Config, wanted: str | None) -> str:
     return wanted
 
 
-def _check_shape(options: OnnxOptions) -> tuple[int, int]:
+def _custom_ops_library() -> Path:
+    try:
+        return runtimes.library('onnxruntime')
+    except runtimes.BuildError as error:
+        raise CommandError(f'custom_ops: {error}') from error
+
+
+def _check_shape(options: OnnxOptions) -> None:
     if len(options.shape) != 2 or min(options.shape) < 1:
         raise CommandError(f'shape takes a height and a width of at least 1, got {tuple(options.shape)}.')
     if options.dynamic and not options.loops:
         raise CommandError('dynamic needs loops: scans without them are exported for one size of images.')
+    if options.custom_ops and not options.loops:
+        raise CommandError('custom_ops and loops=False exclude each other: with custom operators no scan is unrolled.')
     if options.batch_size < 1:
         raise CommandError(f'batch_size must be at least 1, got {options.batch_size}.')
-    return options.shape[0], options.shape[1]
 
 
 def _module(cfg: Config, checkpoint: str | None, part: str) -> tuple[nn.Module, int]:
@@ -326,7 +356,7 @@ def _write(
 ) -> tuple[int, int]:
     """Call :func:`write_onnx`, and report models that PyTorch cannot export as a :class:`CommandError`."""
     try:
-        return write_onnx(module, images, path, options.dynamic, notes, options.loops)
+        return write_onnx(module, images, path, options.dynamic, notes, options.loops, options.custom_ops)
     except _REFUSALS as error:
         said = next((line.strip() for line in str(error).splitlines() if line.strip()), '')
         ways = [*(['without dynamic'] if options.dynamic else []), 'the backbone alone (part backbone)']
