@@ -88,14 +88,13 @@ def compile_bindings(build: ModuleType, version: str, include: Path, with_cuda: 
     flags = [f'-I{CSRC}', *build.binding_flags(version, folders)]
     if with_cuda:
         flags.append('-DSSM_WITH_CUDA')
-    # All in one unit, since most of the time goes into torch's headers.
-    unit = ''.join(f'#include "{source.name}"\n' for source in sorted(CSRC.glob('*_bindings.cpp')))
-    command = [*build.find_compiler(), *build.CXX_FLAGS, '-Werror', *flags, '-fsyntax-only', '-x', 'c++', '-']
-    result = subprocess.run(command, input=unit, capture_output=True, text=True)
-    if not result.returncode:
-        return ''
-    errors = [line for line in result.stderr.splitlines() if 'error' in line] or result.stderr.splitlines()
-    return errors[0] if errors else 'the bindings do not compile'
+    for source in sorted(CSRC.glob('*_bindings.cpp')):
+        command = [*build.find_compiler(), *build.CXX_FLAGS, '-Werror', *flags, '-fsyntax-only', str(source)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            errors = [line for line in result.stderr.splitlines() if 'error' in line] or result.stderr.splitlines()
+            return errors[0] if errors else f'{source.name} does not compile'
+    return ''
 
 
 def main() -> None:

@@ -27,6 +27,12 @@ HEARTBEAT_SECONDS = 30
 # Memory that a compiler takes for one of mmcv's files.
 GIGABYTES_PER_JOB = 1.5
 STACKS = {'openmmlab': ['mmengine', 'mmcv'], 'onedl': ['onedl-mmengine', 'onedl-mmcv']}
+PIP = '-m pip install --no-user --no-input --disable-pip-version-check --progress-bar off'.split()
+ANEW = '--no-cache-dir --force-reinstall --no-deps'.split()
+CHECK_MMCV = (
+    'import sys, mmcv.ops; built = mmcv.ops.get_compiling_cuda_version(); '
+    'sys.exit(sys.argv[1] == "1" and built == "not available")'
+)
 # What failed commands print, and the remedy.
 CAUSES = [
     (
@@ -55,58 +61,44 @@ class StepFailed(Exception):
     """A failed command; the argument is its output."""
 
 
+def load_build():
+    """Load cuda_ops/_build.py, which needs neither torch nor the rest of the package, but a new enough Python."""
+    spec = importlib.util.spec_from_file_location('cuda_ops_build', os.path.join(ROOT, 'cuda_ops', '_build.py'))
+    build = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = build
+    spec.loader.exec_module(build)
+    return build
+
+
 def check_python(include):
     """Check that Python has the venv module, its pip, and C headers."""
-    missing = ['module {}'.format(name) for name in ('venv', 'ensurepip') if importlib.util.find_spec(name) is None]
+    missing = [f'module {name}' for name in ('venv', 'ensurepip') if importlib.util.find_spec(name) is None]
     if not os.path.exists(os.path.join(include, 'Python.h')):
-        missing.append('file {}/Python.h'.format(include))
+        missing.append(f'file {include}/Python.h')
     if missing:
+        python = 'python{}.{}'.format(*sys.version_info[:2])
         raise SetupError(
-            '{0} has no {1}; install it, on Debian and Ubuntu with `apt install python{2}.{3}-venv '
-            'python{2}.{3}-dev`'.format(sys.executable, ' and no '.join(missing), *sys.version_info[:2])
+            f'{sys.executable} has no {" and no ".join(missing)}; install it, on Debian and Ubuntu with '
+            f'`apt install {python}-venv {python}-dev`'
         )
 
 
-def find_compiler(environ):
-    """Return the C++ compiler's command: CXX if set, else the first of c++, g++, clang++ that exists."""
-    wanted = [shlex.split(environ['CXX'])] if environ.get('CXX') else [['c++'], ['g++'], ['clang++']]
-    found = next((command for command in wanted if shutil.which(command[0], path=environ.get('PATH'))), None)
-    if found is None:
-        raise SetupError(
-            'no C++ compiler found (looked for {}); install one, for example with `apt install g++` or '
-            '`dnf install gcc-c++`, or name it in CXX'.format(', '.join(command[0] for command in wanted))
-        )
-    program = '#include <optional>\nint main() { return std::optional<int>(0).value(); }\n'
-    probe = subprocess.run(
-        [*found, '-std=c++17', '-fsyntax-only', '-x', 'c++', '-'],
-        input=program,
-        env=environ,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        universal_newlines=True,
-    )
-    if probe.returncode:
-        raise SetupError(
-            'the C++ compiler {} cannot compile C++17; install a newer one (GCC 9 or Clang 10 at least) '
-            'or name another in CXX'.format(' '.join(found))
-        )
-    return found
+def nvcc_version(environ):
+    """Return the CUDA toolkit's version, such as 13.0, of CUDA_HOME or on the path, or None."""
+    home = environ.get('CUDA_HOME')
+    nvcc = shutil.which('nvcc', path=os.path.join(home, 'bin') if home else environ.get('PATH'))
+    found = nvcc and re.search(r'release (\d+\.\d+)', subprocess.check_output([nvcc, '--version']).decode())
+    return found.group(1) if found else None
 
 
 def diagnose(output, log):
     """Return one line with cause and remedy for the output of a failed command."""
     for pattern, cause in CAUSES:
         if re.search(pattern, output, re.IGNORECASE):
-            return '{}, and run the same command again (full log: {})'.format(cause, log)
+            return f'{cause}, and run the same command again (full log: {log})'
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r'(fatal |\S*:\d+:.* |\w*)error\b', line, re.IGNORECASE)]
-    return 'it failed with: {} (full log: {})'.format((errors or lines or ['no output'])[-1][:300], log)
-
-
-def spell(seconds):
-    """Format a duration."""
-    minutes, seconds = divmod(int(seconds), 60)
-    return '{} min {} s'.format(minutes, seconds) if minutes else '{} s'.format(seconds)
+    return f'it failed with: {(errors or lines or ["no output"])[-1][:300]} (full log: {log})'
 
 
 def say(text):
@@ -114,55 +106,39 @@ def say(text):
     print(text, flush=True)
 
 
-def progress(log):
-    """Return the last progress in a log: a compiler's count if there is one, else the last line."""
-    with open(log, 'rb') as stream:
-        stream.seek(max(0, os.path.getsize(log) - 4096))
-        tail = stream.read().decode(errors='replace')
-    lines = [line.strip() for line in tail.splitlines() if line.strip()]
-    return (re.findall(r'\[\d+/\d+\]', tail) or lines or [''])[-1][:90]
-
-
-def run_logged(argv, log, environ, keep=()):
-    """Run a command with its output in a log, report its progress from time to time, and return its output.
-
-    It inherits the open files ``keep``, so that a lock outlives a killed set-up while its command runs on.
-    """
+def run_logged(argv, log, environ):
+    """Run a command with its output in a log, report its progress from time to time, and return its output."""
     with open(log, 'ab') as stream:
-        stream.write('$ {}\n'.format(' '.join(map(shlex.quote, argv))).encode())
+        stream.write(f'$ {" ".join(map(shlex.quote, argv))}\n'.encode())
         stream.flush()
-        start = stream.tell()
-        process = subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            cwd=ROOT,
-            env=environ,
-            start_new_session=True,
-            pass_fds=keep,
-        )
+        start, streams = stream.tell(), dict(stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(argv, cwd=ROOT, env=environ, start_new_session=True, **streams)
+
+    def output():
+        with open(log, 'rb') as stream:
+            stream.seek(start)
+            return stream.read().decode(errors='replace')
+
     began = time.monotonic()
     try:
         while process.poll() is None:
             try:
                 process.wait(HEARTBEAT_SECONDS)
             except subprocess.TimeoutExpired:
-                say('      {} so far: {}'.format(spell(time.monotonic() - began), progress(log)))
+                tail = output()[-4096:]
+                # A compiler's count if there is one, else the last line.
+                progress = (re.findall(r'\[\d+/\d+\]', tail) or tail.split('\n')[-2:] or [''])[-1]
+                say(f'      {time.monotonic() - began:.0f} s so far: {progress[:90]}')
     except BaseException:
         # Including its child processes.
         for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(5)
         raise
-    with open(log, 'rb') as stream:
-        stream.seek(start)
-        output = stream.read().decode(errors='replace')
     if process.returncode:
-        raise StepFailed(output)
-    return output
+        raise StepFailed(output())
+    return output()
 
 
 class Setup:
@@ -177,15 +153,10 @@ class Setup:
     """
 
     def __init__(self, venv, stack, same_python=False, run=run_logged, environ=os.environ):
-        self.venv = os.path.abspath(venv)
-        self.stack = stack
-        self.same_python = same_python
-        self.run = run
-        self.state_folder = os.path.join(self.venv, '.setup')
-        self.state_file = os.path.join(self.state_folder, 'state.json')
+        self.venv, self.stack, self.same_python, self.run = os.path.abspath(venv), stack, same_python, run
+        self.folder = os.path.join(self.venv, '.setup')
+        self.log = os.path.join(self.folder, 'setup.log')
         self.python = os.path.join(self.venv, 'bin', 'python')
-        self.log = os.path.join(self.state_folder, 'setup.log')
-        self.lock = None
         # Ninja and the other tools are in the environment's bin, and nothing may come from outside it.
         self.environ = {name: value for name, value in environ.items() if name not in ('PYTHONPATH', 'PYTHONHOME')}
         self.environ['PATH'] = os.path.join(self.venv, 'bin') + os.pathsep + environ.get('PATH', os.defpath)
@@ -198,113 +169,88 @@ class Setup:
         ours = any(os.path.exists(os.path.join(self.venv, name)) for name in ('pyvenv.cfg', '.setup'))
         if os.path.lexists(self.venv) and not ours and not (os.path.isdir(self.venv) and not os.listdir(self.venv)):
             raise SetupError(
-                '{} exists and is no virtual environment; remove it or name another folder with VENV=...'.format(
-                    self.venv
-                )
+                f'{self.venv} exists and is no virtual environment; remove it or name another folder with VENV=...'
             )
-        os.makedirs(self.state_folder, exist_ok=True)
-        with open(os.path.join(self.state_folder, 'lock'), 'w') as self.lock:
+        os.makedirs(self.folder, exist_ok=True)
+        with open(os.path.join(self.folder, 'lock'), 'w') as lock:
             try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                say('Another set-up of {} is running; waiting for it to end'.format(self.venv))
-                fcntl.flock(self.lock, fcntl.LOCK_EX)
-            return self._complete()
+                say(f'Another set-up of {self.venv} is running; waiting for it to end')
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            return self._complete(os.path.join(self.folder, 'state.json'))
 
-    def _complete(self):
+    def _complete(self, state_file):
         state = {}
-        with contextlib.suppress(OSError, ValueError), open(self.state_file) as stream:
+        with contextlib.suppress(OSError, ValueError), open(state_file) as stream:
             state = json.load(stream)
-        if state.get('stack', self.stack) != self.stack:
+        held = state.get('stack', self.stack)
+        if held != self.stack:
             raise SetupError(
-                '{} holds the {} packages, and {} ones go by the same names; use another folder, for '
-                'example VENV=.venv-{}'.format(self.venv, state['stack'], self.stack, self.stack)
+                f'{self.venv} holds the {held} packages, and {self.stack} ones go by the same names; use another '
+                f'folder, for example VENV=.venv-{self.stack}'
             )
         version, running = self._version(), '{}.{}'.format(*sys.version_info[:2])
-        if version is None:
-            state = {}
-        elif self.same_python and version != running:
+        if version and self.same_python and version != running:
             raise SetupError(
-                '{} has Python {}, and PYTHON is {}; remove the folder, or use another with VENV=...'.format(
-                    self.venv, version, running
-                )
+                f'{self.venv} has Python {version}, and PYTHON is {running}; remove the folder, or use another with '
+                'VENV=...'
             )
-        stamps = state.setdefault('stamps', {})
-        steps = self.steps()
-        key, due = '{} {}'.format(self.stack, version or running), []
-        for step in steps:
-            name, _, _, inputs = step
+        stamps = state.get('stamps', {}) if version else {}
+        steps, key, due = self.steps(), f'{self.stack} {version or running}', []
+        for number, (name, title, action, inputs) in enumerate(steps, 1):
             key = hashlib.sha256('\0'.join([key, name, *inputs]).encode()).hexdigest()
-            if stamps.get(name) != key or (name == 'ops' and not self._ops_in_place()):
-                due.append((step, key))
+            if stamps.get(name) != key or (name == 'package' and not self._ops_in_place()):
+                due.append((number, name, title, action, key))
         if not due:
             return []
         self._check_machine(new=version is None)
-        with open(self.log, 'w'):
-            pass
-        say('Setting up {} ({} packages); the log is {}'.format(self.venv, self.stack, self.log))
+        open(self.log, 'w').close()
+        say(f'Setting up {self.venv} ({self.stack} packages); the log is {self.log}')
         began = time.monotonic()
-        for step, key in due:
-            name, title, action, _ = step
-            say('[{}/{}] {}'.format(steps.index(step) + 1, len(steps), title))
+        for number, name, title, action, key in due:
+            say(f'[{number}/{len(steps)}] {title}')
             step_began = time.monotonic()
             try:
                 action()
             except StepFailed as failure:
-                raise SetupError(title.partition(':')[0] + ': ' + diagnose(failure.args[0], self.log)) from None
-            say('      done in {}'.format(spell(time.monotonic() - step_began)))
+                raise SetupError(f'{title.partition(":")[0]}: {diagnose(failure.args[0], self.log)}') from None
+            say(f'      done in {time.monotonic() - step_began:.0f} s')
             stamps[name] = key
-            with open(self.state_file + '.new', 'w') as stream:
-                json.dump(dict(state, stack=self.stack), stream, indent=1)
-            os.replace(self.state_file + '.new', self.state_file)
-        say('Set-up complete in {}.'.format(spell(time.monotonic() - began)))
-        return [step[0] for step, _ in due]
+            with open(state_file + '.new', 'w') as stream:
+                json.dump({'stack': self.stack, 'stamps': stamps}, stream, indent=1)
+            os.replace(state_file + '.new', state_file)
+        say(f'Set-up complete in {time.monotonic() - began:.0f} s.')
+        return [name for _, name, *_ in due]
 
     def steps(self):
         """Name, title, action and inputs of each step, in order; a change of an input makes it due, and all later."""
-        pins = [self._content('requirements/constraints.txt'), self._content('requirements/{}.txt'.format(self.stack))]
+
+        def content(*names):
+            return [open(os.path.join(ROOT, name), encoding='utf-8').read() for name in names]
+
+        def pip(*arguments):
+            return lambda: self._pip(*arguments)
+
+        stack, mmcv = f'requirements/{self.stack}.txt', STACKS[self.stack][-1]
+        base = ['requirements/build.txt', 'requirements/base.txt']
+        pins = content('requirements/constraints.txt', stack)
         settings = [self.environ.get(name, '') for name in ('CXX', 'FORCE_CUDA', 'TORCH_CUDA_ARCH_LIST')]
+        of_torch = pip('-r', base[0], '-r', base[1], 'torchvision')
+        of_libraries = pip('--no-build-isolation', '-r', stack, '-r', 'requirements/dev.txt')
+        of_package = pip('--no-build-isolation', '--no-deps', '--verbose', '--editable', '.')
+        sources = content('pyproject.toml', 'setup.py', 'cuda_ops/_build.py')
         return [
-            ('venv', 'virtual environment: a few seconds', self._make_venv, []),
-            (
-                'tools',
-                'build tools: a few seconds',
-                lambda: self._pip('-r', 'requirements/build.txt'),
-                [pins[0], self._content('requirements/build.txt')],
-            ),
-            (
-                'torch',
-                'torch and torchvision: half a minute to several, by the network',
-                lambda: self._pip('-r', 'requirements/base.txt', 'torchvision', 'setuptools'),
-                [pins[0], self._content('requirements/base.txt')],
-            ),
+            ('venv', 'virtual environment', self._make_venv, []),
+            ('torch', 'torch and build tools: by the network', of_torch, [pins[0], *content(*base)]),
             (
                 'mmcv',
-                '{}: compiled here, since its authors publish no binary for this torch; some minutes, or seconds '
-                'where pip has kept the result of an earlier set-up'.format(STACKS[self.stack][-1]),
+                f'{mmcv}: compiled here for some minutes, or taken from what pip has kept of an earlier set-up',
                 self._install_mmcv,
                 [*pins, str(nvcc_version(self.environ))],
             ),
-            (
-                'libraries',
-                'detection, segmentation and classification libraries, and test tools: half a minute',
-                lambda: self._pip(
-                    '--no-build-isolation', '-r', 'requirements/{}.txt'.format(self.stack), '-r', 'requirements/dev.txt'
-                ),
-                [*pins, self._content('requirements/dev.txt')],
-            ),
-            (
-                'ops',
-                'the ops, compiled: about a minute',
-                lambda: self._python('setup.py', 'build_ext', '--inplace'),
-                [self._content('cuda_ops/_build.py'), *settings],
-            ),
-            (
-                'package',
-                'this package: a few seconds',
-                lambda: self._pip('--no-build-isolation', '--no-deps', '--verbose', '--editable', '.'),
-                [self._content('pyproject.toml'), self._content('setup.py'), ROOT],
-            ),
+            ('libraries', 'host libraries and test tools', of_libraries, [*pins, *content('requirements/dev.txt')]),
+            ('package', 'this package, its ops compiled: about a minute', of_package, [*sources, *settings, ROOT]),
         ]
 
     def _check_machine(self, new):
@@ -312,7 +258,11 @@ class Setup:
         if new:
             check_python(sysconfig.get_paths()['include'])
         # torch looks for c++, and setuptools for the compiler Python was built with, wherever else there is one.
-        self.environ['CXX'] = ' '.join(find_compiler(self.environ))
+        build = load_build()
+        try:
+            self.environ['CXX'] = ' '.join(build.find_compiler(self.environ))
+        except build.BuildError as error:
+            raise SetupError(str(error)) from None
         if not shutil.which((sysconfig.get_config_var('CC') or 'cc').split()[0], path=self.environ['PATH']):
             self.environ.setdefault('CC', self.environ['CXX'])
 
@@ -322,50 +272,16 @@ class Setup:
         for name in set(os.listdir(self.venv)) - {'.setup'}:
             path = os.path.join(self.venv, name)
             os.remove(path) if os.path.islink(path) or not os.path.isdir(path) else shutil.rmtree(path)
-        self.run([sys.executable, '-m', 'venv', self.venv], self.log, self.environ, (self.lock.fileno(),))
+        self.run([sys.executable, '-m', 'venv', self.venv], self.log, self.environ)
 
     def _install_mmcv(self):
         mmengine, mmcv = STACKS[self.stack]
         self._pip(mmengine)
         use_cuda = self._cuda_for_mmcv()
-        environ = dict(self.environ, CXX=self._mmcv_compiler())
-        environ.setdefault('MAX_JOBS', str(compile_jobs()))
-        if not use_cuda:
-            environ['CUDA_VISIBLE_DEVICES'] = ''
+        environ = dict(self.environ, CXX=self._mmcv_compiler(), **({} if use_cuda else {'CUDA_VISIBLE_DEVICES': ''}))
+        memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9
+        environ.setdefault('MAX_JOBS', str(max(1, min(os.cpu_count() or 1, int(memory / GIGABYTES_PER_JOB)))))
         self._pip('--no-build-isolation', '--verbose', mmcv, environ=environ)
-        self._replace_opencv()
-        try:
-            self._python('-c', CHECK_MMCV, str(int(use_cuda)))
-        except StepFailed:
-            say('      the {} that pip had kept was compiled for something else; compiling it again'.format(mmcv))
-            self._pip(
-                '--no-build-isolation',
-                '--verbose',
-                '--no-cache-dir',
-                '--force-reinstall',
-                '--no-deps',
-                mmcv,
-                environ=environ,
-            )
-            self._python('-c', CHECK_MMCV, str(int(use_cuda)))
-        shutil.rmtree(os.path.join(self.state_folder, 'headers'))
-
-    def _mmcv_compiler(self):
-        """Write a script that compiles as the compiler does, torch's header once for all files; return its path."""
-        compiler = shlex.split(self.environ['CXX'])
-        folder, script = (os.path.join(self.state_folder, name) for name in ('headers', 'mmcv-c++'))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.makedirs(folder)
-        kind = subprocess.run([*compiler, '--version'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
-        # Clang's compiled headers are asked for in another way.
-        header = '' if b'clang' in kind else 'torch/types.h'
-        command = [sys.executable, os.path.join(ROOT, 'tools', 'mmcv_compiler.py'), folder, header, *compiler, '--']
-        with open(script, 'w') as stream:
-            stream.write('#!/bin/sh\nexec {} "$@"\n'.format(' '.join(map(shlex.quote, command))))
-        os.chmod(script, 0o755)
-        return script
-
-    def _replace_opencv(self):
         try:
             self._python('-c', 'import cv2')
         except StepFailed as failure:
@@ -373,6 +289,28 @@ class Setup:
                 raise
             say("      OpenCV's windows need system libraries that are missing here (libGL); taking the build without")
             self._pip('--force-reinstall', '--no-deps', 'opencv-python-headless')
+        try:
+            self._python('-c', CHECK_MMCV, str(int(use_cuda)))
+        except StepFailed:
+            say(f'      the {mmcv} that pip had kept was compiled for something else; compiling it again')
+            self._pip('--no-build-isolation', '--verbose', *ANEW, mmcv, environ=environ)
+            self._python('-c', CHECK_MMCV, str(int(use_cuda)))
+        shutil.rmtree(os.path.join(self.folder, 'headers'))
+
+    def _mmcv_compiler(self):
+        """Write a script that compiles as the compiler does, torch's header once for all files; return its path."""
+        compiler = shlex.split(self.environ['CXX'])
+        headers, script = (os.path.join(self.folder, name) for name in ('headers', 'mmcv-c++'))
+        shutil.rmtree(headers, ignore_errors=True)
+        os.makedirs(headers)
+        kind = subprocess.run([*compiler, '--version'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
+        # Clang's compiled headers are asked for in another way.
+        header = '' if b'clang' in kind else 'torch/types.h'
+        command = [sys.executable, os.path.join(ROOT, 'tools', 'mmcv_compiler.py'), headers, header, *compiler, '--']
+        with open(script, 'w') as stream:
+            stream.write(f'#!/bin/sh\nexec {" ".join(map(shlex.quote, command))} "$@"\n')
+        os.chmod(script, 0o755)
+        return script
 
     def _cuda_for_mmcv(self):
         """Return whether mmcv can be compiled for the GPU; if a GPU exists, print why not."""
@@ -383,88 +321,40 @@ class Setup:
         found = nvcc_version(self.environ)
         if found and found.partition('.')[0] == wanted.partition('.')[0]:
             return True
+        toolkit = f'the CUDA toolkit is version {found}' if found else 'no CUDA toolkit (nvcc)'
         say(
-            '      There is a GPU, but {}: mmcv is compiled for the CPU alone. To train detectors on the GPU, install '
-            'the CUDA toolkit {} and run this again.'.format(
-                'the CUDA toolkit is version {}'.format(found) if found else 'no CUDA toolkit (nvcc)', wanted
-            )
+            f'      There is a GPU, but {toolkit}: mmcv is compiled for the CPU alone. To train detectors on the GPU, '
+            f'install the CUDA toolkit {wanted} and run this again.'
         )
         return False
 
     def _ops_in_place(self):
         """Return whether the compiled library matches these sources and the installed torch."""
         folder = os.path.join(ROOT, 'cuda_ops')
-        spec = importlib.util.spec_from_file_location('cuda_ops_build', os.path.join(folder, '_build.py'))
-        build = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = build
-        spec.loader.exec_module(build)
         try:
             with open(os.path.join(folder, '_build_info.json')) as stream:
                 info = json.load(stream)
             (version,) = glob.glob(os.path.join(glob.escape(self.venv), 'lib/python3*/site-packages/torch/version.py'))
             with open(version) as stream:
-                torch = "__version__ = '{}'\n".format(info.get('torch')) in stream.read()
+                fits = f"__version__ = '{info.get('torch')}'\n" in stream.read()
         except (OSError, ValueError):
             return False
-        return (
-            torch and os.path.exists(os.path.join(folder, '_C.so')) and info.get('source_hash') == build.source_hash()
-        )
+        library = os.path.join(folder, '_C.so')
+        return fits and os.path.exists(library) and info.get('source_hash') == load_build().source_hash()
 
     def _version(self):
         """Version of the environment's Python, such as 3.11; None where it or its pip does not run."""
-        ask = 'import pip, sys; print(*sys.version_info[:2], sep=".")'
+        ask = [self.python, '-c', 'import pip, sys; print(*sys.version_info[:2], sep=".")']
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            return subprocess.check_output(
-                [self.python, '-c', ask], stderr=subprocess.DEVNULL, env=self.environ, universal_newlines=True
-            ).strip()
+            return subprocess.check_output(ask, stderr=subprocess.DEVNULL, env=self.environ).decode().strip()
         return None
 
     def _pip(self, *arguments, environ=None):
-        command = [
-            self.python,
-            '-m',
-            'pip',
-            'install',
-            '--no-user',
-            '--no-input',
-            '--disable-pip-version-check',
-            '--progress-bar',
-            'off',
-            '-c',
-            'requirements/constraints.txt',
-            '-c',
-            'requirements/{}.txt'.format(self.stack),
-        ]
-        return self.run([*command, *arguments], self.log, environ or self.environ, (self.lock.fileno(),))
+        pins = ['-c', 'requirements/constraints.txt', '-c', f'requirements/{self.stack}.txt']
+        return self._python(*PIP, *pins, *arguments, environ=environ)
 
-    def _python(self, *arguments):
-        return self.run([self.python, *arguments], self.log, self.environ, (self.lock.fileno(),))
-
-    def _content(self, name):
-        with open(os.path.join(ROOT, name), encoding='utf-8') as stream:
-            return stream.read()
-
-
-CHECK_MMCV = (
-    'import sys, mmcv.ops; built = mmcv.ops.get_compiling_cuda_version(); '
-    'sys.exit(sys.argv[1] == "1" and built == "not available")'
-)
-
-
-def nvcc_version(environ):
-    """Return the CUDA toolkit's version, such as 13.0, of CUDA_HOME or on the path, or None."""
-    home = environ.get('CUDA_HOME')
-    nvcc = shutil.which('nvcc', path=os.path.join(home, 'bin') if home else environ.get('PATH'))
-    output = subprocess.check_output([nvcc, '--version']).decode() if nvcc else ''
-    found = re.search(r'release (\d+\.\d+)', output)
-    return found and found.group(1)
-
-
-def compile_jobs():
-    """Return the number of parallel compilers: one per core, limited by memory."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9
-    return max(1, min(cores, int(memory / GIGABYTES_PER_JOB)))
+    def _python(self, *arguments, environ=None):
+        return self.run([self.python, *arguments], self.log, environ or self.environ)
 
 
 def interrupt(number, frame):
@@ -484,16 +374,16 @@ def main(argv=None):
             raise SetupError('Linux or macOS is needed; on Windows use its Linux subsystem (WSL)')
         if sys.version_info[:2] < MINIMUM_PYTHON:
             raise SetupError(
-                'Python 3.10 or newer is needed, and {} is Python {}.{}; install a newer one and name it, '
-                'for example `make PYTHON=python3.12 ...`'.format(sys.executable, *sys.version_info[:2])
+                'Python 3.10 or newer is needed, and {} is Python {}.{}; install a newer one and name it, for example '
+                '`make PYTHON=python3.12 ...`'.format(sys.executable, *sys.version_info[:2])
             )
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, interrupt)
         if not Setup(arguments.venv, arguments.stack, arguments.this_python).complete():
-            say('Set-up is up to date: {}'.format(arguments.venv))
+            say(f'Set-up is up to date: {arguments.venv}')
     except (SetupError, OSError) as error:
-        print('error: {}'.format(error), file=sys.stderr)
+        print(f'error: {error}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print('\nThe set-up was interrupted; the same command carries on where it stopped.', file=sys.stderr)

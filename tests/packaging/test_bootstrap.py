@@ -60,18 +60,9 @@ def test_no_compiler_is_one_line_before_anything_is_made(root, tmp_path):
     assert not (tmp_path / 'env' / 'bin').exists()
 
 
-def test_old_compiler_is_one_line(root, tmp_path):
-    (tmp_path / 'bin').mkdir()
-    compiler = tmp_path / 'bin' / 'c++'
-    compiler.write_text('#!/bin/sh\nexit 1\n')
-    compiler.chmod(0o755)
-    finished = command_line(root, '--venv', str(tmp_path / 'env'), PATH=f'{tmp_path}/bin:/usr/bin:/bin')
-    assert_one_line(finished, 'cannot compile C++17', 'install a newer one')
-
-
-def test_missing_compiler_in_cxx_is_named(bootstrap):
-    with pytest.raises(bootstrap.SetupError, match='looked for icpx'):
-        bootstrap.find_compiler({'PATH': os.environ['PATH'], 'CXX': 'icpx -O2'})
+def test_missing_compiler_in_cxx_is_named(root, tmp_path):
+    finished = command_line(root, '--venv', str(tmp_path / 'env'), CXX='icpx -O2')
+    assert_one_line(finished, 'looked for icpx')
 
 
 @pytest.mark.parametrize('module', ['venv', 'ensurepip'])
@@ -216,7 +207,7 @@ def test_interrupted_command_ends_with_all_it_started(bootstrap, tmp_path, monke
 
 # The steps, with commands that only pretend
 
-STEPS = ['venv', 'tools', 'torch', 'mmcv', 'libraries', 'ops', 'package']
+STEPS = ['venv', 'torch', 'mmcv', 'libraries', 'package']
 
 
 def make_venv(folder):
@@ -242,7 +233,7 @@ class Pretender:
         self.failures = {}
         self.answers = {'torch.cuda.is_available': 'False None'}
 
-    def __call__(self, argv, log, environ, keep=()):
+    def __call__(self, argv, log, environ):
         text = ' '.join(argv)
         self.commands.append((text, environ))
         for part, exceptions in self.failures.items():
@@ -252,7 +243,7 @@ class Pretender:
             make_venv(argv[-1])
         if 'requirements/base.txt' in text:
             self.install_torch(argv[0], '2.13.0+cpu')
-        if 'build_ext' in text:
+        if '--editable' in text:
             package = Path(self.bootstrap.ROOT, 'cuda_ops')
             (package / '_C.so').write_text('')
             info = {'torch': self.torch, 'source_hash': self.build.source_hash(package / 'csrc')}
@@ -310,7 +301,7 @@ def test_second_run_runs_nothing(complete, run):
 
 
 @pytest.mark.parametrize(
-    'part', [' -m venv ', 'requirements/base.txt', '--verbose mmcv', 'requirements/dev.txt', 'build_ext']
+    'part', [' -m venv ', 'requirements/base.txt', '--verbose mmcv', 'requirements/dev.txt', '--editable']
 )
 def test_interrupted_run_carries_on(complete, run, part):
     run.failures[part] = [KeyboardInterrupt()]
@@ -334,7 +325,7 @@ def test_changed_pins_are_installed(complete, checkout):
     complete()
     with (checkout / 'requirements' / 'dev.txt').open('a') as stream:
         stream.write('another\n')
-    assert complete() == ['libraries', 'ops', 'package']
+    assert complete() == ['libraries', 'package']
     with (checkout / 'requirements' / 'constraints.txt').open('a') as stream:
         stream.write('another==1\n')
     assert complete() == STEPS[1:]
@@ -349,14 +340,14 @@ def test_ops_are_compiled_again_where_they_fit_no_longer(complete, run, checkout
         run.install_torch(str(checkout / '.venv' / 'bin' / 'python'), '2.14.0')
     else:
         (checkout / 'cuda_ops' / {'library': '_C.so', 'record': '_build_info.json'}[change]).unlink()
-    assert complete() == ['ops']
+    assert complete() == ['package']
     assert complete() == []
 
 
 def test_options_of_the_build_are_followed(complete):
     complete()
     environ = dict(os.environ, FORCE_CUDA='0', TORCH_CUDA_ARCH_LIST='9.0')
-    assert complete(environ=environ) == ['ops', 'package']
+    assert complete(environ=environ) == ['package']
 
 
 def test_broken_environment_is_made_anew(complete, checkout):
@@ -421,7 +412,7 @@ def test_mmcv_is_compiled_with_its_own_compiler(complete, run, checkout):
     state = checkout / '.venv' / '.setup'
     compilers = {environ['CXX'] for text, environ in run.commands if ' mmcv' in text and 'pip install' in text}
     assert compilers == {f'{state}/mmcv-c++'}
-    assert {environ['CXX'] for text, environ in run.commands if 'build_ext' in text} == {'g++ -v'}
+    assert {environ['CXX'] for text, environ in run.commands if '--editable' in text} == {'g++ -v'}
     assert (state / 'mmcv-c++').read_text().endswith(f'{state}/headers torch/types.h g++ -v -- "$@"\n')
     assert os.access(state / 'mmcv-c++', os.X_OK)
     assert not (state / 'headers').exists()
@@ -491,4 +482,4 @@ def test_second_set_up_waits_for_the_first(complete, run, checkout, capsys):
         assert 'waiting' in capsys.readouterr().out
         fcntl.flock(lock, fcntl.LOCK_UN)
     second.join(30)
-    assert not second.is_alive() and run.ran('build_ext')
+    assert not second.is_alive() and run.ran('--editable')
