@@ -11,7 +11,7 @@ site-packages = $(1) -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 given = $(filter command environment,$(firstword $(origin $(1))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow tools lint format docs kernels runtimes wheel abi clean
+.PHONY: help setup demo test test-slow tools lint format docs kernels runtimes wheel abi matrix clean
 
 help:
 	@echo 'make demo      set up, then train, evaluate and show a small model (DEMO_ARGS, FAMILY, TASK are passed on)'
@@ -22,6 +22,7 @@ help:
 	@echo 'make runtimes  compile the scans as operators of onnxruntime and OpenVINO, into build/runtimes'
 	@echo 'make wheel     build and check dist/*.whl for every Python and every torch from 2.10 on (FORCE_CUDA=1: with CUDA kernels)'
 	@echo 'make abi       compile the bindings against the headers of torch 2.1 to 2.15 (VERSIONS="2.4.1 2.13.0")'
+	@echo 'make matrix    build from source beside versions of torch and test there (VERSIONS="2.4.1 2.13.0", PYTHON=python3.12)'
 	@echo 'make setup     make or complete the environment alone'
 	@echo 'make lint      set up, then check format, style and types alone'
 	@echo 'make format    set up, then put Python, C++ and CUDA sources into the form that make lint checks'
@@ -81,6 +82,9 @@ wheel: setup
 
 abi:
 	@$(PYTHON) tools/abi_check.py $(VERSIONS)
+
+matrix:
+	@$(PYTHON) tools/matrix.py $(VERSIONS) $(MATRIX_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info cuda_ops/_C.so* cuda_ops/_build_info.json* .mypy_cache .pytest_cache .ruff_cache

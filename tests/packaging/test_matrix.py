@@ -1,0 +1,58 @@
+"""What ``make matrix`` tests other versions of torch with."""
+
+import ctypes
+import importlib.util
+import subprocess
+
+import pytest
+
+from tests.missing_libraries import missing
+
+
+@pytest.fixture
+def cuda_stubs(root):
+    spec = importlib.util.spec_from_file_location('cuda_stubs', root / 'tools' / 'cuda_stubs.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def link(source: str, output, *flags) -> None:
+    command = ['gcc', '-shared', '-fPIC', '-x', 'c', '-', '-x', 'none', *map(str, flags), '-o', str(output)]
+    subprocess.run(command, input=source, text=True, check=True)
+
+
+def test_stand_ins_let_torch_s_libraries_load_and_find_no_device(cuda_stubs, tmp_path):
+    """With symbols of one version each, of none, and of a library that lies beside them, which stays as it is."""
+    folder = tmp_path / 'lib'
+    folder.mkdir()
+    (tmp_path / 'versions').write_text('libcudart.so.99 { global: *; };\n')
+    script = f'-Wl,--version-script={tmp_path / "versions"}'
+    link('int cudaCount(void) { return 7; }', tmp_path / 'libcudart.so.99', '-Wl,-soname,libcudart.so.99', script)
+    link('int ncclCount(void) { return 7; }', tmp_path / 'libnccl.so.9', '-Wl,-soname,libnccl.so.9')
+    link('int nvOwn(void) { return 7; }', folder / 'libnvown.so', '-Wl,-soname,libnvown.so')
+    link(
+        'int cudaCount(void); int ncclCount(void); int nvOwn(void);'
+        'int cuda(void) { return cudaCount(); } int nccl(void) { return ncclCount(); }'
+        'int own(void) { return nvOwn(); }',
+        folder / 'libtorch_cuda.so',
+        tmp_path / 'libcudart.so.99',
+        tmp_path / 'libnccl.so.9',
+        folder / 'libnvown.so',
+        '-Wl,-rpath,$ORIGIN',
+    )
+    with pytest.raises(OSError, match='libcudart.so.99'):
+        ctypes.CDLL(str(folder / 'libtorch_cuda.so'))
+    assert cuda_stubs.make_stand_ins(folder) == ['libcudart.so.99', 'libnccl.so.9']
+    library = ctypes.CDLL(str(folder / 'libtorch_cuda.so'))
+    assert (library.cuda(), library.nccl(), library.own()) == (100, 100, 7)
+
+
+def test_only_a_library_that_is_not_installed_skips_a_test():
+    wanted = ModuleNotFoundError("No module named 'mmdet.apis'", name='mmdet.apis')
+    assert missing(wanted) == 'mmdet'
+    assert missing(ModuleNotFoundError("No module named 'cuda_op'", name='cuda_op')) is None
+    assert missing(ImportError('mmdet is broken', name='mmdet')) is None
+    wrapped = RuntimeError('it does not work')
+    wrapped.__cause__ = wanted
+    assert missing(wrapped) == 'mmdet' and missing(RuntimeError()) is None and missing(None) is None

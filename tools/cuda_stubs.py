@@ -1,0 +1,59 @@
+"""Stand-ins for the CUDA libraries that torch's wheels for Linux are linked with, so that its CPU part can be tested.
+
+Those libraries take 2 to 3 GB, and a machine without a GPU uses none of them but to be told so. A stand-in has the name
+and the symbols that torch asks for. Each of its functions returns 100, CUDA's code for "no device"; with a GPU, too.
+"""
+
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+CUDA_LIBRARY = re.compile(r'lib(cu|nv|nccl)')
+CUDA_FUNCTION = re.compile(r'(__)?(cu|nv|nccl)')
+# As readelf ends a line: section, name, version.
+SYMBOL = re.compile(r' (UND|\d+) ([\w.]+)(?:@+([\w.]+))?(?: \(\d+\))?$', re.MULTILINE)
+NO_DEVICE = 100
+
+
+def missing_symbols(folder: Path) -> dict[str, set[str]]:
+    """Return what torch's libraries in a folder take from CUDA's: the symbols by the library's name.
+
+    Where a symbol bears no version, its library is unknown, and it is listed for all of them.
+    """
+    files = sorted(folder.glob('*.so*'))
+    names: set[str] = set()
+    symbols, own = defaultdict(set), set()
+    for file in files:
+        output = subprocess.run(['readelf', '-dW', '--dyn-syms', file], capture_output=True, text=True).stdout
+        names |= {name for name in re.findall(r'\(NEEDED\).*\[(.+)\]', output) if CUDA_LIBRARY.match(name)}
+        for section, symbol, version in SYMBOL.findall(output):
+            if CUDA_FUNCTION.match(symbol):
+                symbols[version].add(symbol) if section == 'UND' else own.add(symbol)
+    bundled = {file.name for file in files}
+    return {name: symbols[name] | symbols[''] - own for name in sorted(names - bundled)}
+
+
+def make_stand_ins(folder: Path) -> list[str]:
+    """Compile the stand-ins into the folder of torch's libraries, and return their names.
+
+    Raises:
+        RuntimeError: if there is no readelf, or gcc does not compile one.
+    """
+    made = missing_symbols(folder)
+    for name, symbols in made.items():
+        functions = ''.join(f'int {symbol}(void) {{ return {NO_DEVICE}; }}\n' for symbol in sorted(symbols))
+        versions = folder / f'{name}.versions'
+        versions.write_text(f'{name} {{ global: *; }};\n')
+        flags = ['-shared', '-fPIC', '-fno-builtin', '-w', f'-Wl,-soname,{name}', f'-Wl,--version-script={versions}']
+        command = ['gcc', *flags, '-x', 'c', '-', '-o', str(folder / name)]
+        result = subprocess.run(command, input=functions, capture_output=True, text=True)
+        versions.unlink()
+        if result.returncode:
+            raise RuntimeError(f'gcc makes no {name}: {result.stderr.strip()[-300:]}')
+    return list(made)
+
+
+if __name__ == '__main__':
+    print(*make_stand_ins(Path(sys.argv[1]) / 'lib'), sep='\n')
