@@ -1,5 +1,7 @@
 """The C++ compiler that ``tools/bootstrap.py`` gives pip for mmcv: without debugging information, and with torch's
-headers compiled once instead of in each of 77 files. Code generation is the compiler's own; see ``precompile``.
+headers compiled once instead of in each of 77 files. Code generation is the compiler's own; see ``precompile``. mmcv
+asks for C++17, and torch's headers for C++20 from 2.14 on; where they do not compile as C++17, the files are taken as
+C++20.
 
     python mmcv_compiler.py FOLDER HEADER COMPILER... -- ARGUMENTS
 
@@ -34,6 +36,11 @@ def shared_flags(arguments):
     return flags if sources == 1 and '-c' in arguments else None
 
 
+def with_standard(arguments):
+    """Return the arguments with C++20 in the place of C++17."""
+    return ['-std=c++20' if argument == '-std=c++17' else argument for argument in arguments]
+
+
 def precompile(folder, header, compiler, flags):
     """Return the header to include first, precompiled for exactly these flags, or None if that fails.
 
@@ -66,6 +73,10 @@ def main(folder, header, *rest):
     if flags is not None:
         command.append('-g0')
         precompiled = precompile(folder, header, compiler, flags) if header else None
+        if header and not precompiled and with_standard(flags) != flags:
+            precompiled = precompile(folder, header, compiler, with_standard(flags))
+            if precompiled:
+                command = with_standard(command)
         if precompiled:
             # A warning in the log shows if the compiler does not use it.
             command += ['-Winvalid-pch', '-include', precompiled]

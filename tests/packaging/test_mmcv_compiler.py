@@ -77,6 +77,16 @@ def test_header_is_compiled_once_and_used_and_the_code_is_the_same(compile_file,
     assert 'a.cpp' in (tmp_path / 'a.d').read_text()
 
 
+def test_headers_of_cxx20_raise_the_standard_and_others_do_not(compile_file, tmp_path):
+    """torch 2.14's headers stop the compiler at any older standard, and mmcv 2.1.0 asks for C++17."""
+    header = tmp_path / 'types.h'
+    header.write_text('#if __cplusplus < 202002L\n#error C++20 is needed\n#endif\n#include <vector>\n')
+    (tmp_path / 'a.cpp').write_text(f'#include "{header}"\n#include <vector>\n')
+    assert takes_header(compile_file(header=header.name, flags=f'{FLAGS} -I{tmp_path}'), tmp_path)
+    (tmp_path / 'a.cpp').write_text('static_assert(__cplusplus < 202002L);\n')
+    compile_file()
+
+
 def test_other_flags_have_a_header_of_their_own(compile_file, tmp_path):
     assert takes_header(compile_file(), tmp_path)
     assert takes_header(compile_file(FLAGS + ' -DMORE=1 -fPIC'), tmp_path)
@@ -95,7 +105,8 @@ def test_interrupted_header_is_made_anew(compile_file, tmp_path):
 def test_header_that_fails_is_tried_once_and_done_without(compile_file, tmp_path):
     for _ in range(2):
         assert not takes_header(compile_file(header='no/such/header.h'), tmp_path)
-    assert len(list((tmp_path / 'headers').glob('*.failed'))) == 1
+    # Once as C++17, once as C++20.
+    assert len(list((tmp_path / 'headers').glob('*.failed'))) == 2
 
 
 def test_folder_that_cannot_be_written_is_done_without(compile_file, tmp_path):
