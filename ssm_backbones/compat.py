@@ -56,6 +56,7 @@ def apply_patches() -> None:
     if INSTALLED:
         _patch_mmseg_bases()
         _patch_mmpretrain_multimodal()
+        _patch_bounds_of_mmcv()
 
 
 @functools.cache
@@ -99,6 +100,34 @@ def _patch_mmpretrain_multimodal() -> None:
     _after_import('mmpretrain.utils.dependency', leave_out_multimodal)
 
 
+@functools.cache
+def _patch_bounds_of_mmcv() -> None:
+    """Let mmdet 3.3 and mmseg 1.2 be imported beside mmcv 2.2.
+
+    They require a version below 2.2.0 of mmcv, which was released after them, and what they use of it is as in 2.1.
+    While their ``__init__`` runs, which does nothing but compare versions, mmcv says that it is 2.1.0.
+    """
+    version = _version('mmcv')
+    if version is None or not version.startswith('2.2.'):
+        return
+
+    @contextlib.contextmanager
+    def as_mmcv_2_1(library: str) -> Iterator[None]:
+        mmcv = importlib.import_module('mmcv')
+        mmcv.__version__ = '2.1.0'  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            mmcv.__version__ = version  # type: ignore[attr-defined]
+        logger.warning(
+            '%s asks for mmcv below 2.2.0 and runs with mmcv %s, since ssm_backbones lets it.', library, version
+        )
+
+    for library in ('mmdet', 'mmseg'):
+        if library not in sys.modules:
+            sys.meta_path.insert(0, _ImportObserver(library, functools.partial(as_mmcv_2_1, library)))
+
+
 def _version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)
@@ -107,22 +136,41 @@ def _version(distribution: str) -> str | None:
 
 
 class _ImportObserver(importlib.abc.MetaPathFinder):
-    """Finds one module as the import system does, and calls a function with it once it has been executed."""
+    """Finds one module as the import system does, and has it executed within a context.
 
-    def __init__(self, name: str, function: Callable[[ModuleType], None]) -> None:
+    Args:
+        name: The module's.
+        context: Called before the module is executed.
+        function: Called with the module afterwards.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        context: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        function: Callable[[ModuleType], None] = lambda module: None,
+    ) -> None:
         self.name = name
+        self.context = context
         self.function = function
+        self.searching = False
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self.name:
+        # A library is often looked for without being imported.
+        if fullname != self.name or self.searching:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self.searching = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.searching = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
-                execute(module)
+                sys.meta_path.remove(self)
+                with self.context():
+                    execute(module)
                 self.function(module)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
@@ -134,7 +182,7 @@ def _after_import(name: str, function: Callable[[ModuleType], None]) -> None:
     if name in sys.modules:
         function(sys.modules[name])
     else:
-        sys.meta_path.insert(0, _ImportObserver(name, function))
+        sys.meta_path.insert(0, _ImportObserver(name, function=function))
 
 
 @functools.cache

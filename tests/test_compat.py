@@ -153,6 +153,27 @@ def test_mmseg_of_another_distribution_is_found_by_its_module(monkeypatch) -> No
     assert MODULE2PACKAGE['mmseg'] == 'mmseg'
 
 
+@pytest.mark.parametrize('library', ['mmdet', 'mmseg'])
+def test_mmcv_2_2_is_taken_by_libraries_that_ask_for_less(library, monkeypatch, caplog) -> None:
+    if importlib.metadata.packages_distributions().get('mmcv') != ['mmcv']:
+        pytest.skip("the fork's libraries go together")
+    importlib.import_module(library)
+    monkeypatch.setattr('mmcv.__version__', '2.2.0')
+    monkeypatch.setattr(compat, '_version', lambda name: '2.2.0')
+    monkeypatch.setattr(sys, 'meta_path', list(sys.meta_path))
+    monkeypatch.delitem(sys.modules, library)
+    with pytest.raises(AssertionError, match='MMCV==2.2.0 is used but incompatible'):
+        importlib.import_module(library)
+    with caplog.at_level('WARNING', logger='ssm_backbones.compat'):
+        compat._patch_bounds_of_mmcv.__wrapped__()
+        assert importlib.util.find_spec(library) is not None and not caplog.messages
+        importlib.import_module(library)
+    assert sys.modules['mmcv'].__version__ == '2.2.0'
+    assert caplog.messages == [
+        f'{library} asks for mmcv below 2.2.0 and runs with mmcv 2.2.0, since ssm_backbones lets it.'
+    ]
+
+
 def eighths(*shape):
     """Numbers that every type holds."""
     return torch.randint(8, shape) / 8
