@@ -17,6 +17,8 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
+from cuda_ops import _torch_compat
+
 Arguments = Sequence[Any]
 _TWICE = (
     'the scans have no second derivatives: {} is not differentiable in {}. Compute within '
@@ -49,8 +51,7 @@ def register(
     results = len(operator._schema.returns)
 
     def call_kernel(keyset: Any, arguments: Arguments) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+        return _torch_compat.call_below_autograd(operator, keyset, arguments)
 
     class Node(_SingleLevelFunction):
         @staticmethod
@@ -96,7 +97,7 @@ def register(
             for output, tangent in zip(outputs, tangents, strict=True)
         )
 
-    library.impl(name, kernel, 'Autograd', with_keyset=True)
+    _torch_compat.register_autograd_kernel(library, name, kernel)
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cuda_ops._torch_compat import autocast_dtype, is_compiling
+
 _CAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = (*_CAST_DTYPES, torch.float64)
 
@@ -89,9 +91,9 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
     device_type = tensors[0].device.type
     # Asking is an error for a device without autocast, such as meta; and torch.compile cannot ask which have it before
     # torch 2.7.
-    if device_type not in ('cpu', 'cuda') or not torch.is_autocast_enabled(device_type):
+    dtype = autocast_dtype(device_type) if device_type in ('cpu', 'cuda') else None
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device_type)
     return tuple(value.to(dtype) if value is not None and value.dtype in _CAST_DTYPES else value for value in tensors)
 
 
@@ -100,7 +102,7 @@ def decay_rates(A: Tensor, name: str = 'A') -> None:
 
     Where values may not be known, while something traces operations or maps over them, nothing is checked.
     """
-    if A.device.type != 'cpu' or not A.numel() or torch.compiler.is_compiling():
+    if A.device.type != 'cpu' or not A.numel() or is_compiling():
         return
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from cuda_ops._build import parse_release
+from cuda_ops._torch_compat import OutOfMemoryError, is_compiling, register_flop_formula
 
 _PACKAGE = Path(__file__).parent
 LIBRARY_PATH = _PACKAGE / '_C.so'
@@ -126,24 +126,20 @@ def define(library: torch.library.Library, schema: str) -> None:
     library.define(schema)
 
 
-# torch.cuda.OutOfMemoryError before torch 2.5.
-_OutOfMemoryError: type[RuntimeError] = getattr(torch, 'OutOfMemoryError', torch.cuda.OutOfMemoryError)
-
-
 def call(operator: Callable, *arguments: Any) -> Any:
     """Call an operator, and raise PyTorch's OutOfMemoryError where memory runs out: the stable ABI loses its type.
 
     Raises:
         OutOfMemoryError of PyTorch: If a tensor of the result, or scratch memory, cannot be allocated.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return operator(*arguments)
     try:
         return operator(*arguments)
     except RuntimeError as error:
         if 'cuda_ops: out of memory' not in str(error):
             raise
-        raise _OutOfMemoryError(str(error)) from None
+        raise OutOfMemoryError(str(error)) from None
 
 
 def serve(library: torch.library.Library, references: Mapping[str, Callable]) -> None:
@@ -170,9 +166,7 @@ def count_flops(name: str, formula: Callable[..., int]) -> None:
     def counted_twice(*shapes: Any, **kwargs: Any) -> int:
         return 2 * formula(*shapes, **kwargs)
 
-    operator = getattr(torch.ops.cuda_ops, name)
-    # torch 2.4 registers the overloads alone, and then looks for the operator.
-    flop_registry[operator] = register_flop_formula(operator)(counted_twice)
+    register_flop_formula(getattr(torch.ops.cuda_ops, name), counted_twice)
 
 
 _announced_devices: set[str] = set()

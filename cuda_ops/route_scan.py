@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cuda_ops import _autograd, _checks, _library, _reference_mode, route_reference
+from cuda_ops import _autograd, _checks, _library, _reference_mode, _torch_compat, route_reference
 from cuda_ops.route_reference import COLUMN, COLUMN_REVERSED, ROW, ROW_REVERSED, state_dtype
 
 _LIBRARY = torch.library.Library('cuda_ops', 'FRAGMENT')
@@ -132,12 +132,12 @@ def _empty_gradients(
     )
 
 
-@torch.library.register_fake('cuda_ops::route_scan')
+@_torch_compat.register_fake(_LIBRARY, 'route_scan')
 def _(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus, chunk, delta_weight=None):
     return _empty_outputs(x, A, routes, per_line, chunk)
 
 
-@torch.library.register_fake('cuda_ops::route_scan_backward')
+@_torch_compat.register_fake(_LIBRARY, 'route_scan_backward')
 def _(
     grad_output,
     grad_last,

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cuda_ops import _autograd, _checks, _library, _reference_mode, wavefront_reference
+from cuda_ops import _autograd, _checks, _library, _reference_mode, _torch_compat, wavefront_reference
 from cuda_ops.route_reference import state_dtype
 
 _LIBRARY = torch.library.Library('cuda_ops', 'FRAGMENT')
@@ -117,12 +117,12 @@ def _empty_gradients(
     )
 
 
-@torch.library.register_fake('cuda_ops::wavefront_scan')
+@_torch_compat.register_fake(_LIBRARY, 'wavefront_scan')
 def _(x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D, reverse, chunk):
     return _empty_outputs(x, A_top, chunk)
 
 
-@torch.library.register_fake('cuda_ops::wavefront_scan_backward')
+@_torch_compat.register_fake(_LIBRARY, 'wavefront_scan_backward')
 def _(grad_output, x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D, states, checkpoints, reverse, chunk):
     return _empty_gradients(x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D)
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from ssm_backbones.checkpoints.download import download, is_url
 from ssm_backbones.checkpoints.errors import CheckpointError
 from ssm_backbones.utils.files import atomic_file
-from ssm_backbones.utils.torch_compat import allow_in_checkpoints
+from ssm_backbones.utils.torch_compat import allow_in_checkpoints, allowed_in_checkpoints, load_weights
 
 # Trainers derived from Swin and timm store their settings with the weights. Neither class runs code on loading; CfgNode
 # is read as a plain dict. They are allowed permanently, because loads can be nested.
@@ -100,7 +100,7 @@ def _read(path: Path, name: str) -> dict[str, Any]:
     _check_start(start, name)
     try:
         _check_archive(path, name)
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        checkpoint = load_weights(path)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
@@ -162,10 +162,7 @@ def _check_archive(path: Path, name: str) -> None:
 
 
 def _explain_refusal(path: Path, name: str) -> str:
-    allowed = {
-        entry[1] if isinstance(entry, tuple) else f'{entry.__module__}.{entry.__qualname__}'
-        for entry in torch.serialization.get_safe_globals()
-    }
+    allowed = allowed_in_checkpoints()
     asked = next(
         (
             found

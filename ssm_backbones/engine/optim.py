@@ -18,8 +18,9 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ssm_backbones.backbones.base import SSMBackbone
 from ssm_backbones.compat import let_losses_take_bfloat16, let_mmcv_take_bfloat16
+from ssm_backbones.utils.torch_compat import AnyRMSNorm
 
-_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, AnyRMSNorm)
 _RATES_AND_GAINS = ('A_log', 'D', 'dt_bias', 'scale')
 _EMBEDDINGS = ('pos_embed', 'cls_token')
 _OPTIONS = (

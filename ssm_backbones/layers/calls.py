@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules import module as torch_module
+
+from ssm_backbones.utils.torch_compat import has_any_global_hook, is_compiling
 
 # Evaluated once, because torch.compile cannot trace this call.
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
@@ -35,11 +36,11 @@ def is_unobserved(layer: Any, kind: type[nn.Module]) -> bool:
         return False
     if not all(value is None or type(value) in (nn.Parameter, Tensor) for value in (layer.weight, layer.bias)):
         return False
-    if torch.compiler.is_compiling() or kind is nn.Conv1d:
+    if is_compiling() or kind is nn.Conv1d:
         return True
     return not (
         torch.jit.is_tracing()
-        or torch_module._has_any_global_hook()
+        or has_any_global_hook()
         or _ORIGINALS != (nn.Module.__call__, nn.Linear.forward, nn.Conv1d.forward, F.linear, F.conv1d)
     )
 
@@ -99,7 +100,7 @@ def apply_conv(layer: Any, x: Tensor) -> Tensor:
     reordered to match it: the map is copied to the weight's layout.
     """
     images = x.permute(0, 3, 1, 2)
-    if type(layer) is nn.Conv2d and isinstance(x, Tensor) and not torch.compiler.is_compiling():
+    if type(layer) is nn.Conv2d and isinstance(x, Tensor) and not is_compiling():
         if x.device.type == 'cpu' and layer.weight.is_contiguous() and layer.weight.numel() >= 2 * x.numel():
             images = images.contiguous()
     # A backend may return another layout; otherwise contiguous() costs nothing.

@@ -1,40 +1,56 @@
-"""Compatibility with PyTorch 2.4 and later.
+"""Compatibility with PyTorch 2.1 and later.
 
-No other module of the package uses a function that torch 2.4 does not have.
+No other module of the package uses a function that torch 2.1 does not have; ``cuda_ops`` has a module of its own. ONNX
+export alone needs torch 2.6, and says so.
 """
 
 from __future__ import annotations
 
+import os
+import pickle
+import zipfile
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
-# torch.cuda.OutOfMemoryError before torch 2.5.
-OutOfMemoryError: type[RuntimeError] = getattr(torch, 'OutOfMemoryError', torch.cuda.OutOfMemoryError)
+from cuda_ops._torch_compat import RELEASE, OutOfMemoryError, is_compiling
+
+__all__ = ['OutOfMemoryError', 'RMSNorm', 'is_compiling', 'release']
+_LISTS_GLOBALS = hasattr(torch.serialization, 'add_safe_globals')
+# What allow_in_checkpoints allowed, where torch keeps no list (before 2.4).
+_ALLOWED: dict[str, Any] = {}
 _is_exporting: Callable[[], bool] | None = getattr(torch.compiler, 'is_exporting', None)
+_has_any_global_hook: Callable[[], bool] | None = getattr(torch_module, '_has_any_global_hook', None)
 
 
 def is_exporting() -> bool:
     """Return whether ``torch.export`` is tracing the program, like ``torch.compiler.is_exporting`` of torch 2.7.
 
-    Before 2.7, only a trace with ``strict=False`` can be distinguished from ``torch.compile``.
+    Before 2.7, only a trace with ``strict=False`` can be distinguished from ``torch.compile``, and before 2.3 none.
     """
     if _is_exporting is not None:
         return _is_exporting()
-    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    if not hasattr(torch.compiler, 'is_dynamo_compiling'):
+        return False
+    return is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 def allow_in_checkpoints(allowed: Mapping[str, Any]) -> None:
     """Allow classes and functions in ``torch.load(weights_only=True)`` permanently, under the given names.
 
-    Since torch 2.6 they stay allowed when other code leaves a ``torch.serialization.safe_globals`` block that lists
-    the same class.
+    Before torch 2.4, which takes none, :func:`load_weights` alone allows them. Since torch 2.6 they stay allowed when
+    other code leaves a ``torch.serialization.safe_globals`` block that lists the same class.
 
     Args:
         allowed: Maps the full name in the file to the class or function that is used for it.
     """
+    if not _LISTS_GLOBALS:
+        _ALLOWED.update(allowed)
+        return
     named: list[Any] = [(thing, name) for name, thing in allowed.items()]
     if _takes_names():
         torch.serialization.add_safe_globals(named)
@@ -43,19 +59,101 @@ def allow_in_checkpoints(allowed: Mapping[str, Any]) -> None:
         torch.serialization.add_safe_globals([_renamed(thing, name) for thing, name in named])
 
 
+def allowed_in_checkpoints() -> set[str]:
+    """Return the names of what was allowed in checkpoints, by this package or by others."""
+    if not _LISTS_GLOBALS:
+        return set(_ALLOWED)
+    return {
+        entry[1] if isinstance(entry, tuple) else f'{entry.__module__}.{entry.__qualname__}'
+        for entry in torch.serialization.get_safe_globals()
+    }
+
+
+def load_weights(path: str | os.PathLike[str]) -> Any:
+    """Read a checkpoint onto the CPU by ``torch.load(weights_only=True)``, or what serves for it before torch 2.4.
+
+    Raises:
+        pickle.UnpicklingError: If it holds more than tensors, plain values and what was allowed.
+        Exception: Whatever damaged bytes raise.
+    """
+    if _LISTS_GLOBALS:
+        return torch.load(path, map_location='cpu', weights_only=True)
+    with open(path, 'rb') as stream:
+        is_program = zipfile.is_zipfile(stream) and 'constants.pkl' in {
+            name.rpartition('/')[2] for name in zipfile.ZipFile(stream).namelist()
+        }
+    if is_program:
+        raise RuntimeError('it is a TorchScript archive, which holds a program')
+    return torch.load(path, map_location='cpu', pickle_module=_WeightsOnly('weights_only'), weights_only=False)
+
+
+class _Refused(pickle.UnpicklingError):
+    """A checkpoint asks for what is not allowed; other errors of that class are those of damaged files."""
+
+
+class _Unpickler(pickle.Unpickler):
+    """Finds what ``weights_only=True`` of torch 2.1 to 2.3 finds, and what was allowed."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        from torch._weights_only_unpickler import _get_allowed_globals
+
+        known = _ALLOWED | _get_allowed_globals()
+        if f'{module}.{name}' not in known:
+            raise _Refused(f'unsupported global: {module}.{name}')
+        return known[f'{module}.{name}']
+
+    def load(self) -> Any:
+        try:
+            return super().load()
+        except _Refused:
+            raise
+        except pickle.UnpicklingError as error:
+            raise EOFError(str(error)) from error
+
+
+class _WeightsOnly(ModuleType):
+    """Stands for the module ``pickle`` in ``torch.load``."""
+
+    Unpickler = _Unpickler
+
+    @staticmethod
+    def load(file: Any, **options: Any) -> Any:
+        return _Unpickler(file, **options).load()
+
+
 def set_recompile_limit(limit: int) -> None:
     """Set how many graphs ``torch.compile`` may compile for one function."""
     config = torch._dynamo.config
     setattr(config, 'recompile_limit' if hasattr(config, 'recompile_limit') else 'cache_size_limit', limit)
 
 
+def has_any_global_hook() -> bool:
+    """Return whether a hook for all modules is set."""
+    if _has_any_global_hook is not None:
+        return _has_any_global_hook()
+    kinds = ('forward', 'forward_pre', 'backward', 'backward_pre')
+    return any(getattr(torch_module, f'_global_{kind}_hooks') for kind in kinds)
+
+
 def release() -> tuple[int, int]:
     """Return the major and minor version of PyTorch."""
-    major, minor = torch.__version__.split('.')[:2]
-    return int(major), int(minor)
+    return RELEASE
 
 
-class Float32RMSNorm(nn.RMSNorm):
+class _LastDimensionNorm(nn.Module):
+    """What of ``nn.RMSNorm``, which came with torch 2.4, the backbones use: the parameter and the arguments."""
+
+    def __init__(self, normalized_shape: int, eps: float, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.normalized_shape = (normalized_shape,)
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(normalized_shape, device=device, dtype=dtype))
+
+
+AnyRMSNorm: type[Any] = getattr(nn, 'RMSNorm', _LastDimensionNorm)
+
+
+class Float32RMSNorm(AnyRMSNorm):
     """Compute ``RMSNorm`` in float32, as PyTorch's own does from 2.6 on.
 
     Before, the gradient of small float16 values is NaN: a power of the root overflows.
@@ -63,11 +161,12 @@ class Float32RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (..., C); the result has the dtype of x, or of the weight where that is wider."""
-        normalised = nn.functional.rms_norm(x.float(), self.normalized_shape, None, self.eps).to(x.dtype)
+        values = x.float()
+        normalised = (values * torch.rsqrt(values.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
         return normalised if self.weight is None else normalised * self.weight
 
 
-RMSNorm: type[nn.RMSNorm] = nn.RMSNorm if release() >= (2, 6) else Float32RMSNorm
+RMSNorm: type[Any] = nn.RMSNorm if release() >= (2, 6) else Float32RMSNorm
 
 
 def _takes_names() -> bool:

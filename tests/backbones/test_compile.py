@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from ssm_backbones import V2M, Mamba2D, VMamba
+from tests.versions import since_torch_2_4
+
+pytestmark = since_torch_2_4
 
 # Each scanning block once, and Mamba2D's in both directions: the graph of more of them is longer, and no other.
 NAMES = {

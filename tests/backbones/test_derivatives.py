@@ -10,6 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cuda_ops
 from ssm_backbones import V2M, Mamba2D, VMamba
+from tests.versions import since_torch_2_4
+
+pytestmark = since_torch_2_4
 
 MAKE = {
     'VMamba': lambda **options: VMamba('test', **options),

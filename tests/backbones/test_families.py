@@ -9,6 +9,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 
 from ssm_backbones import V2M, Mamba2D, VMamba
+from tests.versions import needs_float16, since_torch_2_4
 
 SMALL = {
     'vmamba': (VMamba, 'test'),
@@ -202,6 +203,7 @@ def test_checkpointing_changes_memory_and_nothing_else(name, size):
     ),
 )
 def test_autocast(name, options, dtype):
+    needs_float16(dtype)
     model = build(name, **options)
     x = torch.randn(2, 3, 48, 32)
     expected = model(x)
@@ -230,6 +232,7 @@ def test_autocast(name, options, dtype):
     ),
 )
 def test_whole_models_of_other_dtypes(name, options, dtype):
+    needs_float16(dtype)
     model = build(name, **options)
     x = torch.randn(1, 3, 64, 48)
     expected = model(x)[0]
@@ -238,6 +241,7 @@ def test_whole_models_of_other_dtypes(name, options, dtype):
     assert (output.float() - expected).square().mean().sqrt() < 0.1
 
 
+@since_torch_2_4
 @pytest.mark.parametrize(
     ('family', 'arch', 'options', 'sizes'),
     [

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import openvino
 import pytest
 import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -71,6 +70,8 @@ def test_backbones(backbone) -> None:
 
 def check_openvino(model, path, shape) -> None:
     """The same numbers in OpenVINO."""
+    import openvino  # which `make matrix` does without
+
     core = openvino.Core()
     # Without a hint it computes in bfloat16 where the processor does.
     compiled = core.compile_model(core.read_model(path), 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})

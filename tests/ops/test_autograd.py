@@ -10,6 +10,7 @@ from torch import Tensor
 import cuda_ops
 from tests.ops.helpers import differentiate
 from tests.ops.route_cases import Case, Cross, Factors, Lines, Sequence, case_id, decay_rates, normal
+from tests.versions import since_torch_2_4
 
 SMALL = (
     Sequence(1, 4, 5, 2, B=2, C=4, z=True),
@@ -113,12 +114,14 @@ CONFIGURATIONS = {
 }
 
 
+@since_torch_2_4
 @pytest.mark.parametrize('name', CONFIGURATIONS)
 def test_operator_passes_opcheck(name: str) -> None:
     arguments = operator_arguments(**CONFIGURATIONS[name])
     torch.library.opcheck(torch.ops.cuda_ops.route_scan.default, arguments)
 
 
+@since_torch_2_4
 @pytest.mark.parametrize('with_last', (False, True), ids=('output', 'output-and-state'))
 @pytest.mark.parametrize('name', [name for name in CONFIGURATIONS if 'inference' not in name])
 def test_backward_operator_passes_opcheck(name: str, with_last: bool) -> None:

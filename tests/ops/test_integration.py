@@ -16,6 +16,7 @@ from cuda_ops.route_scan import route_scan_flops
 from cuda_ops.wavefront_scan import wavefront_scan_flops
 from tests.ops.helpers import DTYPES, TOLERANCES, dtype_name
 from tests.ops.route_cases import Case, Cross, Factors, Lines, OperatorFactors, Sequence, case_id
+from tests.versions import needs_float16, since_torch_2_4
 
 CASES = (
     Sequence(2, 6, 9, 2, B=2, z=True),
@@ -34,6 +35,7 @@ def outputs_of(case: Case, inputs: dict[str, Tensor | None]) -> tuple[Tensor, ..
 @pytest.mark.parametrize('dtype', (torch.bfloat16, torch.float16), ids=dtype_name)
 @pytest.mark.parametrize('case', CASES, ids=case_id)
 def test_autocast_gives_its_dtype_and_float32_gradients(case: Case, dtype: torch.dtype) -> None:
+    needs_float16(dtype)
     inputs = {name: value if value is None else value.float().requires_grad_() for name, value in case.inputs().items()}
     expected = outputs_of(case, inputs)
     with torch.autocast('cpu', dtype):
@@ -66,6 +68,7 @@ def test_autocast_brings_mixed_inputs_together() -> None:
 @pytest.mark.parametrize('case', CASES, ids=case_id)
 def test_dtypes_of_outputs_and_gradients(case: Case, dtype: torch.dtype) -> None:
     """The output has the map's dtype, the state at least float32's precision, and a gradient its input's dtype."""
+    needs_float16(dtype)
     # Parameters may come in the map's dtype as well.
     for parameters in {dtype, torch.float32, torch.float64}:
         inputs = {
@@ -112,6 +115,7 @@ def block_inputs(height: int, width: int, channels: int = 8) -> list[Tensor]:
     return [value.requires_grad_() for value in values]
 
 
+@since_torch_2_4
 @pytest.mark.parametrize(
     ('function', 'backend', 'sizes'),
     (

@@ -14,6 +14,9 @@ from cuda_ops import route_reference, wavefront_reference
 from tests.ops.helpers import differentiate, relative_error
 from tests.ops.route_cases import Case, Cross, Factors, Lines, Sequence, case_id
 from tests.ops.wavefront_cases import Wavefront, loop
+from tests.versions import since_torch_2_4
+
+pytestmark = since_torch_2_4
 
 CASES = (
     Cross(2, 3, 5, 3, 2),

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import cuda_ops
 from tests.ops.helpers import DTYPES, TOLERANCES, differentiate, dtype_name, rounded, run_python
 from tests.ops.wavefront_cases import CASES, MAPS, PARAMETERS, Wavefront, loop
+from tests.versions import since_torch_2_4
 
 EXACT = dict(rtol=1e-12, atol=1e-12)
 SCAN = torch.ops.cuda_ops.wavefront_scan
@@ -176,11 +177,13 @@ CONFIGURATIONS = {
 }
 
 
+@since_torch_2_4
 @pytest.mark.parametrize('name', CONFIGURATIONS)
 def test_operator_passes_opcheck(name: str) -> None:
     torch.library.opcheck(SCAN.default, operator_arguments(*CONFIGURATIONS[name]))
 
 
+@since_torch_2_4
 @pytest.mark.parametrize('name', [name for name in CONFIGURATIONS if name != 'inference'])
 def test_backward_operator_passes_opcheck(name: str) -> None:
     case, chunk, dtype, _ = CONFIGURATIONS[name]
@@ -241,6 +244,7 @@ def user(x: Tensor, weight: Tensor, A_log: Tensor, D: Tensor) -> Tensor:
     return cuda_ops.wavefront_scan(y, delta_left, delta_top, A[1], A[0], B_left, B_top, C, reverse=True)
 
 
+@since_torch_2_4
 @pytest.mark.parametrize(
     ('backend', 'sizes'),
     (
