@@ -38,7 +38,7 @@ class BuildOps(build_ext):
     def run(self):
         try:
             ops.build(self._package(), ROOT / 'build' / 'ops')
-        except ops.BuildError as error:
+        except (ops.BuildError, OSError) as error:
             sys.exit(f'error: {error}')
 
     def get_outputs(self):

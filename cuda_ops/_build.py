@@ -616,15 +616,21 @@ def exclusive(path: Path) -> Iterator[None]:
 
 
 def _install(library: Path, info: Mapping[str, object], package: Path) -> None:
-    """Put library and record in place, never a record beside a library that it does not describe."""
+    """Put library and record in place, never a record beside a library that it does not describe.
+
+    Where there is no space for them, what is there stays as it is.
+    """
     package.mkdir(parents=True, exist_ok=True)
     record = package / INFO_NAME
-    record.unlink(missing_ok=True)
-    # A running process may have the old library mapped: replace the file, do not write into it.
-    fresh = package / f'{LIBRARY_NAME}.{os.getpid()}'
-    shutil.copyfile(library, fresh)
-    fresh.chmod(0o755)
-    fresh.replace(package / LIBRARY_NAME)
-    fresh_record = package / f'{INFO_NAME}.{os.getpid()}'
-    fresh_record.write_text(json.dumps(info, indent=2) + '\n')
-    fresh_record.replace(record)
+    fresh, fresh_record = (package / f'{name}.{os.getpid()}' for name in (LIBRARY_NAME, INFO_NAME))
+    try:
+        shutil.copyfile(library, fresh)
+        fresh.chmod(0o755)
+        fresh_record.write_text(json.dumps(info, indent=2) + '\n')
+        record.unlink(missing_ok=True)
+        # A running process may have the old library mapped: replace the file, do not write into it.
+        fresh.replace(package / LIBRARY_NAME)
+        fresh_record.replace(record)
+    finally:
+        fresh.unlink(missing_ok=True)
+        fresh_record.unlink(missing_ok=True)

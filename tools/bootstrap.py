@@ -127,7 +127,7 @@ def run_logged(argv, log, environ):
             except subprocess.TimeoutExpired:
                 tail = output()[-4096:]
                 # A compiler's count if there is one, else the last line.
-                progress = (re.findall(r'\[\d+/\d+\]', tail) or tail.split('\n')[-2:] or [''])[-1]
+                progress = (re.findall(r'\[\d+/\d+\]', tail) or [tail.strip().rpartition('\n')[2]])[-1]
                 say(f'      {time.monotonic() - began:.0f} s so far: {progress[:90]}')
     except BaseException:
         # Including its child processes.

@@ -354,13 +354,26 @@ def test_record_never_describes_another_library(build, tmp_path, monkeypatch):
     assert json.loads((package / '_build_info.json').read_text()) == {'torch': '1'}
     assert sorted(path.name for path in package.iterdir()) == ['_C.so', '_build_info.json']
 
-    def fail(*arguments):
-        raise OSError('disk full')
+    def full(source, target):
+        Path(target).write_bytes(b'n')
+        raise OSError(28, 'No space left on device', str(target))
 
-    monkeypatch.setattr(build.shutil, 'copyfile', fail)
-    with pytest.raises(OSError, match='disk full'):
+    library.write_bytes(b'newer')
+    with monkeypatch.context() as patched:
+        patched.setattr(build.shutil, 'copyfile', full)
+        with pytest.raises(OSError, match='No space left'):
+            build._install(library, {'torch': '2'}, package)
+    assert (package / '_C.so').read_bytes() == b'new'
+    assert json.loads((package / '_build_info.json').read_text()) == {'torch': '1'}
+    assert sorted(path.name for path in package.iterdir()) == ['_C.so', '_build_info.json']
+
+    def interrupted(path, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build.Path, 'replace', interrupted)
+    with pytest.raises(KeyboardInterrupt):
         build._install(library, {'torch': '2'}, package)
-    assert not (package / '_build_info.json').exists()
+    assert [path.name for path in package.iterdir()] == ['_C.so']
 
 
 @pytest.mark.skipif(
