@@ -7,10 +7,11 @@ is done here.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,10 +28,13 @@ from ssm_backbones.checkpoints.files import read_checkpoint
 from ssm_backbones.compat import let_mmcv_take_bfloat16, name_unreadable_files
 from ssm_backbones.data_check import as_table, check_data, error_message
 from ssm_backbones.engine.checkpoint_hook import LoadCheckpointHook
+from ssm_backbones.engine.checkpoint_saving import remove_partial_files, save_atomically
 from ssm_backbones.engine.cpu_distributed import CPUDistributedDataParallel
 from ssm_backbones.engine.half_precision import return_float32
+from ssm_backbones.engine.randomness import ResumableRandomnessHook
 from ssm_backbones.engine.resuming import CheckResumedHook
 from ssm_backbones.utils.errors import CommandError
+from ssm_backbones.utils.files import locked
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +107,20 @@ def train(options: TrainOptions) -> Runner:
     """
     cfg = load_config(options.config, options.cfg_options)
     _set_work_dir(cfg, options.config, options.work_dir)
+    with contextlib.ExitStack() as stack:
+        # Before its checkpoints are looked at, which another training may be replacing. A new folder is made only once
+        # nothing is wrong.
+        new = not os.path.isdir(cfg.work_dir)
+        if not new:
+            stack.enter_context(_alone_in(cfg.work_dir, options.launcher))
+        message = _prepare_training(cfg, options)
+        if new:
+            stack.enter_context(_alone_in(cfg.work_dir, options.launcher))
+        return _train(cfg, message)
+
+
+def _prepare_training(cfg: Config, options: TrainOptions) -> str:
+    """Apply the options, check everything that can be checked before, and return a line for the log."""
     if options.amp:
         _enable_amp(cfg)
     if not torch.cuda.is_available():
@@ -116,12 +134,23 @@ def train(options: TrainOptions) -> Runner:
     check_paths(cfg, ('train', 'val'))
     check_init_cfg(cfg.model)
     start = cfg.get('load_from')
-    _check_start(start, 'load_from' if options.resume is None else '--resume' if cfg.resume else 'load_from')
+    checkpoint = _check_start(
+        start, 'load_from' if options.resume is None else '--resume' if cfg.resume else 'load_from'
+    )
+    if cfg.get('resume'):
+        _take_seed(cfg, checkpoint)
     if options.check:
         _check_data(cfg, ('train', 'val'), options.launcher)
     _prepare_launch(cfg, options.launcher)
+    return message
+
+
+def _train(cfg: Config, message: str) -> Runner:
+    start = cfg.get('load_from')
     with name_unreadable_files():
         runner = _build_runner(cfg)
+        save_atomically(runner)
+        runner.register_hook(ResumableRandomnessHook())
         if message:
             runner.logger.info(message)
         if start is not None:
@@ -175,10 +204,25 @@ def test(options: TestOptions) -> dict[str, float]:
 test.__test__ = False  # type: ignore[attr-defined]
 
 
+def _is_first_process(launcher: str) -> bool:
+    rank = {'none': '0', 'pytorch': 'RANK', 'slurm': 'SLURM_PROCID', 'mpi': 'OMPI_COMM_WORLD_RANK'}[launcher]
+    return os.environ.get(rank, '0') == '0'
+
+
+@contextlib.contextmanager
+def _alone_in(work_dir: str, launcher: str) -> Iterator[None]:
+    """Keep other trainings out of a work dir, and remove what a killed one left half-written."""
+    if not _is_first_process(launcher):
+        yield
+        return
+    with locked(work_dir, 'training', 'work_dir'):
+        remove_partial_files(work_dir)
+        yield
+
+
 def _check_data(cfg: Config, modes: tuple[str, ...], launcher: str) -> None:
     """Check the data in the first process of a run, and log what is no error."""
-    rank = {'none': '0', 'pytorch': 'RANK', 'slurm': 'SLURM_PROCID', 'mpi': 'OMPI_COMM_WORLD_RANK'}[launcher]
-    if os.environ.get(rank, '0') != '0':
+    if not _is_first_process(launcher):
         return
     findings = check_data(cfg, modes)
     message = error_message(findings)
@@ -259,22 +303,29 @@ def _choose_start(cfg: Config, resume: str | None) -> str:
     if resume is None and (not cfg.get('resume') or cfg.get('load_from') is not None):
         return ''
     record = Path(cfg.work_dir, 'last_checkpoint')
-    cfg.resume = record.is_file()
-    if not cfg.resume:
-        unrecorded = [path for kind in ('epoch', 'iter') for path in record.parent.glob(f'{kind}_*.pth')]
-        if unrecorded:
-            raise CommandError(
-                f'There is no {record} to resume from, but checkpoints, which a new training would overwrite. Go on '
-                f'from the latest with --resume {max(unrecorded, key=os.path.getmtime)}, or name another work dir.'
-            )
+    named = record.read_text(encoding='utf-8').strip() if record.is_file() else ''
+    if not named:
+        latest = _latest_checkpoint(record.parent)
+        cfg.resume = latest is not None
+        if latest is not None:
+            # A training that was killed between the two wrote the checkpoint and not the record. Starting anew would
+            # overwrite it.
+            cfg.load_from = str(latest)
+            return f'{record} names no checkpoint; the latest one there, {latest}, is resumed from.'
         source = cfg.get('load_from')
         first = 'starts as the config says' if source is None else f'starts from load_from={source!r}'
         return f'There is no {record} to resume from: the training {first}.'
-    named = record.read_text(encoding='utf-8').strip()
+    cfg.resume = True
     cfg.load_from = _recorded_checkpoint(record, named)
     if os.path.realpath(cfg.load_from) == os.path.realpath(named):
         return ''
     return f'{record} names {named}; the file of that name beside it, {cfg.load_from}, is resumed from.'
+
+
+def _latest_checkpoint(work_dir: Path) -> Path | None:
+    """Return the checkpoint written last, of those that the runner writes while it trains."""
+    found = [path for kind in ('epoch', 'iter') for path in work_dir.glob(f'{kind}_*.pth')]
+    return max(found, key=os.path.getmtime, default=None)
 
 
 def _recorded_checkpoint(record: Path, named: str) -> str:
@@ -284,23 +335,31 @@ def _recorded_checkpoint(record: Path, named: str) -> str:
         CommandError: If the checkpoint does not exist.
     """
     beside = record.parent / Path(named).name
-    if named and beside.is_file():
+    if beside.is_file():
         return str(beside)
-    if named and ('://' in named or os.path.isfile(named)):
+    if '://' in named or os.path.isfile(named):
         return named
     others = sorted(record.parent.glob('*.pth'), key=os.path.getmtime)
     hint = f', the latest one there is {others[-1]}' if others else ''
     raise CommandError(
-        f'{record} {f"names {named}, which does not exist" if named else "is empty"}. Go on from another checkpoint '
-        f'with --resume PATH{hint}; or remove {record} to start a new training.'
+        f'{record} names {named}, which does not exist. Go on from another checkpoint '
+        f'with --resume PATH{hint}; or remove {record} to start from the latest one or anew.'
     )
 
 
-def _check_start(checkpoint: str | None, key: str) -> None:
+def _check_start(checkpoint: str | None, key: str) -> Mapping[str, Any]:
     """Read a local checkpoint, so that an unreadable one is rejected before anything is built."""
     check_checkpoint(checkpoint, key)
     if checkpoint is not None and '://' not in checkpoint:
-        read_checkpoint(checkpoint)
+        return read_checkpoint(checkpoint)
+    return {}
+
+
+def _take_seed(cfg: Config, checkpoint: Mapping[str, Any]) -> None:
+    """Take the seed that a training without one drew, which mmengine does only after the data's order is drawn."""
+    seed = (checkpoint.get('meta') or {}).get('seed')
+    if seed is not None and (cfg.get('randomness') or {}).get('seed') is None:
+        cfg.randomness = dict(cfg.get('randomness') or {}, seed=seed)
 
 
 def _parts_without_a_test(scope: str, tta: bool) -> tuple[str, ...]:

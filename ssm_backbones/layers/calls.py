@@ -17,6 +17,8 @@ from ssm_backbones.utils.torch_compat import has_any_global_hook, is_compiling
 
 # Evaluated once, because torch.compile cannot trace this call.
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
+_PLAIN = (nn.Parameter, Tensor)
+_PLAIN_OR_NONE = (*_PLAIN, type(None))
 _ORIGINALS = (nn.Module.__call__, nn.Linear.forward, nn.Conv1d.forward, F.linear, F.conv1d)
 
 
@@ -27,14 +29,18 @@ def is_unobserved(layer: Any, kind: type[nn.Module]) -> bool:
     neither ``torch.jit.trace`` records its calls nor somebody has replaced the functions that it would run. Then it is
     no adapter, quantised layer, parametrisation, or shard.
     """
-    if type(layer) is not kind or 'forward' in layer.__dict__:
+    if type(layer) is not kind:
         return False
+    # Read from the dict, since a lookup by nn.Module's __getattr__ would cost as much as a small layer.
+    own = layer.__dict__
+    if 'forward' in own:
+        return False
+    hooks = own['_forward_hooks'] or own['_forward_pre_hooks'] or own['_backward_hooks'] or own['_backward_pre_hooks']
     # Counters set hooks before they trace. They are to count causal convolutions as they run.
-    counted = kind is nn.Conv1d and torch.jit.is_tracing()
-    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    if hooks and not counted:
+    if hooks and not (kind is nn.Conv1d and torch.jit.is_tracing()):
         return False
-    if not all(value is None or type(value) in (nn.Parameter, Tensor) for value in (layer.weight, layer.bias)):
+    weights = own['_parameters']
+    if type(weights.get('weight')) not in _PLAIN or type(weights.get('bias')) not in _PLAIN_OR_NONE:
         return False
     if is_compiling() or kind is nn.Conv1d:
         return True
@@ -101,7 +107,7 @@ def apply_conv(layer: Any, x: Tensor) -> Tensor:
     """
     images = x.permute(0, 3, 1, 2)
     if type(layer) is nn.Conv2d and isinstance(x, Tensor) and not is_compiling():
-        if x.device.type == 'cpu' and layer.weight.is_contiguous() and layer.weight.numel() >= 2 * x.numel():
+        if x.device.type == 'cpu' and layer.weight.is_contiguous() and layer.weight.numel() >= 8 * x.numel():
             images = images.contiguous()
     # A backend may return another layout; otherwise contiguous() costs nothing.
     return layer(images).permute(0, 2, 3, 1).contiguous()

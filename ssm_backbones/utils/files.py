@@ -63,27 +63,34 @@ def file_name(id: str) -> str:
 
 
 @contextmanager
-def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold an exclusive lock on an export folder.
+def locked(folder: str | os.PathLike[str], what: str = 'export', parameter: str = 'out') -> Iterator[None]:
+    """Hold an exclusive lock on a folder, which is created.
+
+    The lock is this process's alone, not that of children that it forks: it ends with this process, however that ends.
+
+    Args:
+        folder: The folder.
+        what: What writes there, for messages.
+        parameter: What names the folder, for messages.
 
     Raises:
-        CommandError: If another export holds the lock, or the folder cannot be written.
+        CommandError: If another process holds the lock, or the folder cannot be written.
     """
-    with writing(folder):
+    with writing(folder, parameter):
         Path(folder).mkdir(parents=True, exist_ok=True)
         lock = open(Path(folder, '.lock'), 'w')
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CommandError(f'out {folder}: another export is writing there.') from None
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise CommandError(f'{parameter} {folder}: another {what} is writing there.') from None
         yield
 
 
 @contextmanager
-def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+def writing(path: str | os.PathLike[str], parameter: str = 'out') -> Iterator[None]:
     """Convert write errors to a :class:`CommandError` that names the folder or file."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise CommandError(f'out {path} cannot be written: {error}') from error
+        raise CommandError(f'{parameter} {path} cannot be written: {error}') from error

@@ -192,6 +192,7 @@ def started(monkeypatch) -> list[tuple]:
         def __init__(self, cfg) -> None:
             self.lines: list[str] = []
             self.logger = SimpleNamespace(info=self.lines.append)
+            self.hooks: list = []
             seen.append((cfg.resume, cfg.load_from, self.lines))
 
         def register_hook(self, hook) -> None:
@@ -215,7 +216,6 @@ def test_resume_without_anything_to_resume_starts_as_the_config_says(started, tr
     assert all('last_checkpoint to resume from' in run[2][0] for run in started)
     assert f'load_from={str(source)!r}' in started[0][2][0]
     # Once there is something, the config's own start no longer counts.
-    work_dir.mkdir()
     latest = work_dir / 'epoch_1.pth'
     torch.save(dict(state_dict={}), latest)
     (work_dir / 'last_checkpoint').write_text(str(latest))
@@ -245,29 +245,33 @@ def test_a_moved_work_dir_is_resumed_from_its_own_file(started, train, write_con
     assert started.pop() == (True, str(elsewhere), [])
 
 
-def test_checkpoints_without_a_record_are_not_trained_over(started, train, write_config, tmp_path) -> None:
+@pytest.mark.parametrize('record', [None, ''])
+def test_checkpoints_whose_record_a_kill_prevented_are_resumed_from(
+    record, started, train, write_config, tmp_path
+) -> None:
     torch.save(dict(state_dict={}), tmp_path / 'start.pth')
     train(write_config('mmpretrain'), tmp_path, resume='auto')
     assert started.pop()[:2] == (False, None)
     for name in ('iter_20.pth', 'iter_10.pth'):
         torch.save(dict(state_dict={}), tmp_path / name)
     os.utime(tmp_path / 'iter_10.pth', (0, 0))
-    with pytest.raises(CommandError, match='There is no .*last_checkpoint ') as failure:
-        train(write_config('mmpretrain'), tmp_path, resume='auto')
-    assert f'--resume {tmp_path / "iter_20.pth"}, ' in str(failure.value) and not started
+    if record is not None:
+        (tmp_path / 'last_checkpoint').write_text(record)
+    train(write_config('mmpretrain'), tmp_path, resume='auto')
+    resumed, checkpoint, (line,) = started.pop()
+    assert (resumed, checkpoint) == (True, str(tmp_path / 'iter_20.pth')) and checkpoint in line
 
 
-@pytest.mark.parametrize('named', ['/old/epoch_2.pth', ''])
-def test_a_record_without_its_file_names_the_way_on(named, started, train, write_config, tmp_path) -> None:
+def test_a_record_without_its_file_names_the_way_on(started, train, write_config, tmp_path) -> None:
     record = tmp_path / 'last_checkpoint'
-    record.write_text(named)
+    record.write_text('/old/epoch_2.pth')
     for name in ('epoch_1.pth', 'epoch_0.pth'):
         torch.save(dict(state_dict={}), tmp_path / name)
     os.utime(tmp_path / 'epoch_0.pth', (0, 0))
     with pytest.raises(CommandError) as failure:
         train(write_config('mmpretrain'), tmp_path, resume='auto')
     message = str(failure.value)
-    assert message.startswith(f'{record} ') and (named or 'is empty') in message
+    assert message.startswith(f'{record} names /old/epoch_2.pth')
     assert f'--resume PATH, the latest one there is {tmp_path / "epoch_1.pth"}' in message
     assert 'load_from' not in message and not started
     with pytest.raises(CommandError, match=r'^--resume: checkpoint /gone\.pth does not exist'):

@@ -33,3 +33,7 @@ def loss(model):
 def layers(model):
     """Every projection and convolution, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
+
+
+def blocks(model):
+    return [block for stage in model.stages for block in stage.blocks]

@@ -12,7 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 
 from ssm_backbones.utils.torch_compat import release
-from tests.pytorch_tools.models import FAMILIES, build, images, layers, loss
+from tests.pytorch_tools.models import FAMILIES, blocks, build, images, layers, loss
 
 pytestmark = pytest.mark.skipif(release() < (2, 6), reason='fully_shard is public since torch 2.6')
 
@@ -22,10 +22,6 @@ def group(tmp_path):
     dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-def blocks(model):
-    return [block for stage in model.stages for block in stage.blocks]
 
 
 @pytest.mark.parametrize('static_graph', [False, True])

@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+from torch import nn
 
 from ssm_backbones.flops import count_complexity, mmengine_handles, ptflops_handles, thop_handles
 from tests.pytorch_tools.models import FAMILIES, build, layers
@@ -21,7 +22,9 @@ def test_fvcore(name):
     model, image, expected = counted(name)
     analysis = fvcore.FlopCountAnalysis(model, image).set_op_handle(**mmengine_handles())
     assert analysis.unsupported_ops_warnings(False).total() == pytest.approx(expected.flops, rel=0.02)
-    assert not analysis.uncalled_modules() & set(layers(model))
+    # Causal convolutions are counted as they run, by the mixer.
+    uncalled = analysis.uncalled_modules() & set(layers(model))
+    assert all(type(model.get_submodule(key)) is nn.Conv1d for key in uncalled)
 
 
 @pytest.mark.parametrize('name', FAMILIES)
