@@ -190,30 +190,46 @@ def write_onnx(
         The opset's version and the number of operators.
     """
     from ssm_backbones.onnx_export import custom_ops as custom_scans
+    from ssm_backbones.onnx_export import repeated
     from ssm_backbones.onnx_export import scan_op as onnx_scans
 
     replaced = custom_scans.replacements() if custom_ops else scans.replacements(loops)
     translations = custom_scans.translations() if custom_ops else onnx_scans.translations()
     module = module.eval()
-    shapes = None
     if dynamic:
         images = torch.randn(_OPEN_BATCH, images.shape[1], *_OPEN_SIDES)
-        shapes = ({0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC},)
+    open_dims = {place: torch.export.Dim.DYNAMIC for place in (0, 2, 3)} if dynamic else {}
     count = len(_as_tuple(_run(module, images)))
-    with torch.no_grad(), _quiet():
+
+    def translate(module: nn.Module, inputs: tuple[Tensor, ...], dims: Mapping[int, Any], outputs: list[str]) -> Any:
+        # Further inputs are one argument to PyTorch, a tuple.
+        others: Any = (tuple({} for _ in inputs[1:]),) if len(inputs) > 1 else ()
+        shapes = (dims, *others) if dims else None
         with FunctionOverrideMode({**replaced, **pooling.replacements()}):
-            program = torch.export.export(module, (images,), dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
         exported = torch.onnx.export(
             program,
             dynamo=True,
             opset_version=onnx_scans.OPSET,
-            custom_translation_table=translations,
+            custom_translation_table={**translations, **repeated.translations()},
             input_names=['images'],
-            output_names=[f'map{place}' for place in range(count)] if count > 1 else ['output'],
+            output_names=outputs,
             verbose=False,
         )
-    assert exported is not None, 'torch.onnx.export returns a program unless a file is given'
-    onnx_scans.replace_placeholders(exported.model)
+        assert exported is not None, 'torch.onnx.export returns a program unless a file is given'
+        onnx_scans.replace_placeholders(exported.model)
+        return exported
+
+    names = [f'map{place}' for place in range(count)] if count > 1 else ['output']
+    with torch.no_grad(), _quiet():
+        kinds = repeated.repeated_blocks(module, images)
+        with repeated.as_operators(kinds):
+            exported = translate(module, (images,), open_dims, names)
+        # Maps are (B, H, W, C) within a model.
+        open_map = {place: torch.export.Dim.DYNAMIC for place in (0, 1, 2)} if dynamic else {}
+        repeated.insert_blocks(
+            exported.model, kinds, lambda block, inputs: translate(block, inputs, open_map, ['output']).model
+        )
     exported.model.metadata_props.update(notes or {})
     exported.save(str(path))
     return onnx_scans.OPSET, sum(1 for _ in exported.model.graph.all_nodes())

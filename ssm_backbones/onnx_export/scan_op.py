@@ -46,12 +46,13 @@ def replace_placeholders(model: ir.Model) -> int:
     Returns:
         The number of replaced placeholders.
     """
-    placeholders = [node for node in model.graph if node.domain == _DOMAIN]
+    placeholders = [node for node in model.graph if node.domain == _DOMAIN and node.op_type in _BODIES]
     for number, node in enumerate(placeholders):
-        body = {'line': _line, 'front': _front}[node.op_type](f'{node.op_type}{number}')
+        body = _BODIES[node.op_type](f'{node.op_type}{number}')
         nodes, states = _scan(body, [value for value in node.inputs if value is not None], node.outputs[0])
         ir.convenience.replace_nodes_and_values(model.graph, node, [node], nodes, [node.outputs[0]], [states])
-    model.graph.opset_imports.pop(_DOMAIN, None)
+    if not any(node.domain == _DOMAIN for node in model.graph):
+        model.graph.opset_imports.pop(_DOMAIN, None)
     return len(placeholders)
 
 
@@ -118,3 +119,6 @@ def _scan(body: _Body, sequences: Sequence[ir.Value], output: ir.Value) -> tuple
     attributes = dict(body=body.graph, num_scan_inputs=len(sequences))
     scan = ir.node('Scan', [zeros, *sequences], attributes, outputs=[last, states], name=f'{body.name}_scan')
     return [*outer.nodes, scan], states
+
+
+_BODIES = {'line': _line, 'front': _front}
