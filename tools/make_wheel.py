@@ -20,6 +20,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 POLICY = 'manylinux_2_28'
 LIMIT = 100 * 2**20
+RUN = """
+import cuda_ops, ssm_backbones, torch
+ssm_backbones.create_backbone('vmamba-test')(torch.rand(1, 3, 32, 32))[-1].sum().backward()
+print(torch.__version__)
+"""
 
 
 class WheelError(Exception):
@@ -68,7 +73,17 @@ def check(wheel: Path) -> list[str]:
             archive.extractall(folder)
         audits['torch-abi-audit'][0].append(str(Path(folder, 'cuda_ops')))
         found += [_audit(command, *arguments) for command, arguments in audits.items()]
+        found.append(_run(folder))
     return found
+
+
+def _run(folder: str) -> str:
+    """Let a backbone of an unpacked wheel run by its compiled scans, beside the torch of this environment."""
+    environ = os.environ | {'SSM_OPS_STRICT': '1', 'PYTHONPATH': folder}
+    result = subprocess.run([sys.executable, '-c', RUN], cwd=folder, env=environ, capture_output=True, text=True)
+    if result.returncode:
+        raise WheelError(f'the wheel does not run:\n{result.stderr.strip()}')
+    return f'ran beside torch {result.stdout.strip()}'
 
 
 def _audit(command: str, arguments: list[str], expected: str) -> str:

@@ -119,8 +119,9 @@ def wheel_of(folder, name='ssm_backbones-1-py3-none-manylinux_2_28_x86_64.whl', 
 
 def test_a_wheel_that_serves_less_than_it_says_is_refused(make_wheel, monkeypatch, tmp_path):
     monkeypatch.setattr(make_wheel, '_audit', lambda command, *arguments: command)
+    monkeypatch.setattr(make_wheel, '_run', lambda folder: 'ran')
     line, *audits = make_wheel.check(wheel_of(tmp_path))
-    assert audits == ['auditwheel', 'torch-abi-audit']
+    assert audits == ['auditwheel', 'torch-abi-audit', 'ran']
     assert 'torch 2.10 and newer, no CUDA kernels' in line
     with pytest.raises(make_wheel.WheelError, match='has no stable ABI'):
         make_wheel.check(wheel_of(tmp_path, oldest_torch=None))
@@ -129,6 +130,12 @@ def test_a_wheel_that_serves_less_than_it_says_is_refused(make_wheel, monkeypatc
     monkeypatch.setattr(make_wheel, 'LIMIT', 10)
     with pytest.raises(make_wheel.WheelError, match='100 MiB'):
         make_wheel.check(wheel_of(tmp_path))
+
+
+def test_a_wheel_that_does_not_run_is_refused(make_wheel, tmp_path):
+    (tmp_path / 'cuda_ops.py').write_text('raise ImportError("undefined symbol")')
+    with pytest.raises(make_wheel.WheelError, match='does not run:(.|\n)*undefined symbol'):
+        make_wheel._run(str(tmp_path))
 
 
 def test_a_checkers_refusal_stops_the_wheel(make_wheel, monkeypatch, tmp_path):
