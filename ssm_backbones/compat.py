@@ -54,6 +54,7 @@ def apply_patches() -> None:
     _patch_torchvision_import()
     _patch_checkpoint_loading()
     if INSTALLED:
+        _read_weights_only()
         _patch_mmseg_bases()
         _patch_mmpretrain_multimodal()
         _patch_bounds_of_mmcv()
@@ -249,6 +250,38 @@ def _history_buffer_method(owner: Any, name: str) -> Callable[..., Any]:
     if owner is HistoryBuffer and isinstance(name, str) and not name.startswith('_') and hasattr(HistoryBuffer, name):
         return getattr(HistoryBuffer, name)
     raise pickle.UnpicklingError(f'a checkpoint may not ask for attribute {name!r} of {owner!r}')
+
+
+@functools.cache
+def _read_weights_only() -> None:
+    """Make mmengine's loaders read every checkpoint with ``weights_only=True``.
+
+    Left alone, a checkpoint named by a URL may run code with every version of torch, since ``torch.hub``'s default is
+    False; one in a file with torch before 2.6; and with the fork ``onedl-mmengine`` any, since it reads a file that was
+    refused once more with ``weights_only=False``.
+    """
+    _after_import('mmengine.runner.checkpoint', read_weights_only)
+
+
+def read_weights_only(module: Any) -> None:
+    """Make a module's ``torch.load``, ``load_url`` and ``_safe_torch_load`` read with ``weights_only=True``."""
+    module.torch = _TorchOfWeights()
+    module.load_url = functools.partial(module.load_url, weights_only=True)
+    if hasattr(module, '_safe_torch_load'):
+        module._safe_torch_load = lambda file, map_location=None, weights_only=True: _TorchOfWeights.load(
+            file, map_location=map_location
+        )
+
+
+class _TorchOfWeights:
+    """Stands for the module ``torch`` in another module, with a ``load`` that runs no code."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def load(*args: Any, **options: Any) -> Any:
+        return torch.load(*args, **{**options, 'weights_only': True})
 
 
 @functools.cache

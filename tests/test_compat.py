@@ -1,11 +1,13 @@
 """The patches for clashes between the libraries."""
 
+import functools
 import importlib
 import importlib.metadata
 import os
 import pickle
 import subprocess
 import sys
+import types
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -93,6 +95,36 @@ def test_torch_load_still_refuses_code(payload, tmp_path) -> None:
     torch.save({'payload': payload}, path)
     with pytest.raises(pickle.UnpicklingError):
         torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize('name', ['{folder}/evil-0123abcd.pth', 'https://example.com/evil-0123abcd.pth'])
+def test_mmengine_runs_no_code_of_a_checkpoint(name, tmp_path, monkeypatch) -> None:
+    """From a file, and from torch.hub's folder, where a download would put it."""
+    from mmengine.runner.checkpoint import CheckpointLoader
+
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    (tmp_path / 'checkpoints').mkdir()
+    for folder in (tmp_path, tmp_path / 'checkpoints'):
+        torch.save({'state_dict': Call(os.mkdir, str(tmp_path / 'ran'))}, folder / 'evil-0123abcd.pth')
+    with pytest.raises(pickle.UnpicklingError):
+        CheckpointLoader.load_checkpoint(name.format(folder=tmp_path))
+    assert not (tmp_path / 'ran').exists()
+    with pytest.raises(FileNotFoundError):
+        CheckpointLoader.load_checkpoint(str(tmp_path / 'missing.pth'))
+
+
+def test_the_fork_s_second_try_reads_weights_only(tmp_path) -> None:
+    path = tmp_path / 'evil.pth'
+    torch.save(Call(os.mkdir, str(tmp_path / 'ran')), path)
+    # As onedl-mmengine 0.10.12 does after a refusal.
+    module = types.SimpleNamespace(torch=torch, load_url=torch.hub.load_state_dict_from_url)
+    module._safe_torch_load = lambda file, map_location=None: module.torch.load(file, weights_only=False)
+    compat.read_weights_only(module)
+    for load in (module._safe_torch_load, functools.partial(module.torch.load, weights_only=False)):
+        with pytest.raises(pickle.UnpicklingError):
+            load(path, map_location='cpu')
+    assert not (tmp_path / 'ran').exists()
+    assert module.torch.Tensor is torch.Tensor
 
 
 FAKE_TORCHVISION = """

@@ -168,6 +168,7 @@ def _of_split(split: str, cfg: Config) -> list[InputImage]:
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
             dataset = DATASETS.build(settings)
         paths = [dataset.get_data_info(index) for index in range(len(dataset))]
+        _check_within(dataset, paths)
         if any('img_path' not in info for info in paths):
             raise CommandError(f'the {split} data set, a {settings.type}, has no image files.')
         root = os.path.commonpath([os.path.dirname(os.path.abspath(info['img_path'])) for info in paths] or ['/'])
@@ -180,6 +181,22 @@ def _of_split(split: str, cfg: Config) -> list[InputImage]:
                 extra['label_map'] = info['seg_map_path']
             images.append(InputImage(str(info.get('img_id', relative)), info['img_path'], extra))
     return images
+
+
+def _check_within(dataset: Any, infos: Sequence[Mapping[str, Any]]) -> None:
+    """Reject images that an annotation file names outside of the data set's folder (``../``, absolute paths)."""
+    prefix = getattr(dataset, 'data_prefix', None)
+    given = next((prefix[key] for key in ('img', 'img_path') if prefix.get(key)), '') if prefix else ''
+    if not given:
+        return
+    folder = os.path.abspath(given)
+    for info in infos:
+        # Links are the user's own.
+        if os.path.commonpath([folder, os.path.abspath(info['img_path'])]) != folder:
+            raise CommandError(
+                f'the annotations name the image {info["img_path"]}, which is not in {folder}. Name images by their '
+                'paths within their folder (data_prefix).'
+            )
 
 
 def _plain_label(label: Any) -> Any:
@@ -200,6 +217,12 @@ def _of_coco(path: Path, image_folder: str | None) -> list[InputImage]:
         name = path.stem.rpartition('_')[2]
         places = (path.parent / name, path.parent.parent / name, path.parent.parent / 'images', path.parent)
         folder = next(place for place in places if place.is_dir())
+    for _, name in named:
+        if not isinstance(name, str) or os.path.isabs(name) or os.path.normpath(name).startswith('..'):
+            raise CommandError(
+                f'{path} names the image {name!r}, which is not in {folder}. Name images by their paths within their '
+                'folder (image_folder).'
+            )
     if named and not any((folder / name).is_file() for _, name in named):
         raise CommandError(f'none of the images of {path} is in {folder}; name their folder with image_folder.')
     return [InputImage(id, str(folder / name)) for id, name in named]

@@ -1,5 +1,6 @@
 """Base class of the backbones: stages, output norms, freezing, layer depths, and validation of arguments."""
 
+import numbers
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -344,6 +345,13 @@ def check_integer(name: str, value: Any, minimum: int, maximum: int | None = Non
     return number
 
 
+def check_number(name: str, value: Any) -> float:
+    """Return ``value``, a real number, or raise an error that names the argument."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f'{name} takes a number, got {value!r}')
+    return float(value)
+
+
 def check_depths(name: str, depths: Any) -> tuple[int, ...]:
     """Return a non-empty sequence of positive integers as a tuple."""
     if isinstance(depths, str) or not isinstance(depths, Sequence) or not depths:
@@ -353,6 +361,7 @@ def check_depths(name: str, depths: Any) -> tuple[int, ...]:
 
 def drop_path_schedule(drop_path_rate: float, depths: Sequence[int]) -> list[list[float]]:
     """Return the drop probabilities of each stage's blocks, rising linearly from 0 to ``drop_path_rate``."""
+    drop_path_rate = check_number('drop_path_rate', drop_path_rate)
     if not 0.0 <= drop_path_rate < 1.0:
         raise ValueError(f'drop_path_rate must lie in [0, 1), got {drop_path_rate!r}')
     rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device='cpu').tolist())

@@ -279,7 +279,8 @@ def resolve_v2m_arch(arch: str | Mapping[str, Any], layout: str | None = None) -
     """
     keys = _ARCH_KEYS['plain']
     if isinstance(arch, Mapping):
-        if arch.get('layout') not in _ARCH_KEYS:
+        # A list or a dict cannot be looked up.
+        if arch.get('layout') not in list(_ARCH_KEYS):
             raise ValueError(
                 f"V2M's arch dict has the layout 'plain' or 'hierarchical', got {arch.get('layout')!r} in {dict(arch)}"
             )

@@ -11,6 +11,7 @@ from ssm_backbones.backbones.base import (
     Stage,
     check_depths,
     check_integer,
+    check_number,
     drop_path_schedule,
     resolve_arch,
 )
@@ -95,6 +96,7 @@ class VSSBackbone(SSMBackbone):
 
 def check_ssm_ratio(ssm_ratio: float, embed_dims: int) -> float:
     """Check the ratio of the scan's inner width to the channels, which has to give a whole number of channels."""
+    ssm_ratio = check_number('ssm_ratio', ssm_ratio)
     if not ssm_ratio > 0 or ssm_ratio * embed_dims % 1:
         raise ValueError(
             f'ssm_ratio must be positive and give a whole number of channels, got {ssm_ratio!r} of {embed_dims}'

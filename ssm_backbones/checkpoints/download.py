@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import http.client
 import os
+import re
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -18,6 +19,7 @@ from ssm_backbones.utils.files import PARTIAL_NAME, atomic_file
 
 TIMEOUT_SECONDS = 60
 _CHUNK_BYTES = 1 << 20
+_NAMED_DIGEST = re.compile(r'[-_](?=[0-9]*[a-f])([0-9a-f]{8,64})\.(?:pth|pt|ckpt|safetensors)$')
 
 
 def is_url(name: str) -> bool:
@@ -44,11 +46,13 @@ def cache_path(url: str) -> Path:
 def download(url: str) -> Path:
     """Return the path of a URL's file, downloaded unless it is there already.
 
-    A file gets its name only when all of its bytes have arrived. In a distributed run, the first process downloads and
-    the others wait.
+    A file gets its name only when all of its bytes have arrived, and if their SHA-256 begins with the digits that
+    end the URL's file name, as those of OpenMMLab and torchvision do (``resnet50-0676ba61.pth``). In a distributed run,
+    the first process downloads and the others wait.
 
     Raises:
-        CheckpointError: If the file cannot be downloaded or stored. The message says where to put it.
+        CheckpointError: If the file cannot be downloaded or stored, or is not the one that its name promises.
+            The message says where to put it.
     """
     path = cache_path(url)
     try:
@@ -62,6 +66,7 @@ def download(url: str) -> Path:
                         entry.unlink()
                 with atomic_file(path) as partial:
                     _fetch(url, partial)
+                    _check_digest(url, path.name, partial)
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, 'reason', None) or error
         status = f'HTTP status {error.code}, ' if isinstance(error, urllib.error.HTTPError) else ''
@@ -70,6 +75,23 @@ def download(url: str) -> Path:
             f'{path}; or give its path instead of the URL.'
         ) from error
     return path
+
+
+def _check_digest(url: str, name: str, path: Path) -> None:
+    """Compare a file with the digest in its name. Digits alone may be a date as well, and are not compared."""
+    named = _NAMED_DIGEST.search(name)
+    if named is None:
+        return
+    found = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            found.update(chunk)
+    digest = found.hexdigest()
+    if not digest.startswith(named[1]):
+        raise CheckpointError(
+            f'{url}: the name promises a SHA-256 of {named[1]}..., the file has {digest}. It is not kept. If the name '
+            'means something else, get the file yourself and give its path.'
+        )
 
 
 def _fetch(url: str, destination: Path) -> None:

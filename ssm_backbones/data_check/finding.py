@@ -46,7 +46,7 @@ class Findings:
 
     def add(self, severity: str, file: Any, value: str, remedy: str, id: str = '', count: int = 1) -> None:
         """Add a finding."""
-        finding = Finding(severity, str(file), id, value, remedy, count)
+        finding = Finding(severity, _printable(str(file)), _printable(id), _printable(value), remedy, count)
         if finding not in self.found:
             self.found.append(finding)
 
@@ -65,3 +65,11 @@ class Findings:
     def ordered(self) -> list[Finding]:
         """Return the findings, errors first."""
         return sorted(self.found, key=lambda finding: SEVERITIES.index(finding.severity))
+
+
+def _printable(text: str) -> str:
+    """Escape what would steer a terminal: names and values are whoever's wrote the annotations."""
+    return ''.join(
+        letter if letter.isprintable() else letter.encode('unicode_escape', 'backslashreplace').decode('ascii')
+        for letter in text
+    )

@@ -67,7 +67,8 @@ def draw_counts(report: Report) -> Any:
             values = [counts[name].get(size, 0) for name in names]
             axes.barh(range(len(names)), values, left=left, label=size or None)
             left = [before + value for before, value in zip(left, values, strict=True)]
-        axes.set_yticks(range(len(names)), names, fontsize=8)
+        # Names with $ are no formulas.
+        axes.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
         axes.invert_yaxis()
         axes.set_xlabel(report.unit)
         axes.set_title(key, fontsize=9)

@@ -1,5 +1,6 @@
 """Weights by name and by URL, from a server on this machine: stored once, whole or not at all."""
 
+import hashlib
 import http.server
 import re
 import threading
@@ -13,7 +14,7 @@ import yaml
 from ssm_backbones import VMamba, create_backbone, list_backbones, load_official
 from ssm_backbones.backbones import Mamba2D
 from ssm_backbones.checkpoints import CheckpointError, read_checkpoint
-from ssm_backbones.checkpoints.download import cache_path
+from ssm_backbones.checkpoints.download import cache_path, download
 from ssm_backbones.checkpoints.published import CLASSIFIERS
 from tests.checkpoints.small import classifier
 from tests.configs.recipes import PUBLISHED
@@ -147,3 +148,20 @@ def test_urls_are_those_of_the_published_table_and_of_the_metafiles(kind):
     assert expected.keys() <= kind.ARCHS.keys()
     metafile = yaml.safe_load((ROOT / 'configs' / family / 'metafile.yml').read_text(encoding='utf-8'))
     assert set(expected.values()) <= {model['Weights'] for model in metafile['Models']}
+
+
+@pytest.mark.parametrize('ending', ['{digest}', '{digest}0', '01234abc', '20260101'])
+def test_digests_in_names_are_compared(ending, server):
+    folder, address, _ = server
+    content = b'weights'
+    digest = hashlib.sha256(content).hexdigest()[:8]
+    name = f'model-{ending.format(digest=digest)}.pth'
+    (folder / name).write_bytes(content)
+    url = f'{address}/{name}'
+    if ending in ('{digest}', '20260101'):
+        assert download(url).read_bytes() == content
+        return
+    with pytest.raises(CheckpointError, match=f'promises a SHA-256 .* the file has {digest}'):
+        download(url)
+    assert not cache_path(url).exists()
+    assert [entry.name for entry in cache_path(url).parent.iterdir()] == ['.lock']

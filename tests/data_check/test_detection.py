@@ -7,6 +7,8 @@ import pytest
 from PIL import Image
 
 from ssm_backbones.data_check import ERROR, NOTE, WARNING, check_data
+from ssm_backbones.data_check.check import Report
+from ssm_backbones.data_check.report import draw_counts
 from tests.data_check.conftest import edit, errors
 
 BOXES_ONLY = {
@@ -225,3 +227,11 @@ def test_validation_images_that_are_trained_on(check):
 
     (found,) = [f for f in check('mmdet', copy) if f.severity == WARNING]
     assert 'is a copy of' in found.value and found.file == 'val_dataloader.dataset'
+
+
+def test_names_are_shown_as_they_are(check):
+    """Neither steering the terminal nor as formulas."""
+    name = 'a$b_{c$ \x1b]0;title\x07'
+    (error,) = errors(check('mmdet', edit(lambda content: content['categories'][0].update(name=name), 'train')))[:1]
+    assert 'a$b_{c$ \\x1b]0;title\\x07' in error and error.isprintable()
+    draw_counts(Report([], {'train': {name[:7]: {'small': 1}}})).draw_without_rendering()

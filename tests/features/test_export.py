@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -435,6 +437,22 @@ def test_inputs(models, shapes, tmp_path) -> None:
             find_images(given, cfg)
     with pytest.raises(CommandError, match='goes with a COCO file'):
         find_images(str(folder), cfg, str(folder))
+
+
+@pytest.mark.parametrize('name', ['../../secret.png', '/etc/secret.png', 'a/../../secret.png', 7])
+def test_annotations_name_no_image_outside_their_folder(name, models, shapes, tmp_path) -> None:
+    shutil.copytree(shapes / 'coco', tmp_path / 'coco')
+    path = tmp_path / 'coco' / 'annotations' / 'instances_val2017.json'
+    content = json.loads(path.read_text())
+    content['images'][0]['file_name'] = name
+    path.write_text(json.dumps(content))
+    cfg = load_config(models['mmdet'][0])
+    with pytest.raises(CommandError, match=re.escape(f'names the image {name!r}')):
+        find_images(str(path), cfg)
+    if isinstance(name, str):
+        cfg.val_dataloader.dataset.data_root = f'{tmp_path}/coco/'
+        with pytest.raises(CommandError, match=r'the annotations name the image .*secret\.png, which is not in'):
+            find_images('val', cfg)
 
 
 def test_bad_arguments(tool, models, tmp_path, shapes, capsys) -> None:
