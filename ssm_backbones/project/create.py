@@ -11,7 +11,7 @@ from ssm_backbones.data_check import Finding, check_data
 from ssm_backbones.project.bands import find_bands
 from ssm_backbones.project.classification import find_classification
 from ssm_backbones.project.detection import find_detection
-from ssm_backbones.project.recipe import choose_batch, choose_epochs, find_base
+from ssm_backbones.project.recipe import build_empty, choose_batch, choose_epochs, find_base
 from ssm_backbones.project.segmentation import find_segmentation
 from ssm_backbones.project.settings import Plan, config_text
 from ssm_backbones.project.sources import Found
@@ -108,6 +108,7 @@ def new_project(options: NewProjectOptions) -> NewProject:
 def _check_options(options: NewProjectOptions, data: Path, out: Path) -> None:
     if options.task not in TASKS:
         raise CommandError(f'task is one of {", ".join(TASKS)}, got {options.task!r}.')
+    build_empty(options.backbone)
     if not data.is_dir() and not (options.task == 'cls' and data.is_file()):
         raise CommandError(f'data {data} is no folder.')
     if options.classes is not None and options.task != 'seg':

@@ -56,6 +56,20 @@ class Base:
     without_masks: bool
 
 
+@functools.cache
+def build_empty(backbone: str) -> SSMBackbone:
+    """Build a backbone without memory for its parameters.
+
+    Raises:
+        CommandError: If there is no such backbone.
+    """
+    try:
+        with torch.device('meta'):
+            return create_backbone(backbone)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
 def find_base(task: str, backbone: str, masks: bool) -> Base:
     """Find the config for a task and a backbone.
 
@@ -67,11 +81,7 @@ def find_base(task: str, backbone: str, masks: bool) -> Base:
     Raises:
         CommandError: If there is no such backbone.
     """
-    try:
-        with torch.device('meta'):
-            built = create_backbone(backbone)
-    except ValueError as error:
-        raise CommandError(str(error)) from error
+    built = build_empty(backbone)
     family, _, arch = backbone.partition('-')
     kind = task if task != 'det' else 'masks' if masks else 'boxes'
     found = _config_of(family, backbone, kind)
@@ -110,12 +120,9 @@ def _weights(family: str, backbone: str) -> str | None:
     return init_cfg.get('checkpoint')
 
 
-@functools.cache
 def parameters(backbone: str) -> int:
     """Count the parameters of a backbone."""
-    with torch.device('meta'):
-        built: SSMBackbone = create_backbone(backbone)
-    return sum(parameter.numel() for parameter in built.parameters())
+    return sum(parameter.numel() for parameter in build_empty(backbone).parameters())
 
 
 def choose_batch(task: str, backbone: str, images: int) -> int:

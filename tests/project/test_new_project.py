@@ -332,7 +332,7 @@ def test_classes_of_images(form, shapes, tmp_path) -> None:
         (dict(task='dat'), 'task is one of'),
         (dict(data='nowhere'), 'is no folder'),
         (dict(out='my-config.py'), 'identifier'),
-        (dict(backbone='vmamba-tinny'), 'did you mean .tiny'),
+        (dict(backbone='vmamba-tinny', data='nowhere'), 'did you mean .tiny'),
         (dict(weights='nowhere.pth'), 'does not exist'),
         (dict(epochs=0), 'at least 1'),
         (dict(classes='list.txt'), 'task seg'),
