@@ -1,10 +1,13 @@
 """What stands in for newer functions of PyTorch; both ways are taken with whichever version is installed."""
 
 import argparse
+import os
+import pickle
 import re
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -74,6 +77,24 @@ def test_settings_of_the_authors_are_read_within_another_reading(tmp_path) -> No
     for _ in range(2):
         assert read_checkpoint(path)['config'].drop == 0.2
         assert load_weights(path)['config'].drop == 0.2
+
+
+@pytest.mark.parametrize('newer', [True, False])
+def test_checkpoints_of_runners_are_read_and_those_with_code_are_not(newer, tmp_path, monkeypatch) -> None:
+    """By torch's own reading and by what serves before torch 2.6."""
+    logging = pytest.importorskip('mmengine.logging')
+    if newer and torch_compat.release() < (2, 6):
+        pytest.skip('this torch reads too little')
+    monkeypatch.setattr(torch_compat, 'release', lambda: (2, 6) if newer else (2, 5))
+    path = tmp_path / 'a.pth'
+    for legacy in (False, True):
+        state = {'hub': logging.HistoryBuffer([2.0], [1]), 'array': np.arange(3), 'weight': torch.ones(2)}
+        torch.save(state, path, _use_new_zipfile_serialization=not legacy)
+        loaded = load_weights(path)
+        assert loaded['hub'].mean() == 2 and loaded['array'].tolist() == [0, 1, 2] and loaded['weight'].sum() == 2
+        torch.save({'code': os.getcwd, 'weight': torch.ones(2)}, path, _use_new_zipfile_serialization=not legacy)
+        with pytest.raises(pickle.UnpicklingError, match='getcwd'):
+            load_weights(path)
 
 
 class Padded(nn.Module):

@@ -21,7 +21,7 @@ from cuda_ops._torch_compat import RELEASE, OutOfMemoryError, is_compiling
 
 __all__ = ['OutOfMemoryError', 'RMSNorm', 'is_compiling', 'release']
 _LISTS_GLOBALS = hasattr(torch.serialization, 'add_safe_globals')
-# What allow_in_checkpoints allowed, where torch keeps no list (before 2.4).
+# What allow_in_checkpoints allowed; torch keeps no list of its own before 2.4.
 _ALLOWED: dict[str, Any] = {}
 _is_exporting: Callable[[], bool] | None = getattr(torch.compiler, 'is_exporting', None)
 _has_any_global_hook: Callable[[], bool] | None = getattr(torch_module, '_has_any_global_hook', None)
@@ -48,8 +48,8 @@ def allow_in_checkpoints(allowed: Mapping[str, Any]) -> None:
     Args:
         allowed: Maps the full name in the file to the class or function that is used for it.
     """
+    _ALLOWED.update(allowed)
     if not _LISTS_GLOBALS:
-        _ALLOWED.update(allowed)
         return
     named: list[Any] = [(thing, name) for name, thing in allowed.items()]
     if _takes_names():
@@ -70,20 +70,20 @@ def allowed_in_checkpoints() -> set[str]:
 
 
 def load_weights(path: str | os.PathLike[str]) -> Any:
-    """Read a checkpoint onto the CPU by ``torch.load(weights_only=True)``, or what serves for it before torch 2.4.
+    """Read a checkpoint onto the CPU by ``torch.load(weights_only=True)``, or what serves for it before torch 2.6.
 
     Raises:
         pickle.UnpicklingError: If it holds more than tensors, plain values and what was allowed.
         Exception: Whatever damaged bytes raise.
     """
-    if _LISTS_GLOBALS:
-        return torch.load(path, map_location='cpu', weights_only=True)
     with open(path, 'rb') as stream:
         is_program = zipfile.is_zipfile(stream) and 'constants.pkl' in {
             name.rpartition('/')[2] for name in zipfile.ZipFile(stream).namelist()
         }
     if is_program:
         raise RuntimeError('it is a TorchScript archive, which holds a program')
+    if release() >= (2, 6):
+        return torch.load(path, map_location='cpu', weights_only=True)
     return torch.load(path, map_location='cpu', pickle_module=_WeightsOnly('weights_only'), weights_only=False)
 
 
@@ -92,12 +92,19 @@ class _Refused(pickle.UnpicklingError):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Finds what ``weights_only=True`` of torch 2.1 to 2.3 finds, and what was allowed."""
+    """Finds what ``weights_only=True`` of torch 2.1 to 2.5 finds, and what was allowed.
+
+    Those versions know too few classes, or take damaged files for refused ones.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
-        from torch._weights_only_unpickler import _get_allowed_globals
+        from torch import _weights_only_unpickler as torch_s
 
-        known = _ALLOWED | _get_allowed_globals()
+        # torch writes pickles of protocol 2, in which built-in functions have Python 2's module.
+        module = 'builtins' if module == '__builtin__' else module
+        # The users' own are listed from torch 2.4 on.
+        of_users: dict[str, Any] = getattr(torch_s, '_get_user_allowed_globals', dict)()
+        known = _ALLOWED | of_users | torch_s._get_allowed_globals()
         if f'{module}.{name}' not in known:
             raise _Refused(f'unsupported global: {module}.{name}')
         return known[f'{module}.{name}']
