@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
 IN_VENV = "$(VENV)/bin/python"
-SOURCES = find cuda_ops/csrc cuda_ops/runtimes tests/cuda_emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
+SOURCES = find cuda_ops/csrc cuda_ops/runtimes tests/cuda_emulation tests/ptx -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 site-packages = $(1) -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 given = $(filter command environment,$(firstword $(origin $(1))))
 

@@ -113,11 +113,12 @@ def _bind_operators() -> ctypes.CDLL:
 class Emulation:
     """The kernels, compiled for the CPU; with sanitizers where the variable says so."""
 
-    def __init__(self, folder: Path, flags: Sequence[str] = ()) -> None:
+    def __init__(self, folder: Path, flags: Sequence[str] = (), sources: Sequence[Path] | None = None) -> None:
         target = folder / 'libemulation.so'
         if os.environ.get(SANITIZE_VARIABLE):
             flags = [*flags, *SANITIZERS]
-        compile_for_cpu([*sorted((CSRC / 'cuda').glob('*.cu')), FOLDER / 'emulation.cpp'], target, flags)
+        sources = sorted((CSRC / 'cuda').glob('*.cu')) if sources is None else sources
+        compile_for_cpu([*sources, FOLDER / 'emulation.cpp'], target, flags)
         self._kernels = ctypes.CDLL(str(target))
         self._kernels.emulated_kernels.restype = ctypes.c_void_p
         self._kernels.emulation_launches.restype = self._kernels.emulation_blocks.restype = ctypes.c_int64

@@ -18,3 +18,11 @@ EXPORT void emulation_set(unsigned seed, int shared_limit, int multiprocessors, 
 }
 EXPORT int64_t emulation_launches() { return emulation::machine.launches; }
 EXPORT int64_t emulation_blocks() { return emulation::machine.blocks; }
+// Runs kernels by a function of the tests, which calls `emulation_fail` where one fails; null ends that.
+EXPORT void emulation_launch_by(decltype(emulation::machine.launcher) launcher) {
+  emulation::machine.launcher = launcher;
+}
+EXPORT void emulation_fail(const char* message) {
+  emulation::machine.error = cudaErrorLaunchFailure;
+  emulation::machine.message = message;
+}

@@ -22,6 +22,8 @@
 #include <utility>
 #include <vector>
 
+#include "approximate.h"
+
 #if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
@@ -106,6 +108,9 @@ struct Machine {
   int shared_limit = 227 * 1024, multiprocessors = 132;  // of an H200
   int residents = 4;                                     // blocks that run at the same time
   int fail_launch = -1;  // the number of the launch that is made to fail, counted from 0
+  // Runs kernels in the emulation's stead, if given.
+  void (*launcher)(const void* kernel, unsigned blocks, unsigned threads, size_t shared, const void* argument,
+                   size_t bytes) = nullptr;
   // Results.
   cudaError_t error = cudaSuccess;
   std::string message;
@@ -401,7 +406,8 @@ Value exchange(Value value, unsigned from, WarpOperation operation) {
   return value;
 }
 
-inline void launch_body(const void* kernel, dim3 grid, dim3 threads, size_t shared, std::function<void()> body) {
+inline void launch_body(const void* kernel, dim3 grid, dim3 threads, size_t shared, std::function<void()> body,
+                        const void* argument, size_t bytes) {
   Machine& m = machine;
   const size_t count = size_t(threads.x) * threads.y * threads.z;
   if (m.launches++ == m.fail_launch) {
@@ -414,6 +420,10 @@ inline void launch_body(const void* kernel, dim3 grid, dim3 threads, size_t shar
     m.error = cudaErrorInvalidConfiguration;
     m.message = "the launch exceeds the limits of the device";
     return;
+  }
+  if (m.launcher) {
+    m.blocks += grid.x;
+    return m.launcher(kernel, grid.x, threads.x, shared, argument, bytes);
   }
   m.grid = grid;
   m.threads = threads;
@@ -428,10 +438,11 @@ inline void launch_body(const void* kernel, dim3 grid, dim3 threads, size_t shar
   }
 }
 
-template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t shared, cudaStream_t,
-            Arguments... arguments) {
-  launch_body(reinterpret_cast<const void*>(kernel), grid, threads, shared, [=] { kernel(arguments...); });
+template <class Argument>
+void launch(void (*kernel)(Argument), dim3 grid, dim3 threads, size_t shared, cudaStream_t, Argument argument) {
+  launch_body(
+      reinterpret_cast<const void*>(kernel), grid, threads, shared, [=] { kernel(argument); }, &argument,
+      sizeof(argument));
 }
 
 }  // namespace emulation
@@ -483,22 +494,6 @@ template <class Value>
 void __stcs(Value* target, Value value) {
   *target = value;
 }
-
-// Results of the special function unit: wrong by a pseudo-random amount of up to the maximum error of NVIDIA's PTX
-// manual.
-inline float approximate(float exact, float argument, float bound) {
-  uint32_t bits;
-  std::memcpy(&bits, &argument, sizeof(bits));
-  bits = (bits ^ bits >> 15) * 0x2c1b3c6du;
-  bits = (bits ^ bits >> 12) * 0x297a2d39u;
-  const float share = float(int32_t(bits ^ bits >> 15)) / 2147483648.f;
-  return float(double(exact) * (1. + double(bound) * share));
-}
-inline float approximate_exp2(float x) {
-  const float result = approximate(exp2f(x), x, 0x1p-22f);
-  return result < 0x1p-126f ? 0.f : result;
-}
-inline float approximate_reciprocal(float x) { return approximate(1.f / x, x, 0x1p-23f); }
 
 inline cudaError_t cudaGetLastError() { return std::exchange(emulation::machine.error, cudaSuccess); }
 inline const char* cudaGetErrorString(cudaError_t error) {
