@@ -2,7 +2,6 @@
 
 import ctypes
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -216,8 +215,3 @@ class _Body:
         if re.match(r'-?(0[xX][0-9a-fA-F]+|\d+)U?$', name):
             return int(name.rstrip('U'), 0)
         raise ValueError(f'what {name} is')
-
-
-def floats(value: float) -> str:
-    """A float32 as PTX writes it."""
-    return '0f' + struct.pack('>f', value).hex().upper()

@@ -50,8 +50,8 @@ struct Lanewise {
       uint64_t* const target = registers + int64_t(operands[0]) * kLanes;
       for (int lane = 0; lane < kLanes; ++lane) {
         if (lanes >> lane & 1)
-          target[lane] = to_register<Out>(
-              Operation{}(from_register<In>(registers[int64_t(operands[1 + I]) * kLanes + lane])...));
+          target[lane] =
+              to_register<Out>(Operation{}(from_register<In>(registers[int64_t(operands[1 + I]) * kLanes + lane])...));
       }
     };
   }

@@ -31,9 +31,9 @@ EXPORT const char* ptx_name(int32_t function) {
 
 // Runs a kernel. Returns the number of warps' instructions, or -1 after a fault, whose message is then in ptx_message.
 EXPORT int64_t ptx_run(const ptx::Instruction* code, int64_t instructions, const ptx::Constant* constants,
-                       int64_t constant_count, int32_t slots, const int32_t* specials,
-                       const ptx::Settings* settings, ptx::Extent extent, int64_t blocks, int32_t threads,
-                       int64_t shared, const uint8_t* arguments, int64_t argument_bytes) {
+                       int64_t constant_count, int32_t slots, const int32_t* specials, const ptx::Settings* settings,
+                       ptx::Extent extent, int64_t blocks, int32_t threads, int64_t shared, const uint8_t* arguments,
+                       int64_t argument_bytes) {
   ptx::Program program;
   program.code.assign(code, code + instructions);
   program.constants.assign(constants, constants + constant_count);

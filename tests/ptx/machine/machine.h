@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <memory>
 #include <set>
+#include <tuple>
 
 #include "instructions.h"
 #include "memory.h"
@@ -26,7 +27,7 @@ struct Warp {
   // Sleeps of a lane since anything changed, by which it polls for what does not come.
   std::array<int64_t, kLanes> sleeps{};
   std::array<int64_t, kLanes> slept_at{};
-  uint32_t present = 0;  // lanes that the block has
+  uint32_t present = 0;   // lanes that the block has
   bool scatters = false;  // whether diverged lanes go on in random order, or those behind first
   WarpClocks clocks;
 
@@ -51,9 +52,9 @@ struct Block {
 
 class Launch {
  public:
-  static constexpr uint64_t kParameters = 4096;       // address of the arguments
-  static constexpr int kPolls = 3;                     // sleeps without a change after which a lane counts as stalled
-  static constexpr int64_t kMaxSteps = int64_t(1) << 32;
+  static constexpr uint64_t kParameters = 4096;  // address of the arguments
+  static constexpr int kPolls = 3;               // sleeps without a change after which a lane counts as stalled
+  static constexpr int64_t kMaxSteps = int64_t(1) << 28;
 
   Launch(const Program& program, const std::vector<Function>& functions, const Settings& settings, Extent extent,
          int64_t blocks, int32_t threads, size_t shared, const uint8_t* arguments, size_t argument_bytes)
@@ -82,7 +83,9 @@ class Launch {
       if (!pick(block, warp)) throw Fault("the threads wait for each other: " + waiting());
       take_turn(*block, *warp);
       finish(*block);
+      publish_some();
     }
+    publish_everything();
     return steps_;
   }
 
@@ -121,7 +124,8 @@ class Launch {
   void take_turn(Block& block, Warp& warp) {
     const uint32_t ready = warp.lanes_in(State::kReady);
     int32_t pc = std::numeric_limits<int32_t>::max();
-    if (warp.scatters) {
+    // Those ahead must have their turns, too: those behind may wait for them.
+    if (warp.scatters || random_() % 8 == 0) {
       int skip = int(random_() % __builtin_popcount(ready));
       for (int lane = 0; lane < kLanes; ++lane)
         if (ready >> lane & 1 && skip-- == 0) pc = warp.pc[lane];
@@ -131,6 +135,11 @@ class Launch {
     }
     uint32_t lanes = 0;
     for (int lane = 0; lane < kLanes; ++lane) lanes |= uint32_t(ready >> lane & 1 && warp.pc[lane] == pc) << lane;
+    // Nothing keeps lanes together that are at the same instruction.
+    if (warp.scatters && random_() % 2) {
+      const uint32_t some = lanes & uint32_t(random_());
+      if (some) lanes = some;
+    }
     const bool diverged = lanes != ready;
     static constexpr int kTurns[3][4] = {{10000, 10000, 1000, 1000}, {1, 8, 64, 10000}, {1, 2, 4, 1000}};
     bool moved = false;
@@ -181,7 +190,8 @@ class Launch {
         }
         return false;
       case Kind::kBarrier:
-        if (taking != lanes) throw Fault("a barrier of the block with a predicate is not supported: " + instruction(pc));
+        if (taking != lanes)
+          throw Fault("a barrier of the block with a predicate is not supported: " + instruction(pc));
         set_state(warp, lanes, State::kAtBarrier, pc);
         arrive(block);
         return false;
@@ -215,7 +225,12 @@ class Launch {
 
   void access(Block& block, Warp& warp, int lane, int32_t pc) {
     const Instruction& i = program_.code[pc];
-    const Access by{&warp.clocks, block.index,        block.epoch, int(&warp - block.warps.data()), lane, pc,
+    const Access by{&warp.clocks,
+                    block.index,
+                    block.epoch,
+                    int(&warp - block.warps.data()),
+                    lane,
+                    pc,
                     i.order != Order::kWeak || i.kind == Kind::kAtomicAdd};
     uint64_t address = warp.value(i.address, lane) + i.offset;
     if (i.space == Space::kShared) address = uint32_t(address);
@@ -224,8 +239,7 @@ class Launch {
       throw Fault("an address that is not a multiple of " + std::to_string(bytes) + ": " + describe(by));
     uint8_t buffer[16];
     if (i.kind == Kind::kAtomicAdd) {
-      warp.value(i.operands[0], lane) =
-          global_.add(by, block.view, address, bytes, warp.value(i.operands[1], lane));
+      warp.value(i.operands[0], lane) = global_.add(by, block.view, address, bytes, warp.value(i.operands[1], lane));
     } else if (i.kind == Kind::kStore) {
       for (int e = 0; e < i.count; ++e) std::memcpy(buffer + e * i.bytes, &warp.value(i.operands[e], lane), i.bytes);
       if (i.space == Space::kShared) {
@@ -302,7 +316,8 @@ class Launch {
       const uint32_t c = uint32_t(warp.value(i.operands[3], lane));
       if (c != 31) throw Fault("a shuffle within a part of the warp is not supported: " + where(block, warp, lane));
       const int source = int((i.function ? uint32_t(lane) ^ b : b) & 31);
-      if (!(mask >> source & 1)) throw Fault("a shuffle from a lane that is not in the mask: " + where(block, warp, lane));
+      if (!(mask >> source & 1))
+        throw Fault("a shuffle from a lane that is not in the mask: " + where(block, warp, lane));
       values[lane] = uint32_t(warp.value(program_.code[warp.pc[source]].operands[1], source));
     }
     for (int lane = 0; lane < kLanes; ++lane)
@@ -326,7 +341,8 @@ class Launch {
         if (warp.state[lane] != State::kAtBarrier) continue;
         // `bar.sync` is aligned: a warp must come to it together.
         if (pc >= 0 && warp.pc[lane] != pc)
-          throw Fault("lanes of a warp meet in different barriers: " + where(block, warp, lane) + " and " + instruction(pc));
+          throw Fault("lanes of a warp meet in different barriers: " + where(block, warp, lane) + " and " +
+                      instruction(pc));
         pc = warp.pc[lane];
       }
     }
@@ -346,7 +362,7 @@ class Launch {
   void finish(Block& block) {
     for (const Warp& warp : block.warps)
       if (warp.lanes_in(State::kEnded) != warp.present) return;
-    global_.publish(block.view, [](const Stamp&) { return true; });
+    late_.push_back(std::move(block.view));
     ++global_.changes;
     resident_.erase(std::find_if(resident_.begin(), resident_.end(),
                                  [&](const auto& candidate) { return candidate.get() == &block; }));
@@ -361,7 +377,7 @@ class Launch {
               (warp.sleeps[lane] < kPolls || warp.slept_at[lane] != global_.changes))
             return;
     // Writes come through in the end.
-    for (const auto& block : resident_) global_.publish(block->view, [](const Stamp&) { return true; });
+    publish_everything();
     if (std::any_of(resident_.begin(), resident_.end(), [&](const auto& block) {
           return std::any_of(block->warps.begin(), block->warps.end(), [&](const Warp& warp) {
             const uint32_t ready = warp.lanes_in(State::kReady);
@@ -369,13 +385,27 @@ class Launch {
           });
         }))
       return;
-    throw Fault("deadlock, with " + std::to_string(blocks_ - started_) +
-                " blocks that have not started: " + waiting());
+    throw Fault("deadlock, with " + std::to_string(blocks_ - started_) + " blocks that have not started: " + waiting());
+  }
+
+  void publish_everything() {
+    const auto any = [](const Stamp&) { return true; };
+    for (const auto& block : resident_) global_.publish(block->view, any);
+    for (BlockView& view : late_) global_.publish(view, any);
+    late_.clear();
+  }
+
+  // Writes of blocks that have ended come through one by one.
+  void publish_some() {
+    if (late_.empty() || random_() % 8) return;
+    const size_t which = random_() % late_.size();
+    global_.publish(late_[which], [this](const Stamp&) { return random_() % 2 == 0; });
+    if (late_[which].pending.empty()) late_.erase(late_.begin() + which);
   }
 
   std::string where(const Block& block, const Warp& warp, int lane) const {
-    return instruction(warp.pc[lane]) + " by thread " +
-           std::to_string((&warp - block.warps.data()) * kLanes + lane) + " of block " + std::to_string(block.index);
+    return instruction(warp.pc[lane]) + " by thread " + std::to_string((&warp - block.warps.data()) * kLanes + lane) +
+           " of block " + std::to_string(block.index);
   }
   std::string waiting() const {
     std::string text;
@@ -384,8 +414,9 @@ class Launch {
       for (const Warp& warp : block->warps)
         for (int lane = 0; lane < kLanes; ++lane)
           if (warp.present >> lane & 1 && told.size() < 8 && told.emplace(block->index, warp.pc[lane]).second)
-            text += (text.empty() ? "" : "; ") +
-                    (warp.state[lane] == State::kEnded ? "ended at " + where(*block, warp, lane) : where(*block, warp, lane));
+            text += (text.empty() ? "" : "; ") + (warp.state[lane] == State::kEnded
+                                                      ? "ended at " + where(*block, warp, lane)
+                                                      : where(*block, warp, lane));
     return text;
   }
 
@@ -400,6 +431,7 @@ class Launch {
   std::mt19937 random_;
   GlobalMemory global_;
   std::vector<std::unique_ptr<Block>> resident_;
+  std::vector<BlockView> late_;  // of blocks that have ended
   int64_t started_ = 0;
   int64_t steps_ = 0;
   int pace_ = 0;

@@ -93,7 +93,8 @@ class SharedMemory {
   static constexpr uint64_t kBase = 1024;
   static constexpr uint64_t kCellBytes = 4;
 
-  SharedMemory(size_t bytes, bool checks_races) : bytes_(bytes, 0xff), cells_(bytes / kCellBytes), checked_(checks_races) {}
+  SharedMemory(size_t bytes, bool checks_races)
+      : bytes_(bytes, 0xff), cells_(bytes / kCellBytes), checked_(checks_races) {}
 
   void load(const Access& access, uint64_t address, int bytes, void* value) {
     const uint64_t at = check(access, address, bytes);
@@ -111,8 +112,9 @@ class SharedMemory {
  private:
   uint64_t check(const Access& access, uint64_t address, int bytes) const {
     if (address < kBase || address - kBase + bytes > bytes_.size())
-      throw Fault("an access beyond the block's " + std::to_string(bytes_.size()) + " bytes of shared memory, at byte " +
-                  std::to_string(int64_t(address - kBase)) + ": " + describe(access));
+      throw Fault("an access beyond the block's " + std::to_string(bytes_.size()) +
+                  " bytes of shared memory, at byte " + std::to_string(int64_t(address - kBase)) + ": " +
+                  describe(access));
     if (bytes % kCellBytes)
       throw Fault("races are told apart by 4 bytes of shared memory, and this accesses fewer: " + describe(access));
     return address - kBase;
@@ -126,19 +128,18 @@ class SharedMemory {
 // Finds the tensor with an address. Returns the bytes from there to its end, or 0.
 using Extent = uint64_t (*)(uint64_t address);
 
-// A block's own view of global memory: writes that others may not see yet, and values that it may have read too early.
+// A block's writes to global memory that others may not see yet.
 struct BlockView {
   struct Write {
     uint16_t value;
     Stamp stamp;
   };
   std::unordered_map<uint64_t, Write> pending;
-  std::unordered_map<uint64_t, uint16_t> cached;
 };
 
-// Global memory, at the addresses of the process. Weak writes reach the other blocks at random, or by a release that
-// they happened before, or when the block ends; weak reads may repeat what the block has read before, until it
-// acquires.
+// Global memory, at the addresses of the process. Weak writes reach the other blocks at random, some time after the
+// block's end, or by a release that they happened before. A weak read may give the value before the last write, unless
+// that happened before the read.
 class GlobalMemory {
  public:
   static constexpr uint64_t kCellBytes = 2;
@@ -153,10 +154,11 @@ class GlobalMemory {
             void* value) {
     check(access, address, bytes);
     for (uint64_t at = address; at < address + bytes; at += kCellBytes) {
-      cell(at).read(access, checked_, "global", at);
+      Cell& accessed = cell(at);
+      accessed.read(access, checked_, "global", at);
       uint16_t part;
       if (order == Order::kWeak && delays_) {
-        part = weak(view, at);
+        part = weak(view, at, accessed.written() && !access.knows(accessed.write));
       } else {
         publish_one(view, at);
         std::memcpy(&part, reinterpret_cast<const void*>(at), kCellBytes);
@@ -164,7 +166,6 @@ class GlobalMemory {
       std::memcpy(static_cast<char*>(value) + (at - address), &part, kCellBytes);
     }
     if (order != Order::kSynchronizing) return;
-    view.cached.clear();
     const auto released = released_.find(address);
     if (released != released_.end()) clocks.others[access.lane] = join(clocks.others[access.lane], released->second);
   }
@@ -178,17 +179,13 @@ class GlobalMemory {
       for (uint64_t at = address; at < address + bytes; at += kCellBytes) {
         BlockView::Write write{0, access.stamp()};
         std::memcpy(&write.value, static_cast<const char*>(value) + (at - address), kCellBytes);
-        view.cached.erase(at);
         view.pending[at] = write;
       }
       if (!delays_ || random_() % 4 == 0)
         for (uint64_t at = address; at < address + bytes; at += kCellBytes) publish_one(view, at);
       return;
     }
-    for (uint64_t at = address; at < address + bytes; at += kCellBytes) {
-      view.pending.erase(at);
-      view.cached.erase(at);
-    }
+    for (uint64_t at = address; at < address + bytes; at += kCellBytes) view.pending.erase(at);
     if (order == Order::kSynchronizing) {
       publish(view, [&](const Stamp& stamp) { return access.knows(stamp); });
       released_[address] = clocks.release(access.block, access.epoch, access.warp, access.lane);
@@ -205,7 +202,6 @@ class GlobalMemory {
     for (uint64_t at = address; at < address + bytes; at += kCellBytes) {
       cell(at).store(access, checked_, "global", at);
       publish_one(view, at);
-      view.cached.erase(at);
     }
     uint64_t before = 0;
     std::memcpy(&before, reinterpret_cast<const void*>(address), bytes);
@@ -221,9 +217,8 @@ class GlobalMemory {
         ++write;
         continue;
       }
-      std::memcpy(reinterpret_cast<void*>(write->first), &write->second.value, kCellBytes);
+      set(write->first, write->second.value);
       write = view.pending.erase(write);
-      ++changes;
     }
   }
 
@@ -245,18 +240,22 @@ class GlobalMemory {
   void publish_one(BlockView& view, uint64_t address) {
     const auto write = view.pending.find(address);
     if (write == view.pending.end()) return;
-    std::memcpy(reinterpret_cast<void*>(address), &write->second.value, kCellBytes);
+    set(address, write->second.value);
     view.pending.erase(write);
+  }
+  void set(uint64_t address, uint16_t value) {
+    void* const target = reinterpret_cast<void*>(address);
+    std::memcpy(&previous_[address], target, kCellBytes);
+    std::memcpy(target, &value, kCellBytes);
     ++changes;
   }
-  uint16_t weak(BlockView& view, uint64_t address) {
+  uint16_t weak(const BlockView& view, uint64_t address, bool may_be_old) {
     const auto write = view.pending.find(address);
     if (write != view.pending.end()) return write->second.value;
-    const auto cached = view.cached.find(address);
-    if (cached != view.cached.end() && random_() % 8) return cached->second;
+    const auto previous = may_be_old ? previous_.find(address) : previous_.end();
+    if (previous != previous_.end() && random_() % 2) return previous->second;
     uint16_t value;
     std::memcpy(&value, reinterpret_cast<const void*>(address), kCellBytes);
-    view.cached[address] = value;
     return value;
   }
 
@@ -268,6 +267,7 @@ class GlobalMemory {
   uint64_t known_end_ = 0;
   std::unordered_map<uint64_t, std::vector<Cell>> cells_;
   std::unordered_map<uint64_t, KnowledgePointer> released_;
+  std::unordered_map<uint64_t, uint16_t> previous_;  // before the last write
 };
 
 }  // namespace ptx
