@@ -113,16 +113,24 @@ def machine() -> ctypes.CDLL:
 
 @functools.cache
 def allocations() -> ctypes.CDLL:
-    """Watches the tensors that are allocated from now on."""
+    """What can watch the allocation of tensors."""
     folder = Path(torch.__file__).parent
     flags = ['-std=c++17', '-O0', '-fPIC', '-shared', f'-I{folder / "include"}']
     library = [f'-L{folder / "lib"}', '-lc10', f'-Wl,-rpath,{folder / "lib"}']
     source = MACHINE / 'allocations.cpp'
-    watcher = ctypes.CDLL(
+    return ctypes.CDLL(
         str(_cached('allocations.so', [source], lambda out: ['g++', *flags, str(source), '-o', str(out), *library]))
     )
-    watcher.allocations_watch()
-    return watcher
+
+
+@contextlib.contextmanager
+def watched_tensors() -> Iterator[None]:
+    """Kernels may access the tensors that are allocated within the context."""
+    allocations().allocations_watch(1)
+    try:
+        yield
+    finally:
+        allocations().allocations_watch(0)
 
 
 @functools.cache
@@ -276,7 +284,7 @@ class Interpreter(Emulation):
     ) -> Iterator[None]:
         """Within the context the ops run the kernels' PTX.
 
-        Tensors that a kernel accesses must have been allocated after the first such context began.
+        Tensors that a kernel accesses must have been allocated within one.
 
         Args:
             seed: Of the order of blocks, warps and diverged lanes, and of what is delayed.
@@ -286,7 +294,6 @@ class Interpreter(Emulation):
             edit: Changes the PTX of a file, to plant a fault.
             options: Those of ``serve``.
         """
-        allocations()
         self._settings = Settings(seed, residents, checks_races, delays)
         self.launched.clear()
         if edit or self._edit:
@@ -294,7 +301,7 @@ class Interpreter(Emulation):
         self._edit = edit
         self._kernels.emulation_launch_by(self._launcher)
         try:
-            with self.serve(seed=seed, **options):
+            with watched_tensors(), self.serve(seed=seed, **options):
                 yield
         finally:
             self._kernels.emulation_launch_by(_LAUNCHER())

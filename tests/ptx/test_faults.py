@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.cuda_emulation.emulate import compiler
-from tests.ptx.interpret import FaultFound, Program, allocations, compile_ptx, read_ptx, toolkit
+from tests.ptx.interpret import FaultFound, Program, compile_ptx, read_ptx, toolkit, watched_tensors
 
 pytestmark = [
     pytest.mark.skipif(compiler() is None, reason='the interpreter is compiled by g++, which is not there'),
@@ -30,15 +30,15 @@ class Arguments(ctypes.Structure):
 
 def run(kernel: str, edit: Edit = lambda text: text, **settings: int) -> bool:
     """Run a kernel of kernels.cu with its PTX edited; whether the result is right."""
-    allocations()
     whole = compile_ptx(Path(__file__).with_name('kernels.cu'))
     start = whole.index(f'.entry {kernel}(')
     end = whole.index('\n}', start)
     edited = edit(whole[start:end])
     program = Program(read_ptx(whole[:start] + edited + whole[end:]).kernel(kernel))
-    source = torch.arange(COUNT, dtype=torch.float32)
-    target = torch.full((BLOCKS, COUNT), torch.nan)
-    flags = torch.zeros(BLOCKS + 1, dtype=torch.int64)
+    with watched_tensors():
+        source = torch.arange(COUNT, dtype=torch.float32)
+        target = torch.full((BLOCKS, COUNT), torch.nan)
+        flags = torch.zeros(BLOCKS + 1, dtype=torch.int64)
     arguments = Arguments(source.data_ptr(), target.data_ptr(), flags.data_ptr(), COUNT)
     program.launch(arguments, BLOCKS if kernel == 'chain' else 1, COUNT, COUNT * 4, **settings)
     lanes = torch.arange(COUNT)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.cuda_emulation.emulate import compiler
-from tests.ptx.interpret import FaultFound, Program, allocations, functions, read_ptx
+from tests.ptx.interpret import FaultFound, Program, functions, read_ptx, watched_tensors
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason='the interpreter is compiled by g++, which is not there')
 
@@ -47,10 +47,10 @@ class Arguments(ctypes.Structure):
 
 def execute(code: str, values: np.ndarray, shared: int = 0) -> np.ndarray:
     """Run code on four 64-bit values of each of 32 threads, %rd10 to %rd13; the threads' %rd20."""
-    allocations()
-    source = torch.empty(32 * 4, dtype=torch.int64)
+    with watched_tensors():
+        source = torch.empty(32 * 4, dtype=torch.int64)
+        target = torch.zeros(32, dtype=torch.int64)
     source.numpy().view(np.uint64)[:] = values.reshape(-1)
-    target = torch.zeros(32, dtype=torch.int64)
     program = Program(read_ptx(KERNEL.format(code=code)).kernel('kernel'))
     program.launch(Arguments(source.data_ptr(), target.data_ptr()), 1, 32, shared)
     return target.numpy().view(np.uint64)
