@@ -155,8 +155,12 @@ def _check_start(start: bytes, name: str) -> None:
 def _check_archive(path: Path, name: str) -> None:
     if zipfile.is_zipfile(path):
         # torch.load does not verify the archive's checksums.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+        except NotImplementedError as error:
+            # A method of compression or a version that no checkpoint has.
+            raise CheckpointError(f'{name} is damaged: {error}. {_AGAIN}') from error
         if damaged is not None:
             raise CheckpointError(f'{name} is damaged: the checksum of {damaged} in it is wrong. {_AGAIN}')
 

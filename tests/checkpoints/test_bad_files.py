@@ -53,6 +53,12 @@ def flipped(content):
     return bytes(changed)
 
 
+def of_unknown_compression(content):
+    changed = bytearray(content)
+    changed[content.rindex(b'PK\x01\x02') + 10] = 0x63
+    return bytes(changed)
+
+
 def other_archive(folder):
     path = folder / 'other.zip'
     with zipfile.ZipFile(path, 'w') as archive:
@@ -73,6 +79,7 @@ BAD_FILES = {
     'legacy, truncated': (lambda folder: legacy(folder)[:-1000], 'is truncated, damaged'),
     'legacy, cut at once': (lambda folder: legacy(folder)[:100], 'is truncated, damaged'),
     'one byte changed': (lambda folder: flipped(zipped(folder)), 'is damaged: the checksum of good/data/.* is wrong'),
+    'compression': (lambda folder: of_unknown_compression(zipped(folder)), 'is damaged: .*compression'),
     'page': (lambda _: b'\n <!DOCTYPE html><html><body>Not found</body></html>', 'is a web page, not a checkpoint'),
     'old page': (lambda _: b'<HTML><HEAD>', 'is a web page'),
     'page with a comment': (lambda _: b'<!-- 404 -->\n<html>', 'is a web page'),
