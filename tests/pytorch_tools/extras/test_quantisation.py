@@ -1,5 +1,7 @@
 """Quantisation by torchao and structural pruning by Torch-Pruning."""
 
+import importlib
+
 import pytest
 import torch
 from torch import nn
@@ -26,4 +28,12 @@ def check(name, config, tolerance, dtype=torch.float32):
 @pytest.mark.parametrize('name', FAMILIES)
 def test_int8(name, kind):
     plain, changed = check(name, getattr(torchao, kind)(), 0.1)
+    assert changed == list(plain)
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_int4(name):
+    granularity = importlib.import_module('torchao.quantization.granularity').PerGroup(32)
+    config = torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity)
+    plain, changed = check(name, config, 0.2)
     assert changed == list(plain)
