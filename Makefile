@@ -11,7 +11,7 @@ site-packages = $(1) -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 given = $(filter command environment,$(firstword $(origin $(1))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow tools lint format docs kernels runtimes wheel abi matrix clean
+.PHONY: help setup demo test test-slow tools lint format docs kernels prove runtimes wheel abi matrix clean
 
 help:
 	@echo 'make demo      set up, then train, evaluate and show a small model (DEMO_ARGS, FAMILY, TASK are passed on)'
@@ -20,6 +20,7 @@ help:
 	@echo 'make tools     test timm, transformers, peft, torchao and other libraries around the backbones, in an environment of its own (.venv-tools)'
 	@echo 'make kernels   compile every CUDA kernel for every architecture by nvcc alone, and print what each takes (ARCHS="8.0 9.0")'
 	@echo 'make runtimes  compile the scans as operators of onnxruntime and OpenVINO, into build/runtimes'
+	@echo 'make prove     prove by a verifier that the threads of the CUDA kernels are ordered in every schedule; needs nvcc, takes half an hour'
 	@echo 'make wheel     build and check dist/*.whl for every Python and every torch from 2.10 on (FORCE_CUDA=1: with CUDA kernels)'
 	@echo 'make abi       compile the bindings against the headers of torch 2.1 to 2.15 (VERSIONS="2.4.1 2.13.0")'
 	@echo 'make matrix    build from source beside versions of torch and test there (VERSIONS="2.4.1 2.13.0", PYTHON=python3.12)'
@@ -75,6 +76,11 @@ kernels:
 
 runtimes: setup
 	@$(IN_VENV) tools/make_runtimes.py
+
+prove: setup
+	@$(IN_VENV) -m pip install --quiet -r requirements/prove.txt
+	@$(IN_VENV) -m pytest tests/ptx/test_proofs.py $(PYTEST_ARGS)
+	@echo 'verdicts: build/proofs.md'
 
 wheel: setup
 	@$(IN_VENV) -m pip install --quiet -r requirements/wheel.txt

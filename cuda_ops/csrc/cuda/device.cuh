@@ -145,6 +145,16 @@ struct alignas(N * sizeof(T)) AlignedVector {
   T val[N];
 };
 
+// A pointer into global memory. Where one may be null, the compiler does not find that out by itself, and would load
+// through a generic address.
+template <class T>
+__device__ __forceinline__ T* global_pointer(T* pointer) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(pointer));
+#endif
+  return pointer;
+}
+
 // States of a thread that are accessed together.
 template <int NS>
 constexpr int kPackStates = NS < 4 ? NS : 4;
@@ -226,7 +236,9 @@ __device__ __forceinline__ void store_release(int64_t* global, int64_t value) {
 }
 
 __device__ __forceinline__ int64_t load_acquire(const int64_t* global) {
-#if defined(__CUDA_ARCH__)
+#if defined(SSM_LAST_WORK_ITEM)
+  return INT64_MAX;
+#elif defined(__CUDA_ARCH__)
   int64_t value;
   asm volatile("ld.acquire.gpu.global.s64 %0, [%1];" : "=l"(value) : "l"(global) : "memory");
   return value;

@@ -91,7 +91,7 @@ __device__ __forceinline__ void load_carry(const RouteArguments& a, const WorkIt
       const float* states = static_cast<const float*>(a.p.segment_states);
       gradients.carry[n] = states[state_index(a, item, segment_row(a, item, k), n0 + n)];
     } else if (a.p.grad_last_state) {
-      const float* grad = static_cast<const float*>(a.p.grad_last_state);
+      const float* grad = global_pointer(static_cast<const float*>(a.p.grad_last_state));
       gradients.carry[n] = grad[last_state_row(a, item, k) * a.p.states + n0 + n];
     }
   }

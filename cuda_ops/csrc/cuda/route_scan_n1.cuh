@@ -328,7 +328,7 @@ __device__ __forceinline__ void stage_skip(const RouteArgumentsN1& a, const Work
     for (int r = 0; a.p.D && r < a.route_count; ++r) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        skip[c] += static_cast<const float*>(a.p.D)[a.routes[r] * a.p.channels + item.channel + c];
+        skip[c] += global_pointer(static_cast<const float*>(a.p.D))[a.routes[r] * a.p.channels + item.channel + c];
       }
     }
   }

@@ -1,5 +1,8 @@
 // Shared parts of the wavefront-scan kernels.
 //
+// With SSM_LAST_WORK_ITEM defined, a block takes the last work item alone and finds all that it waits for: for a
+// verifier that cannot follow values through memory.
+//
 // A work item is a strip of an image's rows and 16 channels. A thread holds one row of the strip and one channel, with
 // the row's current states in registers. At step t, row r is at column t - r: the row above was there one step earlier
 // and left its states in shared memory. The boundary row, which the first row needs from the strip above (backward: the
@@ -58,13 +61,25 @@ __device__ __forceinline__ int64_t total_states(const WavefrontArguments& a) {
 // Fetches the next work item id from a global atomic counter (all threads must call). Returns false if none is left.
 // Ids follow dependency order, strip by strip: an item waits only for the same map's previous strip and, backward, for
 // the previous tile. So the oldest unfinished item never waits: no deadlock for any number of resident blocks.
-// `slot` is in shared memory.
+// `slot` is in shared memory. `id` is negative before the first call.
 __device__ __forceinline__ bool fetch_work_item(const WavefrontArguments& a, int64_t* slot, int64_t* id) {
   __syncthreads();  // the previous work item no longer uses shared memory
+#if defined(SSM_LAST_WORK_ITEM)
+  *id = a.strips * a.maps - (*id < 0);
+  return *id < a.strips * a.maps;
+#endif
   if (threadIdx.x == 0) *slot = int64_t(atomicAdd(static_cast<unsigned long long*>(a.p.counters), 1ull));
   __syncthreads();
   *id = *slot;
   return *id < a.strips * a.maps;
+}
+
+// The id that `fetch_work_item` has stored in `slot`.
+__device__ __forceinline__ int64_t fetched_work_item(const int64_t* slot, [[maybe_unused]] int64_t id) {
+#if defined(SSM_LAST_WORK_ITEM)
+  return id;
+#endif
+  return *slot;
 }
 
 // A strip of an image and a tile of channels, and the thread's row and channel. A warp has two rows.

@@ -357,7 +357,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) wavefront_backward(WavefrontAr
   const SharedMemory<NS> memory(a, shared);
   const int32_t steps = int32_t(a.p.width) + a.rows - 1;
   int64_t* shared_id = memory.work_item_id();
-  for (int64_t id; fetch_work_item(a, shared_id, &id);) {
+  for (int64_t id = -1; fetch_work_item(a, shared_id, &id);) {
     const int32_t strip = strip_of(a, id);
     const WorkItem item(a, id, strip);
     const StateLayout<NS> layout(item.lane);
@@ -449,9 +449,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1) wavefront_backward(WavefrontAr
       store_states(memory.span_states + own, grad_A_above);
       store_states(memory.span_states + memory.states_size + own, grad_A_before);
       __syncthreads();
-      write_A_gradients<NS>(a, *shared_id, n0, memory.span_states, memory.span_states + memory.states_size);
+      write_A_gradients<NS>(a, fetched_work_item(shared_id, id), n0, memory.span_states,
+                            memory.span_states + memory.states_size);
     }
-    if (a.p.grad_D) write_D_gradient(a, *shared_id, grad_D, memory.span_states);
+    if (a.p.grad_D) write_D_gradient(a, fetched_work_item(shared_id, id), grad_D, memory.span_states);
   }
 }
 

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) wavefront_forward(WavefrontArg
   float* projections = shared + 2 * states_size;  // of this step and the next
   const int32_t steps = int32_t(a.p.width) + a.rows - 1;
   // The work item id is passed through the start of shared memory, which is in use only after the item's first barrier.
-  for (int64_t id; fetch_work_item(a, reinterpret_cast<int64_t*>(shared), &id);) {
+  for (int64_t id = -1; fetch_work_item(a, reinterpret_cast<int64_t*>(shared), &id);) {
     const int32_t strip = int32_t(id / a.maps);
     const WorkItem item(a, id, strip);
     const StateLayout<NS> layout(item.lane);
