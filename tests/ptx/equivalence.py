@@ -7,7 +7,7 @@ import ctypes
 
 from tests.ptx import prove
 
-FORWARD = '''
+REFERENCE = """
 def reference(x, delta, B, C, A):
     import torch
 
@@ -18,38 +18,7 @@ def reference(x, delta, B, C, A):
         state = torch.exp2(step * (A[0] * 1.4426950216293335)) * state + inflow
         outputs.append((state * C[0, 0, t, 0, 0]).sum(-1))
     return torch.stack(outputs)[None, None], state[None, None]
-'''
-
-BACKWARD = '''
-def reference(x, delta, B, C, A, grad_y):
-    import torch
-
-    rates = A[0] * 1.4426950216293335
-    states = [torch.zeros_like(rates)]
-    for t in range(LENGTH):
-        step = delta[0, 0, t, 0][:, None]
-        states.append(torch.exp2(step * rates) * states[-1] + step * x[0, 0, t][:, None] * B[0, 0, t, 0, 0])
-    carry, grad_A = torch.zeros_like(rates), torch.zeros_like(rates)
-    grad_x, grad_delta, grad_B, grad_C = [], [], [], []
-    for t in reversed(range(LENGTH)):
-        step, here, grad = delta[0, 0, t, 0], x[0, 0, t], grad_y[0, 0, t]
-        grad_state = carry + grad[:, None] * C[0, 0, t, 0, 0]
-        carry = grad_state * torch.exp2(step[:, None] * rates)
-        through_decay = carry * states[t]
-        through_inflow = (grad_state * B[0, 0, t, 0, 0]).sum(-1)
-        grad_x.insert(0, through_inflow * step)
-        grad_delta.insert(0, (through_decay * rates).sum(-1) * 0.6931471824645996 + through_inflow * here)
-        grad_A = grad_A + through_decay * step[:, None]
-        grad_B.insert(0, (grad_state * (step * here)[:, None]).sum(0))
-        grad_C.insert(0, (states[t + 1] * grad[:, None]).sum(0))
-    return (
-        torch.stack(grad_x)[None, None],
-        torch.stack(grad_delta)[None, None, :, None],
-        grad_A[None, None, None],
-        torch.stack(grad_B)[None, None, None, :, None, None],
-        torch.stack(grad_C)[None, None, None, :, None, None],
-    )
-'''
+"""
 
 
 class GridTensor(ctypes.Structure):
@@ -98,22 +67,16 @@ def shapes(channels: int, states: int, length: int) -> dict[str, tuple[int, ...]
         B=projection,
         C=projection,
         A=(1, channels, states),
-        grad_y=(1, 1, length, channels),
         result=(1, 1, length, channels),
         last_state=(1, 1, channels, states),
-        grad_delta=(1, 1, length, 1, channels),
-        grad_A=(1, 1, 1, channels, states),
-        grad_B=(1, *projection),
-        grad_C=(1, *projection),
     )
 
 
-def prove_row(launch: prove.Launch, arch: str, backward: bool) -> prove.Verdict:
-    """Compare a launch of ``scan_forward`` or ``scan_backward`` for one row in float32 with its equations."""
+def prove_row(launch: prove.Launch, arch: str) -> prove.Verdict:
+    """Compare a launch of ``scan_forward`` for one row in float32 with its equations."""
     params = RouteScanParams.from_buffer_copy(launch.argument)
     sizes = shapes(params.channels, params.states, params.width)
-    inputs = ['x', 'delta', 'B', 'C', 'A'] + ['grad_y'] * backward
-    outputs = ['result', 'grad_delta', 'grad_A', 'grad_B', 'grad_C'] if backward else ['result', 'last_state']
+    inputs, outputs = ['x', 'delta', 'B', 'C', 'A'], ['result', 'last_state']
     ptx, symbol = prove.kernels(arch)[launch.kernel]
     given = prove.configuration(launch, symbol)
     names = {f'tensor_{params.address(name):x}': name for name in inputs + outputs}
@@ -132,7 +95,7 @@ def prove_row(launch: prove.Launch, arch: str, backward: bool) -> prove.Verdict:
         outputs=dict(kind='dense_tensors', tensors=[_output(name, sizes[name]) for name in outputs]),
         reference=dict(arguments=[dict(name=n, allocation=_allocation(n), dtype='float32') for n in inputs]),
     )
-    reference = (BACKWARD if backward else FORWARD).replace('LENGTH', str(params.width))
+    reference = REFERENCE.replace('LENGTH', str(params.width))
     return prove.verify(ptx, given, dict(reference=reference, binding=binding))
 
 

@@ -83,14 +83,14 @@ def _cached(name: str, inputs: Sequence[Path], command: Callable[[Path], list[st
     return output
 
 
-def compile_ptx(source: Path, few: bool = False, arch: str = ARCH) -> str:
-    """The PTX of a ``.cu`` file; ``few`` leaves out most kernels, to be quick."""
+def compile_ptx(source: Path, flags: Sequence[str] = (), arch: str = ARCH) -> str:
+    """The PTX of a ``.cu`` file; the flags ``FEW`` leave out most kernels, to be quick."""
     found = toolkit()
     assert found
     options = [str(found.nvcc), *found.host, '-O3', '-std=c++17', f'-I{CSRC}', '-ptx', f'-arch={arch}', '-lineinfo']
-    options += FEW if few else []
+    options += flags
     inputs = [path for path in [*CSRC.rglob('*'), source, FEW_HEADER] if path.suffix in ('.h', '.cuh', '.cu')]
-    name = f'{"few-" if few else ""}{source.stem}-{arch}.ptx'
+    name = f'{source.stem}-{arch}.ptx'
     path = _cached(name, sorted(inputs), lambda output: [*options, str(source), '-o', str(output)])
     return path.read_text()
 
@@ -255,7 +255,7 @@ class Interpreter(Emulation):
             for source in sorted((CSRC / 'cuda').glob('*.cu')):
                 if not template.search(_with_headers(source)):
                     continue
-                text = compile_ptx(source, self._few)
+                text = compile_ptx(source, FEW if self._few else ())
                 file = read_ptx(self._edit(text) if self._edit else text)
                 for symbol in file.kernels:
                     if kernel_report().readable_name(symbol) == name:

@@ -63,9 +63,7 @@ class Recorder(Interpreter):
         super().__init__(folder)
         self.records: list[Launch] = []
 
-    def _launch(
-        self, kernel: int, blocks: int, threads: int, shared: int, argument: int, argument_bytes: int
-    ) -> None:
+    def _launch(self, kernel: int, blocks: int, threads: int, shared: int, argument: int, argument_bytes: int) -> None:
         name = kernel_report().readable_name(self._symbols[kernel].replace('_GLOBAL__N_1L', '_GLOBAL__N_1'))
         self.records.append(Launch(name, blocks, threads, shared, ctypes.string_at(argument, argument_bytes)))
 
@@ -119,9 +117,7 @@ def _line(channels: int, states: int, height: int, width: int) -> torch.Tensor:
     )
 
 
-def _wavefront(
-    channels: int, states: int, height: int, width: int, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
+def _wavefront(channels: int, states: int, height: int, width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     leaf = functools.partial(_leaf, dtype=dtype)
     shape = (1, height, width)
     return cuda_ops.wavefront_scan(
@@ -150,7 +146,6 @@ CASES: dict[str, Callable[[], torch.Tensor]] = {
     '3x5, N = 1, 20 channels, bfloat16': lambda: _cross(20, 1, 3, 5, torch.bfloat16),
     '3x5, N = 1, factors of rank 2': lambda: _cross(16, 1, 3, 5, torch.float16, 2),
     '9x9, N = 1': lambda: _cross(16, 1, 9, 9),
-    '16x16, N = 1': lambda: _cross(16, 1, 16, 16),
     '12x12, N = 2': lambda: _cross(32, 2, 12, 12),
     'lines of 5, N = 2': lambda: _line(32, 2, 2, 5),
     'lines of 5, N = 1': lambda: _line(16, 1, 2, 5),
@@ -168,12 +163,13 @@ def _recorder() -> Recorder:
 
 
 def record(call: Callable[[], torch.Tensor]) -> list[Launch]:
-    """The launches of an operator's forward and backward pass, one for each kernel."""
+    """The launches of an operator's forward pass, and of its backward pass if it has one: one for each kernel."""
     recorder = _recorder()
     recorder.records.clear()
     with recorder.interpret():
         output = call()
-        output.backward(torch.rand(output.shape).to(output.dtype))
+        if output.requires_grad:
+            output.sum().backward()
     return list({launch.kernel: launch for launch in recorder.records}.values())
 
 
@@ -226,7 +222,14 @@ def verify(ptx: str, given: dict[str, object], reference: dict[str, object] | No
         folder = Path(name)
         (folder / 'kernel.ptx').write_text(ptx)
         (folder / 'input.json').write_text(json.dumps(given))
-        command = [sys.executable, '-m', 'sentryward', str(folder / 'kernel.ptx'), '--input', str(folder / 'input.json')]
+        command = [
+            sys.executable,
+            '-m',
+            'sentryward',
+            str(folder / 'kernel.ptx'),
+            '--input',
+            str(folder / 'input.json'),
+        ]
         command += ['--timeout', str(LIMIT_SECONDS), '--memory-limit-mib', '6000']
         if reference:
             (folder / 'reference.py').write_text(str(reference['reference']))

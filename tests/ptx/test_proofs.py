@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.cuda_emulation.emulate import ROOT, compiler
 from tests.ptx import equivalence, interpret, prove
@@ -62,11 +63,10 @@ def test_a_kernel_without_one_of_its_barriers_is_refused(case: str) -> None:
         assert set(results) == {'potential_race'}
 
 
-@pytest.mark.parametrize('backward', (False, True), ids=('forward', 'backward'))
 @pytest.mark.parametrize('states, length', ((2, 3), (2, 34), (16, 2)))
-def test_real_numbers_would_follow_the_equations(states: int, length: int, backward: bool) -> None:
-    launches = prove.record(lambda: prove.row(32, states, length))
-    (launch,) = (launch for launch in launches if ('backward' in launch.kernel) == backward)
-    verdict = equivalence.prove_row(launch, 'sm_90', backward)
+def test_real_numbers_would_follow_the_equations(states: int, length: int) -> None:
+    with torch.no_grad():
+        (launch,) = prove.record(lambda: prove.row(32, states, length))
+    verdict = equivalence.prove_row(launch, 'sm_90')
     print(f'| `{launch.kernel}` | {states} states, length {length} | {verdict} | {verdict.seconds:.0f} |')
     assert verdict.result == 'verified'
