@@ -99,7 +99,7 @@ def check_ssm_ratio(ssm_ratio: float, embed_dims: int) -> float:
     ssm_ratio = check_number('ssm_ratio', ssm_ratio)
     if not ssm_ratio > 0 or ssm_ratio * embed_dims % 1:
         raise ValueError(
-            f'ssm_ratio must be positive and give a whole number of channels, got {ssm_ratio!r} of {embed_dims}'
+            f'ssm_ratio must be positive and give a whole number of channels, got {ssm_ratio:g} of {embed_dims}'
         )
     return ssm_ratio
 

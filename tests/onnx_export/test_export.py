@@ -206,7 +206,7 @@ def test_what_differs_is_not_written(write_config, tool, tmp_path, capsys, monke
         return 18, 1
 
     monkeypatch.setattr(exporting, 'write_onnx', write)
-    monkeypatch.setattr(exporting, 'open_session', lambda path: path.read_bytes())
+    monkeypatch.setattr(exporting, 'open_session', lambda path, custom_ops: path.read_bytes())
     monkeypatch.setattr(exporting, 'compare', lambda *args: {'map0': 1e-3, 'map1': 0.0})
     command = [str(write_config('mmdet')), '--shape', '64', '64', '--out', str(tmp_path / 'x.onnx')]
     assert tool.main(command) == 2

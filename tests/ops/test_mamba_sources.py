@@ -124,7 +124,7 @@ def test_scans(dtype, length, theirs) -> None:
                 check(outputs_and_gradients(function, tensors, **options), expected, *TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize('variable', itertools.product([False, True], repeat=2))
+@pytest.mark.parametrize('variable', [*itertools.product([False, True], repeat=2)])
 def test_inner_functions(variable, theirs) -> None:
     torch.manual_seed(0)
     rank, width, length = 3, 6, 128

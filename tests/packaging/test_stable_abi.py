@@ -92,7 +92,7 @@ def test_want_of_memory_is_torchs_error():
     side = 2**20
     maps = [nothing.expand(1, side, side, 64), nothing.expand(1, side, side, 1, 64)]
     arguments = (*maps, torch.zeros(1, 64, 1), None, None, None, None, [0], False, True, 0)
-    with pytest.raises(_library._OutOfMemoryError, match=rf'\(1, {side}, {side}, 64\)'):
+    with pytest.raises(_library.OutOfMemoryError, match=rf'\(1, {side}, {side}, 64\)'):
         _library.call(torch.ops.cuda_ops.route_scan, *arguments)
     with pytest.raises(ValueError, match='routes are 0 to 3'):
         _library.call(
