@@ -90,6 +90,7 @@ def test_backbones_alone(configs: dict[str, str]) -> None:
     assert subject.held_bytes() == sum(v.nbytes for v in subject.model.backbone.state_dict().values())
 
 
+@pytest.mark.slow
 def test_records_agree_with_each_other(configs: dict[str, str]) -> None:
     asked = options(configs['mmpretrain'], against=[configs['mmseg']], shapes=[(64, 64), (160, 160)], train=True)
     saved: list[int] = []

@@ -110,7 +110,7 @@ def test_demo_is_interrupted_carried_on_reported_and_renewed(checkout, monkeypat
     assert (out / 'train' / 'epoch_1.pth').is_file() and not (out / 'train' / 'epoch_4.pth').exists()
 
 
-@pytest.mark.parametrize('deaf', [False, True])
+@pytest.mark.parametrize('deaf', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_being_asked_to_end_ends_the_training(deaf, tmp_path, environment) -> None:
     child = f"""
 import os, pathlib, signal, time

@@ -104,6 +104,7 @@ def test_host_libraries_without_mmengine(monkeypatch) -> None:
     assert hosts.mmengine_line({'mmcv': '2.1.0'}).broken and not hosts.mmengine_line({'torchvision': '0.28.0'}).broken
 
 
+@pytest.mark.slow
 def test_each_broken_library_is_named(tmp_path) -> None:
     """And ops without a compiled library where only compiled ones are wanted."""
     for name, code in {

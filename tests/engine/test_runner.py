@@ -169,7 +169,7 @@ def test_auto_scale_lr_follows_the_batch(train, write_config, tmp_path) -> None:
     assert runner.optim_wrapper.get_lr()['lr'] == [pytest.approx(4e-3 * 4 / 8)]
 
 
-@pytest.mark.parametrize('resume', ['auto', 'path'])
+@pytest.mark.parametrize('resume', ['auto', pytest.param('path', marks=pytest.mark.slow)])
 def test_resuming_by_iteration_goes_on_as_if_nothing_had_happened(
     resume, train, write_config, read_losses, tmp_path
 ) -> None:

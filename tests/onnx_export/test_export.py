@@ -50,7 +50,10 @@ BACKBONES = {
 }
 
 
-@pytest.fixture(scope='module', params=BACKBONES)
+# A plain V2M's mixer is one of those of a hierarchical V2M, and its graph is the longest.
+@pytest.fixture(
+    scope='module', params=[pytest.param(name, marks=[pytest.mark.slow] * (name == 'v2m')) for name in BACKBONES]
+)
 def backbone(request, tmp_path_factory):
     """A backbone, its file, and the shape of images that the file takes."""
     family, arch = BACKBONES[request.param]

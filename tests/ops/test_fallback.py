@@ -111,7 +111,15 @@ def use(folder: Path) -> dict:
     return used
 
 
-@pytest.mark.parametrize('damage', DAMAGES, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize(
+    'damage',
+    [
+        pytest.param(
+            damage, id=damage.__name__, marks=[pytest.mark.slow] * (damage in (record_missing, record_cut_off))
+        )
+        for damage in DAMAGES
+    ],
+)
 def test_reference_serves_after_one_warning(damage: Callable[[Path], None], package: Path) -> None:
     damage(package)
     used = use(package.parent)

@@ -139,8 +139,12 @@ def test_missing_checkpoints(write_config, tmp_path, work_dir, capsys) -> None:
 
 @pytest.mark.parametrize(
     ('content', 'worker'),
-    [(b'no image', False), (b'', False), (b'no image', True), (None, False)],
-    ids=['broken', 'empty', 'broken, read by a worker', 'missing'],
+    [
+        pytest.param(b'no image', False, id='broken', marks=pytest.mark.slow),
+        pytest.param(b'', False, id='empty', marks=pytest.mark.slow),
+        pytest.param(b'no image', True, id='broken, read by a worker'),
+        pytest.param(None, False, id='missing'),
+    ],
 )
 def test_unreadable_image(content, worker, shapes, tmp_path, work_dir, write_config, capsys) -> None:
     data = tmp_path / 'data'
