@@ -7,7 +7,8 @@ The package imports torch and nothing else. See the docstrings of the public fun
 from cuda_ops._reference_mode import use_reference
 from cuda_ops._status import BackendStatus, DeviceStatus, backend_status
 from cuda_ops._version import __version__
-from cuda_ops.route_scan import cross_selective_scan, line_scan, selective_scan
+from cuda_ops.route_scan import cross_selective_scan, line_scan
+from cuda_ops.sequence_scan import selective_scan
 from cuda_ops.wavefront_scan import wavefront_scan
 
 __all__ = [

@@ -13,7 +13,7 @@ from cuda_ops import _checks
 from cuda_ops._reference_mode import use_reference
 from cuda_ops.mamba_ssm._convolution import causal_conv1d_fn
 from cuda_ops.route_reference import state_dtype
-from cuda_ops.route_scan import selective_scan
+from cuda_ops.sequence_scan import selective_scan
 
 
 def refuse_complex(**tensors: Tensor) -> None:

@@ -11,13 +11,16 @@ REFERENCE = """
 def reference(x, delta, B, C, A):
     import torch
 
-    state, outputs = torch.zeros_like(A[0]), []
+    state, outputs, saved = torch.zeros_like(A[0]), [], []
     for t in range(LENGTH):
+        if t in SAVED:
+            saved.append(state.T)
         step = delta[0, 0, t, 0][:, None]
         inflow = step * x[0, 0, t][:, None] * B[0, 0, t, 0, 0]
         state = torch.exp2(step * (A[0] * 1.4426950216293335)) * state + inflow
         outputs.append((state * C[0, 0, t, 0, 0]).sum(-1))
-    return torch.stack(outputs)[None, None], state[None, None]
+    results = torch.stack(outputs)[None, None], state[None, None]
+    return (*results, torch.stack(saved)[None, None, None]) if saved else results
 """
 
 
@@ -77,6 +80,10 @@ def prove_row(launch: prove.Launch, arch: str) -> prove.Verdict:
     params = RouteScanParams.from_buffer_copy(launch.argument)
     sizes = shapes(params.channels, params.states, params.width)
     inputs, outputs = ['x', 'delta', 'B', 'C', 'A'], ['result', 'last_state']
+    saved = range(params.chunk, params.width, params.chunk) if params.chunk else range(0)
+    if saved:
+        outputs.append('saved_states')
+        sizes['saved_states'] = (1, 1, 1, len(saved), params.states, params.channels)
     ptx, symbol = prove.kernels(arch)[launch.kernel]
     given = prove.configuration(launch, symbol)
     names = {f'tensor_{params.address(name):x}': name for name in inputs + outputs}
@@ -95,7 +102,7 @@ def prove_row(launch: prove.Launch, arch: str) -> prove.Verdict:
         outputs=dict(kind='dense_tensors', tensors=[_output(name, sizes[name]) for name in outputs]),
         reference=dict(arguments=[dict(name=n, allocation=_allocation(n), dtype='float32') for n in inputs]),
     )
-    reference = REFERENCE.replace('LENGTH', str(params.width))
+    reference = REFERENCE.replace('LENGTH', str(params.width)).replace('SAVED', str(list(saved)))
     return prove.verify(ptx, given, dict(reference=reference, binding=binding))
 
 

@@ -268,9 +268,12 @@ class Interpreter(Emulation):
             # g++ marks functions without linkage, which kernels are not for nvcc.
             name = kernel_report().readable_name(self._symbols[kernel].replace('_GLOBAL__N_1L', '_GLOBAL__N_1'))
             self.launched.append(name)
-            self.steps += self._load(name).run(self._settings, blocks, threads, shared, argument, argument_bytes)
+            self._run(name, blocks, threads, shared, argument, argument_bytes)
         except Exception as error:
             self._kernels.emulation_fail(f'{type(error).__name__}: {error}'.encode())
+
+    def _run(self, name: str, blocks: int, threads: int, shared: int, argument: int, argument_bytes: int) -> None:
+        self.steps += self._load(name).run(self._settings, blocks, threads, shared, argument, argument_bytes)
 
     @contextlib.contextmanager
     def interpret(

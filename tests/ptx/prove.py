@@ -15,13 +15,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 import cuda_ops
 from tests.cuda_emulation.emulate import CSRC
+from tests.ops.helpers import differentiate, rounded
+from tests.ops.route_cases import Case, Cross, Factors, Lines, Sequence
+from tests.ops.wavefront_cases import PARAMETERS as WAVEFRONT_PARAMETERS
+from tests.ops.wavefront_cases import Wavefront
 from tests.ptx.interpret import Interpreter, compile_ptx, kernel_report
 
 ARCHS = ('sm_90', 'sm_100')
@@ -63,98 +67,32 @@ class Recorder(Interpreter):
         super().__init__(folder)
         self.records: list[Launch] = []
 
-    def _launch(self, kernel: int, blocks: int, threads: int, shared: int, argument: int, argument_bytes: int) -> None:
-        name = kernel_report().readable_name(self._symbols[kernel].replace('_GLOBAL__N_1L', '_GLOBAL__N_1'))
+    def _run(self, name: str, blocks: int, threads: int, shared: int, argument: int, argument_bytes: int) -> None:
         self.records.append(Launch(name, blocks, threads, shared, ctypes.string_at(argument, argument_bytes)))
 
 
-def _leaf(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.rand(*shape).to(dtype).requires_grad_()
-
-
-def _rates(*shape: int) -> torch.Tensor:
-    return (-torch.rand(*shape)).requires_grad_()
-
-
-def _sequence(channels: int, states: int, length: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    leaf = functools.partial(_leaf, dtype=dtype)
-    u, delta = leaf(1, channels, length), leaf(1, channels, length)
-    B, C = leaf(1, states, length), leaf(1, states, length)
-    return cuda_ops.selective_scan(u, delta, _rates(channels, states), B, C, _leaf(channels), delta_softplus=True)
-
-
-def row(channels: int, states: int, length: int) -> torch.Tensor:
-    """A scan along a row without skip and softplus."""
-    u, delta, B, C = (_leaf(1, size, length) for size in (channels, channels, states, states))
-    return cuda_ops.selective_scan(u, delta, _rates(channels, states), B, C)
-
-
-def _cross(
-    channels: int, states: int, height: int, width: int, dtype: torch.dtype = torch.float32, rank: int = 0
-) -> torch.Tensor:
-    leaf = functools.partial(_leaf, dtype=dtype)
-    weight = _leaf(4, channels, rank) if rank else None
-    return cuda_ops.cross_selective_scan(
-        leaf(1, height, width, channels),
-        leaf(1, height, width, 4, rank or channels),
-        _rates(4, channels, states),
-        leaf(1, height, width, 4, states),
-        leaf(1, height, width, 4, states),
-        _leaf(4, channels),
-        delta_weight=weight,
-    )
-
-
-def _line(channels: int, states: int, height: int, width: int) -> torch.Tensor:
-    shape = (1, height, width)
-    return cuda_ops.line_scan(
-        _leaf(*shape, channels),
-        _leaf(*shape, channels),
-        _rates(channels, states),
-        _leaf(*shape, states),
-        _leaf(*shape, states),
-        axis='row',
-    )
-
-
-def _wavefront(channels: int, states: int, height: int, width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    leaf = functools.partial(_leaf, dtype=dtype)
-    shape = (1, height, width)
-    return cuda_ops.wavefront_scan(
-        leaf(*shape, channels),
-        leaf(*shape, channels),
-        leaf(*shape, channels),
-        _rates(channels, states),
-        _rates(channels, states),
-        leaf(*shape, states),
-        leaf(*shape, states),
-        leaf(*shape, states),
-        _leaf(channels),
-    )
-
-
 # The smallest calls that reach each path: one and several segments, warps and strips; channels and states that fill
-# their tiles and groups, and not.
-CASES: dict[str, Callable[[], torch.Tensor]] = {
-    'sequence of 40, N = 2': lambda: _sequence(32, 2, 40),
-    'sequence of 40, N = 16': lambda: _sequence(32, 16, 40),
-    'sequence of 12, N = 18, 20 channels': lambda: _sequence(20, 18, 12),
-    'sequence of 12, N = 4, 20 channels, float16': lambda: _sequence(20, 4, 12, torch.float16),
-    'sequence of 8, N = 2, 40 channels, bfloat16': lambda: _sequence(40, 2, 8, torch.bfloat16),
-    '3x5, N = 16': lambda: _cross(32, 16, 3, 5),
-    '3x5, N = 1': lambda: _cross(32, 1, 3, 5),
-    '3x5, N = 1, 20 channels, bfloat16': lambda: _cross(20, 1, 3, 5, torch.bfloat16),
-    '3x5, N = 1, factors of rank 2': lambda: _cross(16, 1, 3, 5, torch.float16, 2),
-    '9x9, N = 1': lambda: _cross(16, 1, 9, 9),
-    '12x12, N = 2': lambda: _cross(32, 2, 12, 12),
-    'lines of 5, N = 2': lambda: _line(32, 2, 2, 5),
-    'lines of 5, N = 1': lambda: _line(16, 1, 2, 5),
-    'wavefront 3x5, N = 1': lambda: _wavefront(16, 1, 3, 5),
-    'wavefront 3x5, N = 2, 10 channels, float16': lambda: _wavefront(10, 2, 3, 5, torch.float16),
-    'wavefront 3x5, N = 16': lambda: _wavefront(16, 16, 3, 5),
-    'wavefront 9x9, N = 2, two strips and tiles': lambda: _wavefront(20, 2, 9, 9),
-    'wavefront 2x3, N = 10': lambda: _wavefront(16, 10, 2, 3),
-}
+# their tiles and groups, and not. Larger ones take the verifier hours.
+CASES: tuple[tuple[Case | Wavefront, torch.dtype], ...] = (
+    (Sequence(1, 32, 40, 2), torch.float32),
+    (Sequence(1, 32, 40, 16), torch.float32),
+    (Sequence(1, 20, 12, 18), torch.float32),
+    (Sequence(1, 20, 12, 4), torch.float16),
+    (Sequence(1, 40, 8, 2), torch.bfloat16),
+    (Cross(1, 3, 5, 32, 16), torch.float32),
+    (Cross(1, 3, 5, 32, 1), torch.float32),
+    (Cross(1, 3, 5, 20, 1), torch.bfloat16),
+    (Factors(1, 3, 5, 16, 1, rank=2), torch.float16),
+    (Cross(1, 9, 9, 16, 1), torch.float32),
+    (Cross(1, 12, 12, 32, 2), torch.float32),
+    (Lines(1, 2, 5, 32, 2, 'row'), torch.float32),
+    (Lines(1, 2, 5, 16, 1, 'column', reverse=True), torch.float32),
+    (Wavefront(1, 3, 5, 16, 1), torch.float32),
+    (Wavefront(1, 3, 5, 10, 2, reverse=True), torch.float16),
+    (Wavefront(1, 3, 5, 16, 16), torch.float32),
+    (Wavefront(1, 9, 9, 20, 2), torch.float32),
+    (Wavefront(1, 2, 3, 16, 10), torch.float32),
+)
 
 
 @functools.cache
@@ -162,14 +100,17 @@ def _recorder() -> Recorder:
     return Recorder(Path(tempfile.mkdtemp()))
 
 
-def record(call: Callable[[], torch.Tensor]) -> list[Launch]:
-    """The launches of an operator's forward pass, and of its backward pass if it has one: one for each kernel."""
+def record(case: Case | Wavefront, dtype: torch.dtype) -> list[Launch]:
+    """The launches of a case, forward and backward: one for each kernel."""
+    function, parameters = (
+        (cuda_ops.wavefront_scan, WAVEFRONT_PARAMETERS)
+        if isinstance(case, Wavefront)
+        else (case.function, case.parameters())
+    )
     recorder = _recorder()
     recorder.records.clear()
     with recorder.interpret():
-        output = call()
-        if output.requires_grad:
-            output.sum().backward()
+        differentiate(function, rounded(case.inputs(), parameters, dtype), case.options())
     return list({launch.kernel: launch for launch in recorder.records}.values())
 
 

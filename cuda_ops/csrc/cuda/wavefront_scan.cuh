@@ -66,11 +66,11 @@ __device__ __forceinline__ bool fetch_work_item(const WavefrontArguments& a, int
   __syncthreads();  // the previous work item no longer uses shared memory
 #if defined(SSM_LAST_WORK_ITEM)
   *id = a.strips * a.maps - (*id < 0);
-  return *id < a.strips * a.maps;
-#endif
+#else
   if (threadIdx.x == 0) *slot = int64_t(atomicAdd(static_cast<unsigned long long*>(a.p.counters), 1ull));
   __syncthreads();
   *id = *slot;
+#endif
   return *id < a.strips * a.maps;
 }
 
@@ -78,8 +78,9 @@ __device__ __forceinline__ bool fetch_work_item(const WavefrontArguments& a, int
 __device__ __forceinline__ int64_t fetched_work_item(const int64_t* slot, [[maybe_unused]] int64_t id) {
 #if defined(SSM_LAST_WORK_ITEM)
   return id;
-#endif
+#else
   return *slot;
+#endif
 }
 
 // A strip of an image and a tile of channels, and the thread's row and channel. A warp has two rows.
