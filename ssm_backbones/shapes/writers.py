@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ssm_backbones.shapes.classes import CLASSES, WNIDS
 from ssm_backbones.shapes.options import ShapesOptions
 from ssm_backbones.shapes.outline import compress_counts, polygons, run_lengths, trace
 from ssm_backbones.shapes.scene import SPLITS, Instance, Scene, draw_portrait, draw_scene
+from ssm_backbones.shapes.workers import for_each_image
 
 # Room for the annotation ids of an image, and for the image ids of a split: ids do not depend on the counts.
 _IDS_PER_IMAGE, _IDS_PER_SPLIT = 100, 1_000_000
@@ -28,26 +30,8 @@ def write_coco(folder: Path, options: ShapesOptions) -> None:
     for offset, split in enumerate(SPLITS):
         image_folder = folder / f'{split}2017'
         image_folder.mkdir()
-        images: list[dict[str, Any]] = []
-        annotations: list[dict[str, Any]] = []
-        for index in range(options.count(split)):
-            scene = draw_scene(options.seed, split, index, options.size, options.largest)
-            height, width = scene.clutter.shape
-            image_id = offset * _IDS_PER_SPLIT + index + 1
-            name = f'{image_id:012d}.jpg'
-            _save_image(scene.image, image_folder / name)
-            images.append(
-                {
-                    'license': 1,
-                    'file_name': name,
-                    'height': height,
-                    'width': width,
-                    'date_captured': '2024-01-01 00:00:00',
-                    'id': image_id,
-                }
-            )
-            for number, instance in enumerate(scene.instances):
-                annotations.append(coco_annotation(instance, image_id, image_id * _IDS_PER_IMAGE + number))
+        draw = partial(_write_coco_image, image_folder, options, split, offset * _IDS_PER_SPLIT)
+        records = for_each_image(draw, options.count(split))
         content = {
             'info': {
                 'description': f'Generated shapes, {split}, seed {options.seed}',
@@ -58,14 +42,37 @@ def write_coco(folder: Path, options: ShapesOptions) -> None:
                 'date_created': '2024/01/01',
             },
             'licenses': [{'id': 1, 'name': 'Apache License 2.0', 'url': 'https://www.apache.org/licenses/LICENSE-2.0'}],
-            'images': images,
-            'annotations': annotations,
+            'images': [image for image, _ in records],
+            'annotations': [annotation for _, annotations in records for annotation in annotations],
             'categories': [
                 {'supercategory': 'shape', 'id': label + 1, 'name': name} for label, name in enumerate(CLASSES)
             ],
         }
         path = folder / 'annotations' / f'instances_{split}2017.json'
         path.write_text(json.dumps(content, separators=(',', ':')), encoding='utf-8')
+
+
+def _write_coco_image(
+    folder: Path, options: ShapesOptions, split: str, first_id: int, index: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Write an image and return its entries of COCO's `images` and `annotations`."""
+    scene = draw_scene(options.seed, split, index, options.size, options.largest)
+    height, width = scene.clutter.shape
+    image_id = first_id + index + 1
+    name = f'{image_id:012d}.jpg'
+    _save_image(scene.image, folder / name)
+    record = {
+        'license': 1,
+        'file_name': name,
+        'height': height,
+        'width': width,
+        'date_captured': '2024-01-01 00:00:00',
+        'id': image_id,
+    }
+    return record, [
+        coco_annotation(instance, image_id, image_id * _IDS_PER_IMAGE + number)
+        for number, instance in enumerate(scene.instances)
+    ]
 
 
 def coco_annotation(instance: Instance, image_id: int, annotation_id: int) -> dict[str, Any]:
@@ -106,11 +113,14 @@ def write_ade20k(folder: Path, options: ShapesOptions) -> None:
         images, maps = folder / 'images' / name, folder / 'annotations' / name
         images.mkdir(parents=True)
         maps.mkdir(parents=True)
-        for index in range(options.count(split)):
-            scene = draw_scene(options.seed, split, index, options.size, options.largest)
-            stem = f'ADE_{split}_{index + 1:08d}'
-            _save_image(scene.image, images / f'{stem}.jpg')
-            _image(label_map(scene)).save(maps / f'{stem}.png', compress_level=6)
+        for_each_image(partial(_write_ade20k_image, images, maps, options, split), options.count(split))
+
+
+def _write_ade20k_image(images: Path, maps: Path, options: ShapesOptions, split: str, index: int) -> None:
+    scene = draw_scene(options.seed, split, index, options.size, options.largest)
+    stem = f'ADE_{split}_{index + 1:08d}'
+    _save_image(scene.image, images / f'{stem}.jpg')
+    _image(label_map(scene)).save(maps / f'{stem}.png', compress_level=6)
 
 
 def label_map(scene: Scene) -> np.ndarray:
@@ -130,12 +140,15 @@ def write_imagenet(folder: Path, options: ShapesOptions) -> None:
     for split in SPLITS:
         for wnid in WNIDS:
             (folder / split / wnid).mkdir(parents=True)
-        for index in range(options.count(split)):
-            label = index % len(CLASSES)
-            scene = draw_portrait(options.seed, split, index, label, options.size, options.largest)
-            _save_image(scene.image, folder / split / WNIDS[label] / f'{WNIDS[label]}_{split}_{index + 1:08d}.JPEG')
+        for_each_image(partial(_write_imagenet_image, folder, options, split), options.count(split))
     lines = [f'{wnid} {name}\n' for wnid, name in zip(WNIDS, CLASSES, strict=True)]
     (folder / 'LOC_synset_mapping.txt').write_text(''.join(lines), encoding='utf-8')
+
+
+def _write_imagenet_image(folder: Path, options: ShapesOptions, split: str, index: int) -> None:
+    label = index % len(CLASSES)
+    scene = draw_portrait(options.seed, split, index, label, options.size, options.largest)
+    _save_image(scene.image, folder / split / WNIDS[label] / f'{WNIDS[label]}_{split}_{index + 1:08d}.JPEG')
 
 
 WRITERS: dict[str, Callable[[Path, ShapesOptions], None]] = {
