@@ -44,6 +44,11 @@ def train_main(argv: Sequence[str] | None = None) -> int:
         action='store_true',
         help="scale the learning rate from the config's base batch to the actual one",
     )
+    parser.add_argument(
+        '--detect-anomaly',
+        action='store_true',
+        help='stop at the first NaN or infinity and name the module and the iteration that made it; slower',
+    )
     _add_common_arguments(parser)
     args = parser.parse_args(argv)
 

@@ -32,8 +32,12 @@ def torch_build(torch: Any) -> str:
 
 
 def python_line() -> Line:
-    """Report the running Python."""
-    return Line('Python', f'{platform.python_version()}, {sys.executable}')
+    """Report the running Python; one without a global interpreter lock is not served."""
+    text = f'{platform.python_version()}, {sys.executable}'
+    if not getattr(sys, '_is_gil_enabled', lambda: True)():
+        remedy = 'free-threaded Python is not tested, and mmcv and others are not built for it; use the usual build'
+        return Line('Python', f'{text}, without a global interpreter lock', remedy)
+    return Line('Python', text)
 
 
 def numpy_line(torch: Any) -> Line:

@@ -27,6 +27,7 @@ from ssm_backbones.apis.config import load_config
 from ssm_backbones.checkpoints.files import read_checkpoint
 from ssm_backbones.compat import let_mmcv_take_bfloat16, name_unreadable_files
 from ssm_backbones.data_check import as_table, check_data, error_message
+from ssm_backbones.engine.anomaly import DetectAnomalyHook
 from ssm_backbones.engine.checkpoint_hook import LoadCheckpointHook
 from ssm_backbones.engine.checkpoint_saving import remove_partial_files, save_atomically
 from ssm_backbones.engine.cpu_distributed import CPUDistributedDataParallel
@@ -53,6 +54,8 @@ class TrainOptions:
         cfg_options: Values that replace the config's, by dotted key.
         launcher: ``'none'``, ``'pytorch'``, ``'slurm'`` or ``'mpi'``.
         check: Check the data first, as :func:`ssm_backbones.data_check.check_data` does.
+        detect_anomaly: Stop at the first NaN or infinity, as :class:`~ssm_backbones.engine.anomaly.DetectAnomalyHook`
+            does.
     """
 
     config: str
@@ -63,6 +66,7 @@ class TrainOptions:
     cfg_options: Mapping[str, Any] = field(default_factory=dict)
     launcher: str = 'none'
     check: bool = True
+    detect_anomaly: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ def train(options: TrainOptions) -> Runner:
         message = _prepare_training(cfg, options)
         if new:
             stack.enter_context(_alone_in(cfg.work_dir, options.launcher))
-        return _train(cfg, message)
+        return _train(cfg, message, options.detect_anomaly)
 
 
 def _prepare_training(cfg: Config, options: TrainOptions) -> str:
@@ -145,12 +149,17 @@ def _prepare_training(cfg: Config, options: TrainOptions) -> str:
     return message
 
 
-def _train(cfg: Config, message: str) -> Runner:
+def _train(cfg: Config, message: str, detect_anomaly: bool) -> Runner:
     start = cfg.get('load_from')
+    if detect_anomaly and cfg.get('compile'):
+        logger.warning('detect_anomaly: the model is not compiled, so that every module can be checked.')
+        cfg.compile = False
     with name_unreadable_files():
         runner = _build_runner(cfg)
         save_atomically(runner)
         runner.register_hook(ResumableRandomnessHook())
+        if detect_anomaly:
+            runner.register_hook(DetectAnomalyHook())
         if message:
             runner.logger.info(message)
         if start is not None:

@@ -243,7 +243,7 @@ class BackwardUnit : ScanUnit<T, S> {
     Base::clear(carry_up_.data(), p_.width * column_vectors_);
     Base::clear(grad_A_.data(), 4 * column_vectors_);
     Base::clear(products_.data(), 3 * padded_states());
-    for (int v = 0; v < kVectors; ++v) grad_D_[v] = V{};
+    for (int v = 0; v < kVectors; ++v) grad_D_[v] = total_D_[v] = V{};
   }
 
   // Scratch memory for the states of a chunk's rows and of the row above it. The units of a tile share it.
@@ -433,6 +433,10 @@ class BackwardUnit : ScanUnit<T, S> {
       sums[2 * column_vectors_ + s] += sums[s];
       sums[s] = V{};
     }
+    for (int v = 0; v < kVectors; ++v) {
+      total_D_[v] += grad_D_[v];
+      grad_D_[v] = V{};
+    }
   }
 
   void store_parameter_gradients() {
@@ -446,18 +450,18 @@ class BackwardUnit : ScanUnit<T, S> {
     }
     if (!p_.grad_D) return;
     S* grad_D = static_cast<S*>(p_.grad_D) + batch_ * p_.channels + channel_;
-    for (int v = 0; v < kVectors; ++v) store(grad_D + v * kLanes, grad_D_[v], lanes(v));
+    for (int v = 0; v < kVectors; ++v) store(grad_D + v * kLanes, total_D_[v], lanes(v));
   }
 
   static constexpr double kLn2 = 0.6931471805599453;
   const int64_t tile_;
   const bool first_;
-  V* rows_ = nullptr;      // [slot][column][n][v]
-  Scratch<S> carry_up_;    // [column][n][v]: gradients of the states from the row below
-  Scratch<S> carry_back_;  // [n][v]: gradients of the states from the next pixel of the row
-  Scratch<S> grad_A_;      // [2 * (sums over a row), 2 * totals][n][v]
-  Scratch<S> products_;    // [C, B_above, B_before][n], to be summed over the lanes
-  V grad_D_[kVectors];
+  V* rows_ = nullptr;                       // [slot][column][n][v]
+  Scratch<S> carry_up_;                     // [column][n][v]: gradients of the states from the row below
+  Scratch<S> carry_back_;                   // [n][v]: gradients of the states from the next pixel of the row
+  Scratch<S> grad_A_;                       // [2 * (sums over a row), 2 * totals][n][v]
+  Scratch<S> products_;                     // [C, B_above, B_before][n], to be summed over the lanes
+  V grad_D_[kVectors], total_D_[kVectors];  // of a row, and of the rows after it
 };
 
 // A tile of an image: some units of its channels. They advance together, row by row or chunk by chunk, so that what one
