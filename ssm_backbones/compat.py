@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from ssm_backbones.utils.configs import PACKAGE, config_file
 from ssm_backbones.utils.errors import CommandError
 from ssm_backbones.utils.mm import INSTALLED, HistoryBuffer
-from ssm_backbones.utils.torch_compat import allow_in_checkpoints
+from ssm_backbones.utils.torch_compat import allow_in_checkpoints, torch_load_weights
 
 if TYPE_CHECKING or INSTALLED:
     from mmengine.config import Config
@@ -280,8 +280,8 @@ class _TorchOfWeights:
         return getattr(torch, name)
 
     @staticmethod
-    def load(*args: Any, **options: Any) -> Any:
-        return torch.load(*args, **{**options, 'weights_only': True})
+    def load(f: Any, map_location: Any = None, pickle_module: Any = None, **options: Any) -> Any:
+        return torch_load_weights(f, map_location=map_location, **options)
 
 
 @functools.cache

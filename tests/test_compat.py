@@ -18,6 +18,7 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer, MessageHub
 
 from ssm_backbones import compat  # importing the package applies the patches
+from ssm_backbones.utils import torch_compat
 from ssm_backbones.utils.torch_compat import release
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,6 +112,21 @@ def test_mmengine_runs_no_code_of_a_checkpoint(name, tmp_path, monkeypatch) -> N
     assert not (tmp_path / 'ran').exists()
     with pytest.raises(FileNotFoundError):
         CheckpointLoader.load_checkpoint(str(tmp_path / 'missing.pth'))
+
+
+def test_mmengine_resumes_beside_a_torch_that_takes_no_safe_classes(tmp_path, monkeypatch) -> None:
+    """As before torch 2.4."""
+    from mmengine.runner.checkpoint import CheckpointLoader
+
+    path = tmp_path / 'epoch_1.pth'
+    torch.save({'message_hub': HistoryBuffer([2.0], [1])}, path)
+    monkeypatch.setattr(torch_compat, 'release', lambda: (2, 3))
+    allowed = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        assert CheckpointLoader.load_checkpoint(str(path), map_location='cpu')['message_hub'].mean() == 2
+    finally:
+        torch.serialization.add_safe_globals(allowed)
 
 
 def test_the_fork_s_second_try_reads_weights_only(tmp_path) -> None:

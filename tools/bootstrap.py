@@ -84,10 +84,14 @@ def check_python(include):
 
 
 def nvcc_version(environ):
-    """Return the CUDA toolkit's version, such as 13.0, of CUDA_HOME or on the path, or None."""
+    """Return the CUDA toolkit's version, such as 13.0, of CUDA_HOME or on the path; None if none is there that runs."""
     home = environ.get('CUDA_HOME')
     nvcc = shutil.which('nvcc', path=os.path.join(home, 'bin') if home else environ.get('PATH'))
-    found = nvcc and re.search(r'release (\d+\.\d+)', subprocess.check_output([nvcc, '--version']).decode())
+    output = ''
+    if nvcc:
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            output = subprocess.check_output([nvcc, '--version'], stderr=subprocess.DEVNULL).decode(errors='replace')
+    found = re.search(r'release (\d+\.\d+)', output)
     return found.group(1) if found else None
 
 

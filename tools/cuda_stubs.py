@@ -21,12 +21,15 @@ def missing_symbols(folder: Path) -> dict[str, set[str]]:
     """Return what torch's libraries in a folder take from CUDA's: the symbols by the library's name.
 
     Where a symbol bears no version, its library is unknown, and it is listed for all of them.
+
+    Raises:
+        RuntimeError: if readelf does not read them.
     """
     files = sorted(folder.glob('*.so*'))
     names: set[str] = set()
     symbols, own = defaultdict(set), set()
     for file in files:
-        output = subprocess.run(['readelf', '-dW', '--dyn-syms', file], capture_output=True, text=True).stdout
+        output = _output(['readelf', '-dW', '--dyn-syms', str(file)])
         names |= {name for name in re.findall(r'\(NEEDED\).*\[(.+)\]', output) if CUDA_LIBRARY.match(name)}
         for section, symbol, version in SYMBOL.findall(output):
             if CUDA_FUNCTION.match(symbol):
@@ -39,7 +42,7 @@ def make_stand_ins(folder: Path) -> list[str]:
     """Compile the stand-ins into the folder of torch's libraries, and return their names.
 
     Raises:
-        RuntimeError: if there is no readelf, or gcc does not compile one.
+        RuntimeError: if there is no readelf or gcc, or gcc does not compile one.
     """
     made = missing_symbols(folder)
     for name, symbols in made.items():
@@ -48,11 +51,20 @@ def make_stand_ins(folder: Path) -> list[str]:
         versions.write_text(f'{name} {{ global: *; }};\n')
         flags = ['-shared', '-fPIC', '-fno-builtin', '-w', f'-Wl,-soname,{name}', f'-Wl,--version-script={versions}']
         command = ['gcc', *flags, '-x', 'c', '-', '-o', str(folder / name)]
-        result = subprocess.run(command, input=functions, capture_output=True, text=True)
-        versions.unlink()
-        if result.returncode:
-            raise RuntimeError(f'gcc makes no {name}: {result.stderr.strip()[-300:]}')
+        try:
+            _output(command, functions)
+        finally:
+            versions.unlink()
     return list(made)
+
+
+def _output(command: list[str], text: str = '') -> str:
+    try:
+        return subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
+    except OSError as error:
+        raise RuntimeError(f'{command[0]} does not run ({error}); install gcc and binutils') from error
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError(f'{command[0]} fails for {command[-1]}: {error.stderr.strip()[-300:]}') from error
 
 
 if __name__ == '__main__':

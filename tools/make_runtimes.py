@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for path in runtimes.build(args.runtime):
             print(path)
-    except runtimes.BuildError as error:
+    except (runtimes.BuildError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
     return 0

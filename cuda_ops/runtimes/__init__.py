@@ -27,7 +27,8 @@ def library(runtime: str, folder: Path | None = None) -> Path:
 
     Raises:
         ValueError: If there is no such runtime.
-        BuildError: If the library was not built, or the OpenVINO extension for another release of OpenVINO.
+        BuildError: If the library was not built, or the OpenVINO extension for another release of OpenVINO than is
+            installed.
     """
     if runtime not in RUNTIMES:
         raise ValueError(f'runtime must be one of {", ".join(RUNTIMES)}, got {runtime!r}')
@@ -36,7 +37,8 @@ def library(runtime: str, folder: Path | None = None) -> Path:
     if not path.exists():
         raise BuildError(f'{path} does not exist; build it with `make runtimes` in a checkout')
     if runtime == 'openvino':
-        built, installed = _release_file(folder).read_text().strip(), importlib.metadata.version('openvino')
+        record, installed = _release_file(folder), _openvino_release()
+        built = record.read_text().strip() if record.exists() else 'no known release'
         if built != installed:
             raise BuildError(f'{path} was built for OpenVINO {built}, and this is {installed}; run `make runtimes`')
     return path
@@ -73,6 +75,9 @@ def build(
         for runtime in runtimes:
             include, libraries = _openvino() if runtime == 'openvino' else ([], [])
             flags = [f'-I{_build.CSRC}', *(flag for path in include for flag in ('-isystem', str(path)))]
+            if runtime == 'openvino':
+                # Named so that the object is compiled anew for another release at the same path.
+                flags.append(f'-DSSM_OPENVINO={_openvino_release()}')
             source, built = SOURCES / f'{runtime}.cpp', folder.resolve() / f'libssm_{runtime}.so'
             compiled = _build._cxx(compiler, source, objects / f'runtime_{runtime}.o', flags)
             inputs = (compiled.output, *(step.output for step in kernels))
@@ -81,12 +86,19 @@ def build(
             paths.append(built)
         _build.run_steps(steps, objects, environ)
         if 'openvino' in runtimes:
-            _release_file(folder).write_text(importlib.metadata.version('openvino') + '\n')
+            _release_file(folder).write_text(_openvino_release() + '\n')
     return paths
 
 
 def _release_file(folder: Path) -> Path:
     return folder / 'openvino_release.txt'
+
+
+def _openvino_release() -> str:
+    try:
+        return importlib.metadata.version('openvino')
+    except importlib.metadata.PackageNotFoundError:
+        raise BuildError('openvino is not installed; pip install openvino') from None
 
 
 def _openvino() -> tuple[list[Path], list[Path]]:

@@ -168,9 +168,9 @@ def _of_split(split: str, cfg: Config) -> list[InputImage]:
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
             dataset = DATASETS.build(settings)
         paths = [dataset.get_data_info(index) for index in range(len(dataset))]
-        _check_within(dataset, paths)
         if any('img_path' not in info for info in paths):
             raise CommandError(f'the {split} data set, a {settings.type}, has no image files.')
+        _check_within(dataset, paths)
         root = os.path.commonpath([os.path.dirname(os.path.abspath(info['img_path'])) for info in paths] or ['/'])
         for info in paths:
             relative = PurePosixPath(Path(os.path.abspath(info['img_path'])).relative_to(root))
@@ -218,7 +218,7 @@ def _of_coco(path: Path, image_folder: str | None) -> list[InputImage]:
         places = (path.parent / name, path.parent.parent / name, path.parent.parent / 'images', path.parent)
         folder = next(place for place in places if place.is_dir())
     for _, name in named:
-        if not isinstance(name, str) or os.path.isabs(name) or os.path.normpath(name).startswith('..'):
+        if not isinstance(name, str) or os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == '..':
             raise CommandError(
                 f'{path} names the image {name!r}, which is not in {folder}. Name images by their paths within their '
                 'folder (image_folder).'

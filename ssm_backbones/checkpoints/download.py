@@ -90,7 +90,7 @@ def _check_digest(url: str, name: str, path: Path) -> None:
     if not digest.startswith(named[1]):
         raise CheckpointError(
             f'{url}: the name promises a SHA-256 of {named[1]}..., the file has {digest}. It is not kept. If the name '
-            'means something else, get the file yourself and give its path.'
+            "means something else, as mmengine's published_keys does, get the file yourself and give its path."
         )
 
 

@@ -65,9 +65,10 @@ def check_structure(coco: CocoFile, findings: Findings) -> bool:
                 f'Give every {name} {field!r}.',
             )
             sound &= not lacking
-        entry_ids = [entry.get('id') for entry in entries]
-        sound &= _check_types(coco, 'id', entry_ids, lambda index, name=name: f'{name} {index}', findings)  # type: ignore[misc]
-        _check_doubled(coco, name, entry_ids, findings)
+        for field in fields[:2]:
+            values = [entry.get(field) for entry in entries]
+            sound &= _check_types(coco, field, values, lambda index, name=name: f'{name} {index}', findings)  # type: ignore[misc]
+        _check_doubled(coco, name, [entry.get('id') for entry in entries], findings)
     names = [entry.get('name') for entry in coco.categories]
     _check_doubled(coco, 'category named', names, findings)
     bad_sizes = [
@@ -449,16 +450,17 @@ def _check_id_0(view: _View, findings: Findings) -> None:
 def _check_types(
     coco: CocoFile, field: str, column: Sequence[Any], describe: Callable[[int], str], findings: Findings
 ) -> bool:
-    """Check that ids can be looked up, and return whether they can."""
-    sound = (int, float, str, type(None))
+    """Check that ids can be looked up, and that names are text; return whether it is so."""
+    is_id = field.endswith('id')
+    sound = (int, float, str, type(None)) if is_id else (str, type(None))
     if set(map(type, column)).issubset(sound):
         return True
     findings.add_all(
         ERROR,
         coco.path,
         [index for index, value in enumerate(column) if type(value) not in sound],
-        lambda index: (describe(index), f'has {field} {column[index]!r}, a {type(column[index]).__name__}'),
-        'Ids are numbers.',
+        lambda index: (describe(index), f'has {field} {column[index]!r}, of type {type(column[index]).__name__}'),
+        'Ids are numbers.' if is_id else 'Names are text, in quotes.',
     )
     return False
 

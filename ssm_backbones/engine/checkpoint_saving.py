@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
@@ -28,32 +29,61 @@ class AtomicBackend(LocalBackend):
             partial.write_bytes(obj)
 
 
+class _RemovingLater:
+    """A file backend that only notes what it is to remove."""
+
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
+        self.outdated: list[tuple[Callable[[str], None], str]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+    def remove(self, path: str) -> None:
+        self.outdated.append((self.backend.remove, path))
+
+    def rmtree(self, path: str) -> None:
+        # A sharded checkpoint.
+        self.outdated.append((self.backend.rmtree, path))
+
+
 class AtomicCheckpointHook(CheckpointHook):
     """mmengine's ``CheckpointHook`` that never leaves a training without a whole checkpoint.
 
-    mmengine writes a checkpoint in place, and with ``max_keep_ckpts`` removes the oldest one before it writes: killed
-    in between, with ``max_keep_ckpts=1``, nothing is left to resume from.
+    mmengine writes a checkpoint in place, and removes the one that it replaces (the oldest of ``max_keep_ckpts``, the
+    best so far of ``save_best``) before it writes: killed in between, nothing is left to resume from.
     """
 
+    file_backend: Any
+
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict[str, Any]) -> None:
-        outdated = None
-        if 0 < self.max_keep_ckpts == len(self.keep_ckpt_ids) and self.keep_ckpt_ids[-1] != step:
-            # Taken from the list, it is not removed by mmengine before the new one is written.
-            outdated = self.keep_ckpt_ids.popleft()
-        try:
+        with self._removing_last():
             super()._save_checkpoint_with_step(runner, step, meta)
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict[str, Any]) -> None:
+        with self._removing_last():
+            super()._save_best_checkpoint(runner, metrics)
+
+    @contextlib.contextmanager
+    def _removing_last(self) -> Iterator[None]:
+        backend = self.file_backend
+        self.file_backend = later = _RemovingLater(backend)
+        try:
+            yield
         except OSError as error:
             raise CommandError(
                 f'the checkpoint {error.filename or self.last_ckpt} cannot be written: {error.strerror or error}. '
                 'The one before it is kept: make room and go on from it with --resume.'
             ) from error
-        if outdated is not None and is_main_process():
-            path = self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(outdated))
-            if self.file_backend.isfile(path):
-                self.file_backend.remove(path)
-            elif self.file_backend.isdir(path):
-                # A sharded checkpoint.
-                self.file_backend.rmtree(path)
+        finally:
+            self.file_backend = backend
+        # A training that was resumed may have written a file of the same name anew.
+        current = [self.last_ckpt, getattr(self, 'best_ckpt_path', None)]
+        current += getattr(self, 'best_ckpt_path_dict', {}).values()
+        written = {os.path.realpath(path) for path in current if path}
+        for remove, path in later.outdated:
+            if os.path.realpath(path) not in written:
+                remove(path)
 
 
 def save_atomically(runner: Runner) -> None:

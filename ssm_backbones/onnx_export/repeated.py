@@ -69,7 +69,11 @@ def repeated_blocks(module: nn.Module, images: Tensor) -> list[Kind]:
         # A block that runs twice, or is more than a function of a map, is traced as usual.
         inputs[block] = arguments[0] if fits and block not in inputs else None
 
-    observed = [block for block in blocks if not block._forward_hooks and not block._forward_pre_hooks]
+    observed = [
+        block
+        for block in blocks
+        if not block._forward_hooks and not block._forward_pre_hooks and 'forward' not in vars(block)
+    ]
     handles = [block.register_forward_hook(note) for block in observed]
     try:
         with torch.no_grad():
@@ -137,6 +141,11 @@ def insert_blocks(
     calls = {node.attributes['number'].as_int(): node for node in model.graph if node.op_type == 'block'}
     first = 0
     for place, kind in enumerate(kinds):
+        # Blocks without a use are not in the graph: those of stages behind the last one that a head takes.
+        used = [(number, block) for number, block in enumerate(kind.blocks, first) if number in calls]
+        first += len(kind.blocks)
+        if not used:
+            continue
         state = tuple(value.detach() for value in _state(kind.blocks[0]).values())
         name = f'Block{place}'
         graph = translate(Block(kind.blocks[0]), (kind.example, *state)).graph
@@ -146,7 +155,7 @@ def insert_blocks(
         graph.inputs.extend(constants)
         model.functions[_DOMAIN, name, ''] = ir.Function(_DOMAIN, name, graph=graph, attributes=[])
         shared = [_initializer(model, f'{name}.{each.name}', each.const_value) for each in constants]
-        for number, block in enumerate(kind.blocks, first):
+        for number, block in used:
             node = calls[number]
             own = [
                 _initializer(model, f'{name}.{number}.{key}', ir.tensor(value.detach().cpu().numpy()))
@@ -157,7 +166,6 @@ def insert_blocks(
             call.outputs[0].type, call.outputs[0].shape = output.type, output.shape
             ir.convenience.replace_nodes_and_values(model.graph, node, [node], [call], [output], [call.outputs[0]])
             call.outputs[0].name = f'{name}.{number}.output'
-        first += len(kind.blocks)
     common.InlinePass()(model)
     _transpose_weights(model)
     model.graph.opset_imports.pop(_DOMAIN, None)

@@ -144,7 +144,7 @@ def predict(options: PredictOptions) -> PredictResult:
     )
     store = PredictionStore(options.out, predictor.task, predictor.classes, settings)
     failures: list[dict[str, str]] = []
-    with locked(options.out):
+    with locked(options.out, 'prediction'):
         done = store.open()
         todo = [image for image in found if image.id not in done]
         left = len(todo) + sum(image.id not in done for video in videos for image in video.images())

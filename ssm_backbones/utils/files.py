@@ -1,7 +1,9 @@
 """Atomic writes: a file is written beside its destination under a temporary name, then renamed."""
 
+import errno
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import uuid
@@ -14,6 +16,8 @@ from safetensors import SafetensorError
 
 from ssm_backbones.utils.errors import CommandError
 
+logger = logging.getLogger(__name__)
+
 PARTIAL_NAME = re.compile(r'\.[0-9a-f]{32}\.part')
 """Pattern of the temporary names of :func:`atomic_file`; a killed process leaves such a file behind."""
 
@@ -22,13 +26,19 @@ PARTIAL_NAME = re.compile(r'\.[0-9a-f]{32}\.part')
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Create an empty temporary file to write to, and rename it to ``path`` on success.
 
-    An existing file of that name is replaced. If the block fails, the temporary file is removed. It has the default
-    permissions of a new file and is created at once, so that an unwritable folder is noticed before the work.
+    An existing file of that name is replaced, and so is the file that a link of that name leads to. If the block fails,
+    the temporary file is removed. It has the default permissions of a new file and is created at once, so that an
+    unwritable folder is noticed before the work.
 
     Raises:
-        OSError: If the file cannot be written. The error names ``path``.
+        OSError: If the file cannot be written, or is a folder or a device such as ``/dev/null``. The error names
+            ``path``.
     """
-    path = Path(path)
+    # Renaming would replace the link itself, and even a device.
+    path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+    if path.exists() and not path.is_file():
+        kind = errno.EISDIR if path.is_dir() else errno.EINVAL
+        raise OSError(kind, 'Is a directory' if path.is_dir() else 'Is no regular file', str(path))
     partial = path.with_name(f'.{uuid.uuid4().hex}.part')
     try:
         partial.touch(exist_ok=False)
@@ -75,6 +85,8 @@ def locked(folder: str | os.PathLike[str], what: str = 'export', parameter: str 
 
     Raises:
         CommandError: If another process holds the lock, or the folder cannot be written.
+
+    A file system without locks is used without one, with a warning.
     """
     with writing(folder, parameter):
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -84,6 +96,9 @@ def locked(folder: str | os.PathLike[str], what: str = 'export', parameter: str 
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise CommandError(f'{parameter} {folder}: another {what} is writing there.') from None
+        except OSError as error:
+            # Some network file systems have no locks.
+            logger.warning('%s %s cannot be locked (%s): start no other %s there.', parameter, folder, error, what)
         yield
 
 

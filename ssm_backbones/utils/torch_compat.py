@@ -42,8 +42,8 @@ def is_exporting() -> bool:
 def allow_in_checkpoints(allowed: Mapping[str, Any]) -> None:
     """Allow classes and functions in ``torch.load(weights_only=True)`` permanently, under the given names.
 
-    Before torch 2.4, which takes none, :func:`load_weights` alone allows them. Since torch 2.6 they stay allowed when
-    other code leaves a ``torch.serialization.safe_globals`` block that lists the same class.
+    Before torch 2.4, which takes none, :func:`torch_load_weights` alone allows them. Since torch 2.6 they stay allowed
+    when other code leaves a ``torch.serialization.safe_globals`` block that lists the same class.
 
     Args:
         allowed: Maps the full name in the file to the class or function that is used for it.
@@ -82,9 +82,19 @@ def load_weights(path: str | os.PathLike[str]) -> Any:
         }
     if is_program:
         raise RuntimeError('it is a TorchScript archive, which holds a program')
+    return torch_load_weights(path, map_location='cpu')
+
+
+def torch_load_weights(file: Any, **options: Any) -> Any:
+    """Call ``torch.load(weights_only=True)``, or what serves for it before torch 2.6.
+
+    Args:
+        file: As of ``torch.load``.
+        options: Likewise; ``pickle_module`` and ``weights_only`` among them have no effect.
+    """
     if release() >= (2, 6):
-        return torch.load(path, map_location='cpu', weights_only=True)
-    return torch.load(path, map_location='cpu', pickle_module=_WeightsOnly('weights_only'), weights_only=False)
+        return torch.load(file, **(options | {'weights_only': True, 'pickle_module': None}))
+    return torch.load(file, **(options | {'weights_only': False, 'pickle_module': _WeightsOnly('weights_only')}))
 
 
 class _Refused(pickle.UnpicklingError):

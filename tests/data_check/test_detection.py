@@ -57,6 +57,7 @@ def test_the_generated_data_are_right(check):
         (lambda c: [a.update(bbox=[0.1, 0.1, 0.5, 0.5]) for a in c['annotations']], ('pixels, not in shares',)),
         (lambda c: first(c, id=c['annotations'][1]['id']), ('annotation 101', 'more than once')),
         (lambda c: c['images'][0].update(id=c['images'][1]['id']), ('image 2', 'more than once')),
+        (lambda c: rename(c, 0, ['circle']), ('category 0', "has name ['circle'], of type list", 'Names are text')),
         (lambda c: first(c, category_id=77), ('annotation 100', 'category_id 77')),
         (lambda c: first(c, image_id=77), ('annotation 100 of image 77', 'not in `images`')),
         (lambda c: c['images'][0].pop('height'), ('image 1', "no 'height'")),

@@ -126,6 +126,8 @@ def test_missing_and_outdated_libraries_are_told_first(tmp_path, monkeypatch, wr
     with pytest.raises(runtimes.BuildError, match='make runtimes'):
         runtimes.library('onnxruntime', tmp_path)
     (tmp_path / 'libssm_openvino.so').touch()
+    with pytest.raises(runtimes.BuildError, match=r'built for OpenVINO no known release, and this is 20'):
+        runtimes.library('openvino', tmp_path)
     (tmp_path / 'openvino_release.txt').write_text('2020.1\n')
     with pytest.raises(runtimes.BuildError, match=r'built for OpenVINO 2020\.1, and this is 20'):
         runtimes.library('openvino', tmp_path)

@@ -3,6 +3,7 @@
 import torch
 
 from ssm_backbones import Mamba2D
+from ssm_backbones.onnx_export.export import compare, open_session, write_onnx
 from ssm_backbones.onnx_export.repeated import as_operators, repeated_blocks
 
 IMAGES = torch.randn(1, 3, 32, 48)
@@ -38,3 +39,31 @@ def test_the_model_is_as_before() -> None:
     assert not any('forward' in vars(module) for module in backbone.modules())
     assert not any(module._forward_hooks for module in backbone.modules())
     torch.testing.assert_close(backbone(IMAGES), expected)
+
+
+def test_a_forward_of_a_block_s_own_is_kept() -> None:
+    backbone = model()
+    attentions = backbone.stages[1].blocks
+    own = lambda x: x  # noqa: E731
+    for block in attentions:
+        block.forward = own
+    kinds = repeated_blocks(backbone, IMAGES)
+    assert not set(attentions) & {block for kind in kinds for block in kind.blocks}
+
+
+class FirstMap(torch.nn.Module):
+    def __init__(self, backbone: torch.nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.backbone(images)[0]
+
+
+def test_blocks_whose_output_is_not_used_are_left_out(tmp_path) -> None:
+    """As of a segmentor whose head takes the maps of the first stages alone."""
+    arch = dict(embed_dims=[32, 32], depths=[1, 2], d_state=2, mixers=['attention', 'attention'])
+    module = FirstMap(Mamba2D(arch, out_indices=(0, 1))).eval()
+    write_onnx(module, IMAGES, tmp_path / 'model.onnx')
+    differences = compare(open_session(tmp_path / 'model.onnx'), module, IMAGES.shape)
+    assert list(differences) == ['output'] and differences['output'] < 1e-5

@@ -448,6 +448,17 @@ def test_other_opencv_trouble_is_not_hidden(bootstrap, complete, run):
         complete()
 
 
+def test_an_nvcc_that_does_not_run_is_none(bootstrap, tmp_path):
+    assert bootstrap.nvcc_version({'PATH': str(tmp_path)}) is None
+    nvcc = tmp_path / 'bin' / 'nvcc'
+    nvcc.parent.mkdir()
+    nvcc.touch(0o755)
+    lines = {'#!/bin/sh\necho Cuda compilation tools, release 13.0, V13.0.88': '13.0'}
+    for line, version in {**lines, '#!/bin/sh\nexit 1': None, '#!/no/such/shell': None, 'no program': None}.items():
+        nvcc.write_text(line + '\n')
+        assert bootstrap.nvcc_version({'CUDA_HOME': str(tmp_path)}) == version
+
+
 @pytest.mark.parametrize(('nvcc', 'says'), [(None, 'no CUDA toolkit'), ('12.8', 'version 12.8'), ('13.1', None)])
 def test_mmcv_serves_the_gpu_where_it_can(bootstrap, complete, run, monkeypatch, capsys, nvcc, says):
     run.answers['torch.cuda.is_available'] = 'True 13.0'

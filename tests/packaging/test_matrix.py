@@ -48,6 +48,15 @@ def test_stand_ins_let_torch_s_libraries_load_and_find_no_device(cuda_stubs, tmp
     assert (library.cuda(), library.nccl(), library.own()) == (100, 100, 7)
 
 
+def test_what_stand_ins_are_made_with_is_named_where_it_is_missing(cuda_stubs, tmp_path, monkeypatch):
+    (tmp_path / 'libtorch.so').write_text('no library')
+    with pytest.raises(RuntimeError, match=r'readelf fails for .*libtorch\.so'):
+        cuda_stubs.make_stand_ins(tmp_path)
+    monkeypatch.setenv('PATH', str(tmp_path))
+    with pytest.raises(RuntimeError, match='readelf does not run.*install gcc and binutils'):
+        cuda_stubs.make_stand_ins(tmp_path)
+
+
 def test_only_a_library_that_is_not_installed_skips_a_test():
     wanted = ModuleNotFoundError("No module named 'mmdet.apis'", name='mmdet.apis')
     assert missing(wanted) == 'mmdet'

@@ -1,12 +1,13 @@
 """Files are written whole or not at all."""
 
 import errno
+import fcntl
 import os
 import resource
 
 import pytest
 
-from ssm_backbones.utils.files import PARTIAL_NAME, atomic_file, write_atomic
+from ssm_backbones.utils.files import PARTIAL_NAME, atomic_file, locked, write_atomic
 
 
 def test_a_file_takes_its_place_in_the_end_with_a_new_file_s_permissions(tmp_path) -> None:
@@ -55,6 +56,27 @@ def test_places_that_cannot_be_written_to_show_before_the_work_by_the_name_that_
             pytest.fail('the block ran')
         assert caught.value.errno == number
     (tmp_path / 'folder').mkdir()
-    with pytest.raises(IsADirectoryError, match="/folder'"):
-        write_atomic(tmp_path / 'folder', 'text')
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['file', 'folder']
+    os.mkfifo(tmp_path / 'pipe')
+    for name, message in (('folder', 'Is a directory'), ('pipe', 'Is no regular file')):
+        with pytest.raises(OSError, match=f"{message}: '.*/{name}'"), atomic_file(tmp_path / name):
+            pytest.fail('the block ran')
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['file', 'folder', 'pipe']
+
+
+def test_links_are_followed(tmp_path) -> None:
+    (tmp_path / 'target').mkdir()
+    (tmp_path / 'link').symlink_to('target/file')
+    for text in ('first', 'second'):
+        write_atomic(tmp_path / 'link', text)
+        assert (tmp_path / 'link').is_symlink() and (tmp_path / 'target' / 'file').read_text() == text
+    assert len(list(tmp_path.rglob('*'))) == 3
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(errno.ENOLCK, 'No locks available')
+
+    monkeypatch.setattr(fcntl, 'lockf', refuse)
+    with locked(tmp_path, 'training', 'work_dir'):
+        pass
+    assert 'cannot be locked' in caplog.text and 'no other training' in caplog.text
