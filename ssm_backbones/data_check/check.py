@@ -157,6 +157,7 @@ class _Detection(_Check):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.files: dict[str, CocoFile | None] = {}
+        self.datasets: dict[str, CocoFile] = {}
 
     def check_dataset(self, key: str, dataset: Mapping[str, Any], kind: Any) -> None:
         from mmdet.datasets import CocoDataset
@@ -171,6 +172,7 @@ class _Detection(_Check):
         file = self.read(os.path.join(root, dataset.get('ann_file') or ''))
         if file is None:
             return
+        self.datasets[key] = file
         pipeline = dataset.get('pipeline') or []
         prefix = dataset.get('data_prefix') or {}
         folder = os.path.join(root, prefix.get('img', '') if isinstance(prefix, Mapping) else prefix)
@@ -207,6 +209,9 @@ class _Detection(_Check):
                 metrics = evaluator.get('metric', 'bbox')
                 masks = 'segm' in (metrics if isinstance(metrics, (list, tuple)) else [metrics])
                 self.check_file(file, coco.Needs(key, evaluator=True, masks=masks), keys[0])
+                for each in keys:
+                    if self.datasets.get(each, file) is not file:
+                        coco.check_same_images(self.datasets[each], file, f'{key}.ann_file', self.findings)
 
     def read(self, path: str) -> CocoFile | None:
         """Read a file, once for all that use it; None if it cannot be used."""
@@ -236,6 +241,11 @@ class _Detection(_Check):
         id = file.image_ids[0] if file.ids else None
         images = sorted(file.images, key=lambda image: image['id'] != id)
         chosen = [images[index] for index in np.unique(np.linspace(0, len(images) - 1, LOADED).astype(int))]
+        # Where a size is too small for the model, it is that of one of these.
+        for size in (lambda each: each['width'] * each['height'], _flatness):
+            extreme = min(images, key=size)
+            if extreme not in chosen:
+                chosen.append(extreme)
         content = {'images': chosen, 'annotations': file.sample, 'categories': file.categories}
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, 'annotations.json')
@@ -245,6 +255,11 @@ class _Detection(_Check):
         if built is not None:
             infos = sorted((built.get_data_info(i) for i in range(len(built))), key=lambda info: info['img_id'] != id)
             try_pipeline(infos, dataset.get('pipeline') or [], key, self.cfg, self.findings)
+
+
+def _flatness(image: Mapping[str, Any]) -> float:
+    """Return an image's shorter over its longer side."""
+    return min(image['width'], image['height']) / max(image['width'], image['height'], 1)
 
 
 class _Segmentation(_Check):

@@ -102,6 +102,7 @@ def check_numbers(cfg: Config, classes: Sequence[str] | None, modes: Sequence[st
             if own is not None and own != number:
                 findings.add(ERROR, f'{key}.num_classes', f'is {own}, but the data have {_counted(classes)}', remedy)
     _check_topk(cfg, classes, modes, findings)
+    _check_detections(cfg.model, number, findings)
 
 
 def evaluators(cfg: Config, mode: str) -> list[tuple[str, Mapping[str, Any]]]:
@@ -256,6 +257,31 @@ def _check_topk(cfg: Config, classes: Sequence[str], modes: Sequence[str], findi
                 f'{key}.topk',
                 f'is {topk}, but there are only {_counted(classes)}',
                 f'Set {key}.topk=(1, ), also where else it is set.',
+            )
+
+
+def _check_detections(model: Mapping[str, Any], number: int, findings: Findings) -> None:
+    """Check that a detector with a fixed number of queries is not asked for more objects than it can give."""
+    head = model.get('bbox_head') or {}
+    test_cfg = model.get('test_cfg') or {}
+    # A softmax gives one class for each query, sigmoids all of them.
+    by_softmax = isinstance(head, Mapping) and not (head.get('loss_cls') or {}).get('use_sigmoid', True)
+    for key, owner, limit, settings in (
+        ('model.num_queries', model, 'max_per_img', test_cfg),
+        ('model.rpn_head.num_proposals', model.get('rpn_head') or {}, 'max_per_img', test_cfg.get('rcnn') or {}),
+        ('model.panoptic_head.num_queries', model.get('panoptic_head') or {}, 'max_per_image', test_cfg),
+    ):
+        queries, most = owner.get(key.rpartition('.')[2]), settings.get(limit)
+        if not isinstance(queries, int) or not isinstance(most, int):
+            continue
+        available = queries if by_softmax else queries * number
+        if most > available:
+            place = 'model.test_cfg.rcnn' if 'rpn_head' in key else 'model.test_cfg'
+            findings.add(
+                ERROR,
+                f'{place}.{limit}',
+                f'is {most}, but {key}={queries} and {number} classes give {available} objects',
+                f'Set it to at most {available}.',
             )
 
 

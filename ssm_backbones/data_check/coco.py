@@ -177,6 +177,22 @@ def check_image_files(coco: CocoFile, folder: str, turns: bool, every: bool, fin
     )
 
 
+def check_same_images(dataset: CocoFile, evaluator: CocoFile, key: str, findings: Findings) -> None:
+    """Check that an evaluator's file has the images of the data set: pycocotools matches them by their ids alone."""
+    names = {image['id']: os.path.basename(str(image['file_name'])) for image in evaluator.images}
+    findings.add_all(
+        ERROR,
+        key,
+        [image for image in dataset.images if names.get(image['id']) != os.path.basename(str(image['file_name']))],
+        lambda image: (
+            f'image {image["id"]}',
+            f'is {names.get(image["id"], "missing")} in {evaluator.path}, and {image["file_name"]} in {dataset.path}, '
+            'on which the predictions are made',
+        ),
+        "Set ann_file to the data set's, data_root included.",
+    )
+
+
 def count_objects(coco: CocoFile) -> dict[str, dict[str, int]]:
     """Return the number of objects by category and by COCO's three ranges of area."""
     names = {category['id']: str(category['name']) for category in coco.categories}

@@ -18,6 +18,7 @@ from mmengine.registry import MODELS, TRANSFORMS, DefaultScope
 
 from ssm_backbones.apis.config import registered
 from ssm_backbones.apis.model import preprocessor_config
+from ssm_backbones.apis.top_k import chosen_positions, count_positions
 from ssm_backbones.data_check.finding import ERROR, Findings
 
 LOADED = 8
@@ -69,7 +70,9 @@ class _Trial:
                 return
         inputs = results.get('inputs')
         if isinstance(inputs, torch.Tensor) and inputs.ndim == 3:
-            self._preprocess(results, path)
+            preprocessor = self._preprocess(results, path)
+            if preprocessor is not None and chosen_positions(self.cfg.model):
+                self._check_sizes(steps, preprocessor, infos)
 
     def _build(self) -> list[Any] | None:
         steps = []
@@ -169,14 +172,14 @@ class _Trial:
                 return True
         return False
 
-    def _preprocess(self, results: Mapping[str, Any], path: str) -> None:
-        """Run the data preprocessor, and compare its channels with the backbone's."""
+    def _preprocess(self, results: Mapping[str, Any], path: str) -> Any:
+        """Run the data preprocessor, and compare its channels with the backbone's; return it if they agree."""
         settings = preprocessor_config(self.cfg)
         name = 'model.data_preprocessor' if self.cfg.model.get('data_preprocessor') else 'data_preprocessor'
         inputs = results['inputs']
         channels, expected = inputs.shape[0], _in_channels(self.cfg)
         if expected is None:
-            return
+            return None
         mean = settings.get('mean')
         described = self._describe_channels(path, channels, settings, name)
         remedy = (
@@ -187,18 +190,47 @@ class _Trial:
             remedy += ' PyTorch has few operators for this type: set to_float32=True in the loader.'
         if channels != expected or (mean is not None and len(mean) not in (1, channels)):
             self.findings.add(ERROR, f'{self.key}.pipeline', described, remedy)
-            return
+            return None
         importlib.import_module(f'{self.cfg.default_scope}.models')
         try:
             with DefaultScope.overwrite_default_scope(self.cfg.default_scope):
                 preprocessor = MODELS.build(settings)
-            batch = {'inputs': [inputs], 'data_samples': [results['data_samples']]}
-            outputs = preprocessor(batch, False)['inputs']
+            outputs = _batch(preprocessor, results)
         except Exception as error:
             self.findings.add(ERROR, name, f'stops with {_reason(error)}: {described}, {inputs.dtype}', remedy)
-            return
+            return None
         if isinstance(outputs, torch.Tensor) and outputs.shape[1] != expected:
             self.findings.add(ERROR, name, f'makes {outputs.shape[1]} channels of {channels}: {described}', remedy)
+            return None
+        return preprocessor
+
+    def _check_sizes(self, steps: Sequence[Any], preprocessor: Any, infos: Sequence[Mapping[str, Any]]) -> None:
+        """Check that every image has as many positions as the detector chooses of them."""
+        smallest: tuple[tuple[int, int], str] | None = None
+        for info in [*infos, *infos]:
+            results: Any = deepcopy(dict(info))
+            try:
+                for step in steps:
+                    results = step(results)
+                height, width = map(int, _batch(preprocessor, results).shape[-2:])
+            except Exception:
+                # An image that a transform of chance cannot use, or whose annotations were not read for this trial.
+                continue
+            if smallest is None or height * width < smallest[0][0] * smallest[0][1]:
+                smallest = (height, width), str(info['img_path'])
+        if smallest is None:
+            return
+        (height, width), path = smallest
+        queries, positions = chosen_positions(self.cfg.model), count_positions(self.cfg, height, width)
+        if queries is not None and positions < queries:
+            self.findings.add(
+                ERROR,
+                f'{self.key}.pipeline',
+                f'makes {width}x{height} pixels of {path}, in whose feature maps the detector finds {positions} '
+                f'positions to choose model.num_queries={queries} from',
+                f'Enlarge the images (Resize), or set model.num_queries to at most {positions} and '
+                'model.test_cfg.max_per_img to no more than that times the number of classes.',
+            )
 
     def _describe_channels(self, path: str, channels: int, settings: Mapping[str, Any], name: str) -> str:
         trace = self.traces[0]
@@ -217,6 +249,10 @@ class _Trial:
         if turned is not None and channels != 3:
             parts.append(f'{name}.{turned}=True is for 3')
         return ', '.join(parts)
+
+
+def _batch(preprocessor: Any, results: Mapping[str, Any]) -> Any:
+    return preprocessor({'inputs': [results['inputs']], 'data_samples': [results['data_samples']]}, False)['inputs']
 
 
 def _in_channels(cfg: Config) -> int | None:

@@ -24,6 +24,7 @@ from mmengine.runner import Runner
 
 from ssm_backbones.apis.checks import check_checkpoint, check_init_cfg, check_paths
 from ssm_backbones.apis.config import load_config
+from ssm_backbones.apis.top_k import explain_top_k
 from ssm_backbones.checkpoints.files import read_checkpoint
 from ssm_backbones.compat import let_mmcv_take_bfloat16, name_unreadable_files
 from ssm_backbones.data_check import as_table, check_data, error_message
@@ -167,7 +168,8 @@ def _train(cfg: Config, message: str, detect_anomaly: bool) -> Runner:
             runner.register_hook(LoadCheckpointHook(start, whole=resumed, convert=not resumed))
             if resumed:
                 runner.register_hook(CheckResumedHook(start))
-        runner.train()
+        with explain_top_k(runner.model):
+            runner.train()
     _leave_launch()
     return runner
 
@@ -205,7 +207,8 @@ def test(options: TestOptions) -> dict[str, float]:
         runner.register_hook(LoadCheckpointHook(options.checkpoint, whole=True, unused=unused))
         if options.out is not None and scope != 'mmseg':
             runner.test_evaluator.metrics.append(_dump_metric(scope, options.out))
-        metrics = runner.test()
+        with explain_top_k(runner.model):
+            metrics = runner.test()
     _leave_launch()
     return metrics
 

@@ -17,6 +17,7 @@ from ssm_backbones.apis.checks import check_device, leaf_datasets
 from ssm_backbones.apis.config import load_config
 from ssm_backbones.apis.images import MAX_PIXELS, UnreadableImage, check_readable, test_pipeline
 from ssm_backbones.apis.model import build_model
+from ssm_backbones.apis.top_k import explain_top_k
 from ssm_backbones.checkpoints import read_checkpoint
 from ssm_backbones.prediction.drawing import Drawer, picture
 from ssm_backbones.prediction.windows import Labels, Objects, Window, check_window, windows
@@ -238,7 +239,7 @@ class Predictor:
             inputs=[each['inputs'] for each in prepared], data_samples=[each['data_samples'] for each in prepared]
         )
         try:
-            with DefaultScope.overwrite_default_scope(self.cfg.default_scope):
+            with DefaultScope.overwrite_default_scope(self.cfg.default_scope), explain_top_k(self.model):
                 results = self.model.test_step(data)
         except OutOfMemoryError as error:
             height, width = prepared[0]['inputs'].shape[1:]

@@ -91,6 +91,13 @@ def test_without_an_evaluation_crowds_need_not_be_named(check):
     assert not errors(check('mmdet', edit(lambda c: without(c, 'iscrowd')), modes=['train']))
 
 
+def test_the_evaluator_has_the_images_that_are_predicted_on(check, tmp_path):
+    other = {'val_evaluator.ann_file': f'{tmp_path}/coco/annotations/instances_train2017.json'}
+    (error,) = errors(check('mmdet', None, other, modes=['val']))
+    assert error.startswith('val_evaluator.ann_file, image ') and 'instances_train2017.json' in error
+    assert 'on which the predictions are made' in error
+
+
 @pytest.mark.parametrize(('objects', 'severity'), [(1, ERROR), (200, WARNING)])
 def test_annotation_id_0_is_never_found(objects, severity, check):
     def change(content):
