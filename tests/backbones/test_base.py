@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ssm_backbones import VMamba
 from ssm_backbones.backbones.base import drop_path_schedule, resolve_arch, resolve_out_indices
+from ssm_backbones.layers import calls
 from ssm_backbones.layers.calls import apply_conv, apply_linear, conv2d
 from ssm_backbones.layers.common import PatchEmbed, PatchMerging, Residual
 
@@ -110,7 +111,9 @@ def test_drop_path_follows_the_seed():
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 @pytest.mark.parametrize('size', [(3, 4), (1, 1), (1, 5), (5, 1)])
-def test_pointwise_layers_are_linear_layers(dtype, size):
+@pytest.mark.parametrize('is_blas_tuned', [True, False])
+def test_pointwise_layers_are_linear_layers(is_blas_tuned, dtype, size, monkeypatch):
+    monkeypatch.setattr(calls, '_IS_BLAS_TUNED', is_blas_tuned)
     layer = nn.Linear(6, 5).to(dtype)
     x = torch.randn(2, *size, 6, dtype=dtype)
     grad = torch.randn(2, *size, 5, dtype=dtype)

@@ -1,0 +1,20 @@
+"""What is read of the processor."""
+
+import pytest
+
+from ssm_backbones.utils import processor
+
+
+@pytest.mark.parametrize(('vendor', 'expected'), [('GenuineIntel', True), ('AuthenticAMD', False)])
+def test_intel_is_told_by_its_vendor(vendor, expected, tmp_path, monkeypatch) -> None:
+    info = tmp_path / 'cpuinfo'
+    info.write_text(f'processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: \xe9\n', encoding='latin-1')
+    monkeypatch.setattr(processor, '_CPUINFO', info)
+    assert processor.is_intel_processor() == expected
+
+
+@pytest.mark.parametrize('name', ['', 'AMD64 Family 25 Model 33 Stepping 0, AuthenticAMD', 'arm'])
+def test_other_systems_than_linux(name, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(processor, '_CPUINFO', tmp_path / 'missing')
+    monkeypatch.setattr(processor.platform, 'processor', lambda: name)
+    assert not processor.is_intel_processor()
