@@ -20,7 +20,7 @@ help:
 	@echo 'make tools     test timm, transformers, peft, torchao and other libraries around the backbones, in an environment of its own (.venv-tools)'
 	@echo 'make kernels   compile every CUDA kernel for every architecture by nvcc alone, and print what each takes (ARCHS="8.0 9.0")'
 	@echo 'make runtimes  compile the scans as operators of onnxruntime and OpenVINO, into build/runtimes'
-	@echo 'make prove     prove by a verifier that the threads of the CUDA kernels are ordered in every schedule; needs nvcc, takes half an hour'
+	@echo 'make prove     prove by a verifier that the threads of the CUDA kernels are ordered in every schedule; needs nvcc, in an environment of its own (.venv-prove)'
 	@echo 'make wheel     build and check dist/*.whl for every Python and every torch from 2.10 on (FORCE_CUDA=1: with CUDA kernels)'
 	@echo 'make abi       compile the bindings against the headers of torch 2.1 to 2.15 (VERSIONS="2.4.1 2.13.0")'
 	@echo 'make matrix    build from source beside versions of torch and test there (VERSIONS="2.4.1 2.13.0", PYTHON=python3.12)'
@@ -49,6 +49,14 @@ format: setup
 	@$(IN_VENV) -m ruff format --quiet .
 	@$(SOURCES) | xargs "$(VENV)/bin/clang-format" -i
 
+# $(call on-top,FOLDER,REQUIREMENTS) makes an environment on top of the project's, so that neither torch nor the host
+# libraries are installed twice, and the project's stays as its own requirements say.
+define on-top
+	@test -x $(1)/bin/python || $(IN_VENV) -m venv $(1)
+	@{ $(call site-packages,$(IN_VENV)); pwd; } > "$$($(call site-packages,$(1)/bin/python))/project.pth"
+	@$(1)/bin/python -m pip install --quiet -c requirements/constraints.txt -r $(2)
+endef
+
 PYTEST = CI_PINS=1 $(IN_VENV) -m pytest --numprocesses auto --maxprocesses 8
 
 test: lint
@@ -57,11 +65,8 @@ test: lint
 test-slow: lint
 	@$(PYTEST) --dist loadfile $(PYTEST_ARGS)
 
-# On top of the project's environment, so that neither torch nor the host libraries are installed twice.
 tools: setup
-	@test -x .venv-tools/bin/python || $(IN_VENV) -m venv .venv-tools
-	@{ $(call site-packages,$(IN_VENV)); pwd; } > "$$($(call site-packages,.venv-tools/bin/python))/project.pth"
-	@.venv-tools/bin/python -m pip install --quiet -c requirements/constraints.txt -r requirements/tools.txt
+	$(call on-top,.venv-tools,requirements/tools.txt)
 	@.venv-tools/bin/python -m pytest tests/timm tests/integrations tests/pytorch_tools $(PYTEST_ARGS)
 	@.venv-tools/bin/python -m pytest tests/docs -k 'scripts and timm' $(PYTEST_ARGS)
 
@@ -78,8 +83,8 @@ runtimes: setup
 	@$(IN_VENV) tools/make_runtimes.py
 
 prove: setup
-	@$(IN_VENV) -m pip install --quiet -r requirements/prove.txt
-	@$(IN_VENV) -m pytest tests/ptx/test_proofs.py $(PYTEST_ARGS)
+	$(call on-top,.venv-prove,requirements/prove.txt)
+	@.venv-prove/bin/python -m pytest tests/ptx/test_proofs.py $(PYTEST_ARGS)
 	@echo 'verdicts: build/proofs.md'
 
 wheel: setup

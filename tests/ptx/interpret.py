@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from zlib import crc32
 
 import torch
 
@@ -90,7 +91,8 @@ def compile_ptx(source: Path, flags: Sequence[str] = (), arch: str = ARCH) -> st
     options = [str(found.nvcc), *found.host, '-O3', '-std=c++17', f'-I{CSRC}', '-ptx', f'-arch={arch}', '-lineinfo']
     options += flags
     inputs = [path for path in [*CSRC.rglob('*'), source, FEW_HEADER] if path.suffix in ('.h', '.cuh', '.cu')]
-    name = f'{source.stem}-{arch}.ptx'
+    kind = f'{crc32(repr(flags).encode()):x}-' if flags else ''  # so that each kind keeps its own file
+    name = f'{source.stem}-{kind}{arch}.ptx'
     path = _cached(name, sorted(inputs), lambda output: [*options, str(source), '-o', str(output)])
     return path.read_text()
 
@@ -226,14 +228,15 @@ class Interpreter(Emulation):
 
     Args:
         folder: For what is compiled.
-        few: Compile a few kernels of the wavefront scan alone: float32 and four states.
+        few: Compile a few kernels of the wavefront scan alone: bfloat16 and four states.
+        arch: What nvcc compiles for.
     """
 
-    def __init__(self, folder: Path, few: bool = False) -> None:
+    def __init__(self, folder: Path, few: bool = False, arch: str = ARCH) -> None:
         cuda = CSRC / 'cuda'
         sources = [cuda / 'kernels.cu', *cuda.glob('wavefront*.cu'), WITHOUT_ROUTE_SCAN] if few else None
         super().__init__(folder, ['-O0', '-g0', '-w', *(FEW if few else [])], sources)
-        self._few = few
+        self._few, self._arch = few, arch
         self._symbols = self._read_symbols(folder / 'libemulation.so')
         self._programs: dict[str, Program] = {}
         self._launcher = _LAUNCHER(self._launch)
@@ -255,7 +258,7 @@ class Interpreter(Emulation):
             for source in sorted((CSRC / 'cuda').glob('*.cu')):
                 if not template.search(_with_headers(source)):
                     continue
-                text = compile_ptx(source, FEW if self._few else ())
+                text = compile_ptx(source, FEW if self._few else (), self._arch)
                 file = read_ptx(self._edit(text) if self._edit else text)
                 for symbol in file.kernels:
                     if kernel_report().readable_name(symbol) == name:

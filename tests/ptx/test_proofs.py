@@ -2,6 +2,7 @@
 
 import collections
 import importlib.util
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,10 +10,10 @@ import pytest
 import torch
 
 from tests.cuda_emulation.emulate import ROOT, compiler
-from tests.ops.helpers import dtype_name
-from tests.ops.route_cases import Cross, Sequence
+from tests.ops.route_cases import Cross, Factors, Sequence
 from tests.ops.wavefront_cases import Wavefront
 from tests.ptx import equivalence, interpret, prove
+from tests.ptx.prove import Call
 
 pytestmark = [
     pytest.mark.slow,
@@ -20,10 +21,8 @@ pytestmark = [
     pytest.mark.skipif(compiler() is None or interpret.toolkit() is None, reason='needs g++ and nvcc'),
 ]
 
-# What the verifier cannot decide, and why.
-LIMITS = {
-    'scan_forward_n1': 'allocation identity is unresolved',
-}
+# Kernels that the verifier cannot decide, and its reason.
+LIMITS: dict[str, str] = {}
 
 
 @pytest.fixture(scope='module')
@@ -31,27 +30,17 @@ def table() -> Iterator[list[str]]:
     """Rows of build/proofs.md."""
     rows: list[str] = []
     yield rows
-    head = ['| kernel | case | architecture | verdict | s |', '| --- | --- | --- | --- | ---: |']
+    head = ['| kernel | call | architecture | verdict | s |', '| --- | --- | --- | --- | ---: |']
     Path(ROOT, 'build', 'proofs.md').write_text('\n'.join([*head, *rows, '']))
 
 
-def case_id(value: object) -> str:
-    return dtype_name(value) if isinstance(value, torch.dtype) else f'{type(value).__name__.lower()}-{value}'
-
-
-def prove_launch(launch: prove.Launch, arch: str, barriers: bool = True) -> list[prove.Verdict]:
-    """The verdict on a launch; or with each of its barriers left out, the verdicts."""
-    ptx, symbol = prove.kernels(arch)[launch.kernel]
-    given = prove.configuration(launch, symbol)
-    return [prove.verify(text, given) for text in ([ptx] if barriers else prove.without_barriers(ptx, symbol))]
-
-
-@pytest.mark.parametrize(('case', 'dtype'), prove.CASES, ids=case_id)
+@pytest.mark.parametrize('call', prove.CALLS, ids=str)
 @pytest.mark.parametrize('arch', prove.ARCHS)
-def test_no_schedule_has_a_race(arch, case, dtype, table) -> None:
-    for launch in prove.record(case, dtype):
-        (verdict,) = prove_launch(launch, arch)
-        row = f'| `{launch.kernel}` | {case_id(case)} | {arch} | {verdict} | {verdict.seconds:.0f} |'
+def test_no_schedule_has_a_race(arch: str, call: Call, table: list[str]) -> None:
+    for launch in call.launches():
+        ptx, symbol = prove.kernels(arch)[launch.kernel]
+        verdict = prove.verify(ptx, prove.configuration(launch, symbol))
+        row = f'| `{launch.kernel}` | {call} | {arch} | {verdict} | {verdict.seconds:.0f} |'
         print(row)
         table.append(row)
         limit = LIMITS.get(launch.kernel.partition('<')[0])
@@ -61,29 +50,48 @@ def test_no_schedule_has_a_race(arch, case, dtype, table) -> None:
             assert verdict.result == 'race_free', row
 
 
-# Not every barrier counts at these sizes: some order several warps, chunks or work items. The kernels that are left out
-# take the verifier minutes for each barrier, or are undecided without it.
+def results_without_barriers(launch: prove.Launch) -> 'collections.Counter[str]':
+    """What the verifier says with each of a kernel's barriers left out."""
+    ptx, symbol = prove.kernels('sm_90')[launch.kernel]
+    given = prove.configuration(launch, symbol)
+    return collections.Counter(prove.verify(text, given).result for text in prove.without_barriers(ptx, symbol))
+
+
+# Not every barrier counts at these sizes: some order several warps, chunks or work items. `scan_backward_n1` would take
+# the verifier half a minute for each.
 @pytest.mark.parametrize(
-    ('case', 'kernels'),
+    'call',
     [
-        (Sequence(1, 32, 40, 16), ('scan_forward', 'scan_backward')),
-        (Cross(1, 12, 12, 32, 2), ('segment_aggregates', 'state_passing', 'scan_forward')),
-        (Wavefront(1, 9, 9, 20, 2), ('wavefront_forward',)),
+        Call(Sequence(1, 32, 20, 16)),
+        Call(Cross(1, 5, 14, 32, 2)),
+        Call(Factors(1, 3, 5, 16, 1, rank=2), torch.float16, kernels='scan_forward_n1'),
+        Call(Wavefront(1, 9, 2, 20, 2), kernels='wavefront_forward'),
+        Call(Wavefront(1, 2, 3, 10, 2), torch.float16, kernels='wavefront_backward'),
     ],
-    ids=case_id,
+    ids=str,
 )
-def test_a_missing_barrier_is_found(case, kernels) -> None:
-    for launch in prove.record(case, torch.float32):
-        if launch.kernel.partition('<')[0] in kernels:
-            results = collections.Counter(verdict.result for verdict in prove_launch(launch, 'sm_90', barriers=False))
-            print(launch.kernel, case, dict(results))
-            assert results['potential_race'], results
+def test_a_missing_barrier_is_found(call: Call) -> None:
+    for launch in call.launches():
+        results = results_without_barriers(launch)
+        print(f'{launch.kernel}: {dict(results)}')
+        assert results['potential_race'], launch.kernel
+
+
+def test_a_row_that_is_overwritten_too_early_is_found() -> None:
+    """The wavefront scan leaves the rows of a step in one of two buffers, and reads those of the step before."""
+    (launch,) = Call(Wavefront(1, 9, 2, 20, 2), kernels='wavefront_forward').launches()
+    ptx, symbol = prove.kernels('sm_90')[launch.kernel]
+    part = prove.entry(ptx, symbol)
+    edited, count = re.subn(r'xor\.b32\s+(%r\d+), (%r\d+), 1;', r'mov.b32 \1, \2;', ptx[part])
+    assert count
+    verdict = prove.verify(ptx[: part.start] + edited + ptx[part.stop :], prove.configuration(launch, symbol))
+    assert verdict.result == 'potential_race', verdict
 
 
 @pytest.mark.parametrize(('states', 'length'), [(2, 3), (2, 34), (16, 2)])
-def test_in_real_numbers_outputs_follow_the_equations(states, length) -> None:
-    case = Sequence(1, 32, length, states, D=False, bias=False, softplus=False)
-    (launch,) = (each for each in prove.record(case, torch.float32) if each.kernel.startswith('scan_forward'))
-    verdict = equivalence.prove_row(launch, 'sm_90')
-    print(f'| `{launch.kernel}` | {case} | {verdict} | {verdict.seconds:.0f} |')
+def test_in_real_numbers_outputs_follow_the_equations(states: int, length: int) -> None:
+    call = Call(Sequence(1, 32, length, states, D=False, bias=False, softplus=False), kernels='scan_forward')
+    (launch,) = call.launches()
+    verdict = equivalence.prove_scan(launch, 'sm_90')
+    print(f'| `{launch.kernel}` | {call} | {verdict} | {verdict.seconds:.0f} |')
     assert verdict.result == 'verified'

@@ -3,7 +3,8 @@
 // A warp scans a chunk of 32 consecutive positions of 16 channels. A lane holds a run of 8 positions of a pair of
 // channels, with delta and decay in registers, so that each is computed once. States are passed from run to run by
 // shuffles, from warp to warp through shared memory, and from one iteration of the block to the next by the last warp.
-// Each lane computes one pixel index of the chunk, and the warp shares them.
+// Each lane computes one pixel index of the chunk, and the warp shares them; with SSM_OWN_INDICES defined it computes
+// all that it needs, for a verifier that does not follow addresses through memory (tests/ptx/prove.py).
 #pragma once
 
 #include <cstring>
@@ -111,11 +112,14 @@ __device__ __forceinline__ int32_t pixel_index(const RouteArgumentsN1& a, bool c
 // A warp's chunk of positions, in the order of the route. Lane j looks up position j. In a partial chunk, lanes without
 // a position use the last one.
 struct WarpChunk {
+  int32_t index;  // along the route, from the item's first chunk
+  bool reversed;
   int32_t first;     // along the axis
   int32_t position;  // of this lane, along the axis
   bool exists;       // whether this lane has a position of its own
 
-  __device__ __forceinline__ WarpChunk(const WorkItemN1& item, int32_t index, bool reversed) {
+  __device__ __forceinline__ WarpChunk(const WorkItemN1& item, int32_t index, bool reversed)
+      : index(index), reversed(reversed) {
     first = item.begin + (reversed ? item.chunks - 1 - index : index) * kChunkPositions;
     position = first + (reversed ? kChunkPositions - 1 - item.lane : item.lane);
     const int32_t end = item.begin + item.count;
@@ -141,17 +145,27 @@ struct WarpStaging {
   __device__ __forceinline__ float* C() const { return data + 3 * kChunkPositions; }
 };
 
-// Computes the lane's pixel index and stages it with its row among the block's sums. With one segment, rows are pixels,
-// so that the routes of both axes share them. Positions that do not exist get rows from `segment_length` on. The warp
-// must synchronize before reading them.
+// Where the position of a lane is: its pixel, and its row among the block's sums. With one segment, rows are pixels, so
+// that the routes of both axes share them. Positions that do not exist get rows from `segment_length` on.
+struct LaneIndices {
+  int32_t pixel;
+  int32_t sum_row;
+
+  __device__ __forceinline__ LaneIndices(const RouteArgumentsN1& a, const WorkItemN1& item, int64_t k,
+                                         const WarpChunk& chunk) {
+    pixel = pixel_index(a, runs_along_columns(a.p.route[k]), chunk.position);
+    const int32_t row = a.segments == 1 ? pixel : chunk.position - item.begin;
+    sum_row = chunk.exists ? row : a.segment_length + item.warp * kChunkRuns + item.lane / kRunPositions;
+  }
+};
+
+// Stages the lane's indices and returns its pixel. The warp must synchronize before reading them.
 __device__ __forceinline__ int32_t stage_pixel(const RouteArgumentsN1& a, const WorkItemN1& item, int64_t k,
                                                const WarpChunk& chunk, const WarpStaging& staging) {
-  const int32_t pixel = pixel_index(a, runs_along_columns(a.p.route[k]), chunk.position);
-  const int32_t row = a.segments == 1 ? pixel : chunk.position - item.begin;
-  staging.pixels()[item.lane] = pixel;
-  staging.sum_rows()[item.lane] =
-      chunk.exists ? row : a.segment_length + item.warp * kChunkRuns + item.lane / kRunPositions;
-  return pixel;
+  const LaneIndices own(a, item, k, chunk);
+  staging.pixels()[item.lane] = own.pixel;
+  staging.sum_rows()[item.lane] = own.sum_row;
+  return own.pixel;
 }
 
 // Loads the run's part of staged values.
@@ -160,6 +174,41 @@ __device__ __forceinline__ void load_staged_run(const T* staged, int32_t run, T 
   const Quad<T>* quads = reinterpret_cast<const Quad<T>*>(staged + run * kRunPositions);
 #pragma unroll
   for (int u = 0; u < kRunPositions; ++u) values[u] = quads[u / 4].val[u % 4];
+}
+
+#if defined(SSM_OWN_INDICES)
+// Calls `use` with the indices of each of the run's positions.
+template <class Use>
+__device__ __forceinline__ void for_run_indices(const RouteArgumentsN1& a, const WorkItemN1& item, int64_t k,
+                                                const WarpChunk& chunk, Use use) {
+#pragma unroll
+  for (int u = 0; u < kRunPositions; ++u) {
+    WorkItemN1 lane = item;
+    lane.lane = item.run * kRunPositions + u;
+    use(u, LaneIndices(a, lane, k, WarpChunk(lane, chunk.index, chunk.reversed)));
+  }
+}
+#endif
+
+// The pixels of the run's positions, and their rows among the block's sums.
+__device__ __forceinline__ void load_run_pixels(const RouteArgumentsN1& a, const WorkItemN1& item, int64_t k,
+                                                const WarpChunk& chunk, const WarpStaging& staging,
+                                                int32_t (&pixels)[kRunPositions]) {
+#if defined(SSM_OWN_INDICES)
+  for_run_indices(a, item, k, chunk, [&](int u, const LaneIndices& lane) { pixels[u] = lane.pixel; });
+#else
+  load_staged_run(staging.pixels(), item.run, pixels);
+#endif
+}
+
+__device__ __forceinline__ void load_run_sum_rows(const RouteArgumentsN1& a, const WorkItemN1& item, int64_t k,
+                                                  const WarpChunk& chunk, const WarpStaging& staging,
+                                                  int32_t (&sum_rows)[kRunPositions]) {
+#if defined(SSM_OWN_INDICES)
+  for_run_indices(a, item, k, chunk, [&](int u, const LaneIndices& lane) { sum_rows[u] = lane.sum_row; });
+#else
+  load_staged_run(staging.sum_rows(), item.run, sum_rows);
+#endif
 }
 
 // B or C at the lane's pixel.

@@ -46,10 +46,10 @@ __global__ void __launch_bounds__(kAggregateThreads, 2) segment_aggregates_n1(Ro
       float run_delta[2] = {0.f, 0.f};
       Pair<T> inputs[kRunPositions];
       Pair<T> loaded[kRunPositions];
-      load_staged_run(staging.pixels(), item.run, pixels);
+      load_run_pixels(a, item, k, chunk, staging, pixels);
       load_delta<T, LowRank>(a, item, k, pixel, pixels, loaded);
       load_run(item, Backward ? a.p.grad_y : a.p.x, 0, pixels, inputs);
-      load_staged_run(staging.sum_rows(), item.run, sum_rows);
+      load_run_sum_rows(a, item, k, chunk, staging, sum_rows);
       load_staged_run(staging.B(), item.run, projection);
       const DtProjection dt_projection{shared + r * a.dt_rank * kTileChannels, dt_staging};
       parameters.compute_delta<T, LowRank>(a, item, loaded, dt_projection, delta);

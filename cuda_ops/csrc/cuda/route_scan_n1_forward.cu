@@ -22,7 +22,7 @@ struct Prefetch {
     C = load_projection<T>(a, item, a.p.C, k, pixel);
     __syncwarp();
     int32_t pixels[kRunPositions];
-    load_staged_run(staging.pixels(), item.run, pixels);
+    load_run_pixels(a, item, k, chunk, staging, pixels);
     load_run(item, a.p.x, 0, pixels, x);
     load_delta<T, LowRank>(a, item, k, pixel, pixels, delta);
   }
@@ -119,7 +119,7 @@ __device__ __forceinline__ void scan_chunks(const RouteArgumentsN1& a, const Wor
   Aggregate run = compute_run(parameters, prefetch.x, B, delta, inputs, delta_sum);
   int32_t sum_rows[kRunPositions];
   if (r == 0) {
-    load_staged_run(staging.sum_rows(), item.run, sum_rows);
+    load_run_sum_rows(a, item, k, chunk, staging, sum_rows);
 #pragma unroll
     for (int u = 0; u < kRunPositions; ++u) {
       *sum_at(item, memory.sums, sum_rows[u]) = {memory.skip[0] * pair_to_float(prefetch.x[u], 0),
@@ -146,7 +146,7 @@ __device__ __forceinline__ void scan_chunks(const RouteArgumentsN1& a, const Wor
   }
   float C[kRunPositions];
   load_staged_run(staging.C(), item.run, C);
-  load_staged_run(staging.sum_rows(), item.run, sum_rows);
+  load_run_sum_rows(a, item, k, chunk, staging, sum_rows);
 #pragma unroll
   for (int c = 0; c < 2; ++c) state[c] = before.decay[c] * state[c] + before.state[c];
   const float start[2] = {state[0], state[1]};
