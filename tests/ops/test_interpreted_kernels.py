@@ -1,6 +1,8 @@
 """The operators, run from what nvcc made of the kernels, hold against the float64 loops."""
 
 import re
+from collections.abc import Callable
+from pathlib import Path
 from zlib import crc32
 
 import pytest
@@ -10,9 +12,10 @@ import cuda_ops
 from cuda_ops import _library
 from tests.cuda_emulation.emulate import CSRC, compiler
 from tests.ops.helpers import check_against_loop, dtype_name
-from tests.ops.route_cases import Cross, Factors, Lines, Sequence, case_id, check
+from tests.ops.route_cases import Case, Cross, Factors, Lines, Sequence, case_id, check
 from tests.ops.wavefront_cases import PARAMETERS as WAVEFRONT_PARAMETERS
 from tests.ops.wavefront_cases import Wavefront, loop
+from tests.ptx import prove
 from tests.ptx.interpret import Interpreter, compile_ptx, kernel_report, read_ptx, toolkit
 
 pytestmark = [
@@ -67,11 +70,33 @@ def test_a_small_wavefront_scan_equals_the_loop(few: Interpreter, nan_in_fresh_m
 
 
 @pytest.mark.parametrize(
-    ('pattern', 'replacement'), ((r'st\.release\.gpu', 'st.relaxed.gpu'), (r'ld\.acquire\.gpu', 'ld.relaxed.gpu'))
+    ('pattern', 'replacement'),
+    (
+        (r'st\.release\.gpu', 'st.relaxed.gpu'),
+        (r'ld\.acquire\.gpu', 'ld.relaxed.gpu'),
+        (r'ld\.acquire\.gpu\.global\.s64\s+(%rd\d+), \[[^]]*\];', f'mov.u64 \\1, {2**63 - 1};'),
+    ),
+    ids=('relaxed release', 'relaxed acquire', 'no wait'),
 )
 def test_flags_that_order_nothing_are_found(few: Interpreter, pattern: str, replacement: str) -> None:
     with few.interpret(edit=lambda text: re.sub(pattern, replacement, text)):
         with pytest.raises(RuntimeError, match=r'race in global memory.*boundary|race in global memory.*wavefront'):
+            check_wavefront(Wavefront(1, 11, 7, 18, 4), torch.bfloat16)
+
+
+def without_barrier(kernel: str, number: int) -> Callable[[str], str]:
+    """Leaves out one of a kernel's barriers."""
+
+    def edit(text: str) -> str:
+        symbols = {kernel_report().readable_name(symbol): symbol for symbol in read_ptx(text).kernels}
+        return list(prove.without_barriers(text, symbols[kernel]))[number] if kernel in symbols else text
+
+    return edit
+
+
+def test_a_missing_barrier_is_found(few: Interpreter) -> None:
+    with few.interpret(edit=without_barrier('wavefront_forward<bfloat16, 4>', 5)):
+        with pytest.raises(RuntimeError, match=r'race in .* memory'):
             check_wavefront(Wavefront(1, 11, 7, 18, 4), torch.bfloat16)
 
 
@@ -95,3 +120,56 @@ def test_every_kernel_equals_the_loop(every: Interpreter, nan_in_fresh_memory: N
     }
     expected = {kernel for kernel in compiled if f'<{dtype_name(dtype)},' in kernel or kernel == 'state_passing'}
     assert not expected - launched, f'no case launches {sorted(expected - launched)}'
+
+
+# Several strips, tiles, chunks, warps and segments; and how many barriers of which kernels these launches do not need.
+# wavefront_*: every step of a work item ends with a barrier, so that those before an item is fetched and around the
+# staging of A order nothing more; with this much shared memory no step is recomputed before a span. scan_backward: a
+# barrier follows the last use of a chunk's projections, and another comes before the next ones are staged.
+BARRIERS = (
+    (Wavefront(1, 11, 9, 18, 2), WHOLE, {'wavefront_forward': 3, 'wavefront_backward': 4}),
+    (Cross(1, 7, 11, 5, 2), WHOLE, {'scan_backward': 1}),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('case', 'limit', 'unneeded'), BARRIERS, ids=str)
+def test_each_missing_barrier_is_found(
+    every: Interpreter, case: Case | Wavefront, limit: int, unneeded: dict[str, int]
+) -> None:
+    counts: dict[str, int] = {}
+
+    def count(text: str) -> str:
+        for symbol in read_ptx(text).kernels:
+            counts[kernel_report().readable_name(symbol)] = len(list(prove.without_barriers(text, symbol)))
+        return text
+
+    def run(edit: Callable[[str], str]) -> None:
+        with every.interpret(edit=edit, shared_limit=limit):
+            if isinstance(case, Wavefront):
+                check_wavefront(case, torch.float32)
+            else:
+                check(case, torch.float32, cuda=True)
+
+    run(count)
+    for kernel in set(every.launched):
+        missed = 0
+        for number in range(counts[kernel]):
+            try:
+                run(without_barrier(kernel, number))
+                missed += 1
+            except RuntimeError as error:
+                assert 'race in' in str(error)
+        assert missed == unneeded.get(kernel.partition('<')[0], 0), kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('arch', ('sm_80', 'sm_100'))
+def test_what_is_compiled_for_other_gpus_equals_the_loop(tmp_path: Path, nan_in_fresh_memory: None, arch: str) -> None:
+    interpreter = Interpreter(tmp_path, arch=arch)
+    for wavefront in WAVEFRONTS[4:6]:
+        with interpreter.interpret(seed=1):
+            check_wavefront(wavefront, torch.bfloat16)
+    for case, limit in ROUTES[4:5] + ROUTES[-6:]:
+        with interpreter.interpret(seed=1, shared_limit=limit):
+            check(case, torch.bfloat16, cuda=True)
