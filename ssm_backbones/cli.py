@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,9 +16,21 @@ from ssm_backbones.utils import mm
 from ssm_backbones.utils.errors import CommandError
 from ssm_backbones.utils.mm import DictAction
 
-# What to do about missing modules whose packages have other names.
+# What to do about missing modules. A name that is not listed may be a module of the user's own, or anybody's package.
 _REMEDIES = dict.fromkeys(('mmcv', 'mmdet', 'mmseg', 'mmpretrain'), mm.STACKS)
 _REMEDIES |= {'mmengine': mm.REMEDY, 'PIL': 'pip install pillow', 'cv2': 'pip install opencv-python'}
+_SAME_NAMES = (
+    'matplotlib',
+    'msgspec',
+    'onnx',
+    'onnxruntime',
+    'onnxscript',
+    'pycocotools',
+    'tifffile',
+    'timm',
+    'torchvision',
+)
+_REMEDIES |= {name: f'pip install {name}' for name in _SAME_NAMES}
 _CFG_OPTIONS_HELP = (
     'replace settings of the config: KEY=VALUE pairs, nested keys joined by dots; lists as KEY="[a,b]" or KEY=a,b, '
     'tuples within them as KEY="[(a,b),(c,d)]", quoted and without spaces'
@@ -102,9 +116,13 @@ def run_command(run: Callable[[], Any]) -> int:
         return 2
     except ModuleNotFoundError as error:
         package = (error.name or '').partition('.')[0]
-        if package in ('', 'ssm_backbones', 'cuda_ops'):
+        # A part that is missing in a package that is there is an error of one of both.
+        if not package or importlib.util.find_spec(package) is not None:
             raise
-        remedy = _REMEDIES.get(package, f'pip install {package}')
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if 'importlib' not in frame.filename]
+        place = f'{frames[-1].filename}:{frames[-1].lineno}'
+        own = f'{place} imports it; install it or, if it is a module of your own, put its folder into PYTHONPATH'
+        remedy = _REMEDIES.get(package, own)
         print(f'error: this command needs {package}, which is not installed; {remedy}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:

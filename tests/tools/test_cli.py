@@ -1,5 +1,6 @@
 """The command lines: their arguments, and one clear line for what cannot be done."""
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -135,6 +136,15 @@ def test_missing_checkpoints(write_config, tmp_path, work_dir, capsys) -> None:
     work_dir.mkdir()
     (work_dir / 'last_checkpoint').write_text(nowhere)
     assert nowhere in fails(capsys, run_train([config, *place, '--resume']))
+
+
+def test_a_missing_module_that_may_be_the_user_s_is_named_with_its_place(capsys) -> None:
+    assert cli.run_command(lambda: importlib.import_module('my_own_layers.mixers')) == 2
+    error = capsys.readouterr().err
+    assert error.startswith('error: this command needs my_own_layers') and error.count('\n') == 1
+    assert 'test_cli.py:' in error and 'PYTHONPATH' in error and 'pip install' not in error
+    with pytest.raises(ModuleNotFoundError, match='onnx.no_such_part'):
+        cli.run_command(lambda: importlib.import_module('onnx.no_such_part'))
 
 
 @pytest.mark.parametrize(
