@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ssm_backbones.features.store import INDEX, Record, read_settings
+from ssm_backbones.features.store import INDEX, Record, read_index, read_settings
 from ssm_backbones.utils.errors import CommandError
 
 
@@ -69,11 +68,7 @@ class FeatureDataset(Dataset):
     ) -> None:
         self.folder = Path(folder)
         self.settings = read_settings(folder)
-        try:
-            lines = (self.folder / INDEX).read_text(encoding='utf-8').splitlines()
-        except FileNotFoundError:
-            raise CommandError(f'{folder} has no {INDEX}: the export was interrupted; run it again.') from None
-        self.records: list[Record] = [json.loads(line) for line in lines]
+        self.records: list[Record] = read_index(folder)
         held = [level['name'] for level in self.settings['levels']]
         unknown = [name for name in levels or () if name not in held]
         if unknown:
@@ -96,10 +91,25 @@ class FeatureDataset(Dataset):
         return {**self.__dict__, '_open': None}
 
     def maps(self, index: int, crop: bool | None = None) -> tuple[Tensor, ...]:
-        """Read the maps (C, H, W) of an image; ``crop`` overrides the data set's."""
+        """Read the maps (C, H, W) of an image; ``crop`` overrides the data set's.
+
+        Raises:
+            CommandError: If the file is missing, damaged or has other maps than the record says.
+        """
         record = self.records[index]
-        file = self._file(record['file'])
-        maps = tuple(file.get_tensor(f'{record["id"]}/{name}') for name in self.levels)
+        try:
+            file = self._file(record['file'])
+            maps = tuple(file.get_tensor(f'{record["id"]}/{name}') for name in self.levels)
+        except (SafetensorError, OSError) as error:
+            raise CommandError(
+                f'{self.folder / record["file"]} is missing or damaged ({error}); remove it and export again.'
+            ) from error
+        for name, value in zip(self.levels, maps, strict=True):
+            if list(value.shape) != _level(record, name)['shape']:
+                raise CommandError(
+                    f'{self.folder / record["file"]} has {name} of the shape {list(value.shape)}, not '
+                    f'{_level(record, name)["shape"]} as {INDEX} says; remove it and export again.'
+                )
         if self.crop if crop is None else crop:
             sizes = (self._covered(record, name) for name in self.levels)
             maps = tuple(value[:, :height, :width] for value, (height, width) in zip(maps, sizes, strict=True))
@@ -181,4 +191,7 @@ class FeatureDataset(Dataset):
 
 
 def _level(record: Record, name: str) -> dict[str, Any]:
-    return next(level for level in record['levels'] if level['name'] == name)
+    level = next((level for level in record['levels'] if level['name'] == name), None)
+    if level is None:
+        raise CommandError(f'the record of {record["id"]} has no {name}; export again.')
+    return level

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -153,21 +154,51 @@ def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the settings of the export in a folder.
 
     Raises:
-        CommandError: If the folder does not contain an export of this format.
+        CommandError: If the folder does not contain an export of this format, or its settings are damaged.
     """
     path = Path(folder, EXPORT)
     try:
         settings = json.loads(path.read_text(encoding='utf-8'))
     except FileNotFoundError:
         raise CommandError(f'{folder} holds no feature export: it has no {EXPORT}.') from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CommandError(f'{path} is damaged: {error}') from error
-    if settings.get('format') != FORMAT:
+    if not isinstance(settings, dict) or settings.get('format') != FORMAT:
+        found = settings.get('format') if isinstance(settings, dict) else settings
         raise CommandError(
-            f'{path} is of the format {settings.get("format")!r}, expected {FORMAT!r}: records of other formats do not '
+            f'{path} is of the format {found!r}, expected {FORMAT!r}: records of other formats do not '
             'say where the features lie on the image. Export again into another folder.'
         )
+    levels = settings.get('levels') or ()
+    if not _is_list(levels, dict) or not all(_has(level, name=str, stride=int, channels=int) for level in levels):
+        raise CommandError(f'{path} is damaged: it describes no levels. Export again into another folder.')
     return settings
+
+
+def read_index(folder: str | os.PathLike[str]) -> list[Record]:
+    """Read the records of a finished export, in the order of its input.
+
+    Raises:
+        CommandError: If the export is not finished or its index is damaged.
+    """
+    path = Path(folder, INDEX)
+    try:
+        lines = path.read_text(encoding='utf-8').splitlines()
+    except FileNotFoundError:
+        raise CommandError(f'{folder} has no {INDEX}: the export was interrupted; run it again.') from None
+    except ValueError as error:
+        raise CommandError(
+            f'{path} is damaged ({error}); export again into the same folder, which rewrites it.'
+        ) from error
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(_checked(json.loads(line)))
+        except (ValueError, RecursionError) as error:
+            raise CommandError(
+                f'line {number} of {path} is damaged ({error}); export again into the same folder, which rewrites it.'
+            ) from error
+    return records
 
 
 def read_records(folder: str | os.PathLike[str]) -> Iterator[Record]:
@@ -181,8 +212,45 @@ def read_records(folder: str | os.PathLike[str]) -> Iterator[Record]:
             continue
         try:
             with safe_open(str(path), framework='pt') as file:
-                yield from json.loads(file.metadata()['images'])
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+                yield from [_checked(record) for record in json.loads(file.metadata()['images'])]
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise CommandError(
                 f'{path} is damaged or no part of an export ({error}); remove it and export again.'
             ) from error
+
+
+def _checked(record: Any) -> Record:
+    """Return a record that has all that readers use, and names a file within the export's folder.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    numbers = dict.fromkeys(('scale_x', 'scale_y', 'offset_x', 'offset_y'), (int, float))
+    lists = ('original_size', 'input_size', 'padded_size', 'image_box', 'levels')
+    if not isinstance(record, dict) or not _has(
+        record, id=str, file=str, path=str, **numbers, **dict.fromkeys(lists, list)
+    ):
+        raise ValueError('a record lacks a value, or has one of another type')
+    if not all(math.isfinite(record[name]) for name in numbers):
+        raise ValueError('a record has a place that is not finite')
+    if not all(
+        len(record[name]) == 4 - 2 * name.endswith('size') and _is_list(record[name], int) for name in lists[:4]
+    ):
+        raise ValueError('a record has sizes that are no lists of whole numbers')
+    for level in record['levels']:
+        if not isinstance(level, dict) or not _has(level, name=str, stride=int, shape=list):
+            raise ValueError('a record has a level without a name, stride or shape')
+        if len(level['shape']) != 3 or not _is_list(level['shape'], int) or level['stride'] < 1:
+            raise ValueError('a record has a level of no possible size')
+    file = PurePosixPath(record['file'])
+    if file.is_absolute() or '..' in file.parts or '\0' in record['file']:
+        raise ValueError(f'a record names the file {record["file"]!r}, outside the folder')
+    return record
+
+
+def _has(value: Mapping[str, Any], **kinds: Any) -> bool:
+    return all(isinstance(value.get(name), kind) for name, kind in kinds.items())
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
