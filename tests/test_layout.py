@@ -31,6 +31,7 @@ ROOMS = [
     'datasets',
     'project',
     'onnx_export',
+    'export',
     'benchmark',
     'demo',
     'doctor',

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Export a backbone, classifier or segmentor to ONNX, in standard operators, and check it against PyTorch."""
+"""Export a backbone, classifier, segmentor or detector to ONNX, and check it against PyTorch."""
 
 import argparse
 import sys
@@ -14,9 +14,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog='The graph takes normalised images, float32 (B, C, H, W); how they are normalised is in its metadata. A '
-        "classifier gives scores before softmax, a segmentor scores of the images' size, each image as a whole. What "
-        'can be exported: every backbone of this package, ImageClassifier, and EncoderDecoder with one decoding head; '
-        'of detectors and cascades the backbone. Exit status: 0, or 2 where nothing was written.',
+        "classifier gives scores before softmax, a segmentor scores of the images' size, each image as a whole. A "
+        'detector takes pixels (RGB, 0 to 255) and gives boxes, scores, labels and masks within the boxes. What can '
+        'be exported: every backbone of this package, ImageClassifier, EncoderDecoder with one decoding head, '
+        'FasterRCNN, MaskRCNN and RetinaNet; of others the backbone. Exit status: 0, or 2 where nothing was written.',
     )
     parser.add_argument('config', help='config file of mmpretrain, mmdet or mmseg')
     parser.add_argument('checkpoint', nargs='?', help='checkpoint; without it the weights are as initialised')
@@ -32,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument('--batch-size', type=int, default=1, metavar='N', help='images at once (1)')
     parser.add_argument('--out', metavar='FILE', help="file to write (default: the config's name with .onnx)")
-    parser.add_argument('--part', choices=['backbone', 'classifier', 'segmentor'], help='default: what the config is')
+    parser.add_argument(
+        '--part', choices=['backbone', 'classifier', 'segmentor', 'detector'], help='default: what the config is'
+    )
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='KEY=VALUE for the config')
     args = parser.parse_args(argv)
 
@@ -42,7 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = export_onnx(OnnxOptions(**vars(args)))
         kind = "standard and this package's" if args.custom_ops else 'standard'
         print(f'{result.part} written to {result.path}: opset {result.opset}, {result.nodes} {kind} operators')
-        print(f'onnxruntime against PyTorch, largest difference relative to the largest value (bound {TOLERANCE:.0e}):')
+        if result.objects is None:
+            print(f'onnxruntime against PyTorch, largest difference relative to the largest value ({TOLERANCE:.0e}):')
+        else:
+            print(f'onnxruntime against PyTorch, {result.objects} objects in coloured squares:')
         for shape, outputs in result.differences.items():
             figures = ', '.join(f'{name} {value:.1e}' for name, value in outputs.items())
             print(f'  images {"x".join(map(str, shape))}: {figures}')

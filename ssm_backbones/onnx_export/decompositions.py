@@ -174,14 +174,15 @@ def replacements(loops: bool = True) -> dict[Any, Callable[..., Any]]:
     }
 
 
-def decomposition_table() -> dict[Any, Callable[..., Any]]:
+def decompositions() -> dict[Any, Callable[..., Any]]:
     """Return the scans' decompositions without loops, for ``torch.export.ExportedProgram.run_decompositions``.
 
-    The programs hold PyTorch's own operators alone afterwards, which any backend takes. Height and width have to be
-    fixed; scans of open sizes raise NotImplementedError. Add the table to that of PyTorch's own decompositions::
+    The programs hold PyTorch's own operators alone afterwards, which any backend takes, and compute on tensors of at
+    most five dimensions. Scans compute in float32, whatever a program's dtype. Height and width have to be fixed; scans
+    of open sizes raise NotImplementedError. Add the table to that of PyTorch's own decompositions::
 
         program = torch.export.export(model, (images,))
-        program = program.run_decompositions({**torch.export.default_decompositions(), **decomposition_table()})
+        program = program.run_decompositions({**torch.export.default_decompositions(), **decompositions()})
     """
     return {operator.default: function for operator, function in replacements(loops=False).items()}
 

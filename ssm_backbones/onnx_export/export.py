@@ -1,4 +1,4 @@
-"""Export backbones, classifiers and segmentors to ONNX in standard operators, for ``tools/export_onnx.py``."""
+"""Export backbones, classifiers, segmentors and detectors to ONNX, for ``tools/export_onnx.py``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from cuda_ops import runtimes
 from ssm_backbones.apis.config import load_config
 from ssm_backbones.apis.model import build_extractor, build_model, preprocessor_config
 from ssm_backbones.onnx_export import decompositions as scans
-from ssm_backbones.onnx_export import pooling
+from ssm_backbones.onnx_export import detections, pooling
+from ssm_backbones.onnx_export.detector import OUTPUTS, Detector, is_detector
 from ssm_backbones.onnx_export.override import FunctionOverrideMode
 from ssm_backbones.utils.errors import CommandError
 from ssm_backbones.utils.files import atomic_file, writing
@@ -36,7 +37,7 @@ from ssm_backbones.utils.signals import interrupt_on_sigterm
 from ssm_backbones.utils.torch_compat import release
 
 TOLERANCE = 1e-4
-PARTS = {'backbone': None, 'classifier': 'mmpretrain', 'segmentor': 'mmseg'}
+PARTS = {'backbone': None, 'classifier': 'mmpretrain', 'segmentor': 'mmseg', 'detector': 'mmdet'}
 _TIMED_RUNS = 5
 # Raised by torch.export and torch.onnx for unsupported models.
 _REFUSALS = (UserError, ConstraintViolationError, GuardOnDataDependentSymNode, OnnxExporterError, NotImplementedError)
@@ -56,8 +57,8 @@ class OnnxOptions:
             weights, to inspect the graph or its speed.
         shape: Height and width of the images.
         out: The file to write; the config's name with .onnx by default.
-        part: ``'backbone'``, ``'classifier'`` or ``'segmentor'``; by default the config's model, or the backbone of a
-            detector.
+        part: ``'backbone'``, ``'classifier'``, ``'segmentor'`` or ``'detector'``; by default the config's model, or its
+            backbone where :mod:`ssm_backbones.onnx_export.detector` does not take it.
         batch_size: Batch size of the graph.
         dynamic: Make batch, height and width dynamic.
         loops: Compute the scans by loops (``Scan``), rather than by unrolled operators, which take a fixed size.
@@ -89,7 +90,9 @@ class OnnxResult:
         nodes: Number of operators in the graph.
         inputs, outputs: Names of the graph's inputs and outputs.
         differences: For each tested shape of images (B, C, H, W), the largest difference of each output from
-            PyTorch's, relative to the output's largest value.
+            PyTorch's, relative to the output's largest value; of a detector, the share of objects that have no
+            counterpart.
+        objects: Number of compared objects, of a detector.
         seconds: Best time of a run at the exported shape, by runtime ('onnxruntime', 'PyTorch').
     """
 
@@ -101,6 +104,7 @@ class OnnxResult:
     outputs: tuple[str, ...]
     differences: dict[tuple[int, ...], dict[str, float]]
     seconds: dict[str, float]
+    objects: int | None = None
 
 
 class Segmentor(nn.Module):
@@ -132,13 +136,15 @@ class Classifier(nn.Module):
 def export_onnx(options: OnnxOptions) -> OnnxResult:
     """Export a model, run the file in onnxruntime and compare the outputs with PyTorch's.
 
-    All backbones of this package can be exported, with mmpretrain's ``ImageClassifier`` and mmseg's ``EncoderDecoder``
-    around them. Of segmentors with several successive decode heads (``CascadeEncoderDecoder``) and of detectors, only
-    the backbones can be exported. With ``dynamic``, heads that compute with sizes in plain Python may be unsupported.
+    All backbones of this package can be exported, with mmpretrain's ``ImageClassifier``, mmseg's ``EncoderDecoder`` and
+    mmdet's ``FasterRCNN``, ``MaskRCNN`` and ``RetinaNet`` around them. Of other detectors, and of segmentors with
+    several successive decode heads (``CascadeEncoderDecoder``), only the backbones can be exported. With ``dynamic``,
+    heads that compute with sizes in plain Python may be unsupported.
 
     Raises:
         CommandError: If the config, the checkpoint or the shape does not allow it, PyTorch cannot say the model in
-            ONNX, or the file does not compute what PyTorch computes, within :data:`TOLERANCE`; then it is not written.
+            ONNX, or the file does not compute what PyTorch computes, within :data:`TOLERANCE` or, for a detector,
+            :data:`~ssm_backbones.onnx_export.detections.TOLERANCE`; then it is not written.
     """
     require_onnx()
     _check_shape(options)
@@ -153,17 +159,23 @@ def export_onnx(options: OnnxOptions) -> OnnxResult:
     with interrupt_on_sigterm(), writing(path), atomic_file(path) as partial:
         module, channels = _module(cfg, options.checkpoint, part)
         images = torch.randn(options.batch_size, channels, height, width, generator=torch.Generator().manual_seed(0))
-        opset, nodes = _write(module, images, partial, options, _notes(cfg, part))
+        opset, nodes = _write(module, images, partial, options, _notes(cfg, part, module))
         shapes = [tuple(images.shape)]
         if options.dynamic:
             # Another batch size, and sides that no stride divides.
             shapes += [(1, channels, height + 37, width + 11), (3, channels, width, height)]
         session = open_session(partial, options.custom_ops)
-        differences = {shape: compare(session, module, shape) for shape in shapes}
-        _check_differences(differences)
+        objects, bound = None, TOLERANCE
+        if isinstance(module, Detector):
+            found = {shape: detections.compare(session, module, shape) for shape in shapes}
+            differences = {shape: each.unmatched for shape, each in found.items()}
+            objects, bound = sum(each.objects for each in found.values()), detections.TOLERANCE
+        else:
+            differences = {shape: compare(session, module, shape) for shape in shapes}
+        _check_differences(differences, bound)
         seconds = _times(session, module, images)
     names = tuple(each.name for each in session.get_inputs()), tuple(each.name for each in session.get_outputs())
-    return OnnxResult(str(path), part, opset, nodes, *names, differences, seconds)
+    return OnnxResult(str(path), part, opset, nodes, *names, differences, seconds, objects)
 
 
 def write_onnx(
@@ -189,8 +201,8 @@ def write_onnx(
     Returns:
         The opset's version and the number of operators.
     """
+    from ssm_backbones.onnx_export import box_ops, repeated
     from ssm_backbones.onnx_export import custom_ops as custom_scans
-    from ssm_backbones.onnx_export import repeated
     from ssm_backbones.onnx_export import scan_op as onnx_scans
 
     replaced = custom_scans.replacements() if custom_ops else scans.replacements(loops)
@@ -211,7 +223,7 @@ def write_onnx(
             program,
             dynamo=True,
             opset_version=onnx_scans.OPSET,
-            custom_translation_table={**translations, **repeated.translations()},
+            custom_translation_table={**translations, **repeated.translations(), **box_ops.translations()},
             input_names=['images'],
             output_names=outputs,
             verbose=False,
@@ -221,6 +233,8 @@ def write_onnx(
         return exported
 
     names = [f'map{place}' for place in range(count)] if count > 1 else ['output']
+    if isinstance(module, Detector):
+        names = list(OUTPUTS[:count])
     with torch.no_grad(), _quiet():
         kinds = repeated.repeated_blocks(module, images)
         with repeated.as_operators(kinds):
@@ -293,7 +307,7 @@ def require_onnx() -> None:
 def _part(cfg: Config, wanted: str | None) -> str:
     own = next((part for part, scope in PARTS.items() if scope == cfg.default_scope), 'backbone')
     if wanted is None:
-        return own
+        return 'backbone' if own == 'detector' and not is_detector(cfg.model) else own
     if wanted not in PARTS:
         raise CommandError(f'part is one of {", ".join(PARTS)}, got {wanted!r}.')
     if wanted not in (own, 'backbone'):
@@ -324,6 +338,9 @@ def _module(cfg: Config, checkpoint: str | None, part: str) -> tuple[nn.Module, 
     if part == 'backbone':
         module = build_extractor(cfg, checkpoint).backbone
         backbone = module
+    elif part == 'detector':
+        detector: Any = build_model(cfg, checkpoint).requires_grad_(False)
+        module, backbone = Detector(detector), detector.backbone
     else:
         model: Any = build_model(cfg, checkpoint).requires_grad_(False)
         head = getattr(model, 'head' if part == 'classifier' else 'decode_head', None)
@@ -337,21 +354,23 @@ def _module(cfg: Config, checkpoint: str | None, part: str) -> tuple[nn.Module, 
     return module.eval(), getattr(backbone, 'in_channels', 3)
 
 
-def _notes(cfg: Config, part: str) -> dict[str, str]:
-    """Return the file's metadata: how to normalise images."""
+def _notes(cfg: Config, part: str, module: nn.Module) -> dict[str, str]:
+    """Return the file's metadata: how to normalise images, or the sizes and classes of a detector."""
+    if isinstance(module, Detector):
+        return module.notes(cfg)
     settings = preprocessor_config(cfg)
     wanted = ('mean', 'std', 'bgr_to_rgb', 'to_rgb')
     return {'part': part, **{key: str(settings[key]) for key in wanted if key in settings}}
 
 
-def _check_differences(differences: Mapping[tuple[int, ...], Mapping[str, float]]) -> None:
+def _check_differences(differences: Mapping[tuple[int, ...], Mapping[str, float]], bound: float = TOLERANCE) -> None:
     for shape, outputs in differences.items():
         for name, value in outputs.items():
             # Written so that a NaN fails.
-            if not value <= TOLERANCE:
+            if not value <= bound:
                 raise CommandError(
                     f'onnxruntime and PyTorch differ by {value:.2e} in {name} for images {shape}, more than '
-                    f'{TOLERANCE:.0e}; nothing was written.'
+                    f'{bound:.0e}; nothing was written.'
                 )
 
 

@@ -176,6 +176,7 @@ CHANGES = {
 SLOW_HOSTS = [pytest.param(host, marks=pytest.mark.slow) for host in ('mmpretrain', 'mmseg')]
 
 
+# The detector around the backbone: test_detector.py.
 @pytest.mark.parametrize('host', ['mmdet', *SLOW_HOSTS])
 def test_tool(host, tool, write_config, tmp_path, capsys) -> None:
     config = str(write_config(host, CHANGES[host]))
@@ -183,7 +184,7 @@ def test_tool(host, tool, write_config, tmp_path, capsys) -> None:
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'model.pth')
     path = tmp_path / 'out.onnx'
     command = [config, str(tmp_path / 'model.pth'), '--shape', '50', '83', '--out', str(path)]
-    assert tool.main([*command, *([] if host == 'mmdet' else ['--dynamic'])]) == 0
+    assert tool.main([*command, *(['--part', 'backbone'] if host == 'mmdet' else ['--dynamic'])]) == 0
     text = capsys.readouterr().out
     part = {'mmpretrain': 'classifier', 'mmseg': 'segmentor', 'mmdet': 'backbone'}[host]
     assert text.startswith(f'{part} written to {path}: opset 18') and 'onnxruntime' in text
@@ -290,10 +291,13 @@ def test_cascades_are_refused(write_config, tool, tmp_path, capsys) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bad_arguments(write_config, tool, tmp_path, capsys) -> None:
+def test_bad_arguments(write_config, tool, tmp_path, capsys, monkeypatch) -> None:
     config = str(write_config('mmseg'))
+    torch.save({'state_dict': {'backbone.weight': torch.ones(1)}}, tmp_path / 'other.pth')
+    monkeypatch.setattr(exporting, 'write_onnx', lambda *args: pytest.fail('work was done in vain'))
     for arguments, message in (
         (['nowhere.pth'], 'checkpoint nowhere.pth does not exist'),
+        ([str(tmp_path / 'other.pth')], 'does not fit the model of the config'),
         (['--part', 'classifier'], 'the config is one of mmseg, which has no classifier'),
         (['--shape', '0', '5'], 'at least 1'),
         (['--dynamic', '--no-loops'], 'dynamic needs loops'),

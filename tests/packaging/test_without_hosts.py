@@ -27,7 +27,7 @@ import ssm_backbones
 from ssm_backbones.cli import train_main
 from ssm_backbones.features import FeatureDataset
 from ssm_backbones.flops import count_complexity
-from ssm_backbones.onnx_export.decompositions import decomposition_table
+from ssm_backbones.export import decompositions
 
 assert not {'mmengine', 'mmcv', 'PIL', 'yaml'} & {name.partition('.')[0] for name in sys.modules}
 namespace = {}
