@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""transformers' DETR and UperNet on a backbone of this package, through its ``TimmBackbone``.
+"""transformers' DETR, Mask2Former and UperNet on a backbone of this package, through its ``TimmBackbone``.
 
 pip install 'ssm-backbones[timm]' transformers
 """
@@ -14,6 +14,8 @@ import ssm_backbones.timm  # isort: skip  (names the backbones to timm)
 from transformers import (
     DetrConfig,
     DetrForObjectDetection,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
     TimmBackboneConfig,
     UperNetConfig,
     UperNetForSemanticSegmentation,
@@ -39,6 +41,14 @@ def segmentor(name: str, classes: int, **options: Any) -> nn.Module:
     backbone = TimmBackboneConfig(backbone=name, out_indices=[0, 1, 2, 3])
     config = UperNetConfig(backbone_config=backbone, num_labels=classes, use_auxiliary_head=False, **options)
     return UperNetForSemanticSegmentation(config)
+
+
+def mask_segmentor(name: str, classes: int, **options: Any) -> nn.Module:
+    """Build a Mask2Former on all four maps; ``options`` are arguments of ``Mask2FormerConfig``."""
+    backbone = TimmBackboneConfig(backbone=name, out_indices=[0, 1, 2, 3])
+    return Mask2FormerForUniversalSegmentation(
+        Mask2FormerConfig(backbone_config=backbone, num_labels=classes, **options)
+    )
 
 
 def load_weights(model: nn.Module, checkpoint: str) -> None:
@@ -71,3 +81,8 @@ if __name__ == '__main__':
     upernet = segmentor('vmamba_tiny', classes=2)
     for step, value in enumerate(train_steps(upernet, lambda: dict(pixel_values=images, labels=labels), steps=5)):
         print(f'UperNet, step {step}: loss {value:.3f}')
+    masks = [torch.stack([each == 0, each == 1]).float() for each in labels]
+    mask2former = mask_segmentor('vmamba_tiny', classes=2)
+    batch = dict(pixel_values=images, mask_labels=masks, class_labels=[torch.tensor([0, 1])] * 2)
+    for step, value in enumerate(train_steps(mask2former, lambda: batch, steps=5)):
+        print(f'Mask2Former, step {step}: loss {value:.3f}')

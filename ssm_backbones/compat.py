@@ -16,6 +16,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.metadata
 import importlib.util
+import inspect
 import logging
 import os
 import pickle
@@ -57,6 +58,7 @@ def apply_patches() -> None:
         _read_weights_only()
         _patch_mmseg_bases()
         _patch_mmpretrain_multimodal()
+        _patch_grad_cam()
         _patch_bounds_of_mmcv()
 
 
@@ -99,6 +101,56 @@ def _patch_mmpretrain_multimodal() -> None:
             )
 
     _after_import('mmpretrain.utils.dependency', leave_out_multimodal)
+
+
+@functools.cache
+def _patch_grad_cam() -> None:
+    """Let mmpretrain's ``vis_cam.py`` run beside grad-cam 1.5, and have grad-cam refuse layers that are channel-last.
+
+    ``vis_cam.py`` passes ``use_cuda``, which grad-cam 1.5 has no longer: ``TypeError: unexpected keyword argument
+    'use_cuda'``. By default it hooks the last norm. Of a backbone of this package that gives (B, H, W, C), whose axes
+    grad-cam would exchange without a word.
+    """
+    if _version('grad-cam') is None:
+        return
+
+    def patch(package: ModuleType) -> None:
+        base = package.base_cam.BaseCAM
+        takes_device = 'use_cuda' in inspect.signature(base).parameters
+        for kind in [base, *base.__subclasses__()]:
+            if '__init__' in vars(kind):
+                kind.__init__ = _checked_cam(kind.__init__, takes_device)
+
+    _after_import('pytorch_grad_cam', patch)
+
+
+def _checked_cam(function: Callable[..., None], takes_device: bool) -> Callable[..., None]:
+    @functools.wraps(function)
+    def call(self: Any, model: nn.Module, target_layers: Any, *args: Any, **options: Any) -> None:
+        if not takes_device:
+            options.pop('use_cuda', None)
+        if not args and options.get('reshape_transform') is None:
+            _check_target_layers(model, target_layers)
+        function(self, model, target_layers, *args, **options)
+
+    return call
+
+
+def _check_target_layers(model: nn.Module, target_layers: Any) -> None:
+    """Raise a ValueError for a layer of a backbone whose output is (B, H, W, C)."""
+    wanted = set(map(id, target_layers))
+    for name, owner in model.named_modules():
+        outputs = getattr(owner, 'output_modules', None) if hasattr(type(owner), 'output_modules') else None
+        if not outputs:
+            continue
+        right = {id(owner.get_submodule(each)) for each in outputs.values()}
+        for place, layer in owner.named_modules(prefix=name):
+            if id(layer) in wanted - right and not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)):
+                last = '.'.join(filter(None, [name, list(outputs.values())[-1]]))
+                raise ValueError(
+                    f'the output of {place} is (batch, height, width, channels), whose axes a class activation map '
+                    f'would exchange. Take {last} as the target layer, or give reshape_transform.'
+                )
 
 
 @functools.cache

@@ -74,3 +74,30 @@ def test_upernet_trains(example, name):
     model = example.segmentor(name, classes=2, hidden_size=16)
     losses = example.train_steps(model, lambda: dict(pixel_values=images, labels=labels), steps=6)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_mask2former_trains(example, name):
+    images = torch.randn(2, 3, 64, 96)
+    labels = (images.mean(1) > 0).long()
+    masks = [torch.stack([each == 0, each == 1]).float() for each in labels]
+    small = dict(
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=32,
+        dim_feedforward=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        num_queries=5,
+        train_num_points=256,
+    )
+    model = example.mask_segmentor(name, classes=2, **small)
+    batch = dict(pixel_values=images, mask_labels=masks, class_labels=[torch.tensor([0, 1])] * 2)
+    losses = example.train_steps(model, lambda: batch, steps=8)
+    assert losses[-1] < losses[0]
+    features = [
+        key for key, parameter in model.named_parameters() if 'encoder._backbone' in key and parameter.grad is None
+    ]
+    assert not features

@@ -81,8 +81,9 @@ def test_optimizers_that_flatten_or_fuse(name):
         torch.testing.assert_close(other, stepped[0])
 
 
-def test_averaged_weights():
-    model = build('vmamba')
+@pytest.mark.parametrize('name', FAMILIES)
+def test_averaged_weights(name):
+    model = build(name)
     averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
     averaged.update_parameters(model)
     for parameter in model.parameters():
