@@ -7,7 +7,7 @@ import ctypes
 
 from tests.ptx import prove
 
-# Of a scan along one row, without D, bias and softplus. LENGTH, SAVED and SEGMENTS are put in.
+# Of a scan along one row, without D, bias and softplus. LENGTH and SAVED are put in.
 SCAN = """
 def reference(x, delta, B, C, A):
     import torch
@@ -24,25 +24,8 @@ def reference(x, delta, B, C, A):
     return (*results, torch.stack(saved)[None, None, None]) if saved else results
 """
 
-AGGREGATES = """
-def reference(x, delta, B, A):
-    import torch
-
-    deltas, states = [], []
-    for begin, end in SEGMENTS:
-        state, total = torch.zeros_like(A[0]), torch.zeros_like(A[0, :, 0])
-        for t in range(begin, end):
-            step = delta[0, 0, t, 0][:, None]
-            inflow = step * x[0, 0, t][:, None] * B[0, 0, t, 0, 0]
-            state = torch.exp2(step * (A[0] * 1.4426950216293335)) * state + inflow
-            total = total + step[:, 0]
-        deltas.append(total)
-        states.append(state.T)
-    return torch.stack(deltas)[None, None, None], torch.stack(states)[None, None, None]
-"""
-
 GRADIENTS = """
-def reference(x, delta, B, C, A, grad_y):
+def reference(x, delta, B, C, A, grad_y, grad_last_state):
     import torch
 
     rates = A[0] * 1.4426950216293335
@@ -50,7 +33,7 @@ def reference(x, delta, B, C, A, grad_y):
     for t in range(LENGTH):
         step = delta[0, 0, t, 0][:, None]
         states.append(torch.exp2(step * rates) * states[-1] + step * x[0, 0, t][:, None] * B[0, 0, t, 0, 0])
-    carry, grad_A = torch.zeros_like(rates), torch.zeros_like(rates)
+    carry, grad_A = grad_last_state[0, 0], torch.zeros_like(rates)
     grad_x, grad_delta, grad_B, grad_C = [], [], [], []
     for t in reversed(range(LENGTH)):
         step, here, grad = delta[0, 0, t, 0], x[0, 0, t], grad_y[0, 0, t]
@@ -63,14 +46,13 @@ def reference(x, delta, B, C, A, grad_y):
         grad_A = grad_A + through_decay * step[:, None]
         grad_B.insert(0, (grad_state * (step * here)[:, None]).sum(0))
         grad_C.insert(0, (states[t + 1] * grad[:, None]).sum(0))
-    found = dict(
-        result=torch.stack(grad_x)[None, None],
-        grad_delta=torch.stack(grad_delta)[None, None, :, None],
-        grad_A=grad_A[None, None, None],
-        grad_B=torch.stack(grad_B)[None, None, None, :, None, None],
-        grad_C=torch.stack(grad_C)[None, None, None, :, None, None],
+    return (
+        torch.stack(grad_x)[None, None],
+        torch.stack(grad_delta)[None, None, :, None],
+        grad_A[None, None, None],
+        torch.stack(grad_B)[None, None, None, :, None, None],
+        torch.stack(grad_C)[None, None, None, :, None, None],
     )
-    return tuple(found[name] for name in OUTPUTS)
 """
 
 
@@ -103,7 +85,6 @@ class RouteScanParams(ctypes.Structure):
         *((name, ctypes.c_uint64) for name in ('grad_last_state', 'grad_x')),
         ('grad_delta', GridTensor),
         *((name, ctypes.c_uint64) for name in ('grad_A', 'grad_D', 'grad_delta_bias', 'grad_B', 'grad_C', 'result')),
-        *((name, ctypes.c_uint64) for name in ('segment_deltas', 'segment_states')),
     ]
 
     def address(self, name: str) -> int:
@@ -112,7 +93,7 @@ class RouteScanParams(ctypes.Structure):
         return value.data if isinstance(value, GridTensor) else value
 
 
-def shapes(params: RouteScanParams, segments: int) -> dict[str, tuple[int, ...]]:
+def shapes(params: RouteScanParams) -> dict[str, tuple[int, ...]]:
     """Of the tensors of a scan along a single row, as the kernels' parameters give them."""
     channels, states, length = params.channels, params.states, params.width
     saved = (length - 1) // params.chunk if params.chunk else 0
@@ -127,8 +108,7 @@ def shapes(params: RouteScanParams, segments: int) -> dict[str, tuple[int, ...]]
         result=(1, 1, length, channels),
         last_state=(1, 1, channels, states),
         saved_states=(1, 1, 1, saved, states, channels),
-        segment_deltas=(1, 1, 1, segments, channels),
-        segment_states=(1, 1, 1, segments, states, channels),
+        grad_last_state=(1, 1, channels, states),
         grad_delta=(1, 1, length, 1, channels),
         grad_A=(1, 1, 1, channels, states),
         grad_B=(1, *projection),
@@ -145,27 +125,17 @@ def prove_scan(launch: prove.Launch, arch: str) -> prove.Verdict:
     return _prove(launch, arch, reference, ['x', 'delta', 'B', 'C', 'A'], outputs)
 
 
-def prove_aggregates(launch: prove.Launch, arch: str, segment: int) -> prove.Verdict:
-    """The same for ``segment_aggregates`` of a forward pass, with segments of so many positions."""
+def prove_gradients(launch: prove.Launch, arch: str) -> prove.Verdict:
+    """The same for a launch of ``scan_backward``."""
     width = RouteScanParams.from_buffer_copy(launch.argument).width
-    bounds = [(begin, min(begin + segment, width)) for begin in range(0, width, segment)]
-    reference = AGGREGATES.replace('SEGMENTS', str(bounds))
-    outputs = ['segment_deltas', 'segment_states']
-    return _prove(launch, arch, reference, ['x', 'delta', 'B', 'A'], outputs, len(bounds))
+    inputs = ['x', 'delta', 'B', 'C', 'A', 'grad_y', 'grad_last_state']
+    outputs = ['result', 'grad_delta', 'grad_A', 'grad_B', 'grad_C']
+    return _prove(launch, arch, GRADIENTS.replace('LENGTH', str(width)), inputs, outputs)
 
 
-def prove_gradients(launch: prove.Launch, arch: str, outputs: list[str]) -> prove.Verdict:
-    """The same for some of the outputs of ``scan_backward``."""
-    width = RouteScanParams.from_buffer_copy(launch.argument).width
-    reference = GRADIENTS.replace('LENGTH', str(width)).replace('OUTPUTS', str(outputs))
-    return _prove(launch, arch, reference, ['x', 'delta', 'B', 'C', 'A', 'grad_y'], outputs)
-
-
-def _prove(
-    launch: prove.Launch, arch: str, reference: str, inputs: list[str], outputs: list[str], segments: int = 1
-) -> prove.Verdict:
+def _prove(launch: prove.Launch, arch: str, reference: str, inputs: list[str], outputs: list[str]) -> prove.Verdict:
     params = RouteScanParams.from_buffer_copy(launch.argument)
-    sizes = shapes(params, segments)
+    sizes = shapes(params)
     ptx, symbol = prove.kernels(arch)[launch.kernel]
     given = prove.configuration(launch, symbol)
     names = {f'tensor_{params.address(name):x}': name for name in inputs + outputs}

@@ -95,3 +95,12 @@ def test_in_real_numbers_outputs_follow_the_equations(states: int, length: int) 
     verdict = equivalence.prove_scan(launch, 'sm_90')
     print(f'| `{launch.kernel}` | {call} | {verdict} | {verdict.seconds:.0f} |')
     assert verdict.result == 'verified'
+
+
+def test_in_real_numbers_gradients_follow_the_equations() -> None:
+    """Of one position and state; more are not decided."""
+    call = Call(Sequence(1, 32, 1, 1, D=False, bias=False, softplus=False), kernels='scan_backward')
+    (launch,) = call.launches()
+    verdict = equivalence.prove_gradients(launch, 'sm_90')
+    print(f'| `{launch.kernel}` | {call} | {verdict} | {verdict.seconds:.0f} |')
+    assert verdict.result == 'verified'
