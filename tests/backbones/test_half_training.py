@@ -54,7 +54,7 @@ def test_two_hundred_iterations_reach_the_loss_of_float32(name: str) -> None:
     for dtype in HALVES:
         found = losses(name, dtype, 200)
         assert found.isfinite().all()
-        assert found[-50:].mean() == pytest.approx(expected[-50:].mean(), rel=0.05), dtype
+        assert found[-50:].mean().item() == pytest.approx(expected[-50:].mean().item(), rel=0.05), dtype
 
 
 @pytest.mark.skipif(release() < (2, 3), reason='a loss scaler for CPUs came with torch 2.3')
