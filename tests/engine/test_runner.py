@@ -193,6 +193,7 @@ def started(monkeypatch) -> list[tuple]:
             self.lines: list[str] = []
             self.logger = SimpleNamespace(info=self.lines.append)
             self.hooks: list = []
+            self.model = torch.nn.Identity()
             seen.append((cfg.resume, cfg.load_from, self.lines))
 
         def register_hook(self, hook) -> None:
