@@ -244,7 +244,8 @@ def _patch_torchvision_import() -> None:
 
     The usual case is torchvision's CUDA wheel beside a CPU-only torch: the import then ends in
     ``operator torchvision::nms does not exist``. mmpretrain imports torchvision for its Python image transforms alone,
-    which work without that library; torchvision's own operators still raise their own, clear error.
+    which work without that library; torchvision's own operators still raise their own, clear error, and
+    ``python -m ssm_backbones`` tells of the mismatch.
     """
     library = _find_torchvision_library()
     if library is None:
@@ -258,12 +259,7 @@ def _patch_torchvision_import() -> None:
         name = schema.partition('(')[0]
         if not hasattr(torch.ops.torchvision, name):
             torch.library.define(f'torchvision::{name}', schema[len(name) :])
-    logger.warning(
-        "torchvision's compiled operators do not load with torch %s (%s). Its Python parts work without them; "
-        'install the torchvision that matches torch to use the operators too.',
-        torch.__version__,
-        reason,
-    )
+    logger.debug("torchvision's compiled operators do not load with torch %s (%s).", torch.__version__, reason)
 
 
 def _find_torchvision_library() -> str | None:

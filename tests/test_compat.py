@@ -179,7 +179,8 @@ def test_a_torchvision_that_does_not_fit_torch_is_patched(tmp_path) -> None:
     )
     result = run_beside_broken_torchvision(tmp_path, code)
     assert result.stdout.strip() == 'imported', result.stderr
-    assert result.stderr.count("torchvision's compiled operators do not load") == 1
+    # Nothing that was asked for needs them: the doctor tells.
+    assert not result.stderr
 
 
 def test_importing_the_package_imports_no_host_library() -> None:
