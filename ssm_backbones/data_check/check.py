@@ -199,7 +199,8 @@ class _Detection(_Check):
             loader = self.cfg.get(f'{mode}_dataloader')
             if loader is None:
                 continue
-            keys = [key for key, _ in leaf_datasets(loader.dataset, f'{mode}_dataloader.dataset')]
+            datasets = dict(leaf_datasets(loader.dataset, f'{mode}_dataloader.dataset'))
+            keys = list(datasets)
             for key, evaluator in class_checks.evaluators(self.cfg, mode):
                 if not str(evaluator.get('type')).endswith('CocoMetric') or not evaluator.get('ann_file'):
                     continue
@@ -211,7 +212,8 @@ class _Detection(_Check):
                 self.check_file(file, coco.Needs(key, evaluator=True, masks=masks), keys[0])
                 for each in keys:
                     if self.datasets.get(each, file) is not file:
-                        coco.check_same_images(self.datasets[each], file, f'{key}.ann_file', self.findings)
+                        chosen = bool(datasets[each].get('indices')) or not datasets[each].get('test_mode')
+                        coco.check_same_images(self.datasets[each], file, f'{key}.ann_file', chosen, self.findings)
 
     def read(self, path: str) -> CocoFile | None:
         """Read a file, once for all that use it; None if it cannot be used."""

@@ -262,14 +262,15 @@ def _check_topk(cfg: Config, classes: Sequence[str], modes: Sequence[str], findi
 
 def _check_detections(model: Mapping[str, Any], number: int, findings: Findings) -> None:
     """Check that a detector with a fixed number of queries is not asked for more objects than it can give."""
-    head = model.get('bbox_head') or {}
-    test_cfg = model.get('test_cfg') or {}
+    test_cfg = _part(model, 'test_cfg')
     # A softmax gives one class for each query, sigmoids all of them.
-    by_softmax = isinstance(head, Mapping) and not (head.get('loss_cls') or {}).get('use_sigmoid', True)
+    by_softmax = not _part(_part(model, 'bbox_head'), 'loss_cls').get('use_sigmoid', True)
+    # max_per_image is that of instances alone.
+    masks = _part(model, 'panoptic_head') if test_cfg.get('instance_on') else {}
     for key, owner, limit, settings in (
         ('model.num_queries', model, 'max_per_img', test_cfg),
-        ('model.rpn_head.num_proposals', model.get('rpn_head') or {}, 'max_per_img', test_cfg.get('rcnn') or {}),
-        ('model.panoptic_head.num_queries', model.get('panoptic_head') or {}, 'max_per_image', test_cfg),
+        ('model.rpn_head.num_proposals', _part(model, 'rpn_head'), 'max_per_img', _part(test_cfg, 'rcnn')),
+        ('model.panoptic_head.num_queries', masks, 'max_per_image', test_cfg),
     ):
         queries, most = owner.get(key.rpartition('.')[2]), settings.get(limit)
         if not isinstance(queries, int) or not isinstance(most, int):
@@ -283,6 +284,12 @@ def _check_detections(model: Mapping[str, Any], number: int, findings: Findings)
                 f'is {most}, but {key}={queries} and {number} classes give {available} objects',
                 f'Set it to at most {available}.',
             )
+
+
+def _part(settings: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Return a part of a model's settings; none where it is a list, as of Co-DETR's several heads."""
+    value = settings.get(key)
+    return value if isinstance(value, Mapping) else {}
 
 
 def _loose(name: Any) -> str:

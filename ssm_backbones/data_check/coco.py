@@ -177,13 +177,26 @@ def check_image_files(coco: CocoFile, folder: str, turns: bool, every: bool, fin
     )
 
 
-def check_same_images(dataset: CocoFile, evaluator: CocoFile, key: str, findings: Findings) -> None:
-    """Check that an evaluator's file has the images of the data set: pycocotools matches them by their ids alone."""
-    names = {image['id']: os.path.basename(str(image['file_name'])) for image in evaluator.images}
+def check_same_images(dataset: CocoFile, evaluator: CocoFile, key: str, chosen: bool, findings: Findings) -> None:
+    """Check that an evaluator's file has the images of the data set: pycocotools matches them by their ids alone.
+
+    Args:
+        dataset: The data set's file.
+        evaluator: The evaluator's file.
+        key: Config key of the evaluator's file.
+        chosen: Whether the data set leaves out images of its file, which the evaluator's need not have.
+        findings: Where to add what is found.
+    """
+    # Folder and suffix may differ: the same images may be stored twice.
+    names = {image['id']: _stem(image) for image in evaluator.images}
     findings.add_all(
         ERROR,
         key,
-        [image for image in dataset.images if names.get(image['id']) != os.path.basename(str(image['file_name']))],
+        [
+            image
+            for image in dataset.images
+            if (image['id'] in names or not chosen) and names.get(image['id']) != _stem(image)
+        ],
         lambda image: (
             f'image {image["id"]}',
             f'is {names.get(image["id"], "missing")} in {evaluator.path}, and {image["file_name"]} in {dataset.path}, '
@@ -191,6 +204,10 @@ def check_same_images(dataset: CocoFile, evaluator: CocoFile, key: str, findings
         ),
         "Set ann_file to the data set's, data_root included.",
     )
+
+
+def _stem(image: Mapping[str, Any]) -> str:
+    return os.path.splitext(os.path.basename(image['file_name']))[0]
 
 
 def count_objects(coco: CocoFile) -> dict[str, dict[str, int]]:

@@ -19,7 +19,7 @@ from mmengine.registry import MODELS, TRANSFORMS, DefaultScope
 from ssm_backbones.apis.config import registered
 from ssm_backbones.apis.model import preprocessor_config
 from ssm_backbones.apis.top_k import chosen_positions, count_positions
-from ssm_backbones.data_check.finding import ERROR, Findings
+from ssm_backbones.data_check.finding import ERROR, WARNING, Findings
 
 LOADED = 8
 """Images that are loaded to compare their channels."""
@@ -206,7 +206,7 @@ class _Trial:
 
     def _check_sizes(self, steps: Sequence[Any], preprocessor: Any, infos: Sequence[Mapping[str, Any]]) -> None:
         """Check that every image has as many positions as the detector chooses of them."""
-        smallest: tuple[tuple[int, int], str] | None = None
+        made: list[tuple[int, int, str]] = []
         for info in [*infos, *infos]:
             results: Any = deepcopy(dict(info))
             try:
@@ -216,18 +216,26 @@ class _Trial:
             except Exception:
                 # An image that a transform of chance cannot use, or whose annotations were not read for this trial.
                 continue
-            if smallest is None or height * width < smallest[0][0] * smallest[0][1]:
-                smallest = (height, width), str(info['img_path'])
-        if smallest is None:
+            made.append((height, width, str(info['img_path'])))
+        queries = chosen_positions(self.cfg.model)
+        if not made or queries is None:
             return
-        (height, width), path = smallest
-        queries, positions = chosen_positions(self.cfg.model), count_positions(self.cfg, height, width)
-        if queries is not None and positions < queries:
+        height, width, path = min(made, key=lambda each: each[0] * each[1])
+        largest = max(each[0] for each in made), max(each[1] for each in made)
+        try:
+            positions, most = (count_positions(self.cfg, *size) for size in ((height, width), largest))
+        except Exception:
+            # A model that computes only on a device of its own, such as one with compiled operators of mmcv.
+            return
+        if positions < queries:
+            # A batch has the size of its largest image.
+            certain = most < queries or _batch_size(self.cfg, self.key) == 1
             self.findings.add(
-                ERROR,
+                ERROR if certain else WARNING,
                 f'{self.key}.pipeline',
                 f'makes {width}x{height} pixels of {path}, in whose feature maps the detector finds {positions} '
-                f'positions to choose model.num_queries={queries} from',
+                f'positions to choose model.num_queries={queries} from'
+                + ('' if certain else '; a batch of such images alone stops the training'),
                 f'Enlarge the images (Resize), or set model.num_queries to at most {positions} and '
                 'model.test_cfg.max_per_img to no more than that times the number of classes.',
             )
@@ -249,6 +257,10 @@ class _Trial:
         if turned is not None and channels != 3:
             parts.append(f'{name}.{turned}=True is for 3')
         return ', '.join(parts)
+
+
+def _batch_size(cfg: Config, key: str) -> int:
+    return int(cfg[key.partition('.')[0]].get('batch_size') or 1)
 
 
 def _batch(preprocessor: Any, results: Mapping[str, Any]) -> Any:

@@ -25,7 +25,8 @@ class DetectAnomalyHook(Hook):
 
     The first value that is NaN or infinite raises :class:`NonFiniteValue` with the iteration and the module. A module
     is checked when it returns, so that the innermost one is named. Gradients are not checked where the loss is scaled
-    (float16): there the scaler skips iterations whose gradients overflow.
+    (float16): there the scaler skips iterations whose gradients overflow. Buffers that have infinity before the
+    training may keep it.
 
     Each check waits for the device, so that a training takes longer with it.
     """
@@ -36,13 +37,19 @@ class DetectAnomalyHook(Hook):
     def __init__(self) -> None:
         self._iteration: int | None = None
         self._handles: list[Any] = []
+        # Names of buffers that have infinity from the start, such as masks of attention.
+        self._constants: set[str] = set()
         # Modules by the tensor that they are given, if another module has made it.
         self._readers = WeakTensorKeyDictionary()
 
     def before_train(self, runner: Runner) -> None:
         """Watch the model's modules and parameters."""
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        gradients = not hasattr(runner.optim_wrapper, 'loss_scaler')
+        wrapper = runner.optim_wrapper
+        # Several wrappers are a mapping of them.
+        parts = [part for _, part in wrapper.items()] if hasattr(wrapper, 'items') else [wrapper]
+        gradients = not any(hasattr(part, 'loss_scaler') for part in parts)
+        self._constants = {name for name, value in runner.model.named_buffers() if _kind(value) == 'infinity'}
         if not gradients:
             runner.logger.info('gradients are not checked for NaN and infinity: the loss is scaled.')
         for name, module in model.named_modules():
@@ -69,7 +76,7 @@ class DetectAnomalyHook(Hook):
             ('buffer', runner.model.named_buffers()),
         ):
             for name, value in values:
-                if _kind(value):
+                if name not in self._constants and _kind(value):
                     name = name.removeprefix('module.') if is_model_wrapper(runner.model) else name
                     self._stop(f'{kind} {name} has {_kind(value)} after the optimizer step')
         self._iteration = None
@@ -87,8 +94,8 @@ class DetectAnomalyHook(Hook):
                 before = next(filter(None, (_kind(given) for _, given in _tensors(inputs))), None)
                 origin = f'there is {before} in its inputs already' if before else 'its inputs are finite'
                 self._stop(f'the output{place} of {label}, {tuple(value.shape)} {value.dtype}, has {kind}; {origin}')
-            # A module may return its input.
-            if gradients and value.requires_grad and value not in self._readers:
+            # A module may return its input, or a parameter, whose gradient is checked already.
+            if gradients and value.grad_fn is not None and value not in self._readers:
                 readers: list[str] = []
                 self._readers[value] = readers
                 value.register_hook(self._gradient_check(f'the output{place} of {label}', readers))
@@ -107,7 +114,10 @@ class DetectAnomalyHook(Hook):
 
 def _kind(value: Tensor) -> str | None:
     """Say which non-finite values a tensor has, or return None."""
-    if not (value.is_floating_point() or value.is_complex()) or bool(torch.isfinite(value).all()):
+    if not (value.is_floating_point() or value.is_complex()):
+        return None
+    value = value.detach()
+    if bool(torch.isfinite(value).all()):
         return None
     return 'NaN' if bool(torch.isnan(value).any()) else 'infinity'
 

@@ -98,6 +98,19 @@ def test_the_evaluator_has_the_images_that_are_predicted_on(check, tmp_path):
     assert 'on which the predictions are made' in error
 
 
+def test_the_evaluator_may_name_the_same_images_otherwise(check, tmp_path):
+    def copy(folder):
+        content = json.loads((folder / 'annotations/instances_val2017.json').read_text())
+        for image in content['images']:
+            image['file_name'] = f'other/{image["file_name"]}'.replace('.jpg', '.png')
+        gone = content['images'].pop()
+        content['annotations'] = [each for each in content['annotations'] if each['image_id'] != gone['id']]
+        (tmp_path / 'own.json').write_text(json.dumps(content))
+
+    options = {'val_evaluator.ann_file': f'{tmp_path}/own.json', 'val_dataloader.dataset.indices': 3}
+    assert not errors(check('mmdet', copy, options, modes=['val']))
+
+
 @pytest.mark.parametrize(('objects', 'severity'), [(1, ERROR), (200, WARNING)])
 def test_annotation_id_0_is_never_found(objects, severity, check):
     def change(content):

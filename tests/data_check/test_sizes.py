@@ -6,9 +6,9 @@ from mmengine.config import Config, ConfigDict
 from torch import nn
 
 from ssm_backbones.apis.top_k import count_positions, explain_top_k
-from ssm_backbones.data_check import check_data
+from ssm_backbones.data_check import check_data, trial
 from ssm_backbones.data_check.classes import check_numbers
-from ssm_backbones.data_check.finding import Findings
+from ssm_backbones.data_check.finding import WARNING, Findings
 from ssm_backbones.utils.errors import CommandError
 from tests.data_check.conftest import errors
 
@@ -60,8 +60,19 @@ def test_the_smallest_image_counts(dino):
     dino.model.num_queries = 80
     shrink = dict(type='RandomResize', scale=[(48, 48), (64, 64)], keep_ratio=False)
     dino.train_dataloader.dataset.pipeline[2] = shrink
+    dino.train_dataloader.batch_size = 1
     (error,) = errors(check_data(dino, ('train',)))
     assert 'model.num_queries=80' in error
+    # A larger image beside it may save it.
+    dino.train_dataloader.batch_size = 2
+    found = check_data(dino, ('train',))
+    assert not errors(found)
+    assert any(each.severity == WARNING and 'a batch of such images alone' in each.value for each in found)
+
+
+def test_a_model_whose_positions_cannot_be_counted_is_no_error(dino, monkeypatch):
+    monkeypatch.setattr(trial, 'count_positions', lambda *args: torch.ones(1, device='meta').item())
+    assert not errors(check_data(dino, ('val',)))
 
 
 @pytest.mark.parametrize(
@@ -78,9 +89,12 @@ def test_the_smallest_image_counts(dino):
             'model.test_cfg.rcnn.max_per_img: is 100, but model.rpn_head.num_proposals=10',
         ),
         (
-            dict(panoptic_head=dict(num_queries=10), test_cfg=dict(max_per_image=100)),
+            dict(panoptic_head=dict(num_queries=10), test_cfg=dict(instance_on=True, max_per_image=100)),
             'model.test_cfg.max_per_image: is 100',
         ),
+        (dict(panoptic_head=dict(num_queries=10), test_cfg=dict(max_per_image=100)), None),
+        # Co-DETR's.
+        (dict(query_head=dict(num_query=10), bbox_head=[dict(num_classes=6)], test_cfg=[dict(max_per_img=300)]), None),
     ],
 )
 def test_more_objects_than_queries_can_give(model, expected):

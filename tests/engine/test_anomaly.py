@@ -63,6 +63,8 @@ def test_the_first_bad_gradient_is_named() -> None:
         one_iteration(Model(low=1.0), torch.ones(1, 2))
     # Where a scaler looks after gradients they may overflow.
     one_iteration(Model(low=1.0), torch.ones(1, 2), loss_scaler=None)
+    several = dict(items=lambda: [('generator', SimpleNamespace(loss_scaler=None))])
+    one_iteration(Model(low=1.0), torch.ones(1, 2), **several)
 
 
 def test_bad_parameters_and_buffers_are_named() -> None:
@@ -70,6 +72,28 @@ def test_bad_parameters_and_buffers_are_named() -> None:
     model.register_buffer('mean', torch.tensor(math.nan))
     with pytest.raises(NonFiniteValue, match='iteration 7: buffer mean has NaN after the optimizer step'):
         one_iteration(model, torch.ones(1, 2))
+
+
+def test_what_is_infinite_from_the_start_may_stay() -> None:
+    model = Model(low=-1.0)
+    model.register_buffer('attention_mask', torch.tensor([0.0, -math.inf]))
+    one_iteration(model, torch.ones(1, 2))
+
+
+def test_a_parameter_that_is_returned_is_not_noted_again() -> None:
+    class Position(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.value = nn.Parameter(torch.ones(2))
+
+        def forward(self):
+            return self.value
+
+    position = Position()
+    hook = DetectAnomalyHook()
+    hook._iteration = 1
+    hook._check_module('position', True, position, (), position())
+    assert not hook._readers
 
 
 def test_modules_are_not_checked_after_the_iteration() -> None:
