@@ -44,9 +44,11 @@ def check_checkpoint(path: str | None, key: str) -> None:
     """Check that a checkpoint on the local disk exists; URLs and ``scheme://`` names are left to mmengine.
 
     Raises:
-        CommandError: If the file is missing. The message names it and the option or config key.
+        CommandError: If the file is missing or a folder. The message names it and the option or config key.
     """
     if path is not None and '://' not in path and not os.path.isfile(os.path.expanduser(path)):
+        if os.path.isdir(os.path.expanduser(path)):
+            raise CommandError(f'{key}: checkpoint {path} is a folder; name a file in it, such as epoch_12.pth.')
         raise CommandError(f'{key}: checkpoint {path} does not exist.')
 
 

@@ -297,6 +297,7 @@ def test_bad_arguments(write_config, tool, tmp_path, capsys, monkeypatch) -> Non
     monkeypatch.setattr(exporting, 'write_onnx', lambda *args: pytest.fail('work was done in vain'))
     for arguments, message in (
         (['nowhere.pth'], 'checkpoint nowhere.pth does not exist'),
+        ([str(tmp_path)], 'is a folder; name a file in it'),
         ([str(tmp_path / 'other.pth')], 'does not fit the model of the config'),
         (['--part', 'classifier'], 'the config is one of mmseg, which has no classifier'),
         (['--shape', '0', '5'], 'at least 1'),
