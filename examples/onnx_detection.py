@@ -49,13 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--scale', nargs=2, type=int, default=[1333, 800], help="the config's, which images fit into")
     args = parser.parse_args(argv)
     session = onnxruntime.InferenceSession(args.model, providers=['CPUExecutionProvider'])
-    if 'boxes' not in [output.name for output in session.get_outputs()]:
-        parser.error(f'{args.model} is not a detector; export a detector without --part backbone')
-    image = cv2.imread(args.image)
-    if image is None:
-        parser.error(f'image {args.image} is missing, or no image that OpenCV reads')
     names = session.get_modelmeta().custom_metadata_map['classes'].split(',')
-    boxes, scores, labels, *masks = detect(session, image, args.scale)
+    boxes, scores, labels, *masks = detect(session, cv2.imread(args.image), args.scale)
     for place, (box, score, label) in enumerate(zip(boxes, scores, labels, strict=True)):
         area = f', mask of {masks[0][place].sum()} pixels' if masks else ''
         print(f'{names[label]} {score:.3f} at {" ".join(f"{each:.1f}" for each in box)}{area}')
