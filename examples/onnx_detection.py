@@ -5,6 +5,7 @@ pip install numpy onnxruntime opencv-python-headless
 """
 
 import argparse
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,10 +50,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--scale', nargs=2, type=int, default=[1333, 800], help="the config's, which images fit into")
     args = parser.parse_args(argv)
     session = onnxruntime.InferenceSession(args.model, providers=['CPUExecutionProvider'])
-    names = session.get_modelmeta().custom_metadata_map['classes'].split(',')
-    boxes, scores, labels, *masks = detect(session, cv2.imread(args.image), args.scale)
-    for place, (box, score, label) in enumerate(zip(boxes, scores, labels, strict=True)):
-        area = f', mask of {masks[0][place].sum()} pixels' if masks else ''
+    names = json.loads(session.get_modelmeta().custom_metadata_map['classes'])
+    for box, score, label, *mask in zip(*detect(session, cv2.imread(args.image), args.scale), strict=True):
+        area = f', mask of {mask[0].sum()} pixels' if mask else ''
         print(f'{names[label]} {score:.3f} at {" ".join(f"{each:.1f}" for each in box)}{area}')
 
 

@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f'onnxruntime against PyTorch, largest difference relative to the largest value ({TOLERANCE:.0e}):')
         else:
             print(f'onnxruntime against PyTorch, {result.objects} objects in coloured squares:')
+            if not result.objects:
+                print('  neither finds an object in them: nothing was compared. Try images of your own.')
         for shape, outputs in result.differences.items():
             figures = ', '.join(f'{name} {value:.1e}' for name, value in outputs.items())
             print(f'  images {"x".join(map(str, shape))}: {figures}')

@@ -7,6 +7,7 @@ are dropped on the way stay in their places with a score of -1. Supported are mo
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -79,11 +80,11 @@ class Detector(nn.Module):
             cfg: The config of the model.
 
         Returns:
-            ``pixels``, ``classes`` (names, by commas) and, with a mask head, ``mask_threshold``, from which
+            ``pixels``, ``classes`` (names, a list in JSON) and, with a mask head, ``mask_threshold``, from which
             on a probability is of the object.
         """
         classes = find_classes(cfg, self.model, {}).names
-        notes = dict(part='detector', pixels='RGB, 0 to 255', classes=','.join(classes))
+        notes = dict(part='detector', pixels='RGB, 0 to 255', classes=json.dumps(list(classes)))
         if getattr(self.model, 'with_mask', False):
             notes['mask_threshold'] = str(self.model.roi_head.test_cfg['mask_thr_binary'])
         return notes
@@ -112,7 +113,8 @@ def check_supported(model: Any) -> None:
 
 def is_detector(model: Mapping[str, Any]) -> bool:
     """Say whether a model's config is one of a kind that :class:`Detector` takes."""
-    return model.get('type') in ('FasterRCNN', 'MaskRCNN', 'RetinaNet')
+    # mmdet's scope may be before the name.
+    return str(model.get('type')).rpartition('.')[2] in ('FasterRCNN', 'MaskRCNN', 'RetinaNet')
 
 
 def _unsupported(model: Any) -> Any:
@@ -141,7 +143,7 @@ def _unsupported(model: Any) -> Any:
     assert dense is not None
     if type(dense.prior_generator).__name__ != 'AnchorGenerator' or not dense.use_sigmoid_cls:
         yield f'its {type(dense).__name__} has a {type(dense.prior_generator).__name__} or scores by softmax'
-    if len(dense.test_cfg) and dense.test_cfg.get('nms_pre', -1) < 1:
+    if (dense.test_cfg or {}).get('nms_pre', -1) < 1:
         yield 'its test_cfg sets no nms_pre'
     if type(dense).__name__ not in ('RPNHead', 'RetinaHead', 'AnchorHead', 'RetinaSepBNHead'):
         yield f'its dense head is a {type(dense).__name__}'
@@ -156,6 +158,7 @@ def _unsupported_coder(head: Any) -> Any:
 
 
 def _unsupported_selection(cfg: Any) -> Any:
+    cfg = cfg or {}
     nms = dict(cfg.get('nms') or {})
     other = set(nms) - {'type', 'iou_threshold', 'class_agnostic', 'split_thr'}
     if nms.get('type', 'nms') != 'nms' or other or 'iou_threshold' not in nms:

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -88,11 +89,21 @@ def test_objects_are_those_of_mmdet(name, write_config) -> None:
 def test_what_is_not_exported_is_named(write_config) -> None:
     for change, message in (
         ("model = dict(test_cfg=dict(rcnn=dict(nms=dict(type='soft_nms'))))", 'selected by nms=.*soft_nms'),
+        ('model = dict(test_cfg=dict(rpn=dict(nms_pre=-1)))', 'sets no nms_pre'),
+        ('model = dict(test_cfg=dict(rpn=None))', 'sets no nms_pre'),
         ('model = dict(rpn_head=dict(loss_cls=dict(use_sigmoid=False)))', 'scores by softmax'),
         ("model = dict(roi_head=dict(bbox_roi_extractor=dict(roi_layer=dict(pool_mode='max'))))", 'takes the max'),
     ):
         with pytest.raises(CommandError, match=message):
             Detector(build_model(load_config(write_config('mmdet', change))))
+
+
+def test_class_names_with_commas_stay_whole(write_config) -> None:
+    cfg = load_config(write_config('mmdet', MODELS['retina']))
+    names = [f'a, {number}' for number in range(cfg.model.bbox_head.num_classes)]
+    for mode in ('train', 'val', 'test'):
+        cfg.merge_from_dict({f'{mode}_dataloader.dataset.metainfo': dict(classes=tuple(names))})
+    assert json.loads(Detector(build_model(cfg)).notes(cfg)['classes']) == names
 
 
 def test_objects_that_differ_are_counted() -> None:
