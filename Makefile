@@ -20,7 +20,7 @@ help:
 	@echo 'make tools     test timm, transformers, peft, torchao and other libraries around the backbones, in an environment of its own (.venv-tools)'
 	@echo 'make kernels   compile every CUDA kernel for every architecture by nvcc alone, and print what each takes (ARCHS="8.0 9.0")'
 	@echo 'make runtimes  compile the scans as operators of onnxruntime and OpenVINO, into build/runtimes'
-	@echo 'make prove     prove by a verifier that the threads of the CUDA kernels are ordered in every schedule; needs nvcc, in an environment of its own (.venv-prove)'
+	@echo 'make prove     prove by a verifier that the threads of the CUDA kernels are ordered in every schedule; needs nvcc, takes half an hour of one core or more, in .venv-prove'
 	@echo 'make fuzz      fuzz the readers of checkpoints and exported features for ten minutes (FUZZ_SECONDS=600)'
 	@echo 'make wheel     build and check dist/*.whl for every Python and every torch from 2.10 on (FORCE_CUDA=1: with CUDA kernels)'
 	@echo 'make abi       compile the bindings against the headers of torch 2.1 to 2.15 (VERSIONS="2.4.1 2.13.0")'
