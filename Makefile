@@ -81,9 +81,7 @@ kernels:
 	@$(PYTHON) tools/kernel_report.py $(if $(ARCHS),--archs "$(ARCHS)")
 
 fuzz: setup
-	@test -x .venv-fuzz/bin/python || $(IN_VENV) -m venv .venv-fuzz
-	@{ $(call site-packages,$(IN_VENV)); pwd; } > "$$($(call site-packages,.venv-fuzz/bin/python))/project.pth"
-	@.venv-fuzz/bin/python -m pip install --quiet -r requirements/fuzz.txt
+	$(call on-top,.venv-fuzz,requirements/fuzz.txt)
 	@.venv-fuzz/bin/python -W ignore tests/fuzzing/fuzz_readers.py -max_total_time=$(or $(FUZZ_SECONDS),600) -artifact_prefix=build/
 
 runtimes: setup
