@@ -75,15 +75,17 @@ class Recorder(Interpreter):
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A small call of an operator, forward and backward."""
+    """A small call of an operator, forward and, where it trains, backward."""
 
     case: Case | Wavefront
     dtype: torch.dtype = torch.float32
     shared_limit: int = SHARED_LIMIT
     kernels: str = ''  # how the names of those begin that are to be proven
+    trains: bool = True  # if not, no states are saved
 
     def __str__(self) -> str:
-        return f'{type(self.case).__name__.lower()}-{self.case}-{dtype_name(self.dtype)}'
+        name = f'{type(self.case).__name__.lower()}-{self.case}-{dtype_name(self.dtype)}'
+        return name if self.trains else f'{name}-inference'
 
     def launches(self) -> list[Launch]:
         """The last launch of each of its kernels."""
@@ -96,7 +98,12 @@ class Call:
         recorder = _recorder()
         recorder.records.clear()
         with recorder.interpret(shared_limit=self.shared_limit):
-            differentiate(function, rounded(case.inputs(), parameters, self.dtype), case.options())
+            inputs, options = rounded(case.inputs(), parameters, self.dtype), case.options()
+            if self.trains:
+                differentiate(function, inputs, options)
+            else:
+                with torch.no_grad():
+                    function(**inputs, **options)
         found = {launch.kernel: launch for launch in recorder.records}
         return [launch for name, launch in found.items() if name.startswith(self.kernels)]
 
@@ -124,6 +131,7 @@ CALLS = (
     Call(Wavefront(1, 2, 3, 16, 16)),
     Call(Wavefront(1, 2, 3, 16, 8)),
     Call(Wavefront(1, 9, 2, 20, 2)),
+    *(Call(case, trains=False) for case in (Sequence(1, 32, 40, 2), Cross(1, 5, 7, 16, 1), Wavefront(1, 9, 2, 20, 2))),
 )
 
 
