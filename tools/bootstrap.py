@@ -27,7 +27,8 @@ HEARTBEAT_SECONDS = 30
 # Memory that a compiler takes for one of mmcv's files.
 GIGABYTES_PER_JOB = 1.5
 STACKS = {'openmmlab': ['mmengine', 'mmcv'], 'onedl': ['onedl-mmengine', 'onedl-mmcv']}
-PIP = '-m pip install --no-user --no-input --disable-pip-version-check --progress-bar off'.split()
+# Python compiles what is imported when it first is; compiling all would take as long as unpacking it.
+PIP = '-m pip install --no-user --no-input --disable-pip-version-check --progress-bar off --no-compile'.split()
 ANEW = '--no-cache-dir --force-reinstall --no-deps'.split()
 CHECK_MMCV = (
     'import sys, mmcv.ops; built = mmcv.ops.get_compiling_cuda_version(); '

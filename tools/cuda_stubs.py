@@ -14,28 +14,39 @@ CUDA_LIBRARY = re.compile(r'lib(cu|nv|nccl)')
 CUDA_FUNCTION = re.compile(r'(__)?(cu|nv|nccl)')
 # As readelf ends a line: section, name, version.
 SYMBOL = re.compile(r' (UND|\d+) ([\w.]+)(?:@+([\w.]+))?(?: \(\d+\))?$', re.MULTILINE)
+# Of its "version needs" section: a library, or the name of one of the versions needed of it.
+NEED = re.compile(r'  File: (\S+)|  Name: (\S+)')
 NO_DEVICE = 100
 
 
-def missing_symbols(folder: Path) -> dict[str, set[str]]:
-    """Return what torch's libraries in a folder take from CUDA's: the symbols by the library's name.
+def missing_symbols(folder: Path) -> dict[str, dict[str, set[str]]]:
+    """Return what torch's libraries in a folder take from CUDA's: by the library's name, the symbols by their version.
 
-    Where a symbol bears no version, its library is unknown, and it is listed for all of them.
+    Where a symbol bears no version, its library is unknown, and it is listed for all of them, as version ''.
 
     Raises:
         RuntimeError: if readelf does not read them.
     """
     files = sorted(folder.glob('*.so*'))
     names: set[str] = set()
+    versions: dict[str, set[str]] = defaultdict(set)
     symbols, own = defaultdict(set), set()
     for file in files:
-        output = _output(['readelf', '-dW', '--dyn-syms', str(file)])
+        output = _output(['readelf', '-dVW', '--dyn-syms', str(file)])
         names |= {name for name in re.findall(r'\(NEEDED\).*\[(.+)\]', output) if CUDA_LIBRARY.match(name)}
+        library = ''
+        for named, version in NEED.findall(output.partition('Version needs section')[2]):
+            library = named or library
+            versions[library].add(version or '')
         for section, symbol, version in SYMBOL.findall(output):
             if CUDA_FUNCTION.match(symbol):
                 symbols[version].add(symbol) if section == 'UND' else own.add(symbol)
     bundled = {file.name for file in files}
-    return {name: symbols[name] | symbols[''] - own for name in sorted(names - bundled)}
+    plain = symbols[''] - own
+    return {
+        name: {'': plain, **{version: symbols[version] for version in sorted(versions[name] - {''})}}
+        for name in sorted(names - bundled)
+    }
 
 
 def make_stand_ins(folder: Path) -> list[str]:
@@ -45,16 +56,25 @@ def make_stand_ins(folder: Path) -> list[str]:
         RuntimeError: if there is no readelf or gcc, or gcc does not compile one.
     """
     made = missing_symbols(folder)
-    for name, symbols in made.items():
-        functions = ''.join(f'int {symbol}(void) {{ return {NO_DEVICE}; }}\n' for symbol in sorted(symbols))
-        versions = folder / f'{name}.versions'
-        versions.write_text(f'{name} {{ global: *; }};\n')
-        flags = ['-shared', '-fPIC', '-fno-builtin', '-w', f'-Wl,-soname,{name}', f'-Wl,--version-script={versions}']
+    for name, versions in made.items():
+        symbols = sorted(set().union(*versions.values()))
+        functions = ''.join(f'int {symbol}(void) {{ return {NO_DEVICE}; }}\n' for symbol in symbols)
+        nodes = {version: versions[version] for version in versions if version} or {name: set()}
+        # What bears no version may be of any; the first one holds it.
+        first = next(iter(nodes))
+        script = folder / f'{name}.versions'
+        script.write_text(
+            ''.join(
+                f'{version} {{ global: {"; ".join([*sorted(its), *(["*"] if version == first else [])])}; }};\n'
+                for version, its in nodes.items()
+            )
+        )
+        flags = ['-shared', '-fPIC', '-fno-builtin', '-w', f'-Wl,-soname,{name}', f'-Wl,--version-script={script}']
         command = ['gcc', *flags, '-x', 'c', '-', '-o', str(folder / name)]
         try:
             _output(command, functions)
         finally:
-            versions.unlink()
+            script.unlink()
     return list(made)
 
 

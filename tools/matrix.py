@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / 'build' / 'matrix'
 # Newest last; the last of each minor version, which PyPI has wheels of for Python 3.11.
 VERSIONS = '2.1.2 2.2.2 2.3.1 2.4.1 2.5.1 2.6.0 2.7.1 2.8.0 2.9.1 2.10.0 2.11.0 2.12.1 2.13.0 2.14.1 2.15.0'.split()
-LIBRARIES = 'mmengine==0.10.7 setuptools<81 numpy safetensors pytest onnx onnxruntime onnxscript'.split()
-LIBRARIES += 'filelock typing-extensions sympy networkx jinja2 fsspec'.split()
+LIBRARIES = 'mmengine==0.10.7 setuptools<81 numpy safetensors msgspec pytest hypothesis'.split()
+LIBRARIES += 'onnx onnxruntime onnxscript filelock typing-extensions sympy networkx jinja2 fsspec'.split()
 TESTS = ['tests/ops', 'tests/backbones', 'tests/checkpoints', 'tests/onnx_export', 'tests/test_torch_compat.py']
 # They compile the CUDA kernels for a CPU, which has nothing to do with torch's version and takes minutes.
 LEFT_OUT = ['tests/ops/test_emulated_kernels.py', 'tests/ops/test_memory.py']

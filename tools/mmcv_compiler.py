@@ -1,7 +1,7 @@
-"""The C++ compiler that ``tools/bootstrap.py`` gives pip for mmcv: without debugging information, and with torch's
-headers compiled once instead of in each of 77 files. Code generation is the compiler's own; see ``precompile``. mmcv
-asks for C++17, and torch's headers for C++20 from 2.14 on; where they do not compile as C++17, the files are taken as
-C++20.
+"""The C++ compiler that ``tools/bootstrap.py`` gives pip for mmcv: without debugging information, with torch's headers
+compiled once instead of in each of 77 files, and with several files compiled as one. Code generation is the compiler's
+own; see ``precompile`` and ``compile_together``. mmcv asks for C++17, and torch's headers for C++20 from 2.14 on; where
+they do not compile as C++17, the files are taken as C++20.
 
     python mmcv_compiler.py FOLDER HEADER COMPILER... -- ARGUMENTS
 
@@ -10,30 +10,39 @@ where the header cannot be compiled, the files are compiled without.
 """
 
 import fcntl
+import glob
 import hashlib
 import os
 import subprocess
 import sys
+import tempfile
 
 # Options whose value follows as an argument of its own, and that differ between files.
 OUTPUTS = ('-o', '-MF', '-MT', '-MQ')
 # What would not be a compilation to an object file, or would have another first header.
 OTHER = ('-E', '-S', '-M', '-MM', '-x', '-include', '-fsyntax-only', '-')
+SUFFIXES = ('.cpp', '.cc', '.cxx')
+# Reading torch's header, precompiled, takes 3 s, as long as all else of a usual file of mmcv. A group of a folder's
+# files reads it once. The groups are few, and divide mmcv's files so that none defines a name twice. What is longer
+# than any usual file (the bindings) is compiled alone, since everything waits for it.
+GROUPS = 5
+LONG = 50000
 
 
 def shared_flags(arguments):
-    """Return the flags of a compilation of one C++ file without its file names; None for other commands."""
-    flags, sources, rest = [], 0, iter(arguments)
+    """Return the flags of a compilation of one C++ file without its file names, and the file; None for other
+    commands."""
+    flags, sources, rest = [], [], iter(arguments)
     for argument in rest:
         if argument in OTHER or argument.startswith('@'):
             return None
         if argument in OUTPUTS:
             next(rest, None)
-        elif argument.endswith(('.cpp', '.cc', '.cxx')) and not argument.startswith('-'):
-            sources += 1
+        elif argument.endswith(SUFFIXES) and not argument.startswith('-'):
+            sources.append(argument)
         elif argument not in ('-c', '-MD', '-MMD', '-MP'):
             flags.append(argument)
-    return flags if sources == 1 and '-c' in arguments else None
+    return (flags, sources[0]) if len(sources) == 1 and '-c' in arguments else None
 
 
 def with_standard(arguments):
@@ -64,24 +73,82 @@ def precompile(folder, header, compiler, flags):
     return path if os.path.exists(path + '.gch') else None
 
 
+def group_of(source):
+    """Return the files of its folder that are compiled together with this one, itself among them."""
+    if os.path.getsize(source) > LONG:
+        return [source]
+    folder, suffix = os.path.dirname(source), os.path.splitext(source)[1]
+    files = sorted(path for path in glob.glob(f'{glob.escape(folder)}/*{suffix}') if os.path.getsize(path) <= LONG)
+    number = files.index(source)
+    return files[number % GROUPS :: GROUPS]
+
+
+def compile_together(folder, compiler, arguments, source):
+    """Compile the group of a file, if it is the first of the group to come, and otherwise nothing, as this file.
+
+    Where the group does not compile as one, each file is compiled by itself, and their objects become one.
+
+    Args:
+        folder: Where groups that were compiled are noted.
+        compiler: The compiler.
+        arguments: Its arguments for this file.
+        source: The file, as the arguments name it.
+
+    Returns:
+        The exit status; None if the file is to be compiled by itself.
+    """
+    group = group_of(os.path.abspath(source))
+    if len(group) == 1 or '-o' not in arguments:
+        return None
+    try:
+        note = os.path.join(folder, hashlib.sha256('\0'.join(group).encode()).hexdigest()[:16] + '.group')
+        os.close(os.open(note, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        without_header = arguments[: arguments.index('-include')] if '-include' in arguments else arguments
+        nothing = [os.devnull if argument == source else argument for argument in without_header]
+        return subprocess.call([*compiler, '-x', 'c++', *nothing])
+    except OSError:
+        return None
+    place, output = arguments.index(source), arguments.index('-o') + 1
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        together = os.path.join(temporary, os.path.basename(source))
+        with open(together, 'w') as stream:
+            stream.writelines(f'#include "{path}"\n' for path in group)
+        as_one = [*compiler, *arguments[:place], together, *arguments[place + 1 :]]
+        if not subprocess.call(as_one, stderr=subprocess.DEVNULL):
+            return 0
+        objects = []
+        for number, path in enumerate(group):
+            objects.append(os.path.join(temporary, f'{number}.o'))
+            single = list(arguments)
+            single[place], single[output] = path, objects[-1]
+            status = subprocess.call([*compiler, *single])
+            if status:
+                return status
+        return subprocess.call([*compiler, '-r', '-nostdlib', *objects, '-o', arguments[output]])
+
+
 def main(folder, header, *rest):
-    """Become the compiler."""
+    """Compile; return the exit status, or become the compiler."""
     end = rest.index('--')
-    compiler, arguments = rest[:end], rest[end + 1 :]
-    command = [*compiler, *arguments]
-    flags = shared_flags(arguments)
-    if flags is not None:
-        command.append('-g0')
+    compiler, arguments = rest[:end], list(rest[end + 1 :])
+    found = shared_flags(arguments)
+    if found:
+        flags, source = found
+        arguments.append('-g0')
         precompiled = precompile(folder, header, compiler, flags) if header else None
         if header and not precompiled and with_standard(flags) != flags:
             precompiled = precompile(folder, header, compiler, with_standard(flags))
             if precompiled:
-                command = with_standard(command)
+                arguments = with_standard(arguments)
         if precompiled:
             # A warning in the log shows if the compiler does not use it.
-            command += ['-Winvalid-pch', '-include', precompiled]
-    os.execvp(command[0], command)
+            arguments += ['-Winvalid-pch', '-include', precompiled]
+        status = compile_together(folder, compiler, arguments, source)
+        if status is not None:
+            return status
+    os.execvp(compiler[0], [*compiler, *arguments])
 
 
 if __name__ == '__main__':
-    main(*sys.argv[1:])
+    sys.exit(main(*sys.argv[1:]))

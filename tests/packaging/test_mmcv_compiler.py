@@ -1,6 +1,9 @@
 """The compiler that mmcv is set up with."""
 
+import ctypes
 import fcntl
+import importlib.util
+import re
 import shlex
 import subprocess
 import sys
@@ -11,6 +14,14 @@ import pytest
 
 SOURCE = '#include <vector>\nint total(const std::vector<int>& v) { int s = 0; for (int i : v) s += i; return s; }\n'
 FLAGS = '-O3 -DNDEBUG -g -std=c++17 -Wall'
+
+
+@pytest.fixture
+def compiler_script(root):
+    spec = importlib.util.spec_from_file_location('mmcv_compiler', root / 'tools' / 'mmcv_compiler.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
@@ -127,6 +138,64 @@ def test_processes_share_one_header(compile_file, tmp_path):
         fcntl.flock(lock, fcntl.LOCK_UN)
     waiting.join(60)
     assert header.exists()
+
+
+@pytest.fixture
+def compile_folder(root, tmp_path):
+    """Compile all files of a folder, link them, and return the library and the objects."""
+    (tmp_path / 'headers').mkdir()
+
+    def run(sources: dict[str, str]):
+        folder = tmp_path / 'sources'
+        folder.mkdir()
+        for name, text in sources.items():
+            (folder / name).write_text(text)
+        command = [sys.executable, str(root / 'tools' / 'mmcv_compiler.py'), str(tmp_path / 'headers'), 'vector']
+        objects = []
+        for name in sources:
+            objects.append(tmp_path / f'{name}.o')
+            depfile = ['-MMD', '-MF', str(objects[-1]) + '.d']
+            subprocess.run(
+                [*command, 'g++', '--', *depfile, *FLAGS.split(), '-fPIC', '-c', folder / name, '-o', objects[-1]],
+                check=True,
+            )
+        subprocess.run([*command, 'g++', '--', '-shared', *objects, '-o', tmp_path / 'lib.so'], check=True)
+        return ctypes.CDLL(str(tmp_path / 'lib.so')), objects
+
+    return run
+
+
+def functions(path: Path) -> list[str]:
+    printed = subprocess.run(['nm', '--defined-only', path], capture_output=True, text=True, check=True).stdout
+    return sorted(re.findall(r' T (\w+)$', printed, re.MULTILINE))
+
+
+def test_files_of_a_folder_are_compiled_in_groups(compile_folder, compiler_script):
+    count = 2 * compiler_script.GROUPS
+    sources = {f'f{n}.cpp': f'extern "C" int f{n}() {{ return {n}; }}' for n in range(count)}
+    sources['long.cpp'] = f'extern "C" int f{count}() {{ return {count}; }}' + ' ' * compiler_script.LONG
+    library, objects = compile_folder(sources)
+    assert [library[f'f{n}']() for n in range(count + 1)] == list(range(count + 1))
+    assert functions(objects[0]) == ['f0', f'f{compiler_script.GROUPS}']
+    assert [functions(path) for path in objects[compiler_script.GROUPS : count]] == [[]] * compiler_script.GROUPS
+    assert functions(objects[-1]) == [f'f{count}']
+
+
+def test_files_that_do_not_compile_as_one_are_compiled_by_themselves(compile_folder, compiler_script):
+    count = compiler_script.GROUPS + 1
+    text = 'static int own() {{ return {0}; }} extern "C" int f{0}() {{ return own(); }}'
+    library, objects = compile_folder({f'f{n}.cpp': text.format(n) for n in range(count)})
+    assert [library[f'f{n}']() for n in range(count)] == list(range(count))
+    assert functions(objects[0]) == ['f0', f'f{count - 1}'] and functions(objects[-1]) == []
+
+
+def test_a_fault_in_a_group_is_told_in_the_compiler_s_words(root, tmp_path, compiler_script):
+    for number in range(compiler_script.GROUPS + 1):
+        (tmp_path / f'f{number}.cpp').write_text('fault' if number == compiler_script.GROUPS else '')
+    command = [sys.executable, str(root / 'tools' / 'mmcv_compiler.py'), str(tmp_path), '', 'g++', '--', '-c']
+    finished = subprocess.run([*command, tmp_path / 'f0.cpp', '-o', tmp_path / 'f0.o'], capture_output=True, text=True)
+    assert finished.returncode and f'f{compiler_script.GROUPS}.cpp' in finished.stderr and 'fault' in finished.stderr
+    assert not (tmp_path / 'f0.o').exists()
 
 
 @pytest.mark.parametrize(
