@@ -5,6 +5,7 @@ Every test folder may use them; the host libraries are imported by who does, so 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -193,6 +194,8 @@ def write_config(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Writ
     """Writes a tiny config of a host library, with changes on top, under a name of its own, and returns its path."""
 
     def write(host: str, changes: str = '', data: Path | None = None) -> Path:
+        if importlib.util.find_spec(host) is None:  # before a tool tells it in words of its own
+            raise ModuleNotFoundError(f'{host} is not installed', name=host)
         folder = tmp_path_factory.mktemp('config')
         filled = TEMPLATES[host].replace('{root}', str(ROOT)).replace('{data}', str(data or shapes))
         (folder / 'host.py').write_text(textwrap.dedent(filled), encoding='utf-8')

@@ -86,7 +86,7 @@ def test_torch_and_mmengine_are_enough(tmp_path) -> None:
     found = findings(result.stdout)
     assert result.stdout.endswith('Nothing that a config needs is broken.\n') and 'Traceback' not in result.stderr
     assert all(found[name] == 'not installed' for name in hosts.PROBED)
-    assert found['torch.load'].startswith('weights_only=True takes')
+    assert found['checkpoints'].startswith('mmengine reads its own')
 
 
 def test_without_mmengine(tmp_path) -> None:
@@ -95,7 +95,7 @@ def test_without_mmengine(tmp_path) -> None:
     assert result.returncode == 0 and not result.stderr
     found = findings(result.stdout)
     assert found['mmengine'].startswith('not installed; create_backbone') and 'pip install' in found['mmengine']
-    assert found['ssm_backbones'].startswith('imports') and 'torch.load' not in found
+    assert found['ssm_backbones'].startswith('imports') and 'checkpoints' not in found
     assert 'right' in found['line_scan']
 
 
@@ -198,7 +198,7 @@ def test_what_torch_cannot_do(monkeypatch) -> None:
     assert line.broken and 'Numpy is not available' in line.text and "'numpy<2'" in line.remedy
     monkeypatch.setattr(torch, 'load', refuse)
     line = hosts.loading_line(torch)
-    assert line.broken and 'weights_only' in line.text
+    assert line.broken and 'does not read' in line.text
 
 
 def test_a_gpu_that_torch_does_not_use(monkeypatch) -> None:
