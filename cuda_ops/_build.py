@@ -247,20 +247,28 @@ def unknown_archs(toolkit: Toolkit, archs: str, origin: str) -> str:
     )
 
 
-def find_toolkit(environ: Mapping[str, str] = os.environ) -> Toolkit | None:
-    """The CUDA toolkit below ``CUDA_HOME`` where that is set, else of the nvcc on the path; None where none runs.
+def find_nvcc(environ: Mapping[str, str] = os.environ) -> tuple[str, str] | None:
+    """Path and version, such as 13.0, of the nvcc below ``CUDA_HOME`` where that is set, else of the one on the path.
 
-    Its host compiler is ``CUDAHOSTCXX`` where that is set, or what nvcc's own variables name; else the compiler of
-    everything else, and where nvcc refuses that, the one that nvcc finds by itself.
+    None where none runs.
     """
     nvcc = shutil.which(
         'nvcc', path=str(Path(environ['CUDA_HOME'], 'bin')) if environ.get('CUDA_HOME') else environ.get('PATH')
     )
-    if nvcc is None:
+    version = re.search(r'release (\d+\.\d+)', _ask([nvcc, '--version'], environ)[1]) if nvcc else None
+    return (nvcc, version.group(1)) if nvcc and version else None
+
+
+def find_toolkit(environ: Mapping[str, str] = os.environ) -> Toolkit | None:
+    """The CUDA toolkit of the nvcc that ``find_nvcc`` finds; None where none runs.
+
+    Its host compiler is ``CUDAHOSTCXX`` where that is set, or what nvcc's own variables name; else the compiler of
+    everything else, and where nvcc refuses that, the one that nvcc finds by itself.
+    """
+    found = find_nvcc(environ)
+    if found is None:
         return None
-    version = re.search(r'release (\d+\.\d+)', _ask([nvcc, '--version'], environ)[1])
-    if version is None:
-        return None
+    nvcc, version = found
     archs = tuple(re.findall(r'compute_(\d+)', _ask([nvcc, '--list-gpu-arch'], environ)[1]))
     answers = []
     for host in _host_options(environ):
@@ -272,9 +280,9 @@ def find_toolkit(environ: Mapping[str, str] = os.environ) -> Toolkit | None:
         folders = re.search(r'^#\$ LIBRARIES=(.*)$', output, re.MULTILINE)
         if works and folders:
             libraries = tuple(flag[2:] for flag in shlex.split(folders.group(1)))
-            return Toolkit(Path(nvcc), version.group(1), libraries, archs, host)
+            return Toolkit(Path(nvcc), version, libraries, archs, host)
         answers.append((host, output))
-    return Toolkit(Path(nvcc), version.group(1), (), archs, obstacle=_refusal(version.group(1), *answers[0]))
+    return Toolkit(Path(nvcc), version, (), archs, obstacle=_refusal(version, *answers[0]))
 
 
 def cpu_steps(csrc: Path, objects: Path, compiler: Sequence[str], machine: str) -> list[Step]:

@@ -1,8 +1,8 @@
 """Create or complete the virtual environment: pinned packages and compiled ops (``make setup``).
 
-This file runs before anything is installed: it uses only the standard library and the syntax of Python 3.6, so that an
-old Python gets a clear error. Every step leaves a stamp in the environment, a hash of its inputs. Steps with a valid
-stamp are skipped, so that an interrupted set-up continues at the first step without one.
+This file and those it imports run before anything is installed: they use only the standard library and the syntax of
+Python 3.6, so that an old Python gets a clear error. Every step leaves a stamp in the environment, a hash of its
+inputs. Steps with a valid stamp are skipped, so that an interrupted set-up continues at the first step without one.
 """
 
 import argparse
@@ -12,8 +12,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -21,45 +19,18 @@ import sys
 import sysconfig
 import time
 
+from mmcv_setup import install_mmcv
+from setup_commands import StepFailed, diagnose, run_logged, say
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MINIMUM_PYTHON = (3, 10)
-HEARTBEAT_SECONDS = 30
-# Memory that a compiler takes for one of mmcv's files.
-GIGABYTES_PER_JOB = 1.5
-STACKS = {'openmmlab': ['mmengine', 'mmcv'], 'onedl': ['onedl-mmengine', 'onedl-mmcv']}
+STACKS = {'openmmlab': ('mmengine', 'mmcv'), 'onedl': ('onedl-mmengine', 'onedl-mmcv')}
 # Python compiles what is imported when it first is; compiling all would take as long as unpacking it.
 PIP = '-m pip install --no-user --no-input --disable-pip-version-check --progress-bar off --no-compile'.split()
-ANEW = '--no-cache-dir --force-reinstall --no-deps'.split()
-CHECK_MMCV = (
-    'import sys, mmcv.ops; built = mmcv.ops.get_compiling_cuda_version(); '
-    'sys.exit(sys.argv[1] == "1" and built == "not available")'
-)
-# What failed commands print, and the remedy.
-CAUSES = [
-    (
-        r'No space left on device|Errno 28\b|Disk quota exceeded',
-        'the disk is full; free some space (3 GB are needed, 10 with a torch for CUDA)',
-    ),
-    (
-        r'Killed signal terminated program|internal compiler error: Killed|virtual memory exhausted|MemoryError',
-        'not enough memory to compile; close other programs or compile one file at a time with MAX_JOBS=1',
-    ),
-    (
-        r'NewConnectionError|ConnectTimeout|ReadTimeout|Failed to establish a new connection|name resolution'
-        r'|Connection (refused|reset|broken|timed out)|ProxyError|SSLError|CERTIFICATE_VERIFY_FAILED'
-        r'|Max retries exceeded|(50[234]|429) (Server|Client) Error',
-        'the package index cannot be reached; check the network (a proxy goes '
-        'into HTTPS_PROXY, another index into PIP_INDEX_URL)',
-    ),
-]
 
 
 class SetupError(Exception):
     """An error that ends the set-up; the message is one line that ends in the remedy."""
-
-
-class StepFailed(Exception):
-    """A failed command; the argument is its output."""
 
 
 def load_build():
@@ -69,6 +40,12 @@ def load_build():
     sys.modules[spec.name] = build
     spec.loader.exec_module(build)
     return build
+
+
+def nvcc_version(environ):
+    """Return the CUDA toolkit's version, such as 13.0, of CUDA_HOME or on the path; None if none is there that runs."""
+    nvcc = load_build().find_nvcc(environ)
+    return nvcc and nvcc[1]
 
 
 def check_python(include):
@@ -82,68 +59,6 @@ def check_python(include):
             f'{sys.executable} has no {" and no ".join(missing)}; install it, on Debian and Ubuntu with '
             f'`apt install {python}-venv {python}-dev`'
         )
-
-
-def nvcc_version(environ):
-    """Return the CUDA toolkit's version, such as 13.0, of CUDA_HOME or on the path; None if none is there that runs."""
-    home = environ.get('CUDA_HOME')
-    nvcc = shutil.which('nvcc', path=os.path.join(home, 'bin') if home else environ.get('PATH'))
-    output = ''
-    if nvcc:
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            output = subprocess.check_output([nvcc, '--version'], stderr=subprocess.DEVNULL).decode(errors='replace')
-    found = re.search(r'release (\d+\.\d+)', output)
-    return found.group(1) if found else None
-
-
-def diagnose(output, log):
-    """Return one line with cause and remedy for the output of a failed command."""
-    for pattern, cause in CAUSES:
-        if re.search(pattern, output, re.IGNORECASE):
-            return f'{cause}, and run the same command again (full log: {log})'
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r'(fatal |\S*:\d+:.* |\w*)error\b', line, re.IGNORECASE)]
-    return f'it failed with: {(errors or lines or ["no output"])[-1][:300]} (full log: {log})'
-
-
-def say(text):
-    """Print and flush, also into a pipe."""
-    print(text, flush=True)
-
-
-def run_logged(argv, log, environ):
-    """Run a command with its output in a log, report its progress from time to time, and return its output."""
-    with open(log, 'ab') as stream:
-        stream.write(f'$ {" ".join(map(shlex.quote, argv))}\n'.encode())
-        stream.flush()
-        start, streams = stream.tell(), dict(stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT)
-        process = subprocess.Popen(argv, cwd=ROOT, env=environ, start_new_session=True, **streams)
-
-    def output():
-        with open(log, 'rb') as stream:
-            stream.seek(start)
-            return stream.read().decode(errors='replace')
-
-    began = time.monotonic()
-    try:
-        while process.poll() is None:
-            try:
-                process.wait(HEARTBEAT_SECONDS)
-            except subprocess.TimeoutExpired:
-                tail = output()[-4096:]
-                # A compiler's count if there is one, else the last line.
-                progress = (re.findall(r'\[\d+/\d+\]', tail) or [tail.strip().rpartition('\n')[2]])[-1]
-                say(f'      {time.monotonic() - began:.0f} s so far: {progress[:90]}')
-    except BaseException:
-        # Including its child processes.
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                os.killpg(process.pid, number)
-                process.wait(5)
-        raise
-    if process.returncode:
-        raise StepFailed(output())
-    return output()
 
 
 class Setup:
@@ -235,9 +150,10 @@ class Setup:
             return [open(os.path.join(ROOT, name), encoding='utf-8').read() for name in names]
 
         def pip(*arguments):
-            return lambda: self._pip(*arguments)
+            return lambda: self.pip(*arguments)
 
-        stack, mmcv = f'requirements/{self.stack}.txt', STACKS[self.stack][-1]
+        stack, (mmengine, mmcv) = f'requirements/{self.stack}.txt', STACKS[self.stack]
+        nvcc = nvcc_version(self.environ)
         base = ['requirements/build.txt', 'requirements/base.txt']
         pins = content('requirements/constraints.txt', stack)
         settings = [self.environ.get(name, '') for name in ('CXX', 'FORCE_CUDA', 'TORCH_CUDA_ARCH_LIST')]
@@ -251,8 +167,8 @@ class Setup:
             (
                 'mmcv',
                 f'{mmcv}: compiled here for some minutes, or taken from what pip has kept of an earlier set-up',
-                self._install_mmcv,
-                [*pins, str(nvcc_version(self.environ))],
+                lambda: install_mmcv(self, mmengine, mmcv, nvcc),
+                [*pins, str(nvcc)],
             ),
             ('libraries', 'host libraries and test tools', of_libraries, [*pins, *content('requirements/dev.txt')]),
             ('package', 'this package, its ops compiled: about a minute', of_package, [*sources, *settings, ROOT]),
@@ -279,60 +195,6 @@ class Setup:
             os.remove(path) if os.path.islink(path) or not os.path.isdir(path) else shutil.rmtree(path)
         self.run([sys.executable, '-m', 'venv', self.venv], self.log, self.environ)
 
-    def _install_mmcv(self):
-        mmengine, mmcv = STACKS[self.stack]
-        self._pip(mmengine)
-        use_cuda = self._cuda_for_mmcv()
-        environ = dict(self.environ, CXX=self._mmcv_compiler(), **({} if use_cuda else {'CUDA_VISIBLE_DEVICES': ''}))
-        memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9
-        environ.setdefault('MAX_JOBS', str(max(1, min(os.cpu_count() or 1, int(memory / GIGABYTES_PER_JOB)))))
-        self._pip('--no-build-isolation', '--verbose', mmcv, environ=environ)
-        try:
-            self._python('-c', 'import cv2')
-        except StepFailed as failure:
-            if 'cannot open shared object file' not in failure.args[0]:
-                raise
-            say("      OpenCV's windows need system libraries that are missing here (libGL); taking the build without")
-            self._pip('--force-reinstall', '--no-deps', 'opencv-python-headless')
-        try:
-            self._python('-c', CHECK_MMCV, str(int(use_cuda)))
-        except StepFailed:
-            say(f'      the {mmcv} that pip had kept was compiled for something else; compiling it again')
-            self._pip('--no-build-isolation', '--verbose', *ANEW, mmcv, environ=environ)
-            self._python('-c', CHECK_MMCV, str(int(use_cuda)))
-        shutil.rmtree(os.path.join(self.folder, 'headers'))
-
-    def _mmcv_compiler(self):
-        """Write a script that compiles as the compiler does, torch's header once for all files; return its path."""
-        compiler = shlex.split(self.environ['CXX'])
-        headers, script = (os.path.join(self.folder, name) for name in ('headers', 'mmcv-c++'))
-        shutil.rmtree(headers, ignore_errors=True)
-        os.makedirs(headers)
-        kind = subprocess.run([*compiler, '--version'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
-        # Clang's compiled headers are asked for in another way.
-        header = '' if b'clang' in kind else 'torch/types.h'
-        command = [sys.executable, os.path.join(ROOT, 'tools', 'mmcv_compiler.py'), headers, header, *compiler, '--']
-        with open(script, 'w') as stream:
-            stream.write(f'#!/bin/sh\nexec {" ".join(map(shlex.quote, command))} "$@"\n')
-        os.chmod(script, 0o755)
-        return script
-
-    def _cuda_for_mmcv(self):
-        """Return whether mmcv can be compiled for the GPU; if a GPU exists, print why not."""
-        output = self._python('-c', 'import torch; print(torch.cuda.is_available(), torch.version.cuda)')
-        available, wanted = output.split()[-2:]
-        if available != 'True':
-            return self.environ.get('FORCE_CUDA') == '1'
-        found = nvcc_version(self.environ)
-        if found and found.partition('.')[0] == wanted.partition('.')[0]:
-            return True
-        toolkit = f'the CUDA toolkit is version {found}' if found else 'no CUDA toolkit (nvcc)'
-        say(
-            f'      There is a GPU, but {toolkit}: mmcv is compiled for the CPU alone. To train detectors on the GPU, '
-            f'install the CUDA toolkit {wanted} and run this again.'
-        )
-        return False
-
     def _ops_in_place(self):
         """Return whether the compiled library matches these sources and the installed torch."""
         folder = os.path.join(ROOT, 'cuda_ops')
@@ -354,11 +216,11 @@ class Setup:
             return subprocess.check_output(ask, stderr=subprocess.DEVNULL, env=self.environ).decode().strip()
         return None
 
-    def _pip(self, *arguments, environ=None):
+    def pip(self, *arguments, environ=None):
         pins = ['-c', 'requirements/constraints.txt', '-c', f'requirements/{self.stack}.txt']
-        return self._python(*PIP, *pins, *arguments, environ=environ)
+        return self.run_python(*PIP, *pins, *arguments, environ=environ)
 
-    def _python(self, *arguments, environ=None):
+    def run_python(self, *arguments, environ=None):
         return self.run([self.python, *arguments], self.log, environ or self.environ)
 
 

@@ -1,5 +1,6 @@
-"""The two files that run before the package is installed, loaded as they are then: by their paths."""
+"""The files that run before the package is installed, loaded as they are then: by their paths."""
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -26,7 +27,16 @@ def root() -> Path:
 
 
 @pytest.fixture
-def bootstrap() -> ModuleType:
+def commands(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """tools/setup_commands.py, fresh for each test."""
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    for name in ('setup_commands', 'mmcv_setup'):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return importlib.import_module('setup_commands')
+
+
+@pytest.fixture
+def bootstrap(commands: ModuleType) -> ModuleType:
     """tools/bootstrap.py, fresh for each test."""
     return _load('bootstrap_under_test', ROOT / 'tools' / 'bootstrap.py')
 

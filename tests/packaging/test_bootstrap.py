@@ -35,18 +35,19 @@ def assert_one_line(finished, *parts):
 
 
 def test_old_python_can_read_the_script(root):
-    source = (root / 'tools' / 'bootstrap.py').read_text()
-    tree = ast.parse(source, feature_version=(3, 6))
-    imported = {
-        name.name.partition('.')[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names
-    }
-    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported <= set(sys.stdlib_module_names)
+    files = ('bootstrap', 'setup_commands', 'mmcv_setup')
+    nodes = []
+    for name in files:
+        nodes += ast.walk(ast.parse((root / 'tools' / f'{name}.py').read_text(), feature_version=(3, 6)))
+    imported = {name.name.partition('.')[0] for node in nodes if isinstance(node, ast.Import) for name in node.names}
+    imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert imported <= {*sys.stdlib_module_names, *files}
 
 
 def test_old_python_is_one_line(root, tmp_path):
     pretend = (
-        'import runpy, sys; sys.version_info = (3, 8, 10); runpy.run_path("tools/bootstrap.py", run_name="__main__")'
+        'import runpy, sys; sys.version_info = (3, 8, 10); sys.path.insert(0, "tools"); '
+        'runpy.run_path("tools/bootstrap.py", run_name="__main__")'
     )
     finished = command_line(root, '--venv', str(tmp_path / 'env'), '--this-python', prefix=('-c', pretend))
     assert_one_line(finished, 'Python 3.10 or newer is needed', 'is Python 3.8', 'make PYTHON=')
@@ -139,17 +140,17 @@ def test_unknown_stack_is_named(root, tmp_path):
         ('', 'no output', ''),
     ],
 )
-def test_failed_command_is_one_line_with_the_remedy(bootstrap, output, cause, remedy):
-    message = bootstrap.diagnose(output, '/env/.setup/setup.log')
+def test_failed_command_is_one_line_with_the_remedy(commands, output, cause, remedy):
+    message = commands.diagnose(output, '/env/.setup/setup.log')
     assert cause in message and remedy in message
     assert '\n' not in message and message.endswith('(full log: /env/.setup/setup.log)')
 
 
-def test_pip_without_a_network_is_recognised(bootstrap, tmp_path, free_port):
+def test_pip_without_a_network_is_recognised(commands, tmp_path, free_port):
     environ = {name: value for name, value in os.environ.items() if not name.startswith('PIP_')}
     environ['PIP_CONFIG_FILE'] = os.devnull
-    with pytest.raises(bootstrap.StepFailed) as failure:
-        bootstrap.run_logged(
+    with pytest.raises(commands.StepFailed) as failure:
+        commands.run_logged(
             [
                 sys.executable,
                 '-m',
@@ -165,39 +166,39 @@ def test_pip_without_a_network_is_recognised(bootstrap, tmp_path, free_port):
             str(tmp_path / 'log'),
             environ,
         )
-    assert 'index cannot be reached' in bootstrap.diagnose(failure.value.args[0], 'log')
+    assert 'index cannot be reached' in commands.diagnose(failure.value.args[0], 'log')
 
 
 # Running commands
 
 
-def test_command_output_is_logged_and_returned(bootstrap, tmp_path):
+def test_command_output_is_logged_and_returned(commands, tmp_path):
     log = tmp_path / 'log'
-    assert bootstrap.run_logged(['sh', '-c', 'echo one; echo two >&2'], str(log), os.environ) == 'one\ntwo\n'
-    with pytest.raises(bootstrap.StepFailed) as failure:
-        bootstrap.run_logged(['sh', '-c', 'echo three; exit 3'], str(log), os.environ)
+    assert commands.run_logged(['sh', '-c', 'echo one; echo two >&2'], str(log), os.environ) == 'one\ntwo\n'
+    with pytest.raises(commands.StepFailed) as failure:
+        commands.run_logged(['sh', '-c', 'echo three; exit 3'], str(log), os.environ)
     assert failure.value.args[0] == 'three\n'
     assert log.read_text().count('$ sh -c') == 2
 
 
-def test_long_command_says_how_far_it_is(bootstrap, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bootstrap, 'HEARTBEAT_SECONDS', 0.2)
+def test_long_command_says_how_far_it_is(commands, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(commands, 'HEARTBEAT_SECONDS', 0.2)
     for said, expected in (
         ('[3/86] c++ -c some.cpp\nsome warning', '[3/86]'),
         ('Collecting torch', 'Collecting torch'),
     ):
-        bootstrap.run_logged(['sh', '-c', f'echo "{said}"; sleep 0.5'], str(tmp_path / 'log'), os.environ)
+        commands.run_logged(['sh', '-c', f'echo "{said}"; sleep 0.5'], str(tmp_path / 'log'), os.environ)
         assert f'0 s so far: {expected}\n' in capsys.readouterr().out
 
 
-def test_interrupted_command_ends_with_all_it_started(bootstrap, tmp_path, monkeypatch):
+def test_interrupted_command_ends_with_all_it_started(commands, tmp_path, monkeypatch):
     def interrupt(text):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bootstrap, 'HEARTBEAT_SECONDS', 0.3)
-    monkeypatch.setattr(bootstrap, 'say', interrupt)
+    monkeypatch.setattr(commands, 'HEARTBEAT_SECONDS', 0.3)
+    monkeypatch.setattr(commands, 'say', interrupt)
     with pytest.raises(KeyboardInterrupt):
-        bootstrap.run_logged(
+        commands.run_logged(
             ['sh', '-c', f'sleep 60 & echo $! > {tmp_path}/pid; wait'], str(tmp_path / 'log'), os.environ
         )
     pid = int((tmp_path / 'pid').read_text())
