@@ -6,12 +6,12 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
 IN_VENV = "$(VENV)/bin/python"
-SOURCES = find cuda_ops/csrc cuda_ops/runtimes tests/cuda_emulation tests/ptx -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
+SOURCES = find cuda_ops/csrc cuda_ops/runtimes tests/cuda_emulation tests/ops tests/ptx -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 site-packages = $(1) -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 given = $(filter command environment,$(firstword $(origin $(1))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow tools lint format docs kernels prove fuzz endurance runtimes wheel abi matrix clean
+.PHONY: help setup demo test test-slow tools lint format docs kernels prove fuzz sanitize endurance runtimes wheel abi matrix clean
 
 help:
 	@echo 'make demo      set up, then train, evaluate and show a small model (DEMO_ARGS, FAMILY, TASK are passed on)'
@@ -22,6 +22,7 @@ help:
 	@echo 'make runtimes  compile the scans as operators of onnxruntime and OpenVINO, into build/runtimes'
 	@echo 'make prove     prove by a verifier that the threads of the CUDA kernels are ordered in every schedule; needs nvcc, takes half an hour of one core or more, in .venv-prove'
 	@echo 'make fuzz      fuzz the readers of checkpoints and exported features for ten minutes (FUZZ_SECONDS=600)'
+	@echo 'make sanitize  run the CPU kernels under the address, undefined-behaviour and thread sanitizers; needs g++'
 	@echo 'make endurance train for two hours, and compare memory, open files and speed at its ends (MINUTES=120)'
 	@echo 'make wheel     build and check dist/*.whl for every Python and every torch from 2.10 on (FORCE_CUDA=1: with CUDA kernels)'
 	@echo 'make abi       compile the bindings against the headers of torch 2.1 to 2.15 (VERSIONS="2.4.1 2.13.0")'
@@ -84,6 +85,9 @@ kernels:
 fuzz: setup
 	$(call on-top,.venv-fuzz,requirements/fuzz.txt)
 	@.venv-fuzz/bin/python -W ignore tests/fuzzing/fuzz_readers.py -max_total_time=$(or $(FUZZ_SECONDS),600) -artifact_prefix=build/
+
+sanitize: setup
+	@$(IN_VENV) -m pytest tests/ops/test_sanitized_kernels.py $(PYTEST_ARGS)
 
 endurance: setup
 	@$(IN_VENV) tests/endurance/long_run.py $(if $(MINUTES),--minutes $(MINUTES))
