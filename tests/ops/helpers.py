@@ -130,6 +130,24 @@ def rounded(inputs: Mapping[str, Tensor | None], parameters: set[str], dtype: to
     }
 
 
+Results = dict[str, Tensor]
+
+
+def three_ways(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    loop: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Mapping[str, Tensor | None],
+    options: Mapping[str, Any],
+) -> tuple[Results, Results, Results]:
+    """Outputs and gradients of an op on the same inputs: compiled, by the PyTorch reference, and exact."""
+    got, weights = differentiate(function, inputs, options)
+    with cuda_ops.use_reference():
+        reference, _ = differentiate(function, inputs, options, weights)
+    wide = {name: None if value is None else value.double() for name, value in inputs.items()}
+    exact, _ = differentiate(loop, wide, options, weights)
+    return got, reference, exact
+
+
 def check_against_loop(
     function: Callable[..., Tensor | tuple[Tensor, ...]],
     loop: Callable[..., Tensor | tuple[Tensor, ...]],
@@ -150,12 +168,7 @@ def check_against_loop(
         dtype: the dtype of the maps.
         cuda: whether CUDA kernels serve the op, on a GPU or emulated.
     """
-    inputs = rounded(inputs, parameters, dtype)
-    got, weights = differentiate(function, inputs, options)
-    with cuda_ops.use_reference():
-        reference, _ = differentiate(function, inputs, options, weights)
-    wide = {name: None if value is None else value.double() for name, value in inputs.items()}
-    exact, _ = differentiate(loop, wide, options, weights)
+    got, reference, exact = three_ways(function, loop, rounded(inputs, parameters, dtype), options)
     for name, value in exact.items():
         assert_accurate(name, got[name], value, reference[name], dtype, cuda)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import cuda_ops
 from tests.ops import wavefront_cases
-from tests.ops.helpers import DTYPES, TOLERANCES, differentiate, rounded
+from tests.ops.helpers import DTYPES, TOLERANCES, rounded, three_ways
 from tests.ops.route_cases import Cross, Factors, Lines, OperatorFactors, Sequence
 
 flags = st.booleans()
@@ -67,11 +67,7 @@ def check(data: st.DataObject) -> None:
     for name, value in inputs.items():
         if value is not None and data.draw(flags, label=f'{name} is not contiguous'):
             inputs[name] = laid_out(value, *data.draw(layout, label=name))
-    got, weights = differentiate(function, inputs, case.options())
-    with cuda_ops.use_reference():
-        reference, _ = differentiate(function, inputs, case.options(), weights)
-    wide = {name: None if value is None else value.double() for name, value in inputs.items()}
-    exact, _ = differentiate(loop, wide, case.options(), weights)
+    got, reference, exact = three_ways(function, loop, inputs, case.options())
     assert got.keys() == exact.keys()
     for name, value in exact.items():
         assert got[name].shape == value.shape, name
