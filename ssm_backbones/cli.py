@@ -15,6 +15,7 @@ from typing import Any
 from ssm_backbones.utils import mm
 from ssm_backbones.utils.errors import CommandError
 from ssm_backbones.utils.mm import DictAction
+from ssm_backbones.utils.signals import interrupt_on_sigterm
 
 # What to do about missing modules. A name that is not listed may be a module of the user's own, or anybody's package.
 _REMEDIES = dict.fromkeys(('mmcv', 'mmdet', 'mmseg', 'mmpretrain'), mm.STACKS)
@@ -104,13 +105,15 @@ train_main.__test__ = test_main.__test__ = False  # type: ignore[attr-defined]
 def run_command(run: Callable[[], Any]) -> int:
     """Call a command and return its exit status.
 
-    It is 2 after printing a :class:`CommandError` or the name of a package that is missing, 130 after Ctrl-C, else 0.
+    It is 2 after printing a :class:`CommandError` or the name of a package that is missing, 130 after Ctrl-C or
+    SIGTERM, else 0. Either signal ends the processes that the command has started.
     """
     logging.basicConfig(format='%(levelname)s: %(message)s')
     # mmengine finds the libraries' own configs through pkg_resources, which warns each time that it is deprecated.
     warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
     try:
-        run()
+        with interrupt_on_sigterm():
+            run()
     except CommandError as error:
         print(f'error: {_without_worker_traceback(error)}', file=sys.stderr)
         return 2

@@ -222,4 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
+    from children import end_children_on_sigterm
+
+    end_children_on_sigterm()
     sys.exit(main())

@@ -26,4 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
+    from children import end_children_on_sigterm
+
+    end_children_on_sigterm()
     sys.exit(main())

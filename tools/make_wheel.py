@@ -115,4 +115,7 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+    from children import end_children_on_sigterm
+
+    end_children_on_sigterm()
     main()
