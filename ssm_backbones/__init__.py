@@ -32,13 +32,14 @@ __all__ = [
 ]
 
 if mm.INSTALLED:
+    from ssm_backbones.engine.fsdp2 import FSDP2Strategy  # noqa: F401
     from ssm_backbones.engine.optim import BFloat16OptimWrapper, LayerDecayOptimWrapperConstructor  # noqa: F401
 
-    __all__ += ['BFloat16OptimWrapper', 'LayerDecayOptimWrapperConstructor']
+    __all__ += ['BFloat16OptimWrapper', 'FSDP2Strategy', 'LayerDecayOptimWrapperConstructor']
     allow_inheritance()
 
 
 def __getattr__(name: str) -> Any:
-    if name in ('BFloat16OptimWrapper', 'LayerDecayOptimWrapperConstructor'):
+    if name in ('BFloat16OptimWrapper', 'FSDP2Strategy', 'LayerDecayOptimWrapperConstructor'):
         raise ImportError(f'{name} needs mmengine, which is not installed; {mm.REMEDY}')
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

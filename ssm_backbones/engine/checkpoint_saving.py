@@ -15,10 +15,10 @@ from mmengine.runner import Runner
 from ssm_backbones.utils.errors import CommandError
 from ssm_backbones.utils.files import PARTIAL_NAME, atomic_file
 
-_BACKEND = 'ssm_backbones_atomic'
+BACKEND = 'ssm_backbones_atomic'
 
 
-@register_backend(_BACKEND, force=True)
+@register_backend(BACKEND, force=True)
 class AtomicBackend(LocalBackend):
     """mmengine's local files, each written under a temporary name and then renamed."""
 
@@ -95,7 +95,7 @@ def save_atomically(runner: Runner) -> None:
         if type(hook) is CheckpointHook:
             hook.__class__ = AtomicCheckpointHook
             if hook.backend_args is None and hook.file_client_args is None and '://' not in str(hook.out_dir or ''):
-                hook.backend_args = dict(backend=_BACKEND)
+                hook.backend_args = dict(backend=BACKEND)
 
 
 def remove_partial_files(folder: str | os.PathLike[str]) -> None:

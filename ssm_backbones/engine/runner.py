@@ -32,6 +32,7 @@ from ssm_backbones.engine.anomaly import DetectAnomalyHook
 from ssm_backbones.engine.checkpoint_hook import LoadCheckpointHook
 from ssm_backbones.engine.checkpoint_saving import remove_partial_files, save_atomically
 from ssm_backbones.engine.cpu_distributed import CPUDistributedDataParallel
+from ssm_backbones.engine.fsdp2 import check_fsdp2, uses_fsdp2
 from ssm_backbones.engine.half_precision import return_float32
 from ssm_backbones.engine.randomness import ResumableRandomnessHook
 from ssm_backbones.engine.resuming import CheckResumedHook
@@ -136,6 +137,7 @@ def _prepare_training(cfg: Config, options: TrainOptions) -> str:
     if cfg.default_scope == 'mmpretrain':
         _set_mmpretrain_dataloaders(cfg, ('train_dataloader', 'val_dataloader', 'test_dataloader'))
     _let_loaders_do_without_workers(cfg)
+    check_fsdp2(cfg, options.launcher, options.detect_anomaly)
     check_paths(cfg, ('train', 'val'))
     check_init_cfg(cfg.model)
     start = cfg.get('load_from')
@@ -184,6 +186,10 @@ def test(options: TestOptions) -> dict[str, float]:
     _set_work_dir(cfg, options.config, options.work_dir)
     cfg.load_from = options.checkpoint
     cfg.resume = False
+    if uses_fsdp2(cfg):
+        # Its checkpoints are whole, and each process tests with the whole model.
+        for key in ('runner_type', 'strategy'):
+            cfg.pop(key, None)
     scope = cfg.default_scope
     if options.show or options.show_dir:
         _enable_drawing(cfg, options)

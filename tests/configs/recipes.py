@@ -76,8 +76,9 @@ class Recipe:
 
     @property
     def published_model(self) -> bool:
-        """Whether the authors trained this model; with other heads and with plain V2M's pyramids they did not."""
-        return self.other_head is None and self.arch in PUBLISHED[self.family][TABLES[self.task]]
+        """Whether the authors trained this model; with other heads, FSDP2 and plain V2M's pyramids they did not."""
+        unpublished = self.other_head is not None or '_fsdp2_' in self.name
+        return not unpublished and self.arch in PUBLISHED[self.family][TABLES[self.task]]
 
     @functools.cached_property
     def scheduler(self) -> tuple[Any, Any]:
