@@ -554,3 +554,23 @@ def without_pil_limit() -> Iterator[None]:
         yield
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+def draw_in_every_process(visualizer: Any) -> None:
+    """Let one of mmengine's visualizers draw in all processes of a group; by itself it does in the first one alone."""
+    from mmengine.dist import master_only
+
+    wrapper = master_only(print).__code__
+
+    def unwrapped(value: Any) -> Any:
+        return value.__wrapped__ if getattr(value, '__code__', None) is wrapper else value
+
+    kind: Any = type(visualizer)
+    methods: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        for name, value in vars(base).items():
+            if isinstance(value, property):
+                methods[name] = property(unwrapped(value.fget), unwrapped(value.fset))
+            elif callable(value) and not name.startswith('__'):
+                methods[name] = unwrapped(value)
+    visualizer.__class__ = type(kind)(kind.__name__, (kind,), methods)

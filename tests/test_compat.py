@@ -335,3 +335,18 @@ def test_mmpretrain_is_imported_beside_transformers_5(first, transformers_5) -> 
     )
     assert result.stdout.strip() == 'ImageClassifier True', result.stderr
     assert "ssm_backbones.compat: mmpretrain 1.2.0's multimodal models" in result.stderr
+
+
+def test_visualizers_draw_in_every_process(monkeypatch) -> None:
+    from mmengine.visualization import Visualizer
+
+    monkeypatch.setattr('mmengine.dist.utils.is_main_process', lambda: False)
+    visualizer = Visualizer(name='every process')
+    image = np.full((20, 30, 3), 7, np.uint8)
+    visualizer.set_image(image)
+    assert visualizer.get_image() is None
+    compat.draw_in_every_process(visualizer)
+    visualizer.set_image(image)
+    assert np.array_equal(visualizer.get_image(), image)
+    visualizer.dataset_meta = dict(classes=('disc',))
+    assert visualizer.dataset_meta == dict(classes=('disc',))

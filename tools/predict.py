@@ -2,6 +2,7 @@
 """Predict on images, folders or videos: drawn, and as a COCO file, label maps or a table."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -45,12 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--device', help='cpu, cuda or cuda:1 (default: a GPU where there is one)')
     parser.add_argument('--max-pixels', type=int, default=100_000_000, metavar='N', help='largest image to read')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='KEY=VALUE for the config')
+    parser.add_argument('--launcher', choices=['none', 'pytorch'], default='none', help='pytorch: torchrun started us')
     args = parser.parse_args(argv)
 
     def run() -> None:
         from ssm_backbones.prediction import PredictOptions, predict
 
         result = predict(PredictOptions(**vars(args)))
+        if os.environ.get('RANK', '0') != '0' and args.launcher != 'none':
+            return
         kept = f', {result.kept} were there already' if result.kept else ''
         print(f'predicted on {result.predicted} images{kept}')
         for path in result.files:

@@ -11,15 +11,14 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from typing import Any
 
 import torch
+from mmengine.config import Config
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ssm_backbones.apis.batches import batches
-from ssm_backbones.apis.checks import check_device
 from ssm_backbones.apis.config import load_config
 from ssm_backbones.apis.images import (
     MAX_PIXELS,
@@ -30,6 +29,7 @@ from ssm_backbones.apis.images import (
     test_pipeline,
 )
 from ssm_backbones.apis.model import FeatureExtractor, build_extractor, fingerprint
+from ssm_backbones.apis.processes import Processes, processes
 from ssm_backbones.features.placement import PlacedPipeline, Placement, PlacementError
 from ssm_backbones.features.store import DTYPES, FeatureStore, Record
 from ssm_backbones.utils.errors import CommandError
@@ -39,7 +39,6 @@ from ssm_backbones.utils.signals import interrupt_on_sigterm
 from ssm_backbones.utils.torch_compat import OutOfMemoryError
 
 _PROBE = 256
-_PATIENCE = timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -152,38 +151,44 @@ def export_features(options: ExportOptions) -> ExportResult:
     _check_options(options)
     cfg = load_config(options.config, options.cfg_options)
     images = find_images(options.input, cfg, options.image_folder)
-    steps = test_pipeline(cfg)
-    pipeline = PlacedPipeline(steps, cfg.default_scope)
-    rank, world, device = _start(options)
+    pipeline = PlacedPipeline(test_pipeline(cfg), cfg.default_scope)
+    with processes(options.launcher, options.device) as group:
+        return _export(options, cfg, images, pipeline, group)
+
+
+def _export(
+    options: ExportOptions, cfg: Config, images: Sequence[InputImage], pipeline: PlacedPipeline, group: Processes
+) -> ExportResult:
     extractor = build_extractor(cfg, options.checkpoint, options.neck)
     levels = describe_levels(extractor, options.levels)
-    extractor = extractor.to(device)
+    extractor = extractor.to(group.device)
     # The preprocessor stores its device, which moving its parent does not update.
-    extractor.preprocessor.to(device)
-    mark = fingerprint(extractor, cfg, steps)
+    extractor.preprocessor.to(group.device)
+    mark = fingerprint(extractor, cfg, test_pipeline(cfg))
     settings = dict(fingerprint=mark, dtype=options.dtype, neck=options.neck, levels=levels)
     store = FeatureStore(options.out, settings, options.shard_size)
+    first = group.rank == 0
     with contextlib.ExitStack() as stack:
-        if rank == 0:
+        if first:
             stack.enter_context(locked(options.out))
             store.open()
-        _barrier(world)
+        group.wait()
         done = store.done()
         _check_same_images(options.out, images, done)
-        todo = [image for image in images if image.id not in done][rank::world]
+        todo = group.share([image for image in images if image.id not in done], options.batch_size)
         dataset = _Images(todo, pipeline, options.max_pixels)
-        _barrier(world)
-        failures = _run(extractor, dataset, store, levels, options, device, rank, mark)
-        gathered = _gather(failures, world)
-        if rank == 0:
+        group.wait()
+        failures = group.gather(_run(extractor, dataset, store, levels, options, group, mark))
+        order = {image.id: place for place, image in enumerate(images)}
+        failures.sort(key=lambda failure: order[failure['id']])
+        if first:
             store.write_index([image.id for image in images])
-            store.write_unreadable(gathered)
+            store.write_unreadable(failures)
         if options.preview:
-            _draw_previews(options, images[rank::world], rank)
-        _barrier(world)
-    _stop(world)
+            _draw_previews(options, images[group.rank :: group.world], first)
+        group.wait()
     kept = sum(image.id in done for image in images)
-    return ExportResult(len(images) - kept - len(gathered), kept, gathered, levels, mark)
+    return ExportResult(len(images) - kept - len(failures), kept, failures, levels, mark)
 
 
 def describe_levels(extractor: FeatureExtractor, wanted: Sequence[int] | None = None) -> list[dict[str, Any]]:
@@ -215,8 +220,7 @@ def _run(
     store: FeatureStore,
     levels: Sequence[Mapping[str, Any]],
     options: ExportOptions,
-    device: torch.device,
-    rank: int,
+    group: Processes,
     mark: str,
 ) -> list[dict[str, str]]:
     failures: list[dict[str, str]] = []
@@ -237,15 +241,15 @@ def _run(
         num_workers=workers,
         # The next batch is read completely while one is computed.
         prefetch_factor=max(2, -(-2 * options.batch_size // workers)) if workers else None,
-        pin_memory=device.type == 'cuda',
+        pin_memory=group.device.type == 'cuda',
     )
     # One thread writes while the next batch is computed; it is the only one that touches the store.
-    bar = progress('exporting', len(dataset), disable=rank != 0)
+    bar = progress('exporting', len(dataset), disable=group.rank != 0)
     with bar as advance, ThreadPoolExecutor(1) as writer, interrupt_on_sigterm():
         pending: list[Future] = []
         try:
             for batch in batches(readable(loader), options.batch_size):
-                exported = _compute(extractor, batch, levels, options, device, mark)
+                exported = _compute(extractor, batch, levels, options, group.device, mark)
                 for future in pending:
                     future.result()
                 pending = [writer.submit(_store, store, exported)]
@@ -367,45 +371,7 @@ def _check_same_images(out: str, images: Sequence[InputImage], done: Mapping[str
             )
 
 
-def _start(options: ExportOptions) -> tuple[int, int, torch.device]:
-    """Return rank, number of processes and device; initialise the process group if there are several."""
-    device = check_device(options.device)
-    if options.launcher == 'none':
-        return 0, 1, device
-    missing = [name for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK') if name not in os.environ]
-    if missing:
-        raise CommandError(
-            f'--launcher pytorch: {", ".join(missing)} not set; start the processes with '
-            'torchrun --nproc_per_node=N tools/export_features.py ... --launcher pytorch.'
-        )
-    if device.type == 'cuda':
-        device = check_device(f'cuda:{os.environ["LOCAL_RANK"]}')
-        torch.cuda.set_device(device)
-    # Only small messages are exchanged, so gloo is used for GPUs as well. A process that has finished its images waits
-    # for the slowest one; if a process dies, the others fail at once.
-    torch.distributed.init_process_group('gloo', timeout=_PATIENCE)
-    return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
-
-
-def _stop(world: int) -> None:
-    if world > 1 or torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def _barrier(world: int) -> None:
-    if world > 1:
-        torch.distributed.barrier()
-
-
-def _gather(failures: list[dict[str, str]], world: int) -> list[dict[str, str]]:
-    if world == 1:
-        return failures
-    parts: list[Any] = [None] * world
-    torch.distributed.all_gather_object(parts, failures)
-    return [failure for part in parts for failure in part]
-
-
-def _draw_previews(options: ExportOptions, images: Sequence[InputImage], rank: int) -> None:
+def _draw_previews(options: ExportOptions, images: Sequence[InputImage], shows: bool) -> None:
     from ssm_backbones.features.preview import draw_missing_previews
 
-    draw_missing_previews(options.out, {image.id for image in images}, quiet=rank != 0)
+    draw_missing_previews(options.out, {image.id for image in images}, quiet=not shows)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import VISUALIZERS, DefaultScope
 
+from ssm_backbones.compat import draw_in_every_process
 from ssm_backbones.visualization.reading import array_as_rgb
 
 MAX_SIDE = 2048
@@ -50,11 +52,12 @@ class Drawer:
         settings.pop('save_dir', None)
         with DefaultScope.overwrite_default_scope(self.scope):
             self.visualizer = VISUALIZERS.build(settings)
+        draw_in_every_process(self.visualizer)
         self.visualizer.dataset_meta = dict(classes=self.classes, palette=self.palette)
 
     def __call__(self, shown: np.ndarray, sample: Any) -> np.ndarray:
         """Draw a data sample on the picture of its image, and return uint8 RGB of the picture's size."""
-        with DefaultScope.overwrite_default_scope(self.scope):
+        with DefaultScope.overwrite_default_scope(self.scope), _same_random_numbers():
             if self.scope == 'mmpretrain':
                 self.visualizer.visualize_cls(shown, sample, classes=self.classes, draw_gt=False)
                 return self.visualizer.get_image()
@@ -67,6 +70,17 @@ class Drawer:
                 sample, options = _scaled_labels(sample, size), {}
             self.visualizer.add_datasample('', shown, sample, draw_gt=False, draw_pred=True, **options)
             return self.visualizer.get_image()
+
+
+@contextlib.contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Let each image draw the same numbers: mmdet varies the colour of each mask by NumPy's."""
+    before = np.random.get_state()
+    np.random.seed(0)
+    try:
+        yield
+    finally:
+        np.random.set_state(before)
 
 
 _VISUALIZERS = {'mmdet': 'DetLocalVisualizer', 'mmseg': 'SegLocalVisualizer', 'mmpretrain': 'UniversalVisualizer'}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from ssm_backbones.apis.batches import batches
 from ssm_backbones.apis.checks import leaf_datasets
 from ssm_backbones.apis.images import MAX_PIXELS, SPLITS, InputImage, UnreadableImage, find_images
 from ssm_backbones.apis.model import model_fingerprint
+from ssm_backbones.apis.processes import Processes, processes
 from ssm_backbones.prediction.drawing import picture
 from ssm_backbones.prediction.predictor import Pipeline, Predictor, Sizes
 from ssm_backbones.prediction.store import DRAWN, LABELS, PredictionStore, output_name
@@ -45,6 +47,7 @@ class PredictOptions:
         device: ``'cpu'``, ``'cuda'`` or ``'cuda:1'``; by default a GPU where there is one.
         max_pixels: Larger images are not read.
         cfg_options: Values that replace the config's, by dotted key.
+        launcher: ``'none'``, or ``'pytorch'`` if torchrun started several processes, which share the images.
     """
 
     config: str
@@ -61,11 +64,12 @@ class PredictOptions:
     device: str | None = None
     max_pixels: int = MAX_PIXELS
     cfg_options: Mapping[str, Any] = field(default_factory=dict)
+    launcher: str = 'none'
 
 
 @dataclass(frozen=True)
 class PredictResult:
-    """Result of a run.
+    """Result of a run, over all processes.
 
     Attributes:
         predicted: Images that this run predicted on.
@@ -113,11 +117,16 @@ def predict(options: PredictOptions) -> PredictResult:
             not raise; they are listed in the result.
     """
     _check_options(options)
+    with processes(options.launcher, options.device) as group:
+        return _predict(options, group)
+
+
+def _predict(options: PredictOptions, group: Processes) -> PredictResult:
     try:
         predictor = Predictor(
             options.config,
             options.checkpoint,
-            options.device,
+            str(group.device),
             window=options.window,
             overlap=options.overlap,
             batch_size=options.batch_size,
@@ -142,24 +151,39 @@ def predict(options: PredictOptions) -> PredictResult:
         window=None if predictor.window is None else list(predictor.window),
         overlap=predictor.overlap,
     )
-    store = PredictionStore(options.out, predictor.task, predictor.classes, settings)
+    store = PredictionStore(options.out, predictor.task, predictor.classes, settings, group.rank)
     failures: list[dict[str, str]] = []
-    with locked(options.out, 'prediction'):
-        done = store.open()
-        todo = [image for image in found if image.id not in done]
-        left = len(todo) + sum(image.id not in done for video in videos for image in video.images())
-        with progress('predicting', left) as advance, interrupt_on_sigterm():
+    first = group.rank == 0
+    with contextlib.ExitStack() as stack:
+        if first:
+            stack.enter_context(locked(options.out, 'prediction'))
+            store.open()
+        group.wait()
+        done = store.done()
+        group.wait()
+
+        def own(candidates: Sequence[InputImage]) -> list[InputImage]:
+            return group.share([image for image in candidates if image.id not in done], options.batch_size)
+
+        todo, frames = own(found), [own(video.images()) for video in videos]
+        left = len(todo) + sum(map(len, frames))
+        with progress('predicting', left, disable=not first) as advance, interrupt_on_sigterm():
             predicted = _run(predictor, _read_images(predictor, todo, options), store, options, failures, advance)
-            for video in videos:
-                frames = _read_frames(predictor, video, done, options)
-                predicted += _run(predictor, frames, store, options, failures, advance)
-        for video in videos if options.draw else []:
-            folder = Path(options.out, DRAWN, video.name)
-            video.write(folder, folder.with_suffix('.mp4'))
-        files = store.finish(images, categories, image_ids)
-        store.write_unreadable(failures)
+            for video, chosen in zip(videos, frames, strict=True):
+                items = _read_frames(predictor, video, {image.id for image in chosen}, options)
+                predicted += _run(predictor, items, store, options, failures, advance)
+        predicted = sum(group.gather([predicted]))
+        order = {image.id: place for place, image in enumerate(images)}
+        failures = sorted(group.gather(failures), key=lambda failure: order[failure['id']])
+        if first:
+            for video in videos if options.draw else []:
+                folder = Path(options.out, DRAWN, video.name)
+                video.write(folder, folder.with_suffix('.mp4'))
+            store.finish(images, categories, image_ids)
+            store.write_unreadable(failures)
+        group.wait()
     kept = sum(image.id in done for image in images)
-    return PredictResult(predicted, kept, failures, files)
+    return PredictResult(predicted, kept, failures, store.files())
 
 
 def _check_options(options: PredictOptions) -> None:
@@ -257,11 +281,11 @@ def _read_images(predictor: Predictor, images: Sequence[InputImage], options: Pr
     )
 
 
-def _read_frames(predictor: Predictor, video: Video, done: set[str], options: PredictOptions) -> Iterator[_Item]:
+def _read_frames(predictor: Predictor, video: Video, chosen: set[str], options: PredictOptions) -> Iterator[_Item]:
     read = _Reader(predictor.pipeline, predictor.sizes, options.draw)
     for image, frame in zip(video.images(), video, strict=False):
         # Frames in between are decoded, too: a jump to one may land on another.
-        if image.id not in done:
+        if image.id in chosen:
             yield read(image, frame)
 
 

@@ -1,12 +1,14 @@
 """The folder of a prediction: one record a line for each image, and the task's usual file made of them at the end.
 
-``predict.json`` has the settings, ``records.jsonl`` a line for each image, in the order in which they were finished,
-``drawn/`` the drawings, ``labels/`` a segmentor's label maps as PNGs of class indices with the palette. A run that is
-started again in the same folder goes on after the last whole line.
+``predict.json`` has the settings, ``records.jsonl`` a line for each image, ``drawn/`` the drawings, ``labels/`` a
+segmentor's label maps as PNGs of class indices with the palette. Process i of several writes ``records-i.jsonl``; at
+the end the first one puts all records into one file, in the order of the images. A run that is started again in the
+same folder goes on after the last whole lines.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -38,17 +40,19 @@ class PredictionStore:
         task: ``'det'``, ``'seg'`` or ``'cls'``.
         classes: Names and colours of the classes.
         settings: JSON-serialisable settings of the run. A folder of another run with other settings is rejected.
+        rank: Number of the process that writes. The first one, 0, alone opens and finishes the folder.
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], task: str, classes: Classes, settings: Mapping[str, Any]
+        self, folder: str | os.PathLike[str], task: str, classes: Classes, settings: Mapping[str, Any], rank: int = 0
     ) -> None:
         self.folder = Path(folder)
+        self._own_records = self.folder / (f'records-{rank}.jsonl' if rank else RECORDS)
         self.task, self.classes = task, classes
         self._settings = dict(format=FORMAT, task=task, classes=list(classes.names), **settings)
 
-    def open(self) -> set[str]:
-        """Create the folder, or check that it is of the same run; return the ids of the images that are done.
+    def open(self) -> None:
+        """Create the folder, or check that it is of the same run.
 
         Raises:
             CommandError: If the folder holds another run's results or cannot be written.
@@ -59,7 +63,7 @@ class PredictionStore:
             if not path.exists():
                 write_atomic(path, json.dumps(self._settings, indent=1) + '\n')
                 (self.folder / RECORDS).touch()
-                return set()
+                return
             held = _json(path)
             for key, value in self._settings.items():
                 if held.get(key) != value:
@@ -67,15 +71,12 @@ class PredictionStore:
                     raise CommandError(
                         f'out {self.folder} holds predictions of {what}. Name another folder, or remove that one.'
                     )
-            self._drop_torn_line()
-        return {record['id'] for record in self.records()}
+            for path in self._record_files():
+                _drop_torn_line(path)
 
-    def _drop_torn_line(self) -> None:
-        """Remove what a killed run left behind the last whole line."""
-        with open(self.folder / RECORDS, 'ab+') as file:
-            file.seek(0)
-            data = file.read()
-            file.truncate(data.rfind(b'\n') + 1)
+    def done(self) -> set[str]:
+        """Return the ids of the images that any process has finished."""
+        return {record['id'] for record in self.records()}
 
     def add(self, image: InputImage, size: Sequence[int], sample: Any, drawn: np.ndarray | None) -> None:
         """Write an image's drawing, label map and record.
@@ -97,7 +98,7 @@ class PredictionStore:
                 record['label_map'] = self._save(LABELS, image.id, _numpy(sample.pred_sem_seg.data)[0])
             else:
                 record.update(_objects(sample) if self.task == 'det' else _scores(sample))
-            with open(self.folder / RECORDS, 'a', encoding='utf-8') as file:
+            with open(self._own_records, 'a', encoding='utf-8') as file:
                 file.write(json.dumps(record) + '\n')
 
     def _save(self, kind: str, id: str, pixels: np.ndarray) -> str:
@@ -116,16 +117,44 @@ class PredictionStore:
             picture.save(partial, format='JPEG' if name.endswith('.jpg') else 'PNG', quality=92)
         return name
 
+    def _record_files(self) -> list[Path]:
+        return [self.folder / RECORDS, *sorted(self.folder.glob('records-*.jsonl'))]
+
     def records(self) -> Iterator[Record]:
-        """Yield the records, in the order in which the images were finished."""
-        with open(self.folder / RECORDS, encoding='utf-8') as file:
-            for line in file:
-                yield json.loads(line)
+        """Yield the records, in the order of the images once the run is finished."""
+        for path in self._record_files():
+            with open(path, encoding='utf-8') as file:
+                for line in file:
+                    yield json.loads(line)
+
+    def _sort_records(self, order: Sequence[InputImage]) -> None:
+        """Put the records of all processes into one file: those of earlier runs' images, then these images in order."""
+        files = self._record_files()
+        places: dict[str, tuple[int, int]] = {}
+        for number, path in enumerate(files):
+            start = 0
+            with open(path, 'rb') as file:
+                for line in file:
+                    places[json.loads(line)['id']] = number, start
+                    start += len(line)
+        given = {image.id for image in order}
+        ids = [id for id in places if id not in given] + [image.id for image in order if image.id in places]
+        if len(files) == 1 and ids == list(places):
+            return
+        with contextlib.ExitStack() as stack:
+            sources = [stack.enter_context(open(path, 'rb')) for path in files]
+            target = stack.enter_context(open(stack.enter_context(atomic_file(files[0])), 'wb'))
+            for id in ids:
+                number, start = places[id]
+                sources[number].seek(start)
+                target.write(sources[number].readline())
+        for path in files[1:]:
+            path.unlink()
 
     def finish(
         self, order: Sequence[InputImage], categories: Sequence[Mapping[str, Any]], image_ids: Mapping[str, int]
-    ) -> list[Path]:
-        """Write the task's file of all results, and return the paths of what users look for.
+    ) -> None:
+        """Write the task's file of all results.
 
         Args:
             order: All images, in the order of the file.
@@ -136,10 +165,14 @@ class PredictionStore:
             CommandError: If the folder cannot be written, or the disk is full.
         """
         with writing(self.folder):
+            self._sort_records(order)
             if self.task == 'det':
                 self._write_coco(order, categories, image_ids)
             elif self.task == 'cls':
                 self._write_table(order)
+
+    def files(self) -> list[Path]:
+        """Return the paths of what users look for."""
         named = {'det': COCO, 'seg': LABELS, 'cls': TABLE}[self.task]
         return [self.folder / name for name in (named, DRAWN) if (self.folder / name).exists()]
 
@@ -199,6 +232,14 @@ def output_name(id: str, kind: str) -> str:
     if kind == DRAWN and suffix in ('.jpg', '.png'):
         return name[: -len(suffix)] + suffix
     return f'{name[: -len(suffix)] if suffix else name}.png'
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Remove what a killed run left behind the last whole line."""
+    with open(path, 'ab+') as file:
+        file.seek(0)
+        data = file.read()
+        file.truncate(data.rfind(b'\n') + 1)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from ssm_backbones.apis.checks import check_device
 from ssm_backbones.apis.config import load_config
 from ssm_backbones.apis.images import InputImage, UnreadableImage, check_readable, find_images
 from ssm_backbones.apis.model import build_extractor, build_model
+from ssm_backbones.apis.processes import processes
 from ssm_backbones.features import export as features
 from ssm_backbones.features.dataset import FeatureDataset
 from ssm_backbones.features.export import ExportOptions, _Sample, batches, export_features
@@ -355,13 +356,11 @@ def test_processes_share_the_images(models, tmp_path, shapes, environment, expor
 def test_processes_wait_for_slow_ones(monkeypatch) -> None:
     for name, value in dict(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1', MASTER_PORT='0').items():
         monkeypatch.setenv(name, value)
-    try:
-        features._start(ExportOptions('', '', '', '', device='cpu', launcher='pytorch'))
+    with processes('pytorch', 'cpu'):
         group = torch.distributed.distributed_c10d._get_default_group()
         timeout = group._get_backend(torch.device('cpu')).options._timeout
         assert timeout >= timedelta(days=2)
-    finally:
-        features._stop(1)
+    assert not torch.distributed.is_initialized()
 
 
 def test_preview(tool, models, tmp_path, shapes) -> None:

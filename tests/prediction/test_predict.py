@@ -17,8 +17,10 @@ from pycocotools.coco import COCO
 
 from ssm_backbones.apis.config import load_config
 from ssm_backbones.apis.model import build_model
+from ssm_backbones.apis.processes import Processes
 from ssm_backbones.prediction import PredictOptions, Predictor, PredictResult, predict
 from ssm_backbones.prediction.predictor import Sizes
+from ssm_backbones.prediction.run import _predict
 from ssm_backbones.utils.errors import CommandError
 
 TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'predict.py'
@@ -186,6 +188,51 @@ def test_an_interrupted_run_goes_on(models, images, tmp_path, monkeypatch) -> No
     torch.save(weights, tmp_path / 'other.pth')
     with pytest.raises(CommandError, match='another model'):
         run((models['mmdet'][0], tmp_path / 'other.pth'), images, tmp_path / 'parts')
+
+
+def test_processes_divide_whole_batches() -> None:
+    for world in (1, 2, 3, 7):
+        shares = [Processes(rank, world, torch.device('cpu')).share(range(20), 3) for rank in range(world)]
+        assert sorted(sum(shares, [])) == list(range(20))
+        assert all(share[:3] == [3 * rank, 3 * rank + 1, 3 * rank + 2] for rank, share in enumerate(shares[:6]))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob('*') if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_one_process_goes_on_where_one_of_two_was_killed(models, images, tmp_path, monkeypatch) -> None:
+    run(models['mmdet'], images, tmp_path / 'whole', batch_size=1)
+    monkeypatch.setattr(Processes, 'wait', lambda self: None)
+    monkeypatch.setattr(Processes, 'gather', lambda self, values: list(values))
+    options = PredictOptions(*models['mmdet'], [str(images)], str(tmp_path / 'parts'), batch_size=1, workers=0)
+    for rank in range(2):
+        _predict(options, Processes(rank, 2, torch.device('cpu')))
+    with open(tmp_path / 'parts' / 'records-1.jsonl', 'a') as file:
+        file.write('{"id": "torn')
+    # Two of four images by the first process, and of the other two one by the second.
+    assert (run(models['mmdet'], images, tmp_path / 'parts', batch_size=1)).kept == 3
+    assert contents(tmp_path / 'parts') == contents(tmp_path / 'whole')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('host', 'count'), [('mmdet', 2), ('mmseg', 3), ('mmpretrain', 3)])
+def test_processes_share_the_images(host, count, models, images, tmp_path, environment, free_port) -> None:
+    shutil.copytree(images, tmp_path / 'in')
+    for path in sorted(images.iterdir()):
+        with Image.open(path) as image:
+            image.resize((80, 48)).save(tmp_path / 'in' / f'wide-{path.name}')
+    (tmp_path / 'in' / 'words.png').write_text('no image')
+    arguments = [*models[host], tmp_path / 'in', '--out', tmp_path / 'shared', '--workers', '0', '--batch-size', '2']
+    launch = [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={count}', f'--master_port={free_port}']
+    command = [*map(str, [*launch, TOOL, *arguments]), '--device', 'cpu', '--launcher', 'pytorch']
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode != 0 and result.stderr.count('error: 1 images could not be read') == 1, result.stderr
+    assert result.stdout.count('predicted on 8 images') == 1
+    alone = run(models[host], tmp_path / 'in', tmp_path / 'alone', batch_size=2)
+    assert alone.predicted == 8
+    assert contents(tmp_path / 'shared') == contents(tmp_path / 'alone')
 
 
 def test_images_that_cannot_be_read_do_not_stop_the_rest(models, images, tmp_path, tool, capsys) -> None:
