@@ -11,14 +11,15 @@ from tests.ops.helpers import dtype_name, rounded, three_ways
 from tests.ops.route_cases import Cross, Factors, Lines, Sequence, case_id
 from tests.ops.wavefront_cases import Wavefront
 
-# Maps of the last stages, and of the first ones; long sums are where precision is lost.
+# Maps of the last stages, and of the first ones; long sums are where precision is lost. Of few channels the ratio would
+# be chance: gradients of parameters, which are float32, differ by single roundings.
 SMALL = (
-    Cross(2, 14, 15, 18, 1),
-    Factors(2, 14, 15, 18, 1, rank=3),
-    Sequence(2, 18, 210, 4, B=0, C=0),
-    Sequence(2, 18, 210, 4),
-    Lines(2, 14, 15, 18, 4, 'row'),
-    Wavefront(2, 14, 15, 18, 4),
+    Cross(1, 14, 15, 96, 1),
+    Factors(1, 14, 15, 96, 1, rank=6),
+    Sequence(1, 96, 210, 4, B=0, C=0),
+    Sequence(1, 96, 210, 4),
+    Lines(1, 14, 15, 96, 4, 'row'),
+    Wavefront(1, 14, 15, 96, 4),
 )
 LARGE = (
     Cross(1, 56, 56, 96, 1),
