@@ -50,8 +50,8 @@ FAULTS = {
         'address',
         'cpu/simd.h',
         'uint32_t(source->bits) << 16',
-        'int32_t(source->bits) << 16',
-        'runtime error: left shift',
+        'uint32_t(source->bits) << (source->bits ? 32 : 16)',
+        'runtime error: shift exponent 32',
     ),
     'a data race': (
         'thread',
