@@ -95,7 +95,8 @@ class _Route:
     ) -> None:
         dtype = state_dtype(x.dtype)
         projection = C if B is None else B
-        groups = 1 if projection is None else projection.shape[4]
+        self.grouped = projection is not None and projection.dim() == 6
+        groups = projection.shape[4] if projection is not None and self.grouped else 1
         self.channels_per_group = x.shape[3] // groups
         self.u = along_route(x, route, per_line).to(dtype)
         self.raw = along_route(delta[:, :, :, k], route, per_line).to(dtype)
@@ -112,6 +113,8 @@ class _Route:
         if projection is None:
             return self.decay_shape_ones(dtype)
         sequence = along_route(projection[:, :, :, k], route, per_line).to(dtype)
+        if not self.grouped:
+            return sequence.unsqueeze(2)
         return sequence.repeat_interleave(self.channels_per_group, dim=2)
 
     def decay_shape_ones(self, dtype: torch.dtype) -> Tensor:
@@ -119,6 +122,8 @@ class _Route:
 
     def per_group(self, gradient: Tensor) -> Tensor:
         """Sum a gradient over the channels that share one row of B or C."""
+        if not self.grouped:
+            return gradient.sum(2)
         return gradient.unflatten(2, (-1, self.channels_per_group)).sum(3)
 
 
@@ -139,7 +144,8 @@ def route_scan(
     Args:
         x: (B, H, W, E), float.
         delta: (B, H, W, K, E), before bias and softplus.
-        A: (K, E, N), B and C: (B, H, W, K, G, N) with G dividing E, or None for ones; D and delta_bias: (K, E) or None.
+        A: (K, E, N), B and C: (B, H, W, K, N), (B, H, W, K, G, N) with G dividing E, or None for ones; D and
+            delta_bias: (K, E) or None.
         routes: K route codes, :data:`ROW` to :data:`COLUMN_REVERSED`.
         per_line: start from a zero state at every row (or column) instead of once an image.
         delta_softplus: whether delta + delta_bias passes a softplus.

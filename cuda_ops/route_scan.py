@@ -36,6 +36,7 @@ _library.define(
     'Tensor? delta_bias, int[] routes, bool per_line, bool delta_softplus, int chunk, '
     'Tensor? delta_weight=None) -> (Tensor, Tensor, Tensor)',
 )
+# B and C are (B, H, W, K, N), or (B, H, W, K, G, N) with G groups of channels that have their own.
 # With delta_weight, the argument delta is the low-rank dt, and the backward operator returns the gradient of the full
 # delta: those of dt and weight are matrix products of it.
 _library.define(
@@ -313,6 +314,14 @@ def route_scan_flops(
 _library.count_flops('route_scan', route_scan_flops)
 
 
+def grouped(*projections: Tensor | None) -> list[Tensor | None]:
+    """Add the axis of one group to projections (B, H, W, K, N).
+
+    Not in programs of ``torch.export``: what takes them may know five dimensions at most.
+    """
+    return [value if value is None or _torch_compat.is_exporting() else value.unsqueeze(4) for value in projections]
+
+
 def scan_routes(
     x: Tensor,
     delta: Tensor,
@@ -403,8 +412,9 @@ def cross_selective_scan(
     _checks.same_device(x, A=A, D=D, delta_bias=delta_bias, delta_weight=delta_weight)
     if delta_weight is not None and not _takes_low_rank(x, states, delta_weight.shape[2]):
         delta, delta_weight = route_reference.low_rank_delta(delta, delta_weight), None
+    B_grouped, C_grouped = grouped(B, C)
     return scan_routes(
-        x, delta, A, B.unsqueeze(4), C.unsqueeze(4), D, delta_bias, CROSS_ROUTES, False, delta_softplus, delta_weight
+        x, delta, A, B_grouped, C_grouped, D, delta_bias, CROSS_ROUTES, False, delta_softplus, delta_weight
     )[0]
 
 
@@ -463,7 +473,7 @@ def line_scan(
     x, delta, B, C = _checks.autocast(x, delta, B, C)
     _checks.same_dtype_and_device(x=x, delta=delta, B=B, C=C)
     _checks.same_device(x, A=A, D=D, delta_bias=delta_bias)
-    B, C = (None if value is None else value[:, :, :, None, None] for value in (B, C))
+    B, C = grouped(*(None if value is None else value.unsqueeze(3) for value in (B, C)))
     D, delta_bias = (None if value is None else value.unsqueeze(0) for value in (D, delta_bias))
     route = _AXES[axis] | (ROW_REVERSED if reverse else ROW)
     return scan_routes(x, delta.unsqueeze(3), A.unsqueeze(0), B, C, D, delta_bias, [route], True, delta_softplus)[0]

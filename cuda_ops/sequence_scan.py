@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cuda_ops import _checks
+from cuda_ops._torch_compat import is_exporting
 from cuda_ops.route_reference import ROW, state_dtype
 from cuda_ops.route_scan import scan_routes
 
@@ -68,12 +69,13 @@ def selective_scan(
     u, delta, z, B_sequence, C_sequence = _checks.autocast(u, delta, z, B_sequence, C_sequence)
     _checks.same_dtype_and_device(u=u, delta=delta, z=z, B=B_sequence, C=C_sequence)
     _checks.same_device(u, A=A, B=B_constant, C=C_constant, D=D, delta_bias=delta_bias)
-    if B_sequence is not None and C_sequence is not None and B_sequence.shape[4] != C_sequence.shape[4]:
+    if B_sequence is not None and C_sequence is not None and B_sequence.shape[2] != C_sequence.shape[2]:
         # Groups of one projection may be finer than the other's: bring both to the finer common division.
-        groups = math.lcm(B_sequence.shape[4], C_sequence.shape[4])
+        groups = math.lcm(B_sequence.shape[2], C_sequence.shape[2])
         B_sequence, C_sequence = (
-            value.repeat_interleave(groups // value.shape[4], dim=4) for value in (B_sequence, C_sequence)
+            value.repeat_interleave(groups // value.shape[2], dim=2) for value in (B_sequence, C_sequence)
         )
+    B_sequence, C_sequence = (None if value is None else _on_grid(value) for value in (B_sequence, C_sequence))
     x, delta = u.transpose(1, 2).unsqueeze(1), delta.transpose(1, 2)[:, None, :, None]
     A = A.unsqueeze(0)
     bias = None if delta_bias is None else delta_bias.unsqueeze(0)
@@ -93,7 +95,7 @@ def selective_scan(
 def _sequence_projection(
     name: str, value: Tensor, batch: int, channels: int, states: int, length: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Bring B or C to the operator's (B, 1, L, 1, G, N), or return it as the constant (E, N) that it is."""
+    """Bring B or C to (B, L, G, N), or return it as the constant (E, N) that it is."""
     if value.dim() == 2:
         _checks.shape(name, value, (channels, states), '(channels, states)')
         return None, value
@@ -105,7 +107,14 @@ def _sequence_projection(
     _checks.shape(name, value, (batch, groups, states, length), '(batch, groups, states, length)')
     if groups < 1 or channels % groups:
         raise ValueError(f'{name} has {groups} groups, which do not divide the {channels} channels')
-    return value.permute(0, 3, 1, 2)[:, None, :, None], None
+    return value.permute(0, 3, 1, 2), None
+
+
+def _on_grid(projection: Tensor) -> Tensor:
+    """Bring (B, L, G, N) to the operator's (B, 1, L, 1, G, N), without an axis of one group as :func:`grouped` does."""
+    if projection.shape[2] == 1 and is_exporting():
+        projection = projection.squeeze(2)
+    return projection[:, None, :, None]
 
 
 def _scan_by_state(

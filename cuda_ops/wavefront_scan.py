@@ -76,13 +76,14 @@ def _empty_outputs(x: Tensor, A_top: Tensor, chunk: int) -> tuple[Tensor, Tensor
     """Allocate the output, and the saved states of lines and of wavefronts (none where ``chunk`` is 0)."""
     batch, height, width, channels = x.shape
     states = A_top.shape[1]
-    saved = (max(height, width) - 1) // chunk if chunk else 0
+    # Not by Python's max and min: a program of open sizes would hold which side of the example was the longer one.
+    saved = (torch.sym_max(height, width) - 1) // chunk if chunk else 0
     kept = chunk and x.device.type == 'cuda' and _library.KERNEL_CONSTANTS
     checkpoints = _checkpoints_shape(x, states, chunk) if kept else (0,)
     dtype = state_dtype(x.dtype)
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
-        x.new_empty((batch, saved, min(height, width), states, channels), dtype=dtype),
+        x.new_empty((batch, saved, torch.sym_min(height, width), states, channels), dtype=dtype),
         x.new_empty(checkpoints, dtype=dtype),
     )
 

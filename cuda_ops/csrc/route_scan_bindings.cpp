@@ -31,6 +31,7 @@ struct Inputs {
   OptionalTensor D;
   OptionalTensor delta_bias;
   OptionalTensor dt_weight;  // delta_weight of the operator
+  bool grouped = false;      // whether B and C have an axis of groups
   RouteScanParams params{};
 
   Inputs(const Tensor& x_, const Tensor& delta_, const Tensor& A_, const OptionalTensor& B_, const OptionalTensor& C_,
@@ -59,16 +60,17 @@ struct Inputs {
       p.route[k] = int32_t(routes[k]);
     }
     const OptionalTensor& projection = B_ ? B_ : C_;
-    SSM_CHECK(!projection || projection->dim() == 6,
-              "B and C must be (batch, height, width, routes, groups, "
-              "states), got ",
+    SSM_CHECK(!projection || projection->dim() == 5 || projection->dim() == 6,
+              "B and C must be (batch, height, width, routes, states), or with groups before the states, got ",
               projection ? projection->sizes() : Sizes{});
-    p.groups = projection ? projection->size(4) : 1;
+    grouped = projection && projection->dim() == 6;
+    p.groups = grouped ? projection->size(4) : 1;
     SSM_CHECK(p.groups >= 1 && p.channels % p.groups == 0, "the ", p.groups, " groups must divide the ", p.channels,
               " channels");
     const auto type = x_.scalar_type();
     const auto state = state_type(x_);
-    const std::vector<int64_t> projected{p.batch, p.height, p.width, count, p.groups, p.states};
+    std::vector<int64_t> projected{p.batch, p.height, p.width, count, p.states};
+    if (grouped) projected.insert(projected.end() - 1, p.groups);
     SSM_CHECK(!delta_weight_ || (delta_weight_->dim() == 3 && delta_weight_->size(2) >= 1),
               "delta_weight must be (routes, channels, rank), the rank at least 1, got ",
               delta_weight_ ? delta_weight_->sizes() : Sizes{});
@@ -225,7 +227,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route_scan_ba
     return input ? ops::empty(x, sizes, state) : Tensor();
   };
   const std::vector<int64_t> per_channel{split.parts, p.batch, p.routes, p.channels};
-  const std::vector<int64_t> per_pixel{split.tiles, p.batch, p.height, p.width, p.routes, p.groups, p.states};
+  std::vector<int64_t> per_pixel{split.tiles, p.batch, p.height, p.width, p.routes, p.states};
+  if (inputs.grouped) per_pixel.insert(per_pixel.end() - 1, p.groups);
   Tensor grad_D = sums_if(D, per_channel);
   Tensor grad_bias = sums_if(delta_bias, per_channel);
   Tensor grad_B = sums_if(B, per_pixel);

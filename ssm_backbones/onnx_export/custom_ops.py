@@ -21,6 +21,7 @@ from onnxscript import values
 from torch import Tensor
 
 from cuda_ops.route_reference import low_rank_delta
+from ssm_backbones.onnx_export.decompositions import of_one_group
 
 DOMAIN = 'ssm_backbones'
 ROUTE_SCAN = ('x', 'delta', 'A', 'B', 'C', 'D', 'delta_bias')
@@ -70,11 +71,10 @@ def _route_scan(
     chunk: int,
     delta_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if any(value is not None and value.shape[4] != 1 for value in (B, C)):
-        raise NotImplementedError('only scans with one group of channels are exported')
+    B, C = of_one_group(B), of_one_group(C)
     if delta_weight is not None:
         delta = low_rank_delta(delta, delta_weight)
-    B, C = (A.new_ones(1, 1, 1, A.shape[0], A.shape[2]) if value is None else value.squeeze(4) for value in (B, C))
+    B, C = (A.new_ones(1, 1, 1, A.shape[0], A.shape[2]) if value is None else value for value in (B, C))
     D, delta_bias = (A.new_zeros(A.shape[:2]) if value is None else value for value in (D, delta_bias))
     routes_first = delta.permute(3, 0, 1, 2, 4)
     y = torch.ops.ssm_export.route_scan(x, routes_first, A, B, C, D, delta_bias, routes, per_line, delta_softplus)

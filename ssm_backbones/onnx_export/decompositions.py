@@ -85,8 +85,7 @@ def route_scan(
     Raises:
         NotImplementedError: If there are groups of channels, which no backbone uses.
     """
-    if any(value is not None and value.shape[4] != 1 for value in (B, C)):
-        raise NotImplementedError('only scans with one group of channels are exported')
+    B, C = of_one_group(B), of_one_group(C)
     height, width = x.shape[1:3]
     if delta_weight is not None:
         delta = low_rank_delta(delta, delta_weight)
@@ -99,7 +98,7 @@ def route_scan(
     for k, route in enumerate(routes):
         d_k = d[:, :, :, k]
         inflow = (d_k * u).unsqueeze(4)
-        inflow = inflow.expand(-1, -1, -1, -1, A.shape[2]) if B is None else inflow * B[:, :, :, k].float()
+        inflow = inflow.expand(-1, -1, -1, -1, A.shape[2]) if B is None else inflow * B[:, :, :, k].float().unsqueeze(3)
         decays.append(_along(torch.exp(d_k.unsqueeze(4) * A[k]), route, per_line))
         inflows.append(_along(inflow, route, per_line))
     shape = inflows[0].shape
@@ -110,11 +109,24 @@ def route_scan(
     for k, route in enumerate(routes):
         states = sequences[:, k].reshape(shape)
         on_grid = _back(states, route, per_line, height, width)
-        weighted = on_grid if C is None else on_grid * C[:, :, :, k].float()
+        weighted = on_grid if C is None else on_grid * C[:, :, :, k].float().unsqueeze(3)
         output = output + weighted.sum(-1)
         lasts.append(states[-1])
     nothing = x.new_empty((0,), dtype=torch.float32)
     return output.to(x.dtype), nothing if per_line else torch.stack(lasts, 1), nothing
+
+
+def of_one_group(projection: Tensor | None) -> Tensor | None:
+    """Return a projection without its axis of groups, (B, H, W, K, N).
+
+    Raises:
+        NotImplementedError: If there are groups of channels, which no backbone uses.
+    """
+    if projection is None or projection.dim() == 5:
+        return projection
+    if projection.shape[4] != 1:
+        raise NotImplementedError('only scans with one group of channels are exported')
+    return projection.squeeze(4)
 
 
 def wavefront_scan(
@@ -177,9 +189,12 @@ def replacements(loops: bool = True) -> dict[Any, Callable[..., Any]]:
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Return the scans' decompositions without loops, for ``torch.export.ExportedProgram.run_decompositions``.
 
-    The programs hold PyTorch's own operators alone afterwards, which any backend takes, and compute on tensors of at
-    most five dimensions. Scans compute in float32, whatever a program's dtype. Height and width have to be fixed; scans
-    of open sizes raise NotImplementedError. Add the table to that of PyTorch's own decompositions::
+    The programs hold PyTorch's own operators alone afterwards, which any backend takes, on tensors of at most five
+    dimensions. Scans compute in float32, whatever a program's dtype. The batch may be open, and height and width with
+    an upper bound, ``torch.export.Dim('height', max=512)``; without one NotImplementedError is raised. A scan along
+    routes or lines then takes some 60 operators for each factor of 8 in the bound of its length, a wavefront scan 6 for
+    each of its ``H + W - 1`` steps at the largest map, which are computed for smaller maps, too. Add the table to that
+    of PyTorch's own decompositions::
 
         program = torch.export.export(model, (images,))
         program = program.run_decompositions({**torch.export.default_decompositions(), **decompositions()})
@@ -198,14 +213,17 @@ def _along(grid: Tensor, route: int, per_line: bool) -> Tensor:
 
 
 def _back(sequence: Tensor, route: int, per_line: bool, height: int, width: int) -> Tensor:
-    """Invert :func:`_along`: (positions, ...) -> (B, H, W, ...)."""
+    """Invert :func:`_along`: (positions, ...) -> (B, H, W, ...).
+
+    It is copied, since a program of open sizes would otherwise hold which strides of the example were the larger ones.
+    """
     column = route in (COLUMN, COLUMN_REVERSED)
     if route in (ROW_REVERSED, COLUMN_REVERSED):
         sequence = sequence.flip(0)
     if per_line:
-        return sequence.movedim(0, 1 if column else 2)
+        return sequence.movedim(0, 1 if column else 2).contiguous()
     grid = sequence.transpose(0, 1).unflatten(1, (width, height) if column else (height, width))
-    return grid.transpose(1, 2) if column else grid
+    return (grid.transpose(1, 2) if column else grid).contiguous()
 
 
 def _skew(grid: Tensor) -> Tensor:

@@ -1,13 +1,16 @@
-"""The two recurrences of :mod:`ssm_backbones.onnx_export.decompositions` without loops, for fixed sizes.
+"""The two recurrences of :mod:`ssm_backbones.onnx_export.decompositions` without loops.
 
 A sequence is cut into chunks, whose positions are unrolled: a first pass over them gives each chunk's state from zero
 and the product of its decays, the same recurrence on these the state before each chunk, and a second pass all states.
 Decays are multiplied as they are: nothing overflows that the recurrence itself does not. A wavefront is unrolled.
+
+An open length needs an upper bound, by which it is unrolled; positions behind the end have a decay and an inflow of 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,49 +18,60 @@ from torch.nn import functional as F
 
 # Positions of a chunk, which takes five operators for each, and those that are unrolled without chunks, by two.
 _CHUNK, _UNROLLED = 8, 32
+# Bounds from here on are those of PyTorch for sizes that have none.
+_NO_BOUND = 2**31
 
 
 def line(decay: Tensor, inflow: Tensor) -> Tensor:
     """Compute ``h_l = decay_l * h_{l-1} + inflow_l`` along dim 0 from zero; both are (L, ...).
 
     Raises:
-        NotImplementedError: If L is dynamic.
+        NotImplementedError: If L is dynamic and has no upper bound.
     """
-    _check_fixed(inflow)
+    shape = inflow.shape
+    return _line(decay.flatten(1), inflow.flatten(1), _bound(shape[0])).reshape(shape)
+
+
+def _line(decay: Tensor, inflow: Tensor, bound: int) -> Tensor:
+    """Compute :func:`line` of (L, M), where L is at most ``bound``."""
     length = inflow.shape[0]
-    if length <= _UNROLLED:
-        return torch.stack(_unroll(decay.unbind(0), inflow.unbind(0), torch.zeros_like(inflow[0])))
-    chunks = -(-length // _CHUNK)
-    missing = chunks * _CHUNK - length
-    shape, decay, inflow = inflow.shape, decay.flatten(1), inflow.flatten(1)
-    if missing:
-        decay, inflow = F.pad(decay, (0, 0, 0, missing)), F.pad(inflow, (0, 0, 0, missing))
-    decays = decay.reshape(chunks, _CHUNK, -1).unbind(1)
-    inflows = inflow.reshape(chunks, _CHUNK, -1).unbind(1)
+    if bound <= _UNROLLED:
+        decay, inflow = _extended(decay, bound), _extended(inflow, bound)
+        return _cut(torch.stack(_unroll(decay.unbind(0), inflow.unbind(0), torch.zeros_like(inflow[0]))), length)
+    if isinstance(length, int):
+        chunks, most = -(-length // _CHUNK), -(-bound // _CHUNK)
+    else:
+        # Never a single one, which PyTorch would take for a special case that a program of other lengths does not fit.
+        chunks, most = length // _CHUNK + 2, bound // _CHUNK + 2
+    decays, inflows = (
+        _extended(value, chunks * _CHUNK, 2 * _CHUNK).reshape(chunks, _CHUNK, value.shape[1]).unbind(1)
+        for value in (decay, inflow)
+    )
     whole = decays[0]
     for each in decays[1:]:
         whole = whole * each
-    ends = line(whole, _unroll(decays, inflows, torch.zeros_like(whole))[-1])
-    before = F.pad(ends[:-1], (0, 0, 1, 0))
-    states = torch.stack(_unroll(decays, inflows, before), dim=1).flatten(0, 1)
-    return (states[:length] if missing else states).reshape(shape)
+    ends = _line(whole, _unroll(decays, inflows, torch.zeros_like(whole))[-1], most)
+    before = F.pad(ends, (0, 0, 1, 0))[:-1]
+    return _cut(torch.stack(_unroll(decays, inflows, before), dim=1).flatten(0, 1), length)
 
 
 def front(left: Tensor, top: Tensor, inflow: Tensor) -> Tensor:
     """Compute ``h_l[i] = left_l[i] * h_{l-1}[i] + top_l[i] * h_{l-1}[i-1] + inflow_l[i]``; all (L, I, ...).
 
     Raises:
-        NotImplementedError: If L is dynamic.
+        NotImplementedError: If L is dynamic and has no upper bound.
     """
-    _check_fixed(inflow)
+    length = inflow.shape[0]
+    bound = _bound(length)
+    left, top, inflow = (_extended(value, bound) for value in (left, top, inflow))
     state = inflow[0]
     states = [state]
     for a, b, c in zip(left.unbind(0)[1:], top.unbind(0)[1:], inflow.unbind(0)[1:], strict=True):
         # The row above the first one is zero.
-        above = torch.cat([torch.zeros_like(state[:1]), state[:-1]])
+        above = F.pad(state, (0, 0) * (state.ndim - 1) + (1, 0))[:-1]
         state = state * a + above * b + c
         states.append(state)
-    return torch.stack(states)
+    return _cut(torch.stack(states), length)
 
 
 def _unroll(decays: Sequence[Tensor], inflows: Sequence[Tensor], state: Tensor) -> list[Tensor]:
@@ -68,6 +82,34 @@ def _unroll(decays: Sequence[Tensor], inflows: Sequence[Tensor], state: Tensor) 
     return states
 
 
-def _check_fixed(inflow: Tensor) -> None:
-    if not isinstance(inflow.shape[0], int):
-        raise NotImplementedError('scans of open sizes need loops; export without loops for one size of images')
+def _bound(size: Any) -> int:
+    """Return a size, or the largest one that a dynamic size can have."""
+    if isinstance(size, int):
+        return size
+    largest = size.node.shape_env.bound_sympy(size.node.expr).upper
+    if not largest.is_Integer or largest >= _NO_BOUND:
+        raise NotImplementedError(
+            'scans of open sizes need an upper bound where there are no loops; give height and width one, '
+            "as torch.export.Dim('height', max=512)"
+        )
+    return int(largest)
+
+
+def _extended(value: Tensor, size: Any, most: int | None = None) -> Tensor:
+    """Append rows of zeros to (L, ...) until there are ``size``, by at most ``most``.
+
+    Without ``most`` an open length gets one row more than ``size``, its bound, which it then never has itself.
+    """
+    length = value.shape[0]
+    if isinstance(length, int):
+        if length == size:
+            return value
+        added = size - length
+    else:
+        # A number that does not depend on the length, since PyTorch takes a padding of none for a special case.
+        size, added = (size + 1, size + 1) if most is None else (size, most)
+    return _cut(F.pad(value, (0, 0) * (value.ndim - 1) + (0, added)), size)
+
+
+def _cut(value: Tensor, length: Any) -> Tensor:
+    return value if isinstance(value.shape[0], int) and value.shape[0] == length else value[:length]

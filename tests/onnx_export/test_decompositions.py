@@ -113,9 +113,7 @@ def check_operators(program) -> None:
     """PyTorch's own, computing on tensors of at most five dimensions, which all runtimes have."""
     namespaces = {each.namespace for node in program.graph.nodes if hasattr(each := node.target, 'namespace')}
     assert namespaces == {'aten'}
-    dimensions = {node: getattr(node.meta.get('val'), 'ndim', 0) for node in program.graph.nodes}
-    # The scan's own signature has an axis for groups of channels.
-    assert {str(node.target) for node, count in dimensions.items() if count > 5} <= {'aten.unsqueeze.default'}
+    assert max(getattr(node.meta.get('val'), 'ndim', 0) for node in program.graph.nodes) == 5
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
@@ -129,12 +127,36 @@ def test_programs_have_no_operator_of_ours(dtype) -> None:
 
 class Line(torch.nn.Module):
     def forward(self, x):
-        return cuda_ops.line_scan(x, x, -torch.ones(3, 2), None, x[..., :2], axis='column')
+        return cuda_ops.line_scan(x, x, -torch.ones(3, 2), None, x[..., :2], axis='column', reverse=True)
 
 
-def test_open_sizes_are_refused_without_loops() -> None:
-    with pytest.raises(NotImplementedError, match='scans of open sizes need loops'):
+# More positions than are unrolled: two levels of chunks.
+@pytest.mark.parametrize(
+    'module, most', [(Line(), 40), pytest.param(Scans(), 12, marks=pytest.mark.slow)], ids=['line', 'all']
+)
+def test_open_sizes(module, most) -> None:
+    bounded = torch.export.Dim.DYNAMIC(max=most)
+    program = decomposed(module, torch.randn(2, 6, 7, 3), {0: torch.export.Dim.DYNAMIC, 1: bounded, 2: bounded})
+    check_operators(program)
+    for batch, height, width in ((1, most, most), (3, 2, 9), (2, 8, 8), (2, 12, 7)):
+        x = torch.randn(batch, height, width, 3)
+        torch.testing.assert_close(program.module()(x), module(x), rtol=1e-5, atol=1e-5)
+
+
+def test_open_sizes_need_a_bound() -> None:
+    with pytest.raises(NotImplementedError, match=r"upper bound.*Dim\('height', max=512\)"):
         decomposed(Line(), torch.randn(2, 6, 7, 3), {1: torch.export.Dim.DYNAMIC})
+
+
+def test_a_sequence_of_one_group_has_no_axis_of_groups() -> None:
+    class Sequence(torch.nn.Module):
+        def forward(self, u):
+            return cuda_ops.selective_scan(u, u, -torch.ones(3, 2), u[:, :2], u[:, 1:])
+
+    u = torch.randn(2, 3, 9)
+    program = decomposed(Sequence(), u)
+    check_operators(program)
+    torch.testing.assert_close(program.module()(u), Sequence()(u), rtol=1e-5, atol=1e-5)
 
 
 def test_groups_are_refused() -> None:

@@ -82,14 +82,16 @@ def operator_arguments(
 ) -> tuple[Any, ...]:
     """Arguments of the operator ``route_scan`` itself."""
     count = len(routes)
+    # Programs of torch.export have no axis for one group.
+    grouped = (groups,) if groups else ()
     grid, parameter = (2, height, width), torch.float64 if dtype == torch.float64 else torch.float32
     delta = normal(count, *grid, rank or channels).permute(1, 2, 3, 0, 4)
     values = (
         normal(*grid, channels).to(dtype),
         delta.to(dtype) if strided else delta.contiguous().to(dtype),
         decay_rates(count, channels, states).to(parameter),
-        normal(*grid, count, groups, states).to(dtype) if B else None,
-        normal(*grid, count, groups, states).to(dtype) if C else None,
+        normal(*grid, count, *grouped, states).to(dtype) if B else None,
+        normal(*grid, count, *grouped, states).to(dtype) if C else None,
         normal(count, channels).to(parameter) if D else None,
         normal(count, channels).to(parameter) if D else None,
     )
@@ -108,6 +110,7 @@ CONFIGURATIONS = {
     'columns': dict(routes=[1], chunk=2, per_line=True, C=False, D=False, requires_grad=True),
     'sums': dict(routes=[3], chunk=64, B=False, C=False, requires_grad=True, dtype=torch.float64),
     'groups': dict(routes=[0], chunk=3, height=1, groups=2, requires_grad=True, dtype=torch.bfloat16),
+    'exported': dict(routes=[0, 3], chunk=4, groups=0, requires_grad=True),
     'factors': dict(routes=[0, 1, 2, 3], chunk=4, strided=True, requires_grad=True, rank=3),
     'factors-inference': dict(routes=[1], chunk=0, rank=2, dtype=torch.bfloat16),
     'narrow': dict(routes=[0, 3], chunk=5, width=1, channels=1, states=1, requires_grad=True),
