@@ -159,6 +159,7 @@ def export_onnx(options: OnnxOptions) -> OnnxResult:
     with interrupt_on_sigterm(), writing(path), atomic_file(path) as partial:
         module, channels = _module(cfg, options.checkpoint, part)
         images = torch.randn(options.batch_size, channels, height, width, generator=torch.Generator().manual_seed(0))
+        _check_runs(module, images)
         opset, nodes = _write(module, images, partial, options, _notes(cfg, part, module))
         shapes = [tuple(images.shape)]
         if options.dynamic:
@@ -372,6 +373,18 @@ def _check_differences(differences: Mapping[tuple[int, ...], Mapping[str, float]
                     f'onnxruntime and PyTorch differ by {value:.2e} in {name} for images {shape}, more than '
                     f'{bound:.0e}; nothing was written.'
                 )
+
+
+def _check_runs(module: nn.Module, images: Tensor) -> None:
+    """Refuse a model whose parts do not fit each other, or not the images, before the export."""
+    try:
+        _run(module, images)
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+        said = str(error).strip().splitlines() or ['']
+        raise CommandError(
+            f'the model does not take images {tuple(images.shape)} ({type(error).__name__}: {said[0]}); compare '
+            "in_channels of its neck and head with the backbone's widths, and the shape with what the model needs."
+        ) from error
 
 
 def _times(session: Any, module: nn.Module, images: Tensor) -> dict[str, float]:

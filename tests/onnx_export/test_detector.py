@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import openvino
 import pytest
@@ -132,6 +133,26 @@ def names(node):
     if isinstance(node, ast.ImportFrom):
         return [node.module]
     return [each.name for each in node.names] if isinstance(node, ast.Import) else []
+
+
+def test_the_example_says_what_it_cannot_read(tmp_path, capsys) -> None:
+    (tmp_path / 'text').write_text('text')
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ('images', 'boxes')]
+    node = onnx.helper.make_node('Identity', ['images'], ['boxes'])
+    graph = onnx.helper.make_graph([node], 'graph', values[:1], values[1:])
+    model = onnx.helper.make_model(graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid('', 18)])
+    onnx.save(model, tmp_path / 'classifier.onnx')
+    onnx.helper.set_model_props(model, {'classes': '["disc"]'})
+    onnx.save(model, tmp_path / 'detector.onnx')
+    for name, message in (
+        ('text', 'text is no detector of'),
+        ('nowhere', 'nowhere is no detector of'),
+        ('classifier.onnx', 'classifier.onnx is no detector of'),
+        ('detector.onnx', 'text is no image'),
+    ):
+        with pytest.raises(SystemExit):
+            example().main([str(tmp_path / name), str(tmp_path / 'text')])
+        assert message in capsys.readouterr().err.splitlines()[-1], name
 
 
 class Boxes(torch.nn.Module):

@@ -310,6 +310,15 @@ def test_bad_arguments(write_config, tool, tmp_path, capsys, monkeypatch) -> Non
         assert message in capsys.readouterr().err
 
 
+def test_a_head_of_other_widths_is_told_first(write_config, tool, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(exporting, 'write_onnx', lambda *args: pytest.fail('work was done in vain'))
+    config = write_config('mmpretrain', 'model = dict(head=dict(in_channels=99))')
+    assert tool.main([str(config), '--shape', '32', '32', '--out', str(tmp_path / 'x.onnx')]) == 2
+    error = capsys.readouterr().err
+    assert 'compare in_channels of its neck and head' in error and len(error.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_older_torch_is_refused(monkeypatch) -> None:
     exporting.require_onnx()
     monkeypatch.setattr(exporting, 'release', lambda: (2, 5))
