@@ -1,0 +1,188 @@
+"""Evaluate exported classifiers, segmentors and detectors on their config's data, by the config's own metrics."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config, ConfigDict
+from torch import Tensor
+
+from ssm_backbones.apis.config import load_config
+from ssm_backbones.apis.model import build_model
+from ssm_backbones.onnx_export.export import PARTS, open_session
+from ssm_backbones.utils.errors import CommandError
+
+RUNTIMES = ('onnxruntime', 'openvino')
+
+
+class ExportedModel:
+    """An exported file in a runtime, on the CPU.
+
+    Args:
+        path: The file.
+        runtime: One of :data:`RUNTIMES`. OpenVINO computes in float32 where the file does.
+
+    Attributes:
+        notes: The file's metadata.
+        shape: Shape of the images, with names for sizes that are open.
+
+    Raises:
+        CommandError: If the runtime is not installed or cannot read the file.
+        ValueError: If there is no such runtime.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], runtime: str = 'onnxruntime') -> None:
+        if runtime not in RUNTIMES:
+            raise ValueError(f'runtime must be one of {", ".join(RUNTIMES)}, got {runtime!r}')
+        if not Path(path).is_file():
+            raise CommandError(f'model {path} does not exist.')
+        try:
+            # OpenVINO does not tell the metadata.
+            session = open_session(path)
+        except ImportError as error:
+            raise CommandError(f'{error.name} not installed; pip install {error.name}') from error
+        except Exception as error:
+            # onnxruntime's errors have no other common base class.
+            raise CommandError(f'model {path} cannot be read: {str(error).strip().splitlines()[0]}') from error
+        self.notes: Mapping[str, str] = session.get_modelmeta().custom_metadata_map
+        self.shape: Sequence[int | str] = session.get_inputs()[0].shape
+        self._run: Callable[[np.ndarray], Sequence[np.ndarray]] = lambda images: session.run(None, {'images': images})
+        if runtime == 'openvino':
+            core: Any = importlib.import_module('openvino').Core()
+            settings = {'INFERENCE_PRECISION_HINT': 'f32', 'INFERENCE_NUM_THREADS': torch.get_num_threads()}
+            compiled = core.compile_model(core.read_model(path), 'CPU', settings)
+            self._run = lambda images: list(compiled([images]).values())
+
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """Run on images (B, C, H, W), and return every output.
+
+        Raises:
+            CommandError: If the file takes other sizes.
+        """
+        self.check_size(images)
+        # Where the batch is fixed, images are run one by one.
+        groups = images.split(self.shape[0]) if isinstance(self.shape[0], int) else [images]
+        found = [self._run(group.numpy()) for group in groups]
+        return [torch.from_numpy(np.concatenate(each)) for each in zip(*found, strict=True)]
+
+    def check_size(self, images: Tensor) -> None:
+        """Refuse images of sizes that the file does not take.
+
+        Raises:
+            CommandError: If so.
+        """
+        for given, wanted in zip(images.shape[2:], self.shape[2:], strict=True):
+            if isinstance(wanted, int) and wanted != given:
+                sizes = 'x'.join(map(str, self.shape[2:]))
+                raise CommandError(
+                    f'an image is {images.shape[2]}x{images.shape[3]}, and the file takes {sizes}; export it for that '
+                    'shape or with open sizes (dynamic).'
+                )
+
+
+def evaluate_onnx(
+    config: str,
+    path: str,
+    runtime: str = 'onnxruntime',
+    cfg_options: Mapping[str, Any] | None = None,
+) -> dict[str, float]:
+    """Evaluate an exported file on the config's test data and return its metrics, as ``tools/test.py`` of a checkpoint.
+
+    Args:
+        config: The config file that the file was exported with.
+        path: The file.
+        runtime: One of :data:`RUNTIMES`.
+        cfg_options: Values that replace the config's, by dotted key.
+
+    Raises:
+        CommandError: If the file is of another kind of model or of other sizes, or the config has no test data.
+    """
+    from mmengine.evaluator import Evaluator
+    from mmengine.registry import DefaultScope
+
+    cfg = load_config(config, cfg_options or {})
+    exported = ExportedModel(path, runtime)
+    model = with_outputs_of(exported, cfg)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        loader = test_loader(cfg)
+        evaluator = Evaluator(cfg.test_evaluator)
+        evaluator.dataset_meta = loader.dataset.metainfo
+        with torch.no_grad():
+            for data in loader:
+                evaluator.process(data_samples=model(data), data_batch=data)
+        return evaluator.evaluate(len(loader.dataset))
+
+
+def test_loader(cfg: Config) -> Any:
+    """Return the loader of a config's test data, in this process.
+
+    Raises:
+        CommandError: If the config has none.
+    """
+    from mmengine.registry import DefaultScope
+    from mmengine.runner import Runner
+
+    if cfg.get('test_dataloader') is None or cfg.get('test_evaluator') is None:
+        raise CommandError('the config has no test_dataloader or no test_evaluator.')
+    settings = {**cfg.test_dataloader, 'num_workers': 0, 'persistent_workers': False}
+    importlib.import_module(f'{cfg.default_scope}.datasets')
+    importlib.import_module(f'{cfg.default_scope}.evaluation')
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        return Runner.build_dataloader(settings, seed=0)
+
+
+def with_outputs_of(exported: ExportedModel, cfg: Config) -> Callable[[Mapping[str, Any]], Any]:
+    """Return a function from a loader's batch to data samples with a file's predictions, by the model's own means.
+
+    Raises:
+        CommandError: If the file is of another kind of model than the config.
+    """
+    part = exported.notes.get('part')
+    if part not in PARTS or PARTS[part] != cfg.default_scope:
+        raise CommandError(
+            f'the file is a {part or "graph of another tool"}, and the config one of {cfg.default_scope}.'
+        )
+    model: Any = build_model(cfg)
+    if part == 'detector':
+        return lambda data: [
+            _detected(exported, model, *each) for each in zip(data['inputs'], data['data_samples'], strict=True)
+        ]
+    if part == 'classifier':
+        model.extract_feat = lambda images: images
+        model.head.forward = lambda images: exported(images)[0]
+    else:
+        # A file takes each image as a whole.
+        model.test_cfg = ConfigDict(mode='whole')
+        model.encode_decode = lambda images, metas: exported(images)[0]
+    return model.test_step
+
+
+def _pixels(image: Tensor) -> Tensor:
+    """Turn what mmcv loads, BGR (3, H, W), into an image of a detector's file."""
+    return image.flip(0).float()[None]
+
+
+def _detected(exported: ExportedModel, model: Any, image: Tensor, sample: Any) -> Any:
+    from mmengine.structures import InstanceData
+
+    boxes, scores, labels, *masks = (each[0] for each in exported(_pixels(image)))
+    real = scores > 0
+    found: Any = InstanceData(bboxes=boxes[real], scores=scores[real], labels=labels[real])
+    if masks:
+        head = model.roi_head.mask_head
+        classes = 1 if head.class_agnostic else head.num_classes
+        cells = masks[0][real].unsqueeze(1).expand(-1, classes, -1, -1)
+        # This also brings the boxes to the size of the original image.
+        (found,) = head.predict_by_feat(
+            [cells], [found], [sample.metainfo], model.roi_head.test_cfg, rescale=True, activate_map=True
+        )
+    else:
+        found.bboxes = found.bboxes / found.bboxes.new_tensor(sample.scale_factor).repeat(2)
+    sample.pred_instances = found
+    return sample

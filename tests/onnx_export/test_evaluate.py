@@ -1,0 +1,67 @@
+"""Metrics of exported files: the predictions that they are of are the model's own."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+
+from ssm_backbones.apis.config import load_config
+from ssm_backbones.apis.model import build_model
+from ssm_backbones.onnx_export import evaluate
+from ssm_backbones.onnx_export.detector import Detector
+from ssm_backbones.onnx_export.export import Classifier, Segmentor
+from ssm_backbones.utils.errors import CommandError
+
+PARTS = {'mmpretrain': ('classifier', Classifier), 'mmseg': ('segmentor', Segmentor), 'mmdet': ('detector', Detector)}
+
+
+def exported(part, module, shape=('b', 3, 'h', 'w')):
+    """What a file would compute, by PyTorch."""
+    model = object.__new__(evaluate.ExportedModel)
+    model.notes, model.shape = {'part': part}, shape
+
+    def run(images):
+        outputs = module(torch.from_numpy(images))
+        return [each.numpy() for each in (outputs if isinstance(outputs, tuple) else (outputs,))]
+
+    model._run = run
+    return model
+
+
+@pytest.mark.parametrize('host', PARTS)
+def test_predictions_are_the_model_s(host, write_config) -> None:
+    cfg = load_config(write_config(host))
+    model = build_model(cfg)
+    part, kind = PARTS[host]
+    data = next(iter(evaluate.test_loader(cfg)))
+    with torch.no_grad():
+        expected = model.test_step(deepcopy(data))
+        # The weights of the model that is built there are others.
+        found = evaluate.with_outputs_of(exported(part, kind(model)), cfg)(deepcopy(data))
+    assert len(found) == len(expected) > 0
+    for ours, theirs in zip(expected, found, strict=True):
+        if host == 'mmpretrain':
+            torch.testing.assert_close(theirs.pred_score, ours.pred_score)
+        elif host == 'mmseg':
+            assert torch.equal(theirs.pred_sem_seg.data, ours.pred_sem_seg.data)
+        else:
+            ours, theirs = ours.pred_instances, theirs.pred_instances
+            assert len(ours)
+            torch.testing.assert_close(theirs.bboxes, ours.bboxes, rtol=1e-5, atol=1e-3)
+            torch.testing.assert_close(theirs.scores, ours.scores)
+            assert torch.equal(theirs.labels, ours.labels) and (theirs.masks != ours.masks).float().mean() <= 1e-3
+
+
+def test_what_does_not_fit_is_told(write_config, tmp_path) -> None:
+    cfg = load_config(write_config('mmpretrain'))
+    with pytest.raises(CommandError, match=r'the file is a segmentor, and the config one of mmpretrain'):
+        evaluate.with_outputs_of(exported('segmentor', None), cfg)
+    with pytest.raises(CommandError, match=r'an image is 8x9, and the file takes 32x32'):
+        exported('classifier', None, (1, 3, 32, 32))(torch.zeros(1, 3, 8, 9))
+    with pytest.raises(CommandError, match='does not exist'):
+        evaluate.ExportedModel(tmp_path / 'nowhere.onnx')
+    (tmp_path / 'text.onnx').write_text('text')
+    with pytest.raises(CommandError, match='cannot be read'):
+        evaluate.ExportedModel(tmp_path / 'text.onnx')
+    with pytest.raises(ValueError, match="got 'tflite'"):
+        evaluate.ExportedModel(tmp_path / 'text.onnx', 'tflite')
