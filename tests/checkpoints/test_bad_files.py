@@ -21,6 +21,7 @@ from ssm_backbones.checkpoints import (
     restore_checkpoint,
     write_checkpoint,
 )
+from ssm_backbones.utils.torch_compat import release
 from tests.checkpoints.layouts import mamba2d_classifier, random_tensors
 from tests.checkpoints.small import classifier, prefixed, pyramid
 
@@ -161,7 +162,7 @@ def test_trainers_settings_are_read_without_their_libraries(trainers_file):
     assert convert_checkpoint(checkpoint)[1].left_out == {'config, args': 'no part of the weights'}
 
 
-@pytest.mark.skipif(not hasattr(torch.serialization, 'safe_globals'), reason='came with torch 2.5')
+@pytest.mark.skipif(release() < (2, 6), reason='torch allows it beside other code from 2.6 on')
 def test_a_reading_takes_no_permission_away_from_another(trainers_file):
     """As when a runner's checkpoint is read while an init_cfg reads the authors', each with settings in it."""
     read_checkpoint(trainers_file)
