@@ -11,6 +11,7 @@ from ssm_backbones.compat import apply_patches
 apply_patches()
 
 from cuda_ops import __version__  # noqa: E402
+from ssm_backbones import pruning  # noqa: E402, F401
 from ssm_backbones.backbones import V2M, Mamba2D, VMamba  # noqa: E402
 from ssm_backbones.checkpoints import load_official  # noqa: E402
 from ssm_backbones.compat import allow_inheritance  # noqa: E402

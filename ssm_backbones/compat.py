@@ -154,6 +154,31 @@ def _check_target_layers(model: nn.Module, target_layers: Any) -> None:
 
 
 @functools.cache
+def within_torch_pruning(
+    context: Callable[[ModuleType, Any, nn.Module], contextlib.AbstractContextManager[None]],
+) -> None:
+    """Have Torch-Pruning build each graph of layers within a context.
+
+    Args:
+        context: Called with the package, the graph that is built and the model.
+    """
+    if _version('torch-pruning') is None:
+        return
+
+    def patch(package: ModuleType) -> None:
+        build = package.DependencyGraph.build_dependency
+
+        @functools.wraps(build)
+        def build_within(self: Any, model: nn.Module, *args: Any, **options: Any) -> Any:
+            with context(package, self, model):
+                return build(self, model, *args, **options)
+
+        package.DependencyGraph.build_dependency = build_within
+
+    _after_import('torch_pruning', patch)
+
+
+@functools.cache
 def _patch_bounds_of_mmcv() -> None:
     """Let mmdet 3.3 and mmseg 1.2 be imported beside mmcv 2.2.
 

@@ -16,6 +16,7 @@ ROOMS = [
     'compat',
     'layers',
     'backbones',
+    'pruning',
     'checkpoints',
     'factory',
     'heads',

@@ -4,7 +4,7 @@ import numbers
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,22 @@ class Stage(nn.Module):
 
     def to_next(self, x: Tensor) -> Tensor:
         """Downsample the stage's map (B, H, W, C) to the next stage's input; the last stage returns it as it is."""
+        self.check_sharding()
         return self.downsample(x)
+
+    def check_sharding(self) -> None:
+        """Raise a RuntimeError if FSDP2 shards the downsampling with the stage, whose ``forward`` does not run it."""
+        if (
+            hasattr(self, 'unshard')
+            and 'to_next' not in self.__dict__
+            and not hasattr(self.downsample, 'unshard')
+            and any(True for _ in self.downsample.parameters())
+        ):
+            raise RuntimeError(
+                'fully_shard(stage) takes the downsampling that runs after the stage with it; call '
+                "torch.distributed.fsdp.register_fsdp_forward_method(stage, 'to_next') for each stage, or "
+                'fully_shard(stage.downsample) before fully_shard(stage), or shard blocks'
+            )
 
 
 class SSMBackbone(BaseModule):
@@ -221,6 +236,13 @@ class SSMBackbone(BaseModule):
                 f'{name} takes floating-point images, got {x.dtype}; normalise them first, as the data '
                 'preprocessor of mmpretrain, mmdet and mmseg does'
             )
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        # torch.jit.script asks for it, in a whole detector or classifier, too.
+        raise RuntimeError(
+            f'TorchScript cannot compile {type(self).__name__}: use torch.compile or torch.export, or record the model '
+            'by torch.jit.trace'
+        )
 
     def train(self, mode: bool = True) -> 'SSMBackbone':
         """Set training mode, except for the frozen stages, which stay in evaluation mode."""

@@ -82,6 +82,7 @@ class NormedStage(Stage):
         return self.norm(super().forward(x))
 
     def to_next(self, x: Tensor) -> Tensor:
+        self.check_sharding()
         return self.downsample(x) if isinstance(self.downsample, nn.Identity) else apply_conv(self.downsample, x)
 
 

@@ -140,8 +140,10 @@ class RotaryAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map (B, H, W, C) into one of the same shape."""
-        batch, height, width, channels = x.shape
+        batch, height, width, _ = x.shape
         qkv = apply_linear(self.qkv, x)
+        # Not those of x, of which some may have been pruned.
+        channels = qkv.shape[-1] // 3
         q, k, v = qkv.view(batch, height * width, 3, channels // self.head_dim, self.head_dim).unbind(2)
         cosine, sine = rotary_angles(height, width, self.head_dim, q)
         q, k = self.q_norm(rotate_pairs(q, cosine, sine)), self.k_norm(rotate_pairs(k, cosine, sine))

@@ -60,6 +60,30 @@ def test_fsdp2_computes_the_same(group, name, units):
         torch.testing.assert_close(found.full_tensor(), wanted.detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize('remedy', ['none', 'method', 'unit'])
+@pytest.mark.parametrize('name', [name for name in FAMILIES if name != 'v2m-plain'])
+def test_fsdp2_by_stage_names_the_downsampling_outside(group, name, remedy):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    expected, model, mesh = build(name), build(name), init_device_mesh('cpu', (1,))
+    for stage in model.stages:
+        if remedy == 'unit' and list(stage.downsample.parameters()):
+            fully_shard(stage.downsample, mesh=mesh)
+        fully_shard(stage, mesh=mesh)
+        if remedy == 'method':
+            register_fsdp_forward_method(stage, 'to_next')
+    fully_shard(model, mesh=mesh)
+    if remedy == 'none':
+        with pytest.raises(RuntimeError, match="register_fsdp_forward_method.stage, 'to_next'"):
+            loss(model)
+        return
+    for twin in (expected, model):
+        loss(twin).backward()
+    for found, wanted in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(found.grad.full_tensor(), wanted.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_distributed_checkpoints_go_both_ways(group, tmp_path):
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import (

@@ -51,3 +51,29 @@ def test_maps_are_outputs_of_modules(name):
         )
     maps = model(images())
     assert all(hooked[index] is expected for index, expected in zip(model.output_modules, maps, strict=True))
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.filterwarnings('ignore:.torch.jit.* is deprecated:DeprecationWarning')
+def test_torchscript_is_refused_with_the_alternatives(name):
+    with pytest.raises(RuntimeError, match=r'TorchScript cannot compile \w+: use torch.compile or torch.export'):
+        torch.jit.script(nn.Sequential(build(name)))
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore::UserWarning')
+@pytest.mark.parametrize(
+    'name', [name if name == 'vmamba-v0' else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
+def test_static_quantisation_of_the_traced_model(name):
+    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    model = build(name).eval()
+    with torch.no_grad():
+        prepared = prepare_fx(build(name).eval(), get_default_qconfig_mapping('onednn'), (images(),))
+        prepared(images())
+        quantised = convert_fx(prepared)
+        assert not any(type(module) is nn.Linear for module in quantised.modules())
+        for found, expected in zip(quantised(images()), model(images()), strict=True):
+            # Output norms give a deviation of 1.
+            assert 0 < (found - expected).square().mean().sqrt() < 0.1

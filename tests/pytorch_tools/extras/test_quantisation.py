@@ -1,4 +1,4 @@
-"""Quantisation by torchao and structural pruning by Torch-Pruning."""
+"""Quantisation by torchao."""
 
 import importlib
 
@@ -37,3 +37,8 @@ def test_int4(name):
     config = torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity)
     plain, changed = check(name, config, 0.2)
     assert changed == list(plain)
+
+
+def test_int4_for_gpus_names_the_library_that_it_needs():
+    with pytest.raises(ImportError, match='mslk'):
+        torchao.quantize_(build('vmamba').eval().bfloat16(), torchao.Int4WeightOnlyConfig())

@@ -1,4 +1,4 @@
-"""Lightning, accelerate, captum, pytorch-grad-cam, mmpretrain's vis_cam and Torch-Pruning."""
+"""Lightning, accelerate, captum, pytorch-grad-cam and mmpretrain's vis_cam."""
 
 import importlib
 import runpy
@@ -117,24 +117,6 @@ def test_captum(name):
     torch.testing.assert_close(given.sum((1, 2, 3)).float(), difference.detach(), rtol=0.1, atol=0.02)
     layer = next(iter(layers(model.backbone).values()))
     assert captum.LayerActivation(model, layer).attribute(images()).shape[0] == 2
-
-
-def feed_forwards(model):
-    """Pairs of linear layers, the second of which takes what the first gives."""
-    parts = [part for part in model.modules() if hasattr(part, 'fc1') and hasattr(part, 'fc2')]
-    return [(part.fc1, part.fc2) for part in parts]
-
-
-@pytest.mark.parametrize('name', [name for name in FAMILIES if feed_forwards(build(name))])
-def test_torch_pruning_narrows_the_mlps(name):
-    pruning = pytest.importorskip('torch_pruning', reason='runs by `make tools`')
-    model = build(name).eval()
-    graph = pruning.DependencyGraph().build_dependency(model, example_inputs=images())
-    layer, following = feed_forwards(model)[0]
-    width = layer.out_features
-    graph.get_pruning_group(layer, pruning.prune_linear_out_channels, idxs=[0, 1, 2]).prune()
-    assert layer.out_features == following.in_features == width - 3
-    assert all(torch.isfinite(m).all() for m in model(images()))
 
 
 def test_mmpretrain_s_vis_cam_draws_what_grad_cam_finds(write_config, shapes, tmp_path, monkeypatch):
