@@ -40,7 +40,7 @@ class _Between(nn.Module):
         self.__dict__['part'] = part
 
     def forward(self, x: Tensor, *shape: int) -> Tensor:
-        return _OneNode.apply(x, shape)  # type: ignore[no-any-return]
+        return _OneNode.apply(x, shape)
 
 
 class _Inner(_Between):
