@@ -302,9 +302,12 @@ def transformers_5(tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize('distribution', ['mmpretrain', 'onedl-mmpretrain'])
 def test_mmpretrain_takes_its_multimodal_extra_for_missing_beside_transformers_5(
-    transformers_5, monkeypatch, caplog
+    distribution, transformers_5, monkeypatch, caplog
 ) -> None:
+    versions = {distribution: '1.2.0', 'transformers': '5.24.0'}
+    monkeypatch.setattr(compat, '_version', versions.get)
     name = 'mmpretrain.utils.dependency'
     kept = importlib.import_module(name)
     assert not kept.WITH_MULTIMODAL
