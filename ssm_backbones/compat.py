@@ -82,9 +82,10 @@ def _patch_mmseg_bases() -> None:
 def _patch_mmpretrain_multimodal() -> None:
     """Let mmpretrain be imported where transformers 5 is installed, which peft and others bring.
 
-    mmpretrain 1.2, and its fork onedl-mmpretrain 1.3, import their multimodal models wherever they find pycocotools and transformers from 4.28
-    on. These derive from names that transformers 5 no longer has, so ``import mmpretrain.models`` ends in ``TypeError:
-    NoneType takes no arguments``. The patch makes it take its multimodal extra for missing, as without transformers.
+    mmpretrain 1.2, and its fork onedl-mmpretrain 1.3, import their multimodal models wherever they find pycocotools and
+    transformers from 4.28 on. These derive from names that transformers 5 no longer has, so ``import
+    mmpretrain.models`` ends in ``TypeError: NoneType takes no arguments``. The patch makes it take its multimodal extra
+    for missing, as without transformers.
     """
     transformers, mmpretrain = _version('transformers'), _version('mmpretrain') or _version('onedl-mmpretrain')
     if transformers is None or mmpretrain is None or int(transformers.partition('.')[0]) < 5:
