@@ -26,7 +26,7 @@ def scan(kind, side):
         inputs = [x, *deltas, A[0], A[0].clone(), *(torch.randn(*grid, N) for _ in range(3)), D[0]]
     elif kind == 'selective_scan':
         flat = lambda channels: torch.randn(1, channels, side * side)
-        inputs = [flat(E), flat(E), A[0], flat(N), flat(N), D[0]]
+        inputs = [flat(E), flat(E).abs(), A[0], flat(N), flat(N), D[0]]
     else:
         shape = (*grid, K) if K > 1 else grid
         inputs = [x, torch.rand(*shape, E), A if K > 1 else A[0], torch.randn(*shape, N), torch.randn(*shape, N),
