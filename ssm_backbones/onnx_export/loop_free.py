@@ -29,12 +29,12 @@ def line(decay: Tensor, inflow: Tensor) -> Tensor:
         NotImplementedError: If L is dynamic and has no upper bound.
     """
     shape = inflow.shape
-    return _line(decay.flatten(1), inflow.flatten(1), _bound(shape[0])).reshape(shape)
+    return _line(decay.flatten(1), inflow.flatten(1), _bound(_length(inflow))).reshape(shape)
 
 
 def _line(decay: Tensor, inflow: Tensor, bound: int) -> Tensor:
     """Compute :func:`line` of (L, M), where L is at most ``bound``."""
-    length = inflow.shape[0]
+    length = _length(inflow)
     if bound <= _UNROLLED:
         decay, inflow = _extended(decay, bound), _extended(inflow, bound)
         return _cut(torch.stack(_unroll(decay.unbind(0), inflow.unbind(0), torch.zeros_like(inflow[0]))), length)
@@ -61,7 +61,7 @@ def front(left: Tensor, top: Tensor, inflow: Tensor) -> Tensor:
     Raises:
         NotImplementedError: If L is dynamic and has no upper bound.
     """
-    length = inflow.shape[0]
+    length = _length(inflow)
     bound = _bound(length)
     left, top, inflow = (_extended(value, bound) for value in (left, top, inflow))
     state = inflow[0]
@@ -100,7 +100,7 @@ def _extended(value: Tensor, size: Any, most: int | None = None) -> Tensor:
 
     Without ``most`` an open length gets one row more than ``size``, its bound, which it then never has itself.
     """
-    length = value.shape[0]
+    length = _length(value)
     if isinstance(length, int):
         if length == size:
             return value
@@ -112,4 +112,11 @@ def _extended(value: Tensor, size: Any, most: int | None = None) -> Tensor:
 
 
 def _cut(value: Tensor, length: Any) -> Tensor:
-    return value if isinstance(value.shape[0], int) and value.shape[0] == length else value[:length]
+    present = _length(value)
+    return value if isinstance(present, int) and present == length else value[:length]
+
+
+def _length(value: Tensor) -> Any:
+    length = value.shape[0]
+    # Those that torch.jit.trace records are tensors, of fixed sizes.
+    return length if isinstance(length, torch.SymInt) else int(length)
