@@ -11,7 +11,7 @@ site-packages = $(1) -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 given = $(filter command environment,$(firstword $(origin $(1))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow tools lint format docs kernels prove fuzz sanitize endurance runtimes wheel abi matrix clean
+.PHONY: help setup demo test test-slow tools lint format docs kernels prove fuzz sanitize endurance runtimes deploy wheel abi matrix clean
 
 help:
 	@echo 'make demo      set up, then train, evaluate and show a small model (DEMO_ARGS, FAMILY, TASK are passed on)'
@@ -20,6 +20,7 @@ help:
 	@echo 'make tools     test timm, transformers, peft, torchao and other libraries around the backbones, in an environment of its own (.venv-tools)'
 	@echo 'make kernels   compile every CUDA kernel for every architecture by nvcc alone, and print what each takes (ARCHS="8.0 9.0")'
 	@echo 'make runtimes  compile the scans as operators of onnxruntime and OpenVINO, into build/runtimes'
+	@echo 'make deploy    run every family and task in seven runtimes, and write what agrees to build/deploy.md; in .venv-deploy'
 	@echo 'make prove     prove by a verifier that the threads of the CUDA kernels are ordered in every schedule; needs nvcc, takes half an hour of one core or more, in .venv-prove'
 	@echo 'make fuzz      fuzz the readers of checkpoints and exported features for ten minutes (FUZZ_SECONDS=600)'
 	@echo 'make sanitize  run the CPU kernels under the address, undefined-behaviour and thread sanitizers; needs g++'
@@ -94,6 +95,10 @@ endurance: setup
 
 runtimes: setup
 	@$(IN_VENV) tools/make_runtimes.py
+
+deploy: setup
+	$(call on-top,.venv-deploy,requirements/deploy.txt)
+	@.venv-deploy/bin/python tests/deploy/runtimes.py $(DEPLOY_ARGS)
 
 prove: setup
 	$(call on-top,.venv-prove,requirements/prove.txt)
