@@ -42,22 +42,24 @@ class ExportedModel:
             raise ValueError(f'runtime must be one of {", ".join(RUNTIMES)}, got {runtime!r}')
         if not Path(path).is_file():
             raise CommandError(f'model {path} does not exist.')
+        settings = {'INFERENCE_PRECISION_HINT': 'f32', 'INFERENCE_NUM_THREADS': torch.get_num_threads()}
         try:
             # OpenVINO does not tell the metadata.
             session = open_session(path)
+            self._run: Callable[[np.ndarray], Sequence[np.ndarray]] = lambda images: session.run(
+                None, {'images': images}
+            )
+            if runtime == 'openvino':
+                core: Any = importlib.import_module('openvino').Core()
+                compiled = core.compile_model(core.read_model(path), 'CPU', settings)
+                self._run = lambda images: list(compiled([images]).values())
         except ImportError as error:
-            raise CommandError(f'{error.name} not installed; pip install {error.name}') from error
+            raise CommandError(f'{error.name} is not installed; pip install {error.name}') from error
         except Exception as error:
-            # onnxruntime's errors have no other common base class.
+            # The runtimes' errors have no other common base class.
             raise CommandError(f'model {path} cannot be read: {str(error).strip().splitlines()[0]}') from error
         self.notes: Mapping[str, str] = session.get_modelmeta().custom_metadata_map
         self.shape: Sequence[int | str] = session.get_inputs()[0].shape
-        self._run: Callable[[np.ndarray], Sequence[np.ndarray]] = lambda images: session.run(None, {'images': images})
-        if runtime == 'openvino':
-            core: Any = importlib.import_module('openvino').Core()
-            settings = {'INFERENCE_PRECISION_HINT': 'f32', 'INFERENCE_NUM_THREADS': torch.get_num_threads()}
-            compiled = core.compile_model(core.read_model(path), 'CPU', settings)
-            self._run = lambda images: list(compiled([images]).values())
 
     def __call__(self, images: Tensor) -> list[Tensor]:
         """Run on images (B, C, H, W), and return every output.
@@ -66,10 +68,12 @@ class ExportedModel:
             CommandError: If the file takes other sizes.
         """
         self.check_size(images)
-        # Where the batch is fixed, images are run one by one.
-        groups = images.split(self.shape[0]) if isinstance(self.shape[0], int) else [images]
-        found = [self._run(group.numpy()) for group in groups]
-        return [torch.from_numpy(np.concatenate(each)) for each in zip(*found, strict=True)]
+        given, batch = images, self.shape[0]
+        if isinstance(batch, int):
+            # The last group is filled up with copies, whose outputs are dropped.
+            given = torch.cat([images, images[:1].expand(-len(images) % batch, -1, -1, -1)])
+        found = [self._run(group.numpy()) for group in given.split(batch if isinstance(batch, int) else len(given))]
+        return [torch.from_numpy(np.concatenate(each)[: len(images)]) for each in zip(*found, strict=True)]
 
     def check_size(self, images: Tensor) -> None:
         """Refuse images of sizes that the file does not take.

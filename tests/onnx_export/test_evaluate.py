@@ -1,7 +1,9 @@
 """Metrics of exported files: the predictions that they are of are the model's own."""
 
+import sys
 from copy import deepcopy
 
+import onnx
 import pytest
 import torch
 
@@ -50,6 +52,35 @@ def test_predictions_are_the_model_s(host, write_config) -> None:
             torch.testing.assert_close(theirs.bboxes, ours.bboxes, rtol=1e-5, atol=1e-3)
             torch.testing.assert_close(theirs.scores, ours.scores)
             assert torch.equal(theirs.labels, ours.labels) and (theirs.masks != ours.masks).float().mean() <= 1e-3
+
+
+@pytest.fixture
+def means(tmp_path):
+    """A file for two images at once, which gives their means."""
+    tensor = onnx.helper.make_tensor_value_info
+    ends = tensor('images', onnx.TensorProto.FLOAT, [2, 3, 4, 5]), tensor('means', onnx.TensorProto.FLOAT, [2, 3, 1, 1])
+    node = onnx.helper.make_node('GlobalAveragePool', ['images'], ['means'])
+    graph = onnx.helper.make_graph([node], 'graph', ends[:1], ends[1:])
+    model = onnx.helper.make_model(graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid('', 18)])
+    onnx.save(model, tmp_path / 'means.onnx')
+    return tmp_path / 'means.onnx'
+
+
+@pytest.mark.parametrize('runtime', evaluate.RUNTIMES)
+def test_any_number_of_images_is_run_where_the_batch_is_fixed(runtime, means) -> None:
+    model = evaluate.ExportedModel(means, runtime)
+    for count in (1, 2, 5):
+        images = torch.randn(count, 3, 4, 5)
+        (found,) = model(images)
+        torch.testing.assert_close(found, images.mean((2, 3), keepdim=True))
+
+
+def test_a_runtime_that_is_missing_is_told(means, monkeypatch) -> None:
+    for name in evaluate.RUNTIMES:
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(CommandError, match=f'^{name} is not installed; pip install {name}$'):
+            evaluate.ExportedModel(means, name)
+        monkeypatch.undo()
 
 
 def test_what_does_not_fit_is_told(write_config, tmp_path) -> None:
