@@ -7,6 +7,12 @@ TESTS = Path(__file__).resolve().parent
 PAGE = TESTS.parent / 'docs' / 'promises.md'
 
 
+def test_every_row_is_in_a_table() -> None:
+    lines = PAGE.read_text(encoding='utf-8').splitlines()
+    for before, line, after in zip(['', *lines], lines, [*lines[1:], ''], strict=False):
+        assert not line.startswith('| ') or before.startswith('| ') or after.startswith('| ---'), line
+
+
 def test_every_promise_names_a_test_that_exists() -> None:
     rows = re.findall(r'^\| (?!promise|---)(.+) \| (.+) \|$', PAGE.read_text(encoding='utf-8'), re.MULTILINE)
     assert len(rows) > 10
