@@ -9,6 +9,7 @@ import argparse
 import itertools
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -66,12 +67,19 @@ def last_step() -> int:
     return max(steps, default=0)
 
 
+def remove_earlier_run() -> None:
+    """Remove what an earlier run left, whose iterations would be taken for this one's until it writes its first."""
+    shutil.rmtree(FOLDER / 'train', ignore_errors=True)
+    (FOLDER / 'samples.jsonl').unlink(missing_ok=True)
+
+
 def run(minutes: float) -> list[Sample]:
     """Train for this long and return the samples.
 
     Raises:
         SystemExit: if the training ends before.
     """
+    remove_earlier_run()
     make_shapes(FOLDER / 'shapes', formats=['ade20k'])
     options = [
         'train_cfg.max_iters=10000000',

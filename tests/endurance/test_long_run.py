@@ -1,6 +1,7 @@
 """What the comparison of a long training finds; `make endurance` makes one."""
 
 import importlib.util
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,17 @@ def test_what_grows_is_named(grows, says, capsys):
 def test_a_training_that_is_too_short_is_an_error():
     with pytest.raises(SystemExit, match='too short'):
         long_run.compare(samples(minutes=3))
+
+
+def test_an_earlier_run_is_not_taken_for_this_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(long_run, 'FOLDER', tmp_path)
+    log = tmp_path / 'train' / '20260101' / 'vis_data' / 'scalars.json'
+    log.parent.mkdir(parents=True)
+    for path in (log, tmp_path / 'samples.jsonl'):
+        path.write_text('{"step": 900}\n')
+    assert long_run.last_step() == 900
+    monkeypatch.setattr(long_run, 'make_shapes', lambda *args, **options: None)
+    training = Namespace(poll=lambda: None, pid=0, send_signal=lambda number: None, wait=lambda: 0)
+    monkeypatch.setattr(long_run.subprocess, 'Popen', lambda *args, **options: training)
+    assert long_run.run(minutes=0) == []
+    assert long_run.last_step() == 0 and not (tmp_path / 'samples.jsonl').exists()
