@@ -40,9 +40,9 @@ class Environment:
         self.complete = self.folder / 'complete'
         self.log = FOLDER / f'{self.folder.name}.log'
         self.environ = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
-        # Whatever else the environment is held to, this version is wanted.
         # No test here needs CUDA kernels, which take minutes to compile; make abi compiles their bindings.
         self.environ.setdefault('FORCE_CUDA', '0')
+        # Whatever else the environment is held to, this version is wanted.
         self.environ |= {'PIP_CONSTRAINT': os.devnull, 'PATH': f'{self.python.parent}{os.pathsep}{os.environ["PATH"]}'}
         self.log.unlink(missing_ok=True)
         if not self.complete.exists():

@@ -37,8 +37,8 @@ class Processes:
     def share(self, items: Sequence[T], batch_size: int) -> list[T]:
         """Return this process's share of the items: every ``world``-th batch.
 
-        Whole batches are divided, so that a model gets those that one process would give it: the size of a batch may
-        change the rounding of its results.
+        Whole batches are divided, so that a model gets those that one process would give it where images are of one
+        size: the size of a batch may change the rounding of its results.
         """
         return [item for place, item in enumerate(items) if place // batch_size % self.world == self.rank]
 
