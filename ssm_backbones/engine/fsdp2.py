@@ -199,7 +199,7 @@ def _faults(cfg: Config, launcher: str) -> Iterator[tuple[bool, str]]:
     )
     wrapper = cfg.get('optim_wrapper') or {}
     yield (
-        wrapper.get('type') == 'AmpOptimWrapper',
+        'AmpOptimWrapper' in str(wrapper.get('type')),
         "does not scale losses; set param_dtype='bfloat16' in the strategy, or optim_wrapper.type='OptimWrapper' or "
         "'BFloat16OptimWrapper'.",
     )

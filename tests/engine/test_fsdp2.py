@@ -130,6 +130,7 @@ def test_detectors_and_segmentors_in_bfloat16(host, last, test, write_config, tm
         (dict(launcher='none'), 'tools/dist_train.sh'),
         (dict(custom_hooks=[dict(type='mmpretrain.EMAHook')]), 'remove EMAHook'),
         (dict(optim_wrapper=dict(type='AmpOptimWrapper', optimizer=dict())), "param_dtype='bfloat16'"),
+        (dict(optim_wrapper=dict(type='mmengine.AmpOptimWrapper', optimizer=dict())), "param_dtype='bfloat16'"),
         (dict(optim_wrapper=dict(constructor='Several')), 'one optimizer'),
         (dict(compile=True), 'remove compile'),
         (dict(val_cfg=dict(fp16=True)), 'remove val_cfg.fp16'),
