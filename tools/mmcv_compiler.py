@@ -83,7 +83,7 @@ def group_of(source):
     return files[number % GROUPS :: GROUPS]
 
 
-def compile_together(folder, compiler, arguments, source):
+def compile_together(folder, compiler, arguments, flags, source):
     """Compile the group of a file, if it is the first of the group to come, and otherwise nothing, as this file.
 
     Where the group does not compile as one, each file is compiled by itself, and their objects become one.
@@ -92,6 +92,7 @@ def compile_together(folder, compiler, arguments, source):
         folder: Where groups that were compiled are noted.
         compiler: The compiler.
         arguments: Its arguments for this file.
+        flags: Those among them that are the same for all files.
         source: The file, as the arguments name it.
 
     Returns:
@@ -101,7 +102,7 @@ def compile_together(folder, compiler, arguments, source):
     if len(group) == 1 or '-o' not in arguments:
         return None
     try:
-        note = os.path.join(folder, hashlib.sha256('\0'.join(group).encode()).hexdigest()[:16] + '.group')
+        note = os.path.join(folder, hashlib.sha256('\0'.join([*group, *flags]).encode()).hexdigest()[:16] + '.group')
         os.close(os.open(note, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         without_header = arguments[: arguments.index('-include')] if '-include' in arguments else arguments
@@ -144,7 +145,7 @@ def main(folder, header, *rest):
         if precompiled:
             # A warning in the log shows if the compiler does not use it.
             arguments += ['-Winvalid-pch', '-include', precompiled]
-        status = compile_together(folder, compiler, arguments, source)
+        status = compile_together(folder, compiler, arguments, flags, source)
         if status is not None:
             return status
     os.execvp(compiler[0], [*compiler, *arguments])
