@@ -523,7 +523,8 @@ def run_steps(steps: Sequence[Step], build_dir: Path, environ: Mapping[str, str]
 def ninja_file(steps: Sequence[Step]) -> str:
     """The steps as a ninja build file, with the headers each compiled file includes tracked by ninja."""
     lines = ['rule run', '  command = $argv', '  description = $name', '']
-    for step in steps:
+    # Ninja starts with the first. The last ones, kernels of the widest vectors, take longest, and would be waited for.
+    for step in reversed(steps):
         inputs = ' '.join(map(_ninja_path, step.inputs))
         argv = shlex.join(step.argv).replace('$', '$$')
         lines += [f'build {_ninja_path(step.output)}: run {inputs}', f'  argv = {argv}', f'  name = {step.output.name}']

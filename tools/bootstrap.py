@@ -25,8 +25,7 @@ from setup_commands import StepFailed, diagnose, run_logged, say
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MINIMUM_PYTHON = (3, 10)
 STACKS = {'openmmlab': ('mmengine', 'mmcv'), 'onedl': ('onedl-mmengine', 'onedl-mmcv')}
-# Python compiles what is imported when it first is; compiling all would take as long as unpacking it.
-PIP = '-m pip install --no-user --no-input --disable-pip-version-check --progress-bar off --no-compile'.split()
+PIP = '-m pip install --no-user --no-input --disable-pip-version-check --progress-bar off'.split()
 
 
 class SetupError(Exception):

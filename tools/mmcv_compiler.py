@@ -9,10 +9,12 @@ Runs the compiler with these arguments. Whatever is no plain compilation of one 
 where the header cannot be compiled, the files are compiled without.
 """
 
+import contextlib
 import fcntl
 import glob
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,7 +26,7 @@ OTHER = ('-E', '-S', '-M', '-MM', '-x', '-include', '-fsyntax-only', '-')
 SUFFIXES = ('.cpp', '.cc', '.cxx')
 # Reading torch's header, precompiled, takes 3 s, as long as all else of a usual file of mmcv. A group of a folder's
 # files reads it once. The groups are few, and divide mmcv's files so that none defines a name twice. What is longer
-# than any usual file (the bindings) is compiled alone, since everything waits for it.
+# than any usual file (the bindings, a third of all the work) is compiled alone and first: see ``compile_ahead``.
 GROUPS = 5
 LONG = 50000
 
@@ -73,6 +75,45 @@ def precompile(folder, header, compiler, flags):
     return path if os.path.exists(path + '.gch') else None
 
 
+def note_of(folder, files, flags, suffix):
+    """Return a path in the folder that is these files' with these flags alone."""
+    return os.path.join(folder, hashlib.sha256('\0'.join([*files, *flags]).encode()).hexdigest()[:16] + suffix)
+
+
+def compile_ahead(folder, compiler, arguments, flags, source):
+    """Compile the long files of this file's folder, unless another process does or has done so.
+
+    Left to its turn, a long file would be compiled last, while all other processors wait. The header, which meanwhile
+    another process compiles, is not needed for it. A failure is left for the file's own turn to tell.
+    """
+    directory, suffix = os.path.split(os.path.abspath(source))[0], os.path.splitext(source)[1]
+    for path in glob.glob(f'{glob.escape(directory)}/*{suffix}'):
+        if os.path.getsize(path) <= LONG or '-o' not in arguments:
+            continue
+        target = note_of(folder, [path], flags, '.o')
+        with contextlib.suppress(OSError), open(target + '.lock', 'w') as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.exists(target) or os.path.exists(target + '.failed'):
+                continue
+            command = [path if argument == source else argument for argument in arguments]
+            command[command.index('-o') + 1] = target + '.new'
+            if subprocess.call([*compiler, *command], stderr=subprocess.DEVNULL):
+                open(target + '.failed', 'w').close()
+            else:
+                os.replace(target + '.new', target)
+
+
+def take_compiled(folder, arguments, flags, source):
+    """Take the object of a long file that was compiled ahead, or is being so; return whether there is one."""
+    target = note_of(folder, [os.path.abspath(source)], flags, '.o')
+    if os.path.exists(target + '.lock') and '-o' in arguments:
+        with contextlib.suppress(OSError), open(target + '.lock', 'w') as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            shutil.copyfile(target, arguments[arguments.index('-o') + 1])
+            return True
+    return False
+
+
 def group_of(source):
     """Return the files of its folder that are compiled together with this one, itself among them."""
     if os.path.getsize(source) > LONG:
@@ -102,8 +143,7 @@ def compile_together(folder, compiler, arguments, flags, source):
     if len(group) == 1 or '-o' not in arguments:
         return None
     try:
-        note = os.path.join(folder, hashlib.sha256('\0'.join([*group, *flags]).encode()).hexdigest()[:16] + '.group')
-        os.close(os.open(note, os.O_CREAT | os.O_EXCL))
+        os.close(os.open(note_of(folder, group, flags, '.group'), os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         without_header = arguments[: arguments.index('-include')] if '-include' in arguments else arguments
         nothing = [os.devnull if argument == source else argument for argument in without_header]
@@ -134,9 +174,13 @@ def main(folder, header, *rest):
     end = rest.index('--')
     compiler, arguments = rest[:end], list(rest[end + 1 :])
     found = shared_flags(arguments)
-    if found:
+    if found and os.path.isfile(found[1]):
         flags, source = found
         arguments.append('-g0')
+        if os.path.getsize(source) <= LONG:
+            compile_ahead(folder, compiler, arguments, flags, source)
+        elif take_compiled(folder, arguments, flags, source):
+            return 0
         precompiled = precompile(folder, header, compiler, flags) if header else None
         if header and not precompiled and with_standard(flags) != flags:
             precompiled = precompile(folder, header, compiler, with_standard(flags))

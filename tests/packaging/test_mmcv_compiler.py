@@ -147,7 +147,7 @@ def compile_folder(root, tmp_path):
 
     def run(sources: dict[str, str]):
         folder = tmp_path / 'sources'
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         for name, text in sources.items():
             (folder / name).write_text(text)
         command = [sys.executable, str(root / 'tools' / 'mmcv_compiler.py'), str(tmp_path / 'headers'), 'vector']
@@ -179,6 +179,25 @@ def test_files_of_a_folder_are_compiled_in_groups(compile_folder, compiler_scrip
     assert functions(objects[0]) == ['f0', f'f{compiler_script.GROUPS}']
     assert [functions(path) for path in objects[compiler_script.GROUPS : count]] == [[]] * compiler_script.GROUPS
     assert functions(objects[-1]) == [f'f{count}']
+
+
+def test_a_long_file_is_compiled_ahead_and_once(compile_folder, compiler_script, tmp_path):
+    text = '#pragma message("long")\nextern "C" int f1() { return __COUNTER__ + LONG; }' + ' ' * compiler_script.LONG
+    compile_folder({'a.cpp': ''})
+    (tmp_path / 'sources' / 'long.cpp').write_text(text.replace('LONG', '1'))
+    compile_folder({'b.cpp': ''})
+    (ahead,) = (tmp_path / 'headers').glob('*.o')
+    assert functions(ahead) == ['f1']
+    # What was compiled ahead is taken as it is.
+    library, _ = compile_folder({'long.cpp': text.replace('LONG', '2')})
+    assert library.f1() == 1
+
+
+def test_the_fault_of_a_long_file_is_told_at_its_turn(compile_folder, compiler_script, tmp_path, capfd):
+    with pytest.raises(subprocess.CalledProcessError):
+        compile_folder({'a.cpp': '', 'long.cpp': 'fault' + ' ' * compiler_script.LONG})
+    assert 'fault' in capfd.readouterr().err
+    assert len(list((tmp_path / 'headers').glob('*.failed'))) == 1
 
 
 def test_files_that_do_not_compile_as_one_are_compiled_by_themselves(compile_folder, compiler_script):
