@@ -113,7 +113,7 @@ def test_the_report_fails_for_a_kernel_that_spills(root: Path, tmp_path: Path, c
     """The command line, with one small kernel in place of the package's own, which takes it seconds."""
     source = tmp_path / 'cuda_ops' / 'csrc' / 'cuda' / 'small.cu'
     source.parent.mkdir(parents=True)
-    for name in ('tools/kernel_report.py', 'cuda_ops/_build.py'):
+    for name in ('tools/kernel_report.py', 'tools/children.py', 'cuda_ops/_build.py'):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(root / name, tmp_path / name)
     index = '' if not spills else ' * x[0]'
