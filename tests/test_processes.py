@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -63,9 +62,7 @@ def test_models_in_several_threads_of_one_to_eight_change_no_bit(threads) -> Non
     'method',
     ['fork', pytest.param('forkserver', marks=pytest.mark.slow), pytest.param('spawn', marks=pytest.mark.slow)],
 )
-def test_data_loader_workers_compute_the_same(method, threads, monkeypatch) -> None:
-    # A started worker imports this module; "tests" may be a package of another project, too.
-    monkeypatch.setenv('PYTHONPATH', str(Path(__file__).resolve().parents[1]))
+def test_data_loader_workers_compute_the_same(method, threads) -> None:
     # The parent has threads of its own by then, which a forked worker lacks.
     threads(2)
     expected = [scan(seed) for seed in range(4)]
