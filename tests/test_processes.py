@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-import cuda_ops
 from tests.ops.helpers import run_python
 from tests.pytorch_tools.models import build, images
-
-
-def scan(seed: int) -> torch.Tensor:
-    """Output and gradients of a scan on a map that several threads share, as one row."""
-    generator = torch.Generator().manual_seed(seed)
-    x, delta = torch.randn(2, 24, 24, 96, generator=generator), torch.randn(2, 24, 24, 96, generator=generator)
-    A = -torch.rand(96, 2, generator=generator)
-    inputs = [value.requires_grad_() for value in (x, delta, A)]
-    output = cuda_ops.line_scan(*inputs, None, None, axis='row')
-    return torch.cat([value.flatten() for value in (output, *torch.autograd.grad(output.square().sum(), inputs))])
-
-
-class Scans(Dataset):
-    """Scans, computed by whoever reads them."""
-
-    def __len__(self) -> int:
-        return 4
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return scan(index).detach()
+from tests.scan_dataset import scan
 
 
 @pytest.fixture
@@ -62,11 +44,14 @@ def test_models_in_several_threads_of_one_to_eight_change_no_bit(threads) -> Non
     'method',
     ['fork', pytest.param('forkserver', marks=pytest.mark.slow), pytest.param('spawn', marks=pytest.mark.slow)],
 )
-def test_data_loader_workers_compute_the_same(method, threads) -> None:
+def test_data_loader_workers_compute_the_same(method, threads, monkeypatch) -> None:
+    # A started worker imports the data set's module, by a name that no other project's "tests" can take.
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    scans = importlib.import_module('scan_dataset').Scans()
     # The parent has threads of its own by then, which a forked worker lacks.
     threads(2)
     expected = [scan(seed) for seed in range(4)]
-    loader = DataLoader(Scans(), batch_size=1, num_workers=2, multiprocessing_context=method, timeout=120)
+    loader = DataLoader(scans, batch_size=1, num_workers=2, multiprocessing_context=method, timeout=120)
     for found, value in zip(loader, expected, strict=True):
         assert torch.equal(found[0], value)
 
