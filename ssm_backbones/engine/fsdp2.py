@@ -226,7 +226,7 @@ def _stages(model: nn.Module) -> list[Stage]:
 
 
 def _clip_grad_norm(parameters: Iterable[Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    # The norm is a DTensor, of which float() would take this process's part.
+    # The norm is a DTensor, whose parts float() adds up in torch 2.13, but not in every older version.
     norm: Any = nn.utils.clip_grad_norm_(parameters, *args, **kwargs)
     return norm.full_tensor() if hasattr(norm, 'full_tensor') else norm
 

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -24,6 +25,12 @@ def _load(name: str, path: Path) -> ModuleType:
 def root() -> Path:
     """The checkout."""
     return ROOT
+
+
+@pytest.fixture
+def load_tool() -> Callable[[str], ModuleType]:
+    """Loads a file of tools/ that is no part of a package, by its name."""
+    return lambda name: _load(name, ROOT / 'tools' / f'{name}.py')
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """What ``make matrix`` tests other versions of torch with."""
 
 import ctypes
-import importlib.util
 import subprocess
 
 import pytest
@@ -10,11 +9,8 @@ from tests.missing_libraries import missing
 
 
 @pytest.fixture
-def cuda_stubs(root):
-    spec = importlib.util.spec_from_file_location('cuda_stubs', root / 'tools' / 'cuda_stubs.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def cuda_stubs(load_tool):
+    return load_tool('cuda_stubs')
 
 
 def link(source: str, output, *flags) -> None:

@@ -2,7 +2,6 @@
 
 import ctypes
 import fcntl
-import importlib.util
 import re
 import shlex
 import subprocess
@@ -17,11 +16,8 @@ FLAGS = '-O3 -DNDEBUG -g -std=c++17 -Wall'
 
 
 @pytest.fixture
-def compiler_script(root):
-    spec = importlib.util.spec_from_file_location('mmcv_compiler', root / 'tools' / 'mmcv_compiler.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def compiler_script(load_tool):
+    return load_tool('mmcv_compiler')
 
 
 @pytest.fixture
