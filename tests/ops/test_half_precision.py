@@ -24,14 +24,11 @@ SMALL = (
 LARGE = (
     Cross(1, 56, 56, 96, 1),
     Factors(1, 56, 56, 96, 1, rank=6),
-    Sequence(1, 64, 3136, 1, B=0, C=0),
+    Sequence(1, 512, 3136, 1, B=0, C=0),  # nearly all the error is that of the few channels that decay slowest
     Sequence(1, 64, 3136, 16),
     Lines(1, 56, 56, 96, 16, 'column', reverse=True),
     Wavefront(1, 56, 56, 64, 16),
 )
-
-# Measured to lose more, for now: a float32 sum over positions.
-KNOWN = {(SMALL[2], torch.float16, 'grad A'): 2.1}
 
 
 @pytest.mark.parametrize('dtype', (torch.bfloat16, torch.float16), ids=dtype_name)
@@ -46,6 +43,6 @@ def test_errors_are_at_most_twice_pytorch_s(case: Cross | Sequence | Lines | Wav
     worse = {}
     for name, value in exact.items():
         error, other = ((result[name].double() - value).norm().item() for result in (got, reference))
-        if error > KNOWN.get((case, dtype, name), 2) * other:
+        if error > 2 * other:
             worse[name] = error / other if other else float('inf')
     assert not worse

@@ -252,17 +252,22 @@ class BackwardTile : ScanTile<T, S, Units> {
         pixels_(new Pixel[chunk_]),
         delta_(chunk_ * vectors()),
         delta_slope_(chunk_ * vectors()),
-        decay_(chunk_ * vectors() * states_),
+        decay_((chunk_ + 1) * vectors() * states_),
         chunk_states_((chunk_ + 1) * vectors() * states_),
-        carry_(vectors() * states_),
+        grad_state_(vectors() * states_),
         grad_A_(vectors() * states_),
-        total_A_(vectors() * states_) {}
+        total_A_(vectors() * states_),
+        error_A_(vectors() * states_) {}
 
   void run() {
     for (int64_t k = 0; k < p_.routes; ++k) {
       this->load_parameters(k);
-      for (int i = 0; i < vectors() * states_; ++i) grad_A_.data()[i] = total_A_.data()[i] = V{};
-      for (int v = 0; v < vectors(); ++v) grad_D_[v] = total_D_[v] = grad_bias_[v] = total_bias_[v] = V{};
+      for (int i = 0; i < vectors() * states_; ++i) {
+        grad_A_.data()[i] = total_A_.data()[i] = error_A_.data()[i] = V{};
+      }
+      for (int v = 0; v < vectors(); ++v) {
+        grad_D_[v] = total_D_[v] = error_D_[v] = grad_bias_[v] = total_bias_[v] = error_bias_[v] = V{};
+      }
       const RouteShape shape = route_shape(p_.route[k], p_.per_line, p_.height, p_.width);
       for (int64_t line = item_.first_line; line < item_.end_line; ++line) run_line(k, shape, line);
       store_parameter_gradients(k);
@@ -270,18 +275,25 @@ class BackwardTile : ScanTile<T, S, Units> {
   }
 
  private:
+  // Positions whose sum is accumulated plainly.
+  static constexpr int kBlock = 32;
+
   static int64_t chunk_length(const RouteScanParams& p) {
     const int64_t length = route_shape(p.route[0], p.per_line, p.height, p.width).length;
     return length < p.chunk ? length : p.chunk;
   }
 
   void run_line(int64_t k, RouteShape shape, int64_t line) {
-    load_carry(k);
-    for (int64_t chunk = saved_state_count(shape.length, p_.chunk); chunk >= 0; --chunk) {
+    load_grad_last_state(k);
+    const int64_t last = saved_state_count(shape.length, p_.chunk);
+    for (int64_t chunk = last; chunk >= 0; --chunk) {
       const int64_t begin = chunk * p_.chunk;
       const int64_t rest = shape.length - begin;
       const int count = int(rest < p_.chunk ? rest : p_.chunk);
       load_saved_state(k, shape, line, chunk);
+      // The decay of the position after the chunk; none of the gradient of the last state.
+      V* decay_after = decay_.data() + int64_t(count) * states_ * vectors();
+      for (int s = 0; s < states_ * vectors(); ++s) decay_after[s] = chunk == last ? splat(S(1)) : decay_.data()[s];
       Pixel pixel = this->pixel(k, line, begin);
       for (int i = 0; i < count; ++i, this->advance(k, pixel)) {
         pixels_[i] = pixel;
@@ -297,32 +309,42 @@ class BackwardTile : ScanTile<T, S, Units> {
         } else {
           differentiate_position<0>(k, i);
         }
+        if (i % kBlock == 0) add_block_to_totals();
       }
-      add_chunk_to_totals();
     }
   }
 
-  // Sums over positions are accumulated per chunk: the precision of a single sum would decrease with the length.
-  void add_chunk_to_totals() {
-    for (int i = 0; i < vectors() * states_; ++i) {
-      total_A_.data()[i] += grad_A_.data()[i];
-      grad_A_.data()[i] = V{};
-    }
+  // Sums over positions are accumulated per block, and those of the blocks with their rounding errors: the precision of
+  // a single sum would decrease with the length.
+  void add_block_to_totals() {
+    for (int i = 0; i < vectors() * states_; ++i)
+      add_to_total(total_A_.data()[i], error_A_.data()[i], grad_A_.data()[i]);
     for (int v = 0; v < vectors(); ++v) {
-      total_D_[v] += grad_D_[v];
-      total_bias_[v] += grad_bias_[v];
-      grad_D_[v] = grad_bias_[v] = V{};
+      add_to_total(total_D_[v], error_D_[v], grad_D_[v]);
+      add_to_total(total_bias_[v], error_bias_[v], grad_bias_[v]);
     }
   }
 
-  void load_carry(int64_t k) {
-    for (int i = 0; i < vectors() * states_; ++i) carry_.data()[i] = V{};
+  // Moves a block's sum to the total; `error` collects what the total loses by rounding (Knuth's TwoSum).
+  static void add_to_total(V& total, V& error, V& block) {
+    const V sum = total + block;
+    const V added = sum - total;
+    error += (total - (sum - added)) + (block - added);
+    total = sum;
+    block = V{};
+  }
+
+  // After an overflow the error is NaN, and the total what a plain sum would be.
+  static V corrected(V total, V error) { return error == error ? total + error : total; }
+
+  void load_grad_last_state(int64_t k) {
+    for (int i = 0; i < vectors() * states_; ++i) grad_state_.data()[i] = V{};
     if (!p_.grad_last_state) return;
     const S* grad = static_cast<const S*>(p_.grad_last_state) +
                     ((item_.batch * p_.routes + k) * p_.channels + item_.channel) * int64_t(states_);
     for (int n = 0; n < states_; ++n)
       for (int c = 0; c < item_.channels; ++c)
-        carry_.data()[n * vectors() + c / kLanes][c % kLanes] = grad[c * states_ + n];
+        grad_state_.data()[n * vectors() + c / kLanes][c % kLanes] = grad[c * states_ + n];
   }
 
   // Loads the state before the chunk.
@@ -387,6 +409,7 @@ class BackwardTile : ScanTile<T, S, Units> {
       through_inflow[v] = grad_exponent[v] = V{};
     }
     const V* decay = decay_.data() + int64_t(i) * states * vectors;
+    const V* decay_after = decay_.data() + int64_t(i + 1) * states * vectors;
     const V* before = chunk_states_.data() + int64_t(i) * states * vectors;
     const V* after = chunk_states_.data() + int64_t(i + 1) * states * vectors;
     for (int n = 0; n < states; ++n) {
@@ -394,10 +417,10 @@ class BackwardTile : ScanTile<T, S, Units> {
       V sum_B{}, sum_C{};
       for (int v = 0; v < vectors; ++v) {
         const int s = n * vectors + v;
-        const V grad_state = carry_.data()[s] + C_n * dy[v];
-        const V carry = grad_state * decay[s];
-        const V through_decay = carry * before[s];
-        carry_.data()[s] = carry;
+        // In this order compilers fuse the first product, so that the recurrence rounds once a position.
+        const V grad_state = decay_after[s] * grad_state_.data()[s] + C_n * dy[v];
+        const V through_decay = grad_state * decay[s] * before[s];
+        grad_state_.data()[s] = grad_state;
         grad_exponent[v] += through_decay * A_log2e_.data()[s];
         grad_A_.data()[s] += through_decay * delta[v];
         through_inflow[v] += B_n * grad_state;
@@ -431,10 +454,14 @@ class BackwardTile : ScanTile<T, S, Units> {
     S* grad_A = static_cast<S*>(p_.grad_A) + row * states_;
     for (int n = 0; n < states_; ++n)
       for (int c = 0; c < item_.channels; ++c)
-        grad_A[c * states_ + n] = total_A_.data()[n * vectors() + c / kLanes][c % kLanes];
+        grad_A[c * states_ + n] = corrected(total_A_.data()[n * vectors() + c / kLanes],
+                                            error_A_.data()[n * vectors() + c / kLanes])[c % kLanes];
     for (int v = 0; v < vectors(); ++v) {
-      if (p_.grad_D) store(static_cast<S*>(p_.grad_D) + row + v * kLanes, total_D_[v], lanes(v));
-      if (p_.grad_delta_bias) store(static_cast<S*>(p_.grad_delta_bias) + row + v * kLanes, total_bias_[v], lanes(v));
+      if (p_.grad_D)
+        store(static_cast<S*>(p_.grad_D) + row + v * kLanes, corrected(total_D_[v], error_D_[v]), lanes(v));
+      if (p_.grad_delta_bias)
+        store(static_cast<S*>(p_.grad_delta_bias) + row + v * kLanes, corrected(total_bias_[v], error_bias_[v]),
+              lanes(v));
     }
   }
 
@@ -442,10 +469,12 @@ class BackwardTile : ScanTile<T, S, Units> {
   const int64_t chunk_;
   std::unique_ptr<Pixel[]> pixels_;
   Scratch<S> delta_, delta_slope_;   // [position][v]
-  Scratch<S> decay_, chunk_states_;  // [position][n][v]; chunk_states_ starts with the state before the chunk
-  Scratch<S> carry_;                 // [n][v]
-  Scratch<S> grad_A_, total_A_;      // [n][v]; of the chunk, and of the chunks after it
-  V grad_D_[kMaxVectors], total_D_[kMaxVectors], grad_bias_[kMaxVectors], total_bias_[kMaxVectors];
+  Scratch<S> decay_, chunk_states_;  // [position][n][v]; decay_ ends with the decay of the position after the chunk,
+                                     // chunk_states_ starts with the state before it
+  Scratch<S> grad_state_;            // [n][v]; of the position after
+  Scratch<S> grad_A_, total_A_, error_A_;  // [n][v]; of the block, of the blocks after it, and what that sum lost
+  V grad_D_[kMaxVectors], total_D_[kMaxVectors], error_D_[kMaxVectors];
+  V grad_bias_[kMaxVectors], total_bias_[kMaxVectors], error_bias_[kMaxVectors];
 };
 
 template <template <class, class, int> class Tile, class T, class S>
