@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -46,6 +46,25 @@ class Processes:
         """Wait for all processes; if one has died, torchrun ends the others."""
         if self.world > 1:
             torch.distributed.barrier()
+
+    def in_first(self, action: Callable[[], None]) -> None:
+        """Call ``action`` in the first process, while the others wait.
+
+        Raises:
+            CommandError: In every process, if the action raises one.
+        """
+        failure = None
+        if self.rank == 0:
+            try:
+                action()
+            except CommandError as error:
+                failure = error
+        if self.world > 1:
+            said = [failure and str(failure)]
+            torch.distributed.broadcast_object_list(said)
+            failure = failure or (CommandError(said[0]) if said[0] else None)
+        if failure is not None:
+            raise failure
 
     def gather(self, values: Sequence[T]) -> list[T]:
         """Return the values of all processes, one process's after the other's."""

@@ -34,9 +34,9 @@ from ssm_backbones.features.placement import PlacedPipeline, Placement, Placemen
 from ssm_backbones.features.store import DTYPES, FeatureStore, Record
 from ssm_backbones.utils.errors import CommandError
 from ssm_backbones.utils.files import locked
+from ssm_backbones.utils.memory import explain_lack_of_memory
 from ssm_backbones.utils.progress import progress
 from ssm_backbones.utils.signals import interrupt_on_sigterm
-from ssm_backbones.utils.torch_compat import OutOfMemoryError
 
 _PROBE = 256
 
@@ -169,10 +169,12 @@ def _export(
     store = FeatureStore(options.out, settings, options.shard_size)
     first = group.rank == 0
     with contextlib.ExitStack() as stack:
-        if first:
+
+        def open_folder() -> None:
             stack.enter_context(locked(options.out))
             store.open()
-        group.wait()
+
+        group.in_first(open_folder)
         done = store.done()
         _check_same_images(options.out, images, done)
         todo = group.share([image for image in images if image.id not in done], options.batch_size)
@@ -300,15 +302,11 @@ def _compute(
     data = [sample.data for sample in batch if sample.data is not None]
     # Work for a GPU is queued without synchronisation: pixels are copied as uint8, maps are copied back afterwards.
     inputs = [each['inputs'].to(device, non_blocking=True) for each in data]
-    try:
+    height, width = inputs[0].shape[1:]
+    what = f'a batch of {len(batch)} images of {width}x{height} pixels'
+    with explain_lack_of_memory(what, 'lower batch_size, or max_pixels to leave the largest images out'):
         images = extractor.preprocess(dict(inputs=inputs, data_samples=[each['data_samples'] for each in data]))
         maps = extractor(images)
-    except OutOfMemoryError as error:
-        height, width = inputs[0].shape[1:]
-        raise CommandError(
-            f'{len(batch)} images of {width}x{height} pixels do not fit into the memory of {device}; '
-            'lower batch_size, or max_pixels to leave the largest images out.'
-        ) from error
     dtype = DTYPES[options.dtype]
     chosen = {level['name']: maps[level['index']] for level in levels}
     moved = {name: value.to(dtype).to('cpu', non_blocking=True) for name, value in chosen.items()}

@@ -33,6 +33,7 @@ from ssm_backbones.onnx_export.detector import OUTPUTS, Detector, is_detector
 from ssm_backbones.onnx_export.override import FunctionOverrideMode
 from ssm_backbones.utils.errors import CommandError
 from ssm_backbones.utils.files import atomic_file, writing
+from ssm_backbones.utils.memory import explain_lack_of_memory
 from ssm_backbones.utils.signals import interrupt_on_sigterm
 from ssm_backbones.utils.torch_compat import release
 
@@ -158,8 +159,7 @@ def export_onnx(options: OnnxOptions) -> OnnxResult:
         raise CommandError(f'out {path}: {"it is a folder" if path.is_dir() else "its folder does not exist"}.')
     with interrupt_on_sigterm(), writing(path), atomic_file(path) as partial:
         module, channels = _module(cfg, options.checkpoint, part)
-        images = torch.randn(options.batch_size, channels, height, width, generator=torch.Generator().manual_seed(0))
-        _check_runs(module, images)
+        images = _example(module, (options.batch_size, channels, height, width))
         opset, nodes = _write(module, images, partial, options, _notes(cfg, part, module))
         shapes = [tuple(images.shape)]
         if options.dynamic:
@@ -375,14 +375,19 @@ def _check_differences(differences: Mapping[tuple[int, ...], Mapping[str, float]
                 )
 
 
-def _check_runs(module: nn.Module, images: Tensor) -> None:
-    """Refuse a model whose parts do not fit each other, or not the images, before the export."""
+def _example(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """Return random images; refuse a model whose parts do not fit each other, or not the images."""
     try:
-        _run(module, images)
+        with explain_lack_of_memory(f'the model with images {shape}', 'lower shape or batch_size'):
+            images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+            _run(module, images)
+            return images
+    except CommandError:
+        raise
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
         said = str(error).strip().splitlines() or ['']
         raise CommandError(
-            f'the model does not take images {tuple(images.shape)} ({type(error).__name__}: {said[0]}); compare '
+            f'the model does not take images {shape} ({type(error).__name__}: {said[0]}); compare '
             "in_channels of its neck and head with the backbone's widths, and the shape with what the model needs."
         ) from error
 

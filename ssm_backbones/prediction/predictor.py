@@ -22,7 +22,7 @@ from ssm_backbones.checkpoints import read_checkpoint
 from ssm_backbones.prediction.drawing import Drawer, picture
 from ssm_backbones.prediction.windows import Labels, Objects, Window, check_window, windows
 from ssm_backbones.utils.errors import CommandError
-from ssm_backbones.utils.torch_compat import OutOfMemoryError
+from ssm_backbones.utils.memory import explain_lack_of_memory
 
 TASKS = {'mmdet': 'det', 'mmseg': 'seg', 'mmpretrain': 'cls'}
 _COLOURS = 255
@@ -233,20 +233,19 @@ class Predictor:
         """Predict on prepared images of one size; return a data sample each, on the CPU.
 
         Raises:
-            CommandError: If they do not fit into the device's memory.
+            CommandError: If they do not fit into memory.
         """
         data = dict(
             inputs=[each['inputs'] for each in prepared], data_samples=[each['data_samples'] for each in prepared]
         )
-        try:
-            with DefaultScope.overwrite_default_scope(self.cfg.default_scope), explain_top_k(self.model):
-                results = self.model.test_step(data)
-        except OutOfMemoryError as error:
-            height, width = prepared[0]['inputs'].shape[1:]
-            raise CommandError(
-                f'{len(prepared)} images of {width}x{height} pixels do not fit into the memory of {self.device}; '
-                'lower batch_size, or set window to predict large images by parts.'
-            ) from error
+        height, width = prepared[0]['inputs'].shape[1:]
+        what = f'a batch of {len(prepared)} images of {width}x{height} pixels'
+        with (
+            explain_lack_of_memory(what, 'lower batch_size, or set window to predict large images by parts'),
+            DefaultScope.overwrite_default_scope(self.cfg.default_scope),
+            explain_top_k(self.model),
+        ):
+            results = self.model.test_step(data)
         for result in results:
             result.pop('seg_logits', None)
         return [result.cpu() for result in results]

@@ -155,10 +155,12 @@ def _predict(options: PredictOptions, group: Processes) -> PredictResult:
     failures: list[dict[str, str]] = []
     first = group.rank == 0
     with contextlib.ExitStack() as stack:
-        if first:
+
+        def open_folder() -> None:
             stack.enter_context(locked(options.out, 'prediction'))
             store.open()
-        group.wait()
+
+        group.in_first(open_folder)
         done = store.done()
         group.wait()
 

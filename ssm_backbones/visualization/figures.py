@@ -20,7 +20,7 @@ from ssm_backbones.apis.model import FeatureExtractor, build_extractor
 from ssm_backbones.backbones.base import SSMBackbone
 from ssm_backbones.utils.errors import CommandError
 from ssm_backbones.utils.files import file_name
-from ssm_backbones.utils.torch_compat import OutOfMemoryError
+from ssm_backbones.utils.memory import explain_lack_of_memory
 from ssm_backbones.visualization.activation import activation_maps
 from ssm_backbones.visualization.plots import draw_activation_maps, draw_receptive_fields, draw_scan_response
 from ssm_backbones.visualization.reading import Given, ImageReader
@@ -301,9 +301,8 @@ def _size(image: Tensor) -> str:
 def _in_one_line() -> Iterator[None]:
     """Convert errors of bad arguments, files and insufficient memory to a :class:`CommandError`."""
     try:
-        yield
-    except OutOfMemoryError as error:
-        raise CommandError('an image does not fit into the memory of the GPU; resize it with size.') from error
+        with explain_lack_of_memory('an image', 'resize it with size'):
+            yield
     except OSError as error:
         raise CommandError(f'a file cannot be read or written: {error}') from error
     except ValueError as error:

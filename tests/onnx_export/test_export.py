@@ -319,6 +319,14 @@ def test_a_head_of_other_widths_is_told_first(write_config, tool, tmp_path, caps
     assert list(tmp_path.iterdir()) == []
 
 
+def test_lack_of_memory_is_told_in_its_own_words(write_config, tool, tmp_path, capsys) -> None:
+    config = write_config('mmpretrain')
+    assert tool.main([str(config), '--shape', '10000000', '10000000', '--out', str(tmp_path / 'x.onnx')]) == 2
+    error = capsys.readouterr().err
+    assert 'you tried to allocate' in error and error.endswith('lower shape or batch_size.\n'), error
+    assert 'in_channels' not in error and len(error.splitlines()) == 1
+
+
 def test_older_torch_is_refused(monkeypatch) -> None:
     exporting.require_onnx()
     monkeypatch.setattr(exporting, 'release', lambda: (2, 5))

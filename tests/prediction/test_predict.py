@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import shutil
 import subprocess
 import sys
@@ -197,6 +198,26 @@ def test_processes_divide_whole_batches() -> None:
         assert all(share[:3] == [3 * rank, 3 * rank + 1, 3 * rank + 2] for rank, share in enumerate(shares[:6]))
 
 
+def test_an_error_of_the_first_process_is_that_of_all(tmp_path) -> None:
+    def refuse() -> None:
+        raise CommandError('another model')
+
+    def run_in(rank: int) -> None:
+        torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=rank, world_size=2)
+        with pytest.raises(CommandError, match='^another model$'):
+            Processes(rank, 2, torch.device('cpu')).in_first(refuse)
+        Processes(rank, 2, torch.device('cpu')).in_first((tmp_path / 'opened').mkdir)
+        torch.distributed.destroy_process_group()
+
+    started = [multiprocessing.get_context('fork').Process(target=run_in, args=(rank,)) for rank in range(2)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(60)
+    assert [process.exitcode for process in started] == [0, 0]
+    assert (tmp_path / 'opened').is_dir()
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     files = (path for path in folder.rglob('*') if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
@@ -206,6 +227,7 @@ def test_one_process_goes_on_where_one_of_two_was_killed(models, images, tmp_pat
     run(models['mmdet'], images, tmp_path / 'whole', batch_size=1)
     monkeypatch.setattr(Processes, 'wait', lambda self: None)
     monkeypatch.setattr(Processes, 'gather', lambda self, values: list(values))
+    monkeypatch.setattr(torch.distributed, 'broadcast_object_list', lambda values: None)
     options = PredictOptions(*models['mmdet'], [str(images)], str(tmp_path / 'parts'), batch_size=1, workers=0)
     for rank in range(2):
         _predict(options, Processes(rank, 2, torch.device('cpu')))
@@ -233,6 +255,14 @@ def test_processes_share_the_images(host, count, models, images, tmp_path, envir
     alone = run(models[host], tmp_path / 'in', tmp_path / 'alone', batch_size=2)
     assert alone.predicted == 8
     assert contents(tmp_path / 'shared') == contents(tmp_path / 'alone')
+    if host == 'mmpretrain':
+        weights = torch.load(models[host][1], weights_only=True)
+        weights['state_dict']['head.fc.bias'] += 1
+        torch.save(weights, tmp_path / 'other.pth')
+        command[command.index(models[host][1])] = str(tmp_path / 'other.pth')
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert result.returncode != 0 and 'holds predictions of another model' in result.stderr
+        assert 'predict.py", line' not in result.stderr, result.stderr
 
 
 def test_images_that_cannot_be_read_do_not_stop_the_rest(models, images, tmp_path, tool, capsys) -> None:
