@@ -37,7 +37,7 @@ class BuildOps(build_ext):
 
     def run(self):
         try:
-            ops.build(self._package(), ROOT / 'build' / 'ops')
+            ops.build(self._package(), ops.BUILD_DIR)
         except (ops.BuildError, OSError) as error:
             sys.exit(f'error: {error}')
 

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 CSRC = Path(__file__).resolve().parent / 'csrc'
+# Where a checkout keeps objects.
+BUILD_DIR = CSRC.parents[1] / 'build' / 'ops'
 LIBRARY_NAME = '_C.so'
 INFO_NAME = '_build_info.json'
 
@@ -35,6 +37,8 @@ X86_CAPABILITIES = {
 }
 # Compute capabilities that a library for unknown GPUs is compiled for, from Turing on.
 ARCHS = ('7.5', '8.0', '8.6', '8.9', '9.0', '10.0', '12.0')
+# The first torch that is served.
+OLDEST_TORCH = (2, 1)
 # The first torch whose stable ABI has all that the bindings need.
 STABLE_SINCE = (2, 10)
 SOURCE_SUFFIXES = ('.cpp', '.h', '.cu', '.cuh', '.inc')
@@ -343,6 +347,15 @@ def parse_release(version: str) -> tuple[int, int]:
     return int(found.group(1)), int(found.group(2))
 
 
+def refusal_of(torch_version: str) -> str:
+    """Why a torch is not served, and what to do; empty where it is."""
+    if parse_release(torch_version) >= OLDEST_TORCH:
+        return ''
+    return 'torch {0} is too old, {1}.{2} is the oldest that is served; `pip install "torch>={1}.{2}"`'.format(
+        torch_version, *OLDEST_TORCH
+    )
+
+
 def binding_flags(version: str, include: Sequence[Path], cxx11_abi: bool = True) -> list[str]:
     """Return the flags of ``*_bindings.cpp`` for a torch.
 
@@ -500,6 +513,18 @@ def build(package: Path, build_dir: Path, csrc: Path = CSRC, environ: Mapping[st
         _install(library, info, package)
 
 
+def compile_kernels(build_dir: Path, csrc: Path = CSRC, environ: Mapping[str, str] = os.environ) -> None:
+    """Compile the kernels for CPUs alone, which need no torch; a later :func:`build` takes those that are up to date.
+
+    Raises:
+        BuildError: as :func:`build` does.
+    """
+    build_dir, csrc = build_dir.resolve(), csrc.resolve()
+    build_dir.mkdir(parents=True, exist_ok=True)
+    with exclusive(build_dir / 'lock'):
+        run_steps(cpu_steps(csrc, build_dir, find_compiler(environ), platform.machine()), build_dir, environ)
+
+
 def run_steps(steps: Sequence[Step], build_dir: Path, environ: Mapping[str, str] = os.environ) -> None:
     """Run the steps, the last after all others: by ninja where there is one, else one after the other.
 
@@ -604,6 +629,8 @@ def _import_torch() -> Any:
         )
     import torch
 
+    if refusal := refusal_of(torch.__version__):
+        raise BuildError(refusal)
     return torch
 
 
@@ -643,3 +670,7 @@ def _install(library: Path, info: Mapping[str, object], package: Path) -> None:
     finally:
         fresh.unlink(missing_ok=True)
         fresh_record.unlink(missing_ok=True)
+
+
+if __name__ == '__main__':
+    compile_kernels(BUILD_DIR)

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import flop_counter
 
-from cuda_ops._build import parse_release
+from cuda_ops._build import parse_release, refusal_of
 
 RELEASE = parse_release(torch.__version__)
+if refusal := refusal_of(torch.__version__):
+    raise ImportError(refusal)
 # torch.cuda.OutOfMemoryError before torch 2.5.
 OutOfMemoryError: type[RuntimeError] = getattr(torch, 'OutOfMemoryError', torch.cuda.OutOfMemoryError)
 # A function of torch's own, which torch.compile takes for a constant.
@@ -67,6 +68,8 @@ def call_below_autograd(operator: Any, keyset: Any, arguments: Sequence[Any]) ->
 
 def register_flop_formula(operator: Any, formula: Callable[..., int]) -> None:
     """Register an operator's FLOPs, from the shapes of its arguments, with ``torch.utils.flop_counter``."""
+    from torch.utils import flop_counter
+
     if not hasattr(flop_counter, 'flop_registry'):
         flop_counter.flop_mapping[operator] = formula  # type: ignore[attr-defined]
         return

@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,11 +21,12 @@ import sysconfig
 import time
 
 from mmcv_setup import install_mmcv
-from setup_commands import StepFailed, diagnose, run_logged, say
+from setup_commands import StepFailed, diagnose, run_logged, running, say
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MINIMUM_PYTHON = (3, 10)
-STACKS = {'openmmlab': ('mmengine', 'mmcv'), 'onedl': ('onedl-mmengine', 'onedl-mmcv')}
+# The name of mmcv in each.
+STACKS = {'openmmlab': 'mmcv', 'onedl': 'onedl-mmcv'}
 PIP = '-m pip install --no-user --no-input --disable-pip-version-check --progress-bar off'.split()
 
 
@@ -151,27 +153,41 @@ class Setup:
         def pip(*arguments):
             return lambda: self.pip(*arguments)
 
-        stack, (mmengine, mmcv) = f'requirements/{self.stack}.txt', STACKS[self.stack]
+        stack, mmcv = f'requirements/{self.stack}.txt', STACKS[self.stack]
         nvcc = nvcc_version(self.environ)
-        base = ['requirements/build.txt', 'requirements/base.txt']
+        libraries = ['requirements/base.txt', 'requirements/dev.txt']
         pins = content('requirements/constraints.txt', stack)
         settings = [self.environ.get(name, '') for name in ('CXX', 'FORCE_CUDA', 'TORCH_CUDA_ARCH_LIST')]
-        of_torch = pip('-r', base[0], '-r', base[1], 'torchvision')
-        of_libraries = pip('--no-build-isolation', '-r', stack, '-r', 'requirements/dev.txt')
         of_package = pip('--no-build-isolation', '--no-deps', '--verbose', '--editable', '.')
         sources = content('pyproject.toml', 'setup.py', 'cuda_ops/_build.py')
+        # mmcv's own set-up imports torch, so that it comes last of the stack.
+        hosts = [line for line in pins[1].splitlines() if not re.match(rf'\s*(#|$|{mmcv}\b)', line)]
         return [
             ('venv', 'virtual environment', self._make_venv, []),
-            ('torch', 'torch and build tools: by the network', of_torch, [pins[0], *content(*base)]),
+            ('tools', 'build tools', pip('-r', 'requirements/build.txt'), content('requirements/build.txt')),
+            (
+                'libraries',
+                'torch, host libraries and test tools: by the network; the kernels for CPUs are compiled meanwhile',
+                lambda: self._install_libraries([*hosts, *(word for name in libraries for word in ('-r', name))]),
+                [*pins, *content(*libraries)],
+            ),
             (
                 'mmcv',
                 f'{mmcv}: compiled here for some minutes, or taken from what pip has kept of an earlier set-up',
-                lambda: install_mmcv(self, mmengine, mmcv, nvcc),
-                [*pins, str(nvcc)],
+                lambda: install_mmcv(self, mmcv, nvcc),
+                [str(nvcc)],
             ),
-            ('libraries', 'host libraries and test tools', of_libraries, [*pins, *content('requirements/dev.txt')]),
-            ('package', 'this package, its ops compiled: about a minute', of_package, [*sources, *settings, ROOT]),
+            ('package', 'this package, the rest of its ops compiled', of_package, [*sources, *settings, ROOT]),
         ]
+
+    def _install_libraries(self, wanted):
+        """Install what needs no compiler, by one process, while the others compile what needs no torch.
+
+        A failure there is left for the last step to tell, which compiles whatever is missing.
+        """
+        with running([self.python, '-I', 'cuda_ops/_build.py'], self.environ) as kernels:
+            self.pip('--no-build-isolation', *wanted)
+            kernels.wait()
 
     def _check_machine(self, new):
         """Refuse what would fail later, before anything is downloaded."""

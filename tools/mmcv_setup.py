@@ -21,18 +21,17 @@ CHECK_MMCV = (
 )
 
 
-def install_mmcv(setup, mmengine, mmcv, nvcc):
+def install_mmcv(setup, mmcv, nvcc):
     """Install mmcv into the environment, and an OpenCV that runs.
 
     Args:
         setup: A Setup of bootstrap.py.
-        mmengine, mmcv: The names of the packages.
+        mmcv: The name of the package.
         nvcc: The version of the CUDA toolkit, or None.
 
     Raises:
         StepFailed: If pip, OpenCV or the compiled mmcv fails.
     """
-    setup.pip(mmengine)
     use_cuda = serves_gpu(setup, nvcc)
     environ = dict(setup.environ, CXX=write_compiler(setup), **({} if use_cuda else {'CUDA_VISIBLE_DEVICES': ''}))
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9

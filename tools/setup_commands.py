@@ -13,6 +13,7 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 HEARTBEAT_SECONDS = 30
+GRACE_SECONDS = 5
 # What failed commands print, and the remedy.
 CAUSES = [
     (
@@ -52,17 +53,49 @@ def say(text):
     print(text, flush=True)
 
 
+def start(argv, **options):
+    """Start a command in a session of its own, so that ``stop`` ends its child processes with it."""
+    return subprocess.Popen(argv, cwd=ROOT, stdin=subprocess.DEVNULL, start_new_session=True, **options)
+
+
+def stop(process):
+    """End a command that was started by ``start``, including its child processes.
+
+    Ninja keeps its compilers in groups of their own, and ends them when it is asked to; so it gets the time for that,
+    even where the process that started it is gone.
+    """
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+            deadline = time.monotonic() + GRACE_SECONDS
+            while time.monotonic() < deadline:
+                process.poll()
+                os.killpg(process.pid, 0)  # raises when none of them is left
+                time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def running(argv, environ):
+    """Run a command in the background, without its output; leaving the block ends it."""
+    process = start(argv, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            stop(process)
+
+
 def run_logged(argv, log, environ):
     """Run a command with its output in a log, report its progress from time to time, and return its output."""
     with open(log, 'ab') as stream:
         stream.write(f'$ {" ".join(map(shlex.quote, argv))}\n'.encode())
         stream.flush()
-        start, streams = stream.tell(), dict(stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT)
-        process = subprocess.Popen(argv, cwd=ROOT, env=environ, start_new_session=True, **streams)
+        began_at = stream.tell()
+        process = start(argv, env=environ, stdout=stream, stderr=subprocess.STDOUT)
 
     def output():
         with open(log, 'rb') as stream:
-            stream.seek(start)
+            stream.seek(began_at)
             return stream.read().decode(errors='replace')
 
     began = time.monotonic()
@@ -76,11 +109,7 @@ def run_logged(argv, log, environ):
                 progress = (re.findall(r'\[\d+/\d+\]', tail) or [tail.strip().rpartition('\n')[2]])[-1]
                 say(f'      {time.monotonic() - began:.0f} s so far: {progress[:90]}')
     except BaseException:
-        # Including its child processes.
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                os.killpg(process.pid, number)
-                process.wait(5)
+        stop(process)
         raise
     if process.returncode:
         raise StepFailed(output())

@@ -47,7 +47,7 @@ def library(runtime: str, folder: Path | None = None) -> Path:
 def build(
     runtimes: Sequence[str] = RUNTIMES,
     folder: Path = FOLDER,
-    objects: Path = SOURCES.parent.parent / 'build' / 'ops',
+    objects: Path = _build.BUILD_DIR,
     environ: Mapping[str, str] = os.environ,
 ) -> list[Path]:
     """Compile the libraries of runtimes and return their paths.

@@ -1,6 +1,7 @@
 """The set-up: what it says when it cannot go on, and that it does each thing once."""
 
 import ast
+import contextlib
 import fcntl
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import venv
 from pathlib import Path
 
@@ -202,16 +204,39 @@ def test_interrupted_command_ends_with_all_it_started(commands, tmp_path, monkey
             ['sh', '-c', f'sleep 60 & echo $! > {tmp_path}/pid; wait'], str(tmp_path / 'log'), os.environ
         )
     pid = int((tmp_path / 'pid').read_text())
+    assert ends(pid)
+
+
+def ends(pid):
+    """Whether a process is gone within five seconds, or but waits for its parent to ask."""
     status = Path(f'/proc/{pid}/stat')
     deadline = time.monotonic() + 5
     while status.exists() and status.read_text().split()[2] != 'Z' and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not status.exists() or status.read_text().split()[2] == 'Z'
+    return not status.exists() or status.read_text().split()[2] == 'Z'
+
+
+def test_ninja_gets_the_time_to_end_its_compilers(commands, tmp_path):
+    """They are in process groups of their own, and the process that started ninja is gone before it."""
+    slow = f"trap 'sleep 0.3; touch {tmp_path}/ended; exit' TERM; touch {tmp_path}/ready; while :; do sleep 0.01; done"
+    with commands.running(['sh', '-c', f'({slow}) & exec sleep 60'], os.environ):
+        while not (tmp_path / 'ready').exists():
+            time.sleep(0.02)
+    assert (tmp_path / 'ended').exists()
+
+
+def test_a_failure_ends_what_runs_in_the_background(commands, tmp_path):
+    with commands.running(['sh', '-c', 'exit 3'], os.environ) as finished:
+        assert finished.wait() == 3
+    with pytest.raises(commands.StepFailed), commands.running(['sleep', '60'], os.environ) as process:
+        assert process.poll() is None
+        raise commands.StepFailed('pip')
+    assert ends(process.pid)
 
 
 # The steps, with commands that only pretend
 
-STEPS = ['venv', 'torch', 'mmcv', 'libraries', 'package']
+STEPS = ['venv', 'tools', 'libraries', 'mmcv', 'package']
 
 
 def make_venv(folder):
@@ -283,8 +308,16 @@ def checkout(root, tmp_path, bootstrap, monkeypatch):
 
 
 @pytest.fixture
-def run(bootstrap, build):
-    return Pretender(bootstrap, build)
+def run(bootstrap, build, monkeypatch):
+    pretender = Pretender(bootstrap, build)
+
+    @contextlib.contextmanager
+    def running(argv, environ):
+        pretender(argv, None, environ)
+        yield types.SimpleNamespace(wait=lambda: pretender(['wait', *argv], None, environ))
+
+    monkeypatch.setattr(bootstrap, 'running', running)
+    return pretender
 
 
 @pytest.fixture
@@ -305,7 +338,7 @@ def test_second_run_runs_nothing(complete, run):
 
 
 @pytest.mark.parametrize(
-    'part', [' -m venv ', 'requirements/base.txt', '--verbose mmcv', 'requirements/dev.txt', '--editable']
+    'part', [' -m venv ', 'requirements/build.txt', 'requirements/base.txt', '--verbose mmcv', '--editable']
 )
 def test_interrupted_run_carries_on(complete, run, part):
     run.failures[part] = [KeyboardInterrupt()]
@@ -329,9 +362,12 @@ def test_changed_pins_are_installed(complete, checkout):
     complete()
     with (checkout / 'requirements' / 'dev.txt').open('a') as stream:
         stream.write('another\n')
-    assert complete() == ['libraries', 'package']
+    assert complete() == ['libraries', 'mmcv', 'package']
     with (checkout / 'requirements' / 'constraints.txt').open('a') as stream:
         stream.write('another==1\n')
+    assert complete() == STEPS[2:]
+    with (checkout / 'requirements' / 'build.txt').open('a') as stream:
+        stream.write('another\n')
     assert complete() == STEPS[1:]
 
 
@@ -408,6 +444,16 @@ def test_named_python_must_be_the_environments(bootstrap, complete, monkeypatch)
     monkeypatch.setattr(bootstrap.sys, 'version_info', (3, 99, 0))
     with pytest.raises(bootstrap.SetupError, match=r'PYTHON is 3\.99'):
         complete(same_python=True)
+
+
+def test_kernels_are_compiled_while_torch_is_installed(complete, run):
+    complete()
+    order = [text for text, _ in run.commands if 'requirements/base.txt' in text or '_build.py' in text]
+    assert ['_build.py' in text for text in order] == [True, False, True] and order[2].startswith('wait ')
+    (libraries,) = run.ran('requirements/base.txt')
+    words = libraries.split()
+    assert 'mmengine==0.10.7' in words and 'mmdet==3.3.0' in words and 'setuptools<81' in words
+    assert not any(word.startswith('mmcv') for word in words)
 
 
 def test_mmcv_is_compiled_with_its_own_compiler(complete, run, checkout):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -321,6 +322,15 @@ def test_changed_header_compiles_what_includes_it_and_no_more(build, csrc, tmp_p
     assert changed == {'scan.baseline.o', 'lib.so'}
 
 
+def test_kernels_compiled_ahead_are_taken(build, csrc, tmp_path, monkeypatch):
+    monkeypatch.setattr(build.platform, 'machine', lambda: 'aarch64')
+    build.compile_kernels(tmp_path, csrc)
+    *kernels, library = steps_to_library(build, csrc, tmp_path)
+    before = [step.output.stat().st_mtime_ns for step in kernels]
+    build.run_steps([*kernels, library], tmp_path)
+    assert library.output.exists() and before == [step.output.stat().st_mtime_ns for step in kernels]
+
+
 @pytest.mark.parametrize('ninja', [True, False])
 def test_broken_source_is_reported(build, csrc, tmp_path, monkeypatch, ninja):
     if not ninja:
@@ -344,6 +354,16 @@ def test_missing_torch_is_explained(build, tmp_path, monkeypatch):
     monkeypatch.setattr(build.importlib.util, 'find_spec', lambda name: None)
     with pytest.raises(build.BuildError, match='--no-build-isolation'):
         build.build(tmp_path, tmp_path)
+
+
+def test_a_torch_too_old_is_named_with_the_oldest_served(build, root, tmp_path, monkeypatch):
+    assert build.refusal_of('2.1.0+cpu') == ''
+    monkeypatch.setattr(torch, '__version__', '2.0.1+cu118')
+    message = r'torch 2\.0\.1\+cu118 is too old, 2\.1 is the oldest that is served; `pip install "torch>=2\.1"`'
+    with pytest.raises(build.BuildError, match=message):
+        build.build(tmp_path, tmp_path)
+    with pytest.raises(ImportError, match=message):
+        runpy.run_path(str(root / 'cuda_ops' / '_torch_compat.py'))
 
 
 def test_record_never_describes_another_library(build, tmp_path, monkeypatch):
