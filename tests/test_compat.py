@@ -18,6 +18,7 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer, MessageHub
 
 from ssm_backbones import compat  # importing the package applies the patches
+from ssm_backbones.compat import checkpoints, configs, libraries
 from ssm_backbones.utils import torch_compat
 from ssm_backbones.utils.torch_compat import release
 
@@ -135,7 +136,7 @@ def test_the_fork_s_second_try_reads_weights_only(tmp_path) -> None:
     # As onedl-mmengine 0.10.12 does after a refusal.
     module = types.SimpleNamespace(torch=torch, load_url=torch.hub.load_state_dict_from_url)
     module._safe_torch_load = lambda file, map_location=None: module.torch.load(file, weights_only=False)
-    compat.read_weights_only(module)
+    checkpoints.read_weights_only(module)
     for load in (module._safe_torch_load, functools.partial(module.torch.load, weights_only=False)):
         with pytest.raises(pickle.UnpicklingError):
             load(path, map_location='cpu')
@@ -198,7 +199,7 @@ def test_mmseg_of_another_distribution_is_found_by_its_module(monkeypatch) -> No
 
     monkeypatch.setattr(importlib.metadata, 'distribution', distribution)
     monkeypatch.setitem(MODULE2PACKAGE, 'mmseg', 'mmsegmentation')
-    compat._patch_mmseg_bases.__wrapped__()
+    configs.find_mmseg_configs.__wrapped__()
     assert MODULE2PACKAGE['mmseg'] == 'mmseg'
 
 
@@ -208,13 +209,13 @@ def test_mmcv_2_2_is_taken_by_libraries_that_ask_for_less(library, monkeypatch, 
         pytest.skip("the fork's libraries go together")
     importlib.import_module(library)
     monkeypatch.setattr('mmcv.__version__', '2.2.0')
-    monkeypatch.setattr(compat, '_version', lambda name: '2.2.0')
+    monkeypatch.setattr(libraries, 'installed_version', lambda name: '2.2.0')
     monkeypatch.setattr(sys, 'meta_path', list(sys.meta_path))
     monkeypatch.delitem(sys.modules, library)
     with pytest.raises(AssertionError, match='MMCV==2.2.0 is used but incompatible'):
         importlib.import_module(library)
     with caplog.at_level('WARNING', logger='ssm_backbones.compat'):
-        compat._patch_bounds_of_mmcv.__wrapped__()
+        libraries.accept_mmcv_2_2.__wrapped__()
         assert importlib.util.find_spec(library) is not None and not caplog.messages
         importlib.import_module(library)
     assert sys.modules['mmcv'].__version__ == '2.2.0'
@@ -307,7 +308,7 @@ def test_mmpretrain_takes_its_multimodal_extra_for_missing_beside_transformers_5
     distribution, transformers_5, monkeypatch, caplog
 ) -> None:
     versions = {distribution: '1.2.0', 'transformers': '5.24.0'}
-    monkeypatch.setattr(compat, '_version', versions.get)
+    monkeypatch.setattr(libraries, 'installed_version', versions.get)
     name = 'mmpretrain.utils.dependency'
     kept = importlib.import_module(name)
     assert not kept.WITH_MULTIMODAL
@@ -317,7 +318,7 @@ def test_mmpretrain_takes_its_multimodal_extra_for_missing_beside_transformers_5
     assert importlib.import_module(name).WITH_MULTIMODAL
     monkeypatch.delitem(sys.modules, name)
     with caplog.at_level('WARNING', logger='ssm_backbones.compat'):
-        compat._patch_mmpretrain_multimodal.__wrapped__()
+        libraries.leave_out_multimodal_models.__wrapped__()
         assert not caplog.messages
         again = importlib.import_module(name)
     assert again.WITH_MULTIMODAL is False and again.satisfy_requirement('transformers>=4.28.0')

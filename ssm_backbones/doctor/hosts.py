@@ -55,7 +55,7 @@ def stack_lines(found: Mapping[str, str]) -> list[Line]:
     lines = [Line('stack', name)]
     if 'onedl-mmsegmentation' in found:
         text = "mmengine looks for a distribution mmsegmentation, the fork's has another name"
-        lines.append(Line("fork's name", f'{text}; patched by ssm_backbones/compat.py'))
+        lines.append(Line("fork's name", f'{text}; patched by ssm_backbones/compat'))
     return lines
 
 
@@ -95,7 +95,7 @@ def loading_line(torch: Any) -> Line:
     except Exception as error:
         text = f'mmengine does not read its own: {short(error, 120)}'
         return Line(name, text, 'import ssm_backbones first (custom_imports), which allows them', broken=True)
-    return Line(name, 'mmengine reads its own, and runs no code from them; patched by ssm_backbones/compat.py')
+    return Line(name, 'mmengine reads its own, and runs no code from them; patched by ssm_backbones/compat')
 
 
 def host_lines(found: Mapping[str, str], names: Sequence[str] = PROBED) -> list[Line]:
@@ -161,7 +161,7 @@ def _host_line(name: str, version: str | None, answer: Mapping[str, Any] | None)
         text = f'{version}: `{answer["doing"]}` fails: {answer["error"]}'
         return Line(name, text, _remedy(name, answer['error']), broken=True)
     if name == 'torchvision' and answer['note']:
-        text = f'{version}, whose operators do not load ({answer["note"]}); patched by ssm_backbones/compat.py'
+        text = f'{version}, whose operators do not load ({answer["note"]}); patched by ssm_backbones/compat'
         remedy = "for the operators too, which no config here needs: the torchvision of torch's own release and build"
         return Line(name, f'{text} for its Python parts', remedy)
     if name == 'mmcv' and answer['note']:

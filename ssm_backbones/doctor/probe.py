@@ -62,7 +62,7 @@ def probe(name: str) -> dict[str, Any]:
 
 def _library_mismatch() -> str | None:
     """Return why torchvision's compiled library does not load, if so; it then imports only by the patch."""
-    library = compat._find_torchvision_library()
+    library = compat.find_torchvision_library()
     if library is None:
         return None
     try:

@@ -180,7 +180,7 @@ def test_both_stacks_at_once() -> None:
     (line,) = hosts.stack_lines({'mmcv': '2.1.0', 'onedl-mmcv': '2.3.6', 'onedl-mmdetection': '3.5.1'})
     assert 'the files of mmcv are' in line.text and 'keep one stack alone' in line.remedy and not line.broken
     stack, name = hosts.stack_lines({'onedl-mmengine': '0.10.12', 'onedl-mmsegmentation': '1.4.2'})
-    assert stack.text == 'the onedl forks' and 'compat.py' in name.text
+    assert stack.text == 'the onedl forks' and 'ssm_backbones/compat' in name.text
 
 
 def test_a_distribution_without_its_module(monkeypatch) -> None:
