@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from mmengine.dist import master_only
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
-from mmengine.runner import Runner
+from mmengine.runner import CheckpointLoader, Runner
 
 from ssm_backbones.utils.errors import CommandError
 from ssm_backbones.utils.files import PARTIAL_NAME, atomic_file
@@ -63,6 +67,22 @@ class AtomicCheckpointHook(CheckpointHook):
     def _save_best_checkpoint(self, runner: Runner, metrics: dict[str, Any]) -> None:
         with self._removing_last():
             super()._save_best_checkpoint(runner, metrics)
+
+    @master_only
+    def _publish_model(self, runner: Runner, ckpt_path: str) -> None:
+        """Write ``published_keys`` of a checkpoint into a file that is named with the first digits of its SHA-256.
+
+        mmengine's digits are of other bytes, so that ``check_hash`` of ``torch.hub`` refuses its files
+        (findings/mmengine-published-digest.sh).
+        """
+        checkpoint = CheckpointLoader.load_checkpoint(ckpt_path, map_location='cpu')
+        buffer = io.BytesIO()
+        torch.save({key: checkpoint[key] for key in self.published_keys or () if key in checkpoint}, buffer)
+        digits = hashlib.sha256(buffer.getvalue()).hexdigest()[:8]
+        path = f'{os.path.splitext(ckpt_path)[0]}-{digits}.pth'
+        with self._removing_last():
+            self.file_backend.put(buffer.getvalue(), path)
+        runner.logger.info(f'The checkpoint {ckpt_path} is published as {path}')
 
     @contextlib.contextmanager
     def _removing_last(self) -> Iterator[None]:

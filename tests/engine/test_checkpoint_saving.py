@@ -5,6 +5,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 from mmengine.logging import MessageHub
 
 from ssm_backbones.engine.checkpoint_saving import AtomicCheckpointHook
@@ -64,3 +65,16 @@ def test_a_best_checkpoint_that_cannot_be_written_leaves_the_former(hook, tmp_pa
     with pytest.raises(CommandError, match=r'best_acc_epoch_2\.pth cannot be written: No space left'):
         hook._save_best_checkpoint(make_runner(tmp_path, 2, fail), {'acc': 2})
     assert names(tmp_path) == {'best_acc_epoch_1.pth'}
+
+
+def test_a_published_checkpoint_is_named_with_its_own_digest(tmp_path) -> None:
+    hook = AtomicCheckpointHook(out_dir=str(tmp_path), published_keys=['state_dict', 'meta'])
+    hook.before_train(make_runner(tmp_path))
+    weights = {'layer.weight': torch.arange(3.0)}
+    torch.save({'state_dict': weights, 'optimizer': {'lr': 1}}, tmp_path / 'epoch_1.pth')
+    hook.last_ckpt = str(tmp_path / 'epoch_1.pth')
+    hook.after_train(make_runner(tmp_path))
+    (published,) = tmp_path.glob('epoch_1-*.pth')
+    folder = str(tmp_path / 'downloads')
+    loaded = torch.hub.load_state_dict_from_url(published.as_uri(), folder, check_hash=True, progress=False)
+    assert loaded.keys() == {'state_dict'} and torch.equal(loaded['state_dict']['layer.weight'], torch.arange(3.0))
