@@ -31,6 +31,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         action='store_true',
         help='each scan as one operator, of the libraries of make runtimes',
     )
+    parser.add_argument(
+        '--precision',
+        choices=['float32', 'float16', 'bfloat16', 'int8', 'int8-dynamic'],
+        default='float32',
+        help='float16: computed so; bfloat16: weights stored so, computed in float32; int8: weights of 7 bits, '
+        'activations of 8, in ranges of training images; int8-dynamic: in ranges of each run',
+    )
+    parser.add_argument(
+        '--calibration-images', type=int, default=64, metavar='N', help="of the config's training data, for int8 (64)"
+    )
+    parser.add_argument(
+        '--keep-float', nargs='+', default=[], metavar='PATTERN', help='layers that int8 and int8-dynamic leave'
+    )
     parser.add_argument('--batch-size', type=int, default=1, metavar='N', help='images at once (1)')
     parser.add_argument('--out', metavar='FILE', help="file to write (default: the config's name with .onnx)")
     parser.add_argument(
@@ -40,20 +53,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def run() -> None:
-        from ssm_backbones.onnx_export.export import TOLERANCE, OnnxOptions, export_onnx
+        from ssm_backbones.onnx_export.export import OnnxOptions, export_onnx
+        from ssm_backbones.onnx_export.precision import PRECISIONS
 
         result = export_onnx(OnnxOptions(**vars(args)))
         kind = "standard and this package's" if args.custom_ops else 'standard'
         print(f'{result.part} written to {result.path}: opset {result.opset}, {result.nodes} {kind} operators')
         if result.objects is None:
-            print(f'onnxruntime against PyTorch, largest difference relative to the largest value ({TOLERANCE:.0e}):')
+            bound = f'{PRECISIONS[args.precision]:.0e}'
+            print(f'onnxruntime against PyTorch, largest difference relative to the largest value ({bound}):')
         else:
-            print(f'onnxruntime against PyTorch, {result.objects} objects in coloured squares:')
+            images = 'training images' if args.precision == 'int8' else 'coloured squares'
+            print(f'onnxruntime against PyTorch, {result.objects} objects in {images}:')
             if not result.objects:
                 print('  neither finds an object in them: nothing was compared. Try images of your own.')
         for shape, outputs in result.differences.items():
             figures = ', '.join(f'{name} {value:.1e}' for name, value in outputs.items())
             print(f'  images {"x".join(map(str, shape))}: {figures}')
+        if result.layers is not None:
+            print(f'layers in 8-bit integers: {len(result.layers.integer)}; in float: {", ".join(result.layers.kept)}')
+        if args.precision != 'float32':
+            print('tools/test_onnx.py measures what it costs in accuracy.')
         figures = ', '.join(f'{name} {1e3 * value:.1f} ms' for name, value in result.seconds.items())
         print(f'time on the CPU, best of a few runs: {figures}')
 

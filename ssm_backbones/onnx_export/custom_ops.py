@@ -74,13 +74,15 @@ def _route_scan(
     B, C = of_one_group(B), of_one_group(C)
     if delta_weight is not None:
         delta = low_rank_delta(delta, delta_weight)
-    B, C = (A.new_ones(1, 1, 1, A.shape[0], A.shape[2]) if value is None else value for value in (B, C))
+    B, C = (A.new_ones(1, 1, 1, A.shape[0], A.shape[2]) if value is None else value.float() for value in (B, C))
     D, delta_bias = (A.new_zeros(A.shape[:2]) if value is None else value for value in (D, delta_bias))
-    routes_first = delta.permute(3, 0, 1, 2, 4)
-    y = torch.ops.ssm_export.route_scan(x, routes_first, A, B, C, D, delta_bias, routes, per_line, delta_softplus)
+    routes_first = delta.permute(3, 0, 1, 2, 4).float()
+    y = torch.ops.ssm_export.route_scan(
+        x.float(), routes_first, A, B, C, D, delta_bias, routes, per_line, delta_softplus
+    )
     # A graph has no use for last states: functions that return them are not exported so.
     nothing = x.new_empty((0,))
-    return y, nothing, nothing
+    return y.to(x.dtype), nothing, nothing
 
 
 def _wavefront_scan(
@@ -97,9 +99,9 @@ def _wavefront_scan(
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     D = A_top.new_zeros(A_top.shape[:1]) if D is None else D
-    arguments = (x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D, reverse)
+    maps = (value.float() for value in (x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D))
     nothing = x.new_empty((0,))
-    return torch.ops.ssm_export.wavefront_scan(*arguments), nothing, nothing
+    return torch.ops.ssm_export.wavefront_scan(*maps, reverse).to(x.dtype), nothing, nothing
 
 
 def replacements() -> dict[Any, Callable[..., Any]]:

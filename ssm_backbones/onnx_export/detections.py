@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from ssm_backbones.onnx_export.detector import OUTPUTS, Detector
@@ -31,16 +32,17 @@ class Detections:
     unmatched: dict[str, float]
 
 
-def compare(session: Any, module: Detector, shape: Sequence[int]) -> Detections:
-    """Compare the objects in images (B, C, H, W) of coloured squares.
+def compare(session: Any, module: Detector, images: Sequence[int] | Tensor) -> Detections:
+    """Compare the objects in images (B, C, H, W), or in coloured squares of a shape.
 
     Raises:
         CommandError: If onnxruntime rejects the images.
     """
-    squares = torch.rand(
-        *shape[:2], *(-(-side // 16) for side in shape[2:]), generator=torch.Generator().manual_seed(1)
-    )
-    images = 255 * F.interpolate(squares, scale_factor=16.0)[:, :, : shape[2], : shape[3]]
+    if not isinstance(images, Tensor):
+        cells = *images[:2], *(-(-side // 16) for side in images[2:])
+        squares = torch.rand(*cells, generator=torch.Generator().manual_seed(1))
+        images = 255 * F.interpolate(squares, scale_factor=16.0)[:, :, : images[2], : images[3]]
+    shape = images.shape
     try:
         found = session.run(list(OUTPUTS[: len(session.get_outputs())]), {'images': images.numpy()})
     except Exception as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,53 +14,60 @@ import torch
 from mmengine.config import Config, ConfigDict
 from torch import Tensor
 
+from cuda_ops.runtimes import BuildError, library
 from ssm_backbones.apis.config import load_config
 from ssm_backbones.apis.model import build_model
+from ssm_backbones.onnx_export.custom_ops import DOMAIN
 from ssm_backbones.onnx_export.export import PARTS, open_session
 from ssm_backbones.utils.errors import CommandError
 
 RUNTIMES = ('onnxruntime', 'openvino')
 
 
+@dataclass(frozen=True)
 class ExportedModel:
     """An exported file in a runtime, on the CPU.
 
-    Args:
-        path: The file.
-        runtime: One of :data:`RUNTIMES`. OpenVINO computes in float32 where the file does.
-
     Attributes:
+        run: Computes every output of images (B, C, H, W), float32.
         notes: The file's metadata.
         shape: Shape of the images, with names for sizes that are open.
-
-    Raises:
-        CommandError: If the runtime is not installed or cannot read the file.
-        ValueError: If there is no such runtime.
     """
 
-    def __init__(self, path: str | os.PathLike[str], runtime: str = 'onnxruntime') -> None:
+    run: Callable[[np.ndarray], Sequence[np.ndarray]]
+    notes: Mapping[str, str]
+    shape: Sequence[int | str]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], runtime: str = 'onnxruntime') -> ExportedModel:
+        """Open a file.
+
+        Args:
+            path: The file. One with custom operators needs the libraries of :mod:`cuda_ops.runtimes`.
+            runtime: One of :data:`RUNTIMES`. OpenVINO computes in float32 where the file does.
+
+        Raises:
+            CommandError: If the runtime is not installed or cannot read the file, or a library is not built.
+            ValueError: If there is no such runtime.
+        """
         if runtime not in RUNTIMES:
             raise ValueError(f'runtime must be one of {", ".join(RUNTIMES)}, got {runtime!r}')
         if not Path(path).is_file():
             raise CommandError(f'model {path} does not exist.')
-        settings = {'INFERENCE_PRECISION_HINT': 'f32', 'INFERENCE_NUM_THREADS': torch.get_num_threads()}
         try:
-            # OpenVINO does not tell the metadata.
-            session = open_session(path)
-            self._run: Callable[[np.ndarray], Sequence[np.ndarray]] = lambda images: session.run(
-                None, {'images': images}
-            )
-            if runtime == 'openvino':
-                core: Any = importlib.import_module('openvino').Core()
-                compiled = core.compile_model(core.read_model(path), 'CPU', settings)
-                self._run = lambda images: list(compiled([images]).values())
+            model: Any = importlib.import_module('onnx').load(path, load_external_data=False)
+            custom_ops = any(each.domain == DOMAIN for each in model.opset_import)
+            run = (_in_openvino if runtime == 'openvino' else _in_onnxruntime)(path, custom_ops)
         except ImportError as error:
             raise CommandError(f'{error.name} is not installed; pip install {error.name}') from error
+        except (CommandError, BuildError) as error:
+            raise CommandError(str(error)) from error
         except Exception as error:
             # The runtimes' errors have no other common base class.
             raise CommandError(f'model {path} cannot be read: {str(error).strip().splitlines()[0]}') from error
-        self.notes: Mapping[str, str] = session.get_modelmeta().custom_metadata_map
-        self.shape: Sequence[int | str] = session.get_inputs()[0].shape
+        sizes = model.graph.input[0].type.tensor_type.shape.dim
+        notes = {each.key: each.value for each in model.metadata_props}
+        return cls(run, notes, [each.dim_param or each.dim_value for each in sizes])
 
     def __call__(self, images: Tensor) -> list[Tensor]:
         """Run on images (B, C, H, W), and return every output.
@@ -72,7 +80,7 @@ class ExportedModel:
         if isinstance(batch, int):
             # The last group is filled up with copies, whose outputs are dropped.
             given = torch.cat([images, images[:1].expand(-len(images) % batch, -1, -1, -1)])
-        found = [self._run(group.numpy()) for group in given.split(batch if isinstance(batch, int) else len(given))]
+        found = [self.run(group.numpy()) for group in given.split(batch if isinstance(batch, int) else len(given))]
         return [torch.from_numpy(np.concatenate(each)[: len(images)]) for each in zip(*found, strict=True)]
 
     def check_size(self, images: Tensor) -> None:
@@ -88,6 +96,20 @@ class ExportedModel:
                     f'an image is {images.shape[2]}x{images.shape[3]}, and the file takes {sizes}; export it for that '
                     'shape or with open sizes (dynamic).'
                 )
+
+
+def _in_onnxruntime(path: str | os.PathLike[str], custom_ops: bool) -> Callable[[np.ndarray], Sequence[np.ndarray]]:
+    session = open_session(path, custom_ops)
+    return lambda images: session.run(None, {'images': images})
+
+
+def _in_openvino(path: str | os.PathLike[str], custom_ops: bool) -> Callable[[np.ndarray], Sequence[np.ndarray]]:
+    core: Any = importlib.import_module('openvino').Core()
+    if custom_ops:
+        core.add_extension(str(library('openvino')))
+    settings = {'INFERENCE_PRECISION_HINT': 'f32', 'INFERENCE_NUM_THREADS': torch.get_num_threads()}
+    compiled = core.compile_model(core.read_model(path), 'CPU', settings)
+    return lambda images: list(compiled([images]).values())
 
 
 def evaluate_onnx(
@@ -111,7 +133,7 @@ def evaluate_onnx(
     from mmengine.registry import DefaultScope
 
     cfg = load_config(config, cfg_options or {})
-    exported = ExportedModel(path, runtime)
+    exported = ExportedModel.open(path, runtime)
     model = with_outputs_of(exported, cfg)
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         loader = test_loader(cfg)

@@ -39,10 +39,12 @@ class Kind:
 
     Attributes:
         blocks: The blocks.
+        paths: Their names in the module.
         example: An input of the first one, (B, H, W, C).
     """
 
     blocks: tuple[nn.Module, ...]
+    paths: tuple[str, ...]
     example: Tensor
 
 
@@ -61,6 +63,7 @@ class Block(nn.Module):
 
 def repeated_blocks(module: nn.Module, images: Tensor) -> list[Kind]:
     """Return the kinds of blocks that a module has several of, by a run on images."""
+    paths = {block: path for path, block in module.named_modules()}
     blocks = [block for stage in module.modules() if isinstance(stage, Stage) for block in stage.blocks]
     inputs: dict[nn.Module, Tensor | None] = {}
 
@@ -90,7 +93,7 @@ def repeated_blocks(module: nn.Module, images: Tensor) -> list[Kind]:
     for alike in kinds.values():
         example = inputs[alike[0]]
         if len(alike) > 1 and example is not None:
-            found.append(Kind(tuple(alike), example.clone()))
+            found.append(Kind(tuple(alike), tuple(paths[block] for block in alike), example.clone()))
     return found
 
 
@@ -119,7 +122,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
         1,
         inputs=[onnx.defs.OpSchema.FormalParameter('x', 'T')],
         outputs=[onnx.defs.OpSchema.FormalParameter('y', 'T')],
-        type_constraints=[('T', ['tensor(float)'], 'float32')],
+        type_constraints=[('T', ['tensor(float)', 'tensor(float16)'], 'floating')],
         attributes=[onnx.defs.OpSchema.Attribute('number', onnx.defs.OpSchema.AttrType.INT, required=True)],
     )
     block = values.Op(values.Opset(_DOMAIN, 1), 'block', schema)
@@ -142,7 +145,11 @@ def insert_blocks(
     first = 0
     for place, kind in enumerate(kinds):
         # Blocks without a use are not in the graph: those of stages behind the last one that a head takes.
-        used = [(number, block) for number, block in enumerate(kind.blocks, first) if number in calls]
+        used = [
+            (number, block, path)
+            for number, (block, path) in enumerate(zip(kind.blocks, kind.paths, strict=True), first)
+            if number in calls
+        ]
         first += len(kind.blocks)
         if not used:
             continue
@@ -155,10 +162,10 @@ def insert_blocks(
         graph.inputs.extend(constants)
         model.functions[_DOMAIN, name, ''] = ir.Function(_DOMAIN, name, graph=graph, attributes=[])
         shared = [_initializer(model, f'{name}.{each.name}', each.const_value) for each in constants]
-        for number, block in used:
+        for number, block, path in used:
             node = calls[number]
             own = [
-                _initializer(model, f'{name}.{number}.{key}', ir.tensor(value.detach().cpu().numpy()))
+                _initializer(model, f'{path}.{key}', ir.tensor(value.detach().cpu().numpy()))
                 for key, value in _state(block).items()
             ]
             output = node.outputs[0]

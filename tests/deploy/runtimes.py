@@ -1,21 +1,25 @@
 """Run every family and task in every runtime that has a wheel, and write a table of what agrees: `make deploy`.
 
 Models are tiny ones with random weights; a row says how far a runtime's outputs are from PyTorch's, relative to the
-largest value, or what stopped it. Each runtime has processes of its own, since several bring their own protobuf or
-LLVM. The status is 1 where a runtime computes something else than PyTorch: what stops is told by its own error.
+largest value, or what stopped it. Each runtime has a process of its own, since several bring their own protobuf or
+LLVM, and goes on in another one where it crashes. The status is 1 where a runtime computes something else than PyTorch:
+what stops is told by its own error.
 """
 
 import argparse
 import contextlib
 import importlib
+import importlib.metadata
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
-SIZE = (64, 96)
+SIZE = (48, 64)
 TOLERANCE = 1e-4
 TIMEOUT = 1200
 
@@ -110,6 +114,15 @@ def to_program(module: nn.Module, images: Tensor) -> Any:
     return program.run_decompositions({**torch.export.default_decompositions(), **decompositions()})
 
 
+def without_aliases(program: Any) -> Any:
+    """Take ``aten.alias`` out of a program, which returns what it is given and has no conversion in coremltools."""
+    graph = program.graph_module.graph
+    for node in graph.find_nodes(op='call_function', target=torch.ops.aten.alias.default):
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
+    return program
+
+
 class Portable(nn.Module):
     """A module whose scans run as PyTorch's own operators, for converters that trace it themselves."""
 
@@ -157,7 +170,8 @@ def run_executorch(module: nn.Module, images: Tensor, folder: Path) -> Outputs:
 def run_coremltools(module: nn.Module, images: Tensor, folder: Path) -> None:
     import coremltools
 
-    model = coremltools.convert(to_program(module, images), minimum_deployment_target=coremltools.target.iOS17)
+    program = without_aliases(to_program(module, images))
+    model = coremltools.convert(program, minimum_deployment_target=coremltools.target.iOS17)
     model.save(str(folder / 'model.mlpackage'))
 
 
@@ -215,6 +229,20 @@ RUNTIMES: dict[str, Callable[[nn.Module, Tensor, Path], Outputs | None]] = {
 }
 
 
+# Whose release the table names, where it is not the runtime's name in small letters.
+PACKAGES = {'Core ML': 'coremltools', 'TVM': 'apache-tvm'}
+
+
+def with_version(runtime: str) -> str:
+    """Name a runtime with its release."""
+    name, _, way = runtime.partition(', ')
+    try:
+        release = importlib.metadata.version(PACKAGES.get(name, name.lower()))
+    except importlib.metadata.PackageNotFoundError:
+        return runtime
+    return f'{name} {release}, {way}'
+
+
 def check(runtime: str, family: str, task: str) -> dict[str, Any]:
     """Compare a runtime's outputs with PyTorch's: the largest difference, or the error that stopped it."""
     module, images = build(family, task), torch.randn(1, 3, *SIZE)
@@ -240,28 +268,62 @@ def check(runtime: str, family: str, task: str) -> dict[str, Any]:
     return dict(difference=float(np.max(differences)))
 
 
-def child(runtime: str, family: str, tasks: Sequence[str]) -> None:
-    """Check tasks in this process, and print a line for each."""
+def child(runtime: str, places: Sequence[tuple[str, str]]) -> None:
+    """Check families and tasks in this process, and print a line for each."""
     importlib.import_module('ssm_backbones')
     out = os.fdopen(os.dup(1), 'w')
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        for task in tasks:
-            print('RESULT', json.dumps([task, check(runtime, family, task)]), file=out, flush=True)
+        for family, task in places:
+            print('RESULT', json.dumps([family, task, check(runtime, family, task)]), file=out, flush=True)
 
 
-def results(runtime: str, family: str, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Check tasks in a process of their own, which may crash."""
-    command = [sys.executable, __file__, '--child', '--runtimes', runtime, '--families', family, '--tasks', *tasks]
+def results(runtime: str, places: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Check families and tasks in a process of their own, and the rest in another one where it crashes or hangs."""
     environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment, check=False)
-        text, end = done.stdout, f'the process ended with {done.returncode}: {(done.stderr.strip() or "-")[-300:]}'
-    except subprocess.TimeoutExpired as error:
-        text = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ''
-        end = f'not done within {TIMEOUT} s'
-    found = dict(json.loads(line.partition(' ')[2]) for line in text.splitlines() if line.startswith('RESULT '))
-    return {task: found.get(task, dict(error=end)) for task in tasks}
+    waiting = list(places)
+    while waiting:
+        command = [sys.executable, __file__, '--runtimes', runtime, '--child', json.dumps(waiting)]
+        with tempfile.TemporaryFile('w+', errors='replace') as errors:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+            assert process.stdout is not None
+            hangs = threading.Event()
+            for line in lines_of(process, hangs):
+                if line.startswith('RESULT '):
+                    family, task, found = json.loads(line.partition(' ')[2])
+                    waiting.remove((family, task))
+                    yield family, task, found
+            status = process.wait()
+            errors.seek(0)
+            said = errors.read().strip()[-200:]
+        if waiting:
+            reason = f'it is not done within {TIMEOUT} s' if hangs.is_set() else end(status, said)
+            yield (*waiting.pop(0), dict(error=reason))
+
+
+def lines_of(process: subprocess.Popen[str], hangs: threading.Event) -> Iterator[str]:
+    """Yield a process's lines; end it, and say so, where it is silent for :data:`TIMEOUT` seconds."""
+
+    def stop() -> None:
+        hangs.set()
+        process.kill()
+
+    assert process.stdout is not None
+    while True:
+        timer = threading.Timer(TIMEOUT, stop)
+        timer.start()
+        line = process.stdout.readline()
+        timer.cancel()
+        if not line:
+            return
+        yield line
+
+
+def end(status: int, said: str) -> str:
+    """Say how a process ended that gave no result."""
+    if status < 0:
+        return f'the process crashes ({signal.Signals(-status).name})'
+    return f'the process ends with {status}: {said or "it says nothing"}'
 
 
 def words(result: dict[str, Any]) -> str:
@@ -281,25 +343,30 @@ def main() -> int:
     parser.add_argument('--families', nargs='+', default=list(FAMILIES), metavar='NAME', help=', '.join(FAMILIES))
     parser.add_argument('--tasks', nargs='+', default=list(TASKS), choices=TASKS)
     parser.add_argument('--out', type=Path, default=ROOT / 'build' / 'deploy.md')
-    parser.add_argument('--child', action='store_true', help=argparse.SUPPRESS)
+    parser.add_argument('--child', type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     for option, known in (('runtimes', RUNTIMES), ('families', FAMILIES)):
         unknown = [name for name in getattr(args, option) if name not in known]
         if unknown:
             parser.error(f'--{option}: {", ".join(unknown)} is none of {", ".join(known)}')
     if args.child:
-        child(args.runtimes[0], args.families[0], args.tasks)
+        child(args.runtimes[0], args.child)
         return 0
     lines = [f'| runtime | family | {" | ".join(args.tasks)} |', '| --- ' * (2 + len(args.tasks)) + '|']
     wrong = False
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for runtime in args.runtimes:
-        for family in args.families:
-            found = results(runtime, family, args.tasks)
-            wrong |= any(not each.get('difference', 0.0) <= TOLERANCE for each in found.values())
-            lines.append(f'| {runtime} | {family} | {" | ".join(words(found[task]) for task in args.tasks)} |')
-            print(lines[-1], flush=True)
-            args.out.write_text('\n'.join(lines) + '\n')
+        found: dict[str, dict[str, str]] = {}
+        for family, task, result in results(
+            runtime, [(family, task) for family in args.families for task in args.tasks]
+        ):
+            wrong |= not result.get('difference', 0.0) <= TOLERANCE
+            found.setdefault(family, {})[task] = words(result)
+            if len(found[family]) == len(args.tasks):
+                cells = ' | '.join(found[family][task] for task in args.tasks)
+                lines.append(f'| {with_version(runtime)} | {family} | {cells} |')
+                print(lines[-1], flush=True)
+                args.out.write_text('\n'.join(lines) + '\n')
     print(f'table: {args.out}')
     return int(wrong)
 

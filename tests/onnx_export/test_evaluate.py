@@ -2,6 +2,7 @@
 
 import sys
 from copy import deepcopy
+from pathlib import Path
 
 import onnx
 import pytest
@@ -14,20 +15,18 @@ from ssm_backbones.onnx_export.detector import Detector
 from ssm_backbones.onnx_export.export import Classifier, Segmentor
 from ssm_backbones.utils.errors import CommandError
 
+TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'test_onnx.py'
 PARTS = {'mmpretrain': ('classifier', Classifier), 'mmseg': ('segmentor', Segmentor), 'mmdet': ('detector', Detector)}
 
 
 def exported(part, module, shape=('b', 3, 'h', 'w')):
     """What a file would compute, by PyTorch."""
-    model = object.__new__(evaluate.ExportedModel)
-    model.notes, model.shape = {'part': part}, shape
 
     def run(images):
         outputs = module(torch.from_numpy(images))
         return [each.numpy() for each in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
-    model._run = run
-    return model
+    return evaluate.ExportedModel(run, {'part': part}, shape)
 
 
 @pytest.mark.parametrize('host', PARTS)
@@ -54,33 +53,63 @@ def test_predictions_are_the_model_s(host, write_config) -> None:
             assert torch.equal(theirs.labels, ours.labels) and (theirs.masks != ours.masks).float().mean() <= 1e-3
 
 
+def write_means(path, shape, **notes):
+    """Write a file which gives the means of images, (B, C)."""
+    tensor = onnx.helper.make_tensor_value_info
+    ends = [tensor('images', onnx.TensorProto.FLOAT, shape), tensor('means', onnx.TensorProto.FLOAT, shape[:2])]
+    nodes = [
+        onnx.helper.make_node('GlobalAveragePool', ['images'], ['cells']),
+        onnx.helper.make_node('Flatten', ['cells'], ['means']),
+    ]
+    graph = onnx.helper.make_graph(nodes, 'graph', ends[:1], ends[1:])
+    model = onnx.helper.make_model(graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid('', 18)])
+    onnx.helper.set_model_props(model, notes)
+    onnx.save(model, path)
+    return path
+
+
 @pytest.fixture
 def means(tmp_path):
-    """A file for two images at once, which gives their means."""
-    tensor = onnx.helper.make_tensor_value_info
-    ends = tensor('images', onnx.TensorProto.FLOAT, [2, 3, 4, 5]), tensor('means', onnx.TensorProto.FLOAT, [2, 3, 1, 1])
-    node = onnx.helper.make_node('GlobalAveragePool', ['images'], ['means'])
-    graph = onnx.helper.make_graph([node], 'graph', ends[:1], ends[1:])
-    model = onnx.helper.make_model(graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid('', 18)])
-    onnx.save(model, tmp_path / 'means.onnx')
-    return tmp_path / 'means.onnx'
+    """Such a file for two images at once."""
+    return write_means(tmp_path / 'means.onnx', [2, 3, 4, 5])
 
 
 @pytest.mark.parametrize('runtime', evaluate.RUNTIMES)
 def test_any_number_of_images_is_run_where_the_batch_is_fixed(runtime, means) -> None:
-    model = evaluate.ExportedModel(means, runtime)
+    model = evaluate.ExportedModel.open(means, runtime)
     for count in (1, 2, 5):
         images = torch.randn(count, 3, 4, 5)
         (found,) = model(images)
-        torch.testing.assert_close(found, images.mean((2, 3), keepdim=True))
+        torch.testing.assert_close(found, images.mean((2, 3)))
 
 
 def test_a_runtime_that_is_missing_is_told(means, monkeypatch) -> None:
     for name in evaluate.RUNTIMES:
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(CommandError, match=f'^{name} is not installed; pip install {name}$'):
-            evaluate.ExportedModel(means, name)
+            evaluate.ExportedModel.open(means, name)
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize('runtime', evaluate.RUNTIMES)
+def test_tool(runtime, tool, write_config, tmp_path, capsys) -> None:
+    """The command line, on a file whose metrics are known without it: colours are taken for shapes."""
+    head = 'model = dict(head=dict(num_classes=3))'
+    config = str(write_config('mmpretrain', head))
+    path = write_means(tmp_path / 'classifier.onnx', ['b', 3, 64, 64], part='classifier')
+    assert tool.main([config, str(path), '--runtime', runtime]) == 0
+    right = count = 0
+    for data in evaluate.test_loader(load_config(config)):
+        for image, sample in zip(data['inputs'], data['data_samples'], strict=True):
+            # RGB, which mmcv loads as BGR.
+            right += int(image.float().mean((1, 2)).flip(0).argmax() == sample.gt_label)
+            count += 1
+    assert capsys.readouterr().out.splitlines()[-1] == f'accuracy/top1 {100 * right / count}'
+    assert tool.main([config, str(tmp_path / 'nowhere.onnx')]) == 2
+    assert 'nowhere.onnx does not exist' in capsys.readouterr().err
+    small = write_means(tmp_path / 'small.onnx', ['b', 3, 32, 32], part='classifier')
+    assert tool.main([config, str(small), '--runtime', runtime]) == 2
+    assert 'an image is 64x64, and the file takes 32x32' in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_told(write_config, tmp_path) -> None:
@@ -90,9 +119,9 @@ def test_what_does_not_fit_is_told(write_config, tmp_path) -> None:
     with pytest.raises(CommandError, match=r'an image is 8x9, and the file takes 32x32'):
         exported('classifier', None, (1, 3, 32, 32))(torch.zeros(1, 3, 8, 9))
     with pytest.raises(CommandError, match='does not exist'):
-        evaluate.ExportedModel(tmp_path / 'nowhere.onnx')
+        evaluate.ExportedModel.open(tmp_path / 'nowhere.onnx')
     (tmp_path / 'text.onnx').write_text('text')
     with pytest.raises(CommandError, match='cannot be read'):
-        evaluate.ExportedModel(tmp_path / 'text.onnx')
+        evaluate.ExportedModel.open(tmp_path / 'text.onnx')
     with pytest.raises(ValueError, match="got 'tflite'"):
-        evaluate.ExportedModel(tmp_path / 'text.onnx', 'tflite')
+        evaluate.ExportedModel.open(tmp_path / 'text.onnx', 'tflite')

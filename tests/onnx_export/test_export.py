@@ -310,6 +310,18 @@ def test_bad_arguments(write_config, tool, tmp_path, capsys, monkeypatch) -> Non
         assert message in capsys.readouterr().err
 
 
+def test_an_operator_that_the_runtime_lacks_is_named(tmp_path) -> None:
+    tensor = onnx.helper.make_tensor_value_info
+    ends = [tensor(name, onnx.TensorProto.BFLOAT16, [2]) for name in ('images', 'output')]
+    graph = onnx.helper.make_graph([onnx.helper.make_node('Exp', ['images'], ['output'])], 'graph', ends[:1], ends[1:])
+    onnx.save(
+        onnx.helper.make_model(graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid('', 18)]),
+        tmp_path / 'x.onnx',
+    )
+    with pytest.raises(exporting.CommandError, match=r'^onnxruntime \S+ does not take the file: .* Exp.*$'):
+        exporting.open_session(tmp_path / 'x.onnx')
+
+
 def test_a_head_of_other_widths_is_told_first(write_config, tool, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(exporting, 'write_onnx', lambda *args: pytest.fail('work was done in vain'))
     config = write_config('mmpretrain', 'model = dict(head=dict(in_channels=99))')

@@ -1,0 +1,158 @@
+"""Exports in smaller numbers: what is in them, and how far they are from PyTorch."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import cuda_ops
+from cuda_ops import runtimes
+from ssm_backbones.apis.config import load_config
+from ssm_backbones.onnx_export import evaluate, precision
+from ssm_backbones.onnx_export import export as exporting
+
+TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'export_onnx.py'
+SHAPE = (1, 3, 8, 12)
+
+
+class Small(nn.Module):
+    """Every kind of layer: before and after a scan, and those that its inputs come from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.in_proj, self.x_proj, self.out_proj = nn.Linear(8, 8), nn.Linear(8, 12), nn.Linear(8, 8)
+
+    def forward(self, images):
+        x = self.conv(self.stem(images).relu()).relu().permute(0, 2, 3, 1)
+        x = self.in_proj(x)
+        delta, B, C = nn.functional.silu(self.x_proj(x)).split([8, 2, 2], 3)
+        return self.out_proj(cuda_ops.line_scan(x, delta, -torch.ones(8, 2), B, C, axis='row'))
+
+
+@pytest.fixture(scope='module')
+def small(tmp_path_factory):
+    """The module, and its file in float32."""
+    torch.manual_seed(0)
+    module, path = Small().eval(), tmp_path_factory.mktemp('small') / 'model.onnx'
+    exporting.write_onnx(module, torch.randn(SHAPE), path)
+    return module, path
+
+
+def difference(module, path, images=SHAPE):
+    return exporting.compare(exporting.open_session(path), module, images)['output']
+
+
+def weights(path):
+    return {each.name: onnx.numpy_helper.to_array(each) for each in onnx.load(path).graph.initializer}
+
+
+def test_float16(small, tmp_path) -> None:
+    module, path = small[0], tmp_path / 'model.onnx'
+    half = precision.in_float16(module)
+    assert {each.dtype for each in module.parameters()} == {torch.float32}
+    exporting.write_onnx(half, torch.randn(SHAPE), path)
+    onnx.checker.check_model(onnx.load(path), full_check=True)
+    graph = onnx.load(path).graph
+    layers = [node.input[1] for node in graph.node if node.op_type in ('Conv', 'MatMul')]
+    assert [weights(path)[name].dtype for name in layers] == [np.float16] * 5
+    ends = [each.type.tensor_type.elem_type for each in (*graph.input, *graph.output)]
+    assert ends == [onnx.TensorProto.FLOAT] * 2
+    assert 1e-5 < difference(module, path) < 1e-2
+
+
+def test_bfloat16(small, tmp_path) -> None:
+    module, path = small
+    precision.store_bfloat16(path, tmp_path / 'model.onnx')
+    model = onnx.load(tmp_path / 'model.onnx')
+    onnx.checker.check_model(model, full_check=True)
+    stored = [each for each in model.graph.initializer if each.data_type == onnx.TensorProto.BFLOAT16]
+    assert len(stored) == 5
+    # As PyTorch rounds them.
+    rounded = Small().eval()
+    rounded.load_state_dict(
+        {key: each.bfloat16().float() if each.dim() > 1 else each for key, each in module.state_dict().items()}
+    )
+    assert 10 * difference(rounded, tmp_path / 'model.onnx') < difference(module, tmp_path / 'model.onnx') < 1e-2
+
+
+@pytest.mark.parametrize('calibrated', [True, False])
+def test_int8(calibrated, small, tmp_path) -> None:
+    module, path = small
+    images, out = [torch.randn(SHAPE) for _ in range(4)], tmp_path / 'int8.onnx'
+    layers = precision.quantize(path, out, images if calibrated else None, exporting.open_session)
+    # Scans have their inputs from in_proj and x_proj.
+    assert len(layers.integer) == (2 if calibrated else 1) and 'conv' in layers.integer + layers.kept
+    assert len(layers.kept) == 5 - len(layers.integer) and 'stem' in layers.kept
+    integers = [each for name, each in weights(out).items() if each.dtype == np.int8 and each.ndim > 1]
+    assert len(integers) == len(layers.integer)
+    # 7 bits: two products of unsigned and signed bytes fit in 16 bits, as processors without VNNI add them.
+    for each in integers:
+        assert 32 < np.abs(each.astype(int)).max() <= 64 and 2 * 255 * 64 < 2**15
+    found = exporting.open_session(out)
+    assert 1e-4 < max(exporting.compare(found, module, image)['output'] for image in images) < 0.05
+    (run,) = evaluate.ExportedModel.open(out, 'openvino').run(images[0].numpy())
+    with torch.no_grad():
+        expected = module(images[0]).numpy()
+    assert np.abs(run - expected).max() < 0.05 * np.abs(expected).max()
+
+
+def test_layers_can_be_kept(small, tmp_path) -> None:
+    _, path = small
+    images = [torch.randn(SHAPE)]
+    kept = precision.quantize(path, tmp_path / 'x.onnx', images, exporting.open_session, ['con*']).kept
+    assert 'conv' in kept
+    with pytest.raises(exporting.CommandError, match=r"no layer is named 'nothing'; the first ones are stem"):
+        precision.quantize(path, tmp_path / 'x.onnx', images, exporting.open_session, ['nothing'])
+
+
+def test_custom_operators(small, tmp_path) -> None:
+    runtimes.build(['onnxruntime'])
+    module, _ = small
+    files = {name: tmp_path / f'{name}.onnx' for name in ('float16', 'float32', 'int8')}
+    for name, written in (('float16', precision.in_float16(module)), ('float32', module)):
+        exporting.write_onnx(written, torch.randn(SHAPE), files[name], custom_ops=True)
+    image = torch.randn(SHAPE)
+    precision.quantize(files['float32'], files['int8'], [image], lambda path: exporting.open_session(path, True))
+    for name, bound in (('float16', 1e-2), ('int8', 0.05)):
+        session = exporting.open_session(files[name], custom_ops=True)
+        assert 1e-5 < exporting.compare(session, module, image)['output'] < bound
+
+
+@pytest.mark.parametrize('host', ['mmpretrain', 'mmseg', 'mmdet'])
+def test_calibration_takes_training_images(host, write_config) -> None:
+    cfg = load_config(write_config(host))
+    part = next(part for part, scope in exporting.PARTS.items() if scope == host)
+    images = list(precision.Calibration(cfg, part, 5, (2, 40, 48)))
+    assert len(images) == 5 and {each.shape for each in images} == {(2, 3, 40, 48)}
+    # Spread over the data, which ImageNet has in the order of its classes.
+    assert len({each.sum().item() for each in images}) == 5
+    (image,) = precision.Calibration(cfg, part, 1)
+    bounds = (0, 255) if host == 'mmdet' else (-127 / 60, 128 / 60)
+    assert image.dtype == torch.float32 and bounds[0] <= image.min() < image.max() <= bounds[1]
+
+
+def test_bad_options_are_told_first(write_config, tool, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(exporting, '_module', lambda *args: pytest.fail('work was done in vain'))
+    config = str(write_config('mmpretrain'))
+    for arguments, message in (
+        (['--keep-float', 'x'], 'keep_float goes with int8 and int8-dynamic, not with float32'),
+        (['--precision', 'int8', '--calibration-images', '0'], 'calibration_images must be at least 1'),
+        (['--precision', 'int8', '--cfg-options', 'train_dataloader=None'], 'the config has no train_dataloader'),
+    ):
+        assert tool.main([config, '--out', str(tmp_path / 'x.onnx'), *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('numbers', ['float16', 'bfloat16', 'int8', 'int8-dynamic'])
+def test_tool(numbers, tool, write_config, tmp_path, capsys) -> None:
+    config, path = str(write_config('mmpretrain')), tmp_path / 'x.onnx'
+    assert tool.main([config, '--shape', '64', '64', '--precision', numbers, '--out', str(path)]) == 0
+    text = capsys.readouterr().out
+    assert ('layers in 8-bit integers: ' in text) == numbers.startswith('int8')
+    assert evaluate.evaluate_onnx(config, str(path))['accuracy/top1'] >= 0
