@@ -12,7 +12,6 @@ from tests.ops.helpers import run_python
 # is not another's.
 MEASURE = """
 import json, re, torch, cuda_ops
-from ssm_backbones import V2M, Mamba2D, VMamba
 
 def memory(kind):
     return int(re.search(kind + r':\\s+(\\d+) kB', open('/proc/self/status').read())[1]) * 1024
@@ -42,7 +41,8 @@ def backbone(kind, side):
         'V2M': dict(layout='hierarchical', embed_dims=4, depths=[1], d_state=1, ssm_ratio=1.0),
         'Mamba2D': dict(embed_dims=[8], depths=[1], d_state=1, mixers=['scan']),
     }[kind]
-    model = globals()[kind](arch, out_indices=0).eval()
+    import ssm_backbones
+    model = getattr(ssm_backbones, kind)(arch, out_indices=0).eval()
     with torch.inference_mode():
         (found,) = model(torch.randn(1, 3, 4 * side, 4 * side))
     assert found.shape[2:] == (side, side) and found.isfinite().all()

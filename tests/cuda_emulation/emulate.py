@@ -18,10 +18,15 @@ from cuda_ops import _build, route_scan
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
+WITHOUT_FLOAT16 = ['-include', str(FOLDER / 'without_float16.h')]
 CSRC = ROOT / 'cuda_ops' / 'csrc'
 OPERATORS = ('route_scan', 'route_scan_backward', 'wavefront_scan', 'wavefront_scan_backward')
 SANITIZE_VARIABLE = 'SSM_EMULATION_SANITIZE'
-SANITIZERS = ['-fsanitize=address,alignment,bounds,shift,signed-integer-overflow,null', '-fno-sanitize-recover=all']
+SANITIZERS = [
+    '-g1',
+    '-fsanitize=address,alignment,bounds,shift,signed-integer-overflow,null',
+    '-fno-sanitize-recover=all',
+]
 # An H200's.
 SHARED_LIMIT, MULTIPROCESSORS = 227 * 1024, 132
 
@@ -38,7 +43,6 @@ def compile_for_cpu(sources: Sequence[Path], target: Path, flags: Sequence[str])
         str(compiler()),
         '-std=c++17',
         '-O1',
-        '-g1',
         '-fPIC',
         '-fvisibility=hidden',
         '-Wall',

@@ -15,7 +15,7 @@ import cuda_ops
 from cuda_ops import _library, route_scan
 from cuda_ops.wavefront_scan import _checkpoints_shape
 from ssm_backbones.layers.ss2d import SS2D
-from tests.cuda_emulation.emulate import SANITIZE_VARIABLE, Emulation, compiler
+from tests.cuda_emulation.emulate import SANITIZE_VARIABLE, WITHOUT_FLOAT16, Emulation, compiler
 from tests.ops.helpers import ROOT, check_against_loop, differentiate, dtype_name, rounded
 from tests.ops.route_cases import CASES as ROUTE_CASES
 from tests.ops.route_cases import PARAMETERS, Case, Cross, Factors, Lines, Sequence, case_id, check
@@ -56,8 +56,10 @@ WIDE = (
 
 
 @pytest.fixture(scope='session')
-def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
-    return Emulation(tmp_path_factory.mktemp('emulation'))
+def emulation(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Emulation:
+    # A third of the compilation serves slow tests alone.
+    slow = any(item.get_closest_marker('slow') for item in request.session.items if item.path == Path(__file__))
+    return Emulation(tmp_path_factory.mktemp('emulation'), () if slow else WITHOUT_FLOAT16)
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=dtype_name)

@@ -248,8 +248,8 @@ def user(x: Tensor, weight: Tensor, A_log: Tensor, D: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ('backend', 'sizes'),
     (
-        ('inductor', ((5, 7),)),
-        pytest.param('aot_eager', ((5, 7), (9, 6), (3, 11)), marks=pytest.mark.slow),
+        pytest.param('inductor', ((5, 7),), marks=pytest.mark.slow),
+        ('aot_eager', ((5, 7), (9, 6), (3, 11))),
     ),
     ids=('inductor', 'dynamic-shapes'),
 )
@@ -397,7 +397,7 @@ print(json.dumps(dict(extra=extra, states=4 * batch * height * width * channels 
 """
 
 
-@pytest.mark.parametrize('shape', ((8, 56, 56, 64, 16), (1, 1024, 1024, 16, 4)), ids=str)
+@pytest.mark.parametrize('shape', ((8, 56, 56, 64, 16), (1, 512, 512, 16, 4)), ids=str)
 def test_hidden_states_are_never_stored_whole(shape: tuple[int, ...]) -> None:
     """Beside inputs, output and gradients, an eighth of what the hidden states would take is enough."""
     result = run_python(MEASURE.replace('SHAPE', str(shape)), OMP_NUM_THREADS='2')
