@@ -1,9 +1,12 @@
 """The CUDA kernels themselves, run on the CPU: every pass, dtype, number of states and route, at awkward sizes."""
 
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import pytest
@@ -29,6 +32,7 @@ pytestmark = [
 ]
 
 # Both 16-bit types go through the same code, by other conversions.
+HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow))
 # Several segments along each route, lines that end within them, several tiles of channels, blocks of several warps.
 LONG = (
@@ -58,12 +62,27 @@ WIDE = (
 @pytest.fixture(scope='session')
 def emulation(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Emulation:
     # A third of the compilation serves slow tests alone.
-    slow = any(item.get_closest_marker('slow') for item in request.session.items if item.path == Path(__file__))
-    return Emulation(tmp_path_factory.mktemp('emulation'), () if slow else WITHOUT_FLOAT16)
+    names = [item.name for item in request.session.items if item.path == Path(__file__)]
+    needed = any(re.search(r'\bfloat16\b', name) for name in names)
+    return Emulation(tmp_path_factory.mktemp('emulation'), () if needed else WITHOUT_FLOAT16)
 
 
-@pytest.mark.parametrize('dtype', DTYPES, ids=dtype_name)
-@pytest.mark.parametrize('case', (*ROUTE_CASES, *LONG), ids=case_id)
+def in_dtypes(cases: tuple[Any, ...], large: tuple[Any, ...], name: Callable[[Any], str]) -> list[Any]:
+    """Parameters (case, dtype): float32 is the sample of large cases."""
+    slow = {(case, dtype) for case in large for dtype in HALVES} | {(case, torch.float16) for case in cases}
+    return [
+        pytest.param(
+            case,
+            dtype,
+            id=f'{name(case)}-{dtype_name(dtype)}',
+            marks=[pytest.mark.slow] if (case, dtype) in slow else [],
+        )
+        for dtype in (torch.float32, *HALVES)
+        for case in (*cases, *large)
+    ]
+
+
+@pytest.mark.parametrize(('case', 'dtype'), in_dtypes(ROUTE_CASES, LONG, case_id))
 def test_route_scans_equal_the_loop(
     emulation: Emulation, nan_in_fresh_memory: None, case: Case, dtype: torch.dtype
 ) -> None:
@@ -72,8 +91,7 @@ def test_route_scans_equal_the_loop(
         assert emulation.launches or case.batch == 0
 
 
-@pytest.mark.parametrize('dtype', DTYPES, ids=dtype_name)
-@pytest.mark.parametrize('case', (*WAVEFRONT_CASES, *WIDE), ids=str)
+@pytest.mark.parametrize(('case', 'dtype'), in_dtypes(WAVEFRONT_CASES, WIDE, str))
 def test_wavefront_scan_equals_the_loop(
     emulation: Emulation, nan_in_fresh_memory: None, case: Wavefront, dtype: torch.dtype
 ) -> None:
