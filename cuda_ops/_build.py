@@ -42,6 +42,8 @@ OLDEST_TORCH = (2, 1)
 # The first torch whose stable ABI has all that the bindings need.
 STABLE_SINCE = (2, 10)
 SOURCE_SUFFIXES = ('.cpp', '.h', '.cu', '.cuh', '.inc')
+# In csrc: what only the benchmark compiles.
+BENCHMARK_FOLDER = 'benchmark'
 # 1 links a library that also runs on older Linux, as `make wheel` wants it.
 PORTABLE_VARIABLE = 'SSM_OPS_PORTABLE'
 
@@ -88,8 +90,12 @@ class CudaPlan:
 
 
 def source_hash(csrc: Path = CSRC) -> str | None:
-    """SHA-256 over the names and contents of the sources, or None where they are not installed."""
-    files = sorted(path for path in csrc.rglob('*') if path.suffix in SOURCE_SUFFIXES)
+    """SHA-256 over the names and contents of the library's sources, or None where they are not installed."""
+    files = sorted(
+        path
+        for path in csrc.rglob('*')
+        if path.suffix in SOURCE_SUFFIXES and path.relative_to(csrc).parts[0] != BENCHMARK_FOLDER
+    )
     if not files:
         return None
     digest = hashlib.sha256()
@@ -419,10 +425,13 @@ def make_portable(steps: Sequence[Step], csrc: Path, objects: Path, compiler: Se
     return [*compiled, step, Step(link.output, (*link.inputs, step.output), argv)]
 
 
-def build_exp_rate(folder: Path, capability: str, csrc: Path = CSRC, environ: Mapping[str, str] = os.environ) -> Path:
-    """Compile the CPU kernels' exponential by itself, which the benchmark measures; it is no part of the library.
+def build_benchmark(
+    name: str, folder: Path, capability: str, csrc: Path = CSRC, environ: Mapping[str, str] = os.environ
+) -> Path:
+    """Compile a source of the benchmark as the CPU kernels are compiled; it is no part of the library.
 
     Args:
+        name: of a file in ``csrc/benchmark``, without its ending.
         folder: where to put the shared object.
         capability: instruction set to compile for, one of :func:`cpu_capabilities`.
         csrc: the sources.
@@ -431,10 +440,10 @@ def build_exp_rate(folder: Path, capability: str, csrc: Path = CSRC, environ: Ma
     Raises:
         BuildError: if the sources are not installed, there is no compiler, or it does not compile them.
     """
-    source = csrc / 'benchmark' / 'exp2_rate.cpp'
+    source = csrc / BENCHMARK_FOLDER / f'{name}.cpp'
     if not source.exists():
         raise BuildError(f'{source} is not installed; run the benchmark in a checkout')
-    library = folder / 'exp2_rate.so'
+    library = folder / f'{name}.so'
     argv = [
         *find_compiler(environ),
         *CXX_FLAGS,

@@ -27,6 +27,12 @@ BACKBONES: dict[str, dict[str, Any]] = {
     'v2m-tiny': dict(type='V2M', arch='tiny'),
     'swin-tiny': dict(type='mmpretrain.SwinTransformer', arch='tiny', img_size=224, drop_path_rate=0.0),
     'convnext-tiny': dict(type='mmpretrain.ConvNeXt', arch='tiny', drop_path_rate=0.0),
+    'convnext-tiny-timm': dict(
+        type='mmpretrain.TIMMBackbone', model_name='convnext_tiny', features_only=True, out_indices=(3,)
+    ),
+    'mambaout-tiny': dict(
+        type='mmpretrain.TIMMBackbone', model_name='mambaout_tiny', features_only=True, out_indices=(3,)
+    ),
     'deit-tiny': dict(
         type='mmpretrain.VisionTransformer',
         arch='deit-tiny',
@@ -42,15 +48,16 @@ def build_backbone(name: str, device: torch.device) -> nn.Module:
     """Build an entry of :data:`BACKBONES`; one of a host library makes that library register its models first.
 
     Raises:
-        Unavailable: If the host library is not installed.
+        Unavailable: If the host library, or timm for one of timm's in it, is not installed.
     """
     config = BACKBONES[name]
-    library, _, _ = config['type'].rpartition('.')
-    try:
-        if library:
-            importlib.import_module(f'{library}.models')
-    except ImportError as error:
-        raise Unavailable(f"{name} is {library}'s, which cannot be imported: {error}") from error
+    library, _, kind = config['type'].rpartition('.')
+    for module in (*([f'{library}.models'] if library else []), *(['timm'] if kind == 'TIMMBackbone' else [])):
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            package = module.partition('.')[0]
+            raise Unavailable(f"{name} is {package}'s, which cannot be imported: {error}") from error
     if not library:
         options = {key: value for key, value in config.items() if key != 'type'}
         return getattr(backbones, config['type'])(**options).to(device)

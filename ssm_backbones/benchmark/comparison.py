@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from ssm_backbones.benchmark.unavailable import Unavailable, reason
 
 __all__ = [
     'Comparison',
+    'DetailedCall',
     'LowerBound',
     'Pair',
     'Scaling',
@@ -38,6 +40,22 @@ class LowerBound:
 
     seconds: float
     details: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class DetailedCall:
+    """A call to be measured, with what else is to be known of it.
+
+    Attributes:
+        call: The call.
+        details: JSON-serialisable details by what they are, in a word or two, for the report and its table.
+    """
+
+    call: Call
+    details: Mapping[str, Any]
+
+
+Prepare = Callable[[torch.device], Call | DetailedCall | LowerBound]
 
 
 @dataclass(frozen=True)
@@ -64,19 +82,21 @@ class Comparison:
     Attributes:
         name: For the table and for ``--only``.
         summary: What is done, in a few words.
-        entries: By label, a function that prepares everything on a device and returns the call to be measured, or a
-            lower bound. It raises :class:`Unavailable` if something it needs is missing on this machine.
+        entries: By label, a function that prepares everything on a device and returns the call to be measured, which
+            may have details, or a lower bound. It raises :class:`Unavailable` if something it needs is missing here.
         pairs: The ratios to report.
         devices: Types of the devices that it is meant for.
         images: How many images a call computes, where it computes images.
+        during: What goes on while the rounds are measured.
     """
 
     name: str
     summary: str
-    entries: Mapping[str, Callable[[torch.device], Call | LowerBound]]
+    entries: Mapping[str, Prepare]
     pairs: tuple[Pair, ...]
     devices: tuple[str, ...] = ('cpu', 'cuda')
     images: int | None = None
+    during: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 @dataclass(frozen=True)
@@ -99,12 +119,14 @@ def measure_comparison(comparison: Comparison, settings: Settings, clock: Clock 
         clock: Seconds since some moment.
 
     Returns:
-        A JSON-serialisable dict: median and single seconds of each entry, and its peak memory on a GPU; each pair's
-        ratio; under ``skipped`` the unavailable entries, and under ``failed`` those that raised an error, with reasons.
+        A JSON-serialisable dict: median and single seconds of each entry, its peak memory on a GPU, its details; each
+        pair's ratio; under ``skipped`` the unavailable entries, and under ``failed`` those that raised an error, with
+        reasons.
     """
     device = torch.device(settings.device)
     calls: dict[str, Call] = {}
     loops: dict[str, int] = {}
+    details: dict[str, Mapping[str, Any]] = {}
     bounds: dict[str, LowerBound] = {}
     skipped: dict[str, str] = {}
     failed: dict[str, str] = {}
@@ -113,15 +135,19 @@ def measure_comparison(comparison: Comparison, settings: Settings, clock: Clock 
             prepared = prepare(device)
             if isinstance(prepared, LowerBound):
                 bounds[label] = prepared
-            else:
-                loops[label] = warm_up(prepared, device, clock)
-                calls[label] = prepared
+                continue
+            if isinstance(prepared, DetailedCall):
+                details[label] = prepared.details
+                prepared = prepared.call
+            loops[label] = warm_up(prepared, device, clock)
+            calls[label] = prepared
         except Unavailable as error:
             skipped[label] = str(error)
         except Exception as error:
             # A failing entry must not end the measurement of the others; it is listed in the report.
             failed[label] = reason(error)
-    times = measure_interleaved(calls, settings.repeats, device, clock, loops)
+    with comparison.during():
+        times = measure_interleaved(calls, settings.repeats, device, clock, loops)
     entries: dict[str, dict[str, Any]] = {}
     for label, values in times.items():
         median = statistics.median(values)
@@ -130,6 +156,8 @@ def measure_comparison(comparison: Comparison, settings: Settings, clock: Clock 
             entries[label]['images_per_s'] = comparison.images / median
         if device.type == 'cuda':
             entries[label]['peak_bytes'] = peak_bytes(calls[label], device)
+        if label in details:
+            entries[label]['details'] = dict(details[label])
     for label, bound in bounds.items():
         entries[label] = {'median_s': bound.seconds, 'times_s': [bound.seconds] * settings.repeats, **bound.details}
     return {

@@ -43,6 +43,27 @@ def backbone_comparisons(
     return comparisons
 
 
+def bfloat16_comparison(name: str, batch: int = 4, size: int = 224) -> Comparison:
+    """Compare a backbone's forward and backward pass in bfloat16 autocast with that in float32.
+
+    Args:
+        name: Key of :data:`~ssm_backbones.benchmark.backbones.BACKBONES`.
+        batch: Batch size.
+        size: Side of the images.
+    """
+    return Comparison(
+        f'bfloat16/{name}/forward+backward/batch-{batch}',
+        f'forward+backward at {size}x{size}, batch {batch}, bfloat16 autocast and float32',
+        {
+            'bfloat16': partial(backbone_call, name, batch, size, True, amp=True),
+            'float32': partial(backbone_call, name, batch, size, True),
+        },
+        (Pair('bfloat16', 'float32', 1.2),),
+        devices=('cpu',),
+        images=batch,
+    )
+
+
 def cross_scan_comparisons(states: int, shape: Shape = (1, 56, 56, 96)) -> list[Comparison]:
     """Compare the cross scan with the loop and with a copy of its inputs and outputs, its lower bound."""
 

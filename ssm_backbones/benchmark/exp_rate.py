@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import cuda_ops
-from cuda_ops import _build
+from ssm_backbones.benchmark.native import native_function
 
 # Values of a block, which the compiled function takes at a time.
 _BLOCK = 1024
@@ -79,24 +74,9 @@ def exp2_repeatedly(x: Tensor, repeats: int) -> Tensor:
     if repeats < 1:
         raise ValueError(f'repeats must be at least 1, got {repeats}')
     y = torch.empty_like(x)
-    _compiled()(x.data_ptr(), y.data_ptr(), x.numel() // _BLOCK, repeats, torch.get_num_threads())
+    compiled = native_function('exp2_repeatedly', 2, 2)
+    compiled(x.data_ptr(), y.data_ptr(), x.numel() // _BLOCK, repeats, torch.get_num_threads())
     return y
-
-
-@functools.cache
-def _compiled() -> Callable[..., None]:
-    capability = cuda_ops.backend_status().devices['cpu'].instruction_set
-    if capability is None:
-        raise RuntimeError('the exponential to measure is that of the compiled library, which is not there')
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            library = ctypes.CDLL(str(_build.build_exp_rate(Path(folder), capability)))
-        except _build.BuildError as error:
-            raise RuntimeError(f'the exponential cannot be compiled: {error}') from error
-    function = library.exp2_repeatedly
-    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
-    function.restype = None
-    return function
 
 
 _Measured = tuple[int, Callable[[], object], Callable[[], object]]

@@ -11,11 +11,19 @@ import torch
 
 from ssm_backbones.benchmark import gpu
 from ssm_backbones.benchmark.comparison import Comparison, Scaling, measure_comparison, measure_scaling
-from ssm_backbones.benchmark.cpu import backbone_comparisons, cross_scan_comparisons, wavefront_comparisons
+from ssm_backbones.benchmark.compiled import compiled_comparisons
+from ssm_backbones.benchmark.cpu import (
+    backbone_comparisons,
+    bfloat16_comparison,
+    cross_scan_comparisons,
+    wavefront_comparisons,
+)
 from ssm_backbones.benchmark.export import EXPORTS, ExportComparison, measure_export
 from ssm_backbones.benchmark.exported import STANDARD, exported_comparisons
+from ssm_backbones.benchmark.loaded import loaded_comparison
 from ssm_backbones.benchmark.machine import describe_machine
 from ssm_backbones.benchmark.report import Report
+from ssm_backbones.benchmark.rivals import sequence_scan_comparisons
 from ssm_backbones.benchmark.timing import Settings
 from ssm_backbones.benchmark.unavailable import reason
 
@@ -29,6 +37,11 @@ COMPARISONS: list[Comparison] = [
     *cross_scan_comparisons(states=1),
     *cross_scan_comparisons(states=16),
     *wavefront_comparisons(states=16, target=2.0),
+    *sequence_scan_comparisons(states=1),
+    *sequence_scan_comparisons(states=16),
+    *(bfloat16_comparison(name) for name in ('vmamba-tiny', 'mamba2d-tiny', 'v2m-hier-small', 'v2m-tiny')),
+    *(loaded_comparison(name) for name in ('vmamba-tiny', 'mamba2d-tiny', 'v2m-hier-small')),
+    *compiled_comparisons(),
     *gpu.COMPARISONS,
     *(comparison for name in STANDARD for comparison in exported_comparisons(name)),
 ]

@@ -56,6 +56,9 @@ class Report:
             # Only GPUs have the last column.
             shown = len(header) if any(row[-1] for row in rows) else len(header) - 1
             parts.append(markdown(header[:shown], [row[:shown] for row in rows], text=(0, 1, 3)))
+        lines = [line for comparison in self.comparisons for line in _detail_lines(comparison)]
+        if lines:
+            parts.append('\n'.join(lines))
         if self.scalings:
             rows = [_size_row(scaling, size) for scaling in self.scalings for size in scaling['sizes']]
             parts.append(markdown(('scaling', 'image', 'ms', 'per pixel', 'peak MiB', 'per pixel'), rows, text=(0, 1)))
@@ -143,6 +146,14 @@ def _comparison_rows(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
         if label in alone
     ]
     return rows
+
+
+def _detail_lines(comparison: Mapping[str, Any]) -> list[str]:
+    return [
+        f'{comparison["name"]}: {label}: {", ".join(f"{what} {value}" for what, value in entry["details"].items())}'
+        for label, entry in comparison['entries'].items()
+        if 'details' in entry
+    ]
 
 
 def _goal(target: float | None, met: bool | None) -> str:

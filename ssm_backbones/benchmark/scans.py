@@ -44,6 +44,35 @@ def line_scan_inputs(shape: Shape, states: int, device: torch.device, dtype: tor
     )
 
 
+def sequence_scan_inputs(
+    shape: tuple[int, int, int], states: int, device: torch.device, *, channels_last: bool
+) -> Inputs:
+    """Build u, delta, A, B, C, D, delta_bias of Mamba's scan of a sequence, as ``cuda_ops.selective_scan`` takes them.
+
+    Args:
+        shape: Batch, length and channels.
+        states: State size N.
+        device: Where to put them.
+        channels_last: Whether channels and states are innermost in memory, not the positions. The values are the same.
+    """
+    torch.manual_seed(0)
+    batch, length, channels = shape
+
+    def sequence(count: int) -> Tensor:
+        value = torch.randn(batch, length, count, device=device).transpose(1, 2)
+        return value if channels_last else value.contiguous()
+
+    return (
+        sequence(channels),
+        sequence(channels),
+        _decay_rates(channels, states, device),
+        sequence(states),
+        sequence(states),
+        torch.ones(channels, device=device),
+        torch.full((channels,), -4.0, device=device),
+    )
+
+
 def wavefront_inputs(shape: Shape, states: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Inputs:
     """Build x, delta_top, delta_left, A_top, A_left, B_top, B_left, C, D of a wavefront scan of (B, H, W, E)."""
     torch.manual_seed(0)

@@ -2,7 +2,8 @@
 
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +14,7 @@ from ssm_backbones.benchmark import (
     Comparison,
     LowerBound,
     Pair,
+    Report,
     Scaling,
     Settings,
     Unavailable,
@@ -24,7 +26,7 @@ from ssm_backbones.benchmark import (
     select,
 )
 from ssm_backbones.benchmark.backbones import BACKBONES, backbone_call, build_backbone
-from ssm_backbones.benchmark.comparison import measure_comparison, measure_scaling, scaling_peak
+from ssm_backbones.benchmark.comparison import DetailedCall, measure_comparison, measure_scaling, scaling_peak
 from ssm_backbones.benchmark.export import EXPORTS
 from ssm_backbones.benchmark.registry import COMPARISONS, SCALINGS
 from ssm_backbones.benchmark.roofline import Rates
@@ -106,6 +108,24 @@ def test_lower_bounds_and_entries_that_are_missing() -> None:
     assert result['entries']['ours']['images_per_s'] == 4.0
     assert result['skipped'] == {'lacking': 'no such thing here'}
     assert result['failed'] == {'broken': 'RuntimeError: it broke'}
+
+
+def test_details_are_reported_and_the_load_lasts_for_the_rounds() -> None:
+    clock = Clock()
+
+    @contextmanager
+    def load() -> Iterator[None]:
+        clock.calls.append('begin')
+        yield
+        clock.calls.append('end')
+
+    call = clock.takes('ours', 1.0)(CPU)
+    entries = {'ours': lambda device: DetailedCall(call, {'graph breaks': 0, 'option': 'a'})}
+    compared = Comparison('name', 'summary', entries, (Pair('ours', 'ours'),), during=load)
+    result = measure_comparison(compared, Settings(repeats=1), clock)
+    assert clock.calls == ['ours', 'ours', 'begin', 'ours', 'end']
+    assert result['entries']['ours']['details'] == {'graph breaks': 0, 'option': 'a'}
+    assert '\nname: ours: graph breaks 0, option a\n' in Report({}, {}, comparisons=[result]).as_table() + '\n'
 
 
 def test_a_run_names_what_it_leaves_out() -> None:

@@ -172,14 +172,14 @@ def test_what_is_measured_is_two_to_the_power() -> None:
 def test_without_sources_or_compiler_the_rate_is_unavailable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('CXX', 'no-such-compiler')
     with pytest.raises(_build.BuildError, match='no C.. compiler found .looked for no-such-compiler'):
-        _build.build_exp_rate(tmp_path, 'baseline', environ=os.environ)
-    with pytest.raises(_build.BuildError, match='exp2_rate.cpp is not installed; run the benchmark in a checkout'):
-        _build.build_exp_rate(tmp_path, 'baseline', csrc=tmp_path)
+        _build.build_benchmark('exp2_repeatedly', tmp_path, 'baseline', environ=os.environ)
+    with pytest.raises(_build.BuildError, match='scalar_scan.cpp is not installed; run the benchmark in a checkout'):
+        _build.build_benchmark('scalar_scan', tmp_path, 'baseline', csrc=tmp_path)
 
-    def fail() -> None:
-        raise RuntimeError('the exponential cannot be compiled: a reason')
+    def fail(*arguments: object) -> None:
+        raise RuntimeError('exp2_repeatedly cannot be compiled: a reason')
 
-    monkeypatch.setattr(exp_rate, '_compiled', fail)
+    monkeypatch.setattr(exp_rate, 'native_function', fail)
     with pytest.raises(scans.Unavailable, match='a reason'):
         scans.exponentials_call(10, CPU)
     roofline.measure_rates.cache_clear()

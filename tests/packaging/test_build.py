@@ -290,6 +290,8 @@ def test_source_hash_follows_names_and_contents(build, csrc):
     seen.add(build.source_hash(csrc))
     assert len(seen) == 3
     (csrc / 'notes.txt').write_text('no source')
+    (csrc / 'benchmark').mkdir()
+    (csrc / 'benchmark' / 'rate.cpp').write_text('// no part of the library')
     assert build.source_hash(csrc) in seen
     assert build.source_hash(csrc / 'nothing') is None
 
