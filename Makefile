@@ -71,7 +71,7 @@ test-slow: lint
 
 tools: setup
 	$(call on-top,.venv-tools,requirements/tools.txt)
-	@.venv-tools/bin/python -m pytest tests/timm tests/integrations tests/pytorch_tools $(PYTEST_ARGS)
+	@.venv-tools/bin/python -m pytest tests/timm tests/integrations tests/pytorch_tools tests/benchmark/test_rivals.py $(PYTEST_ARGS)
 	@.venv-tools/bin/python -m pytest tests/docs -k 'scripts and timm' $(PYTEST_ARGS)
 
 docs:

@@ -25,6 +25,7 @@ __all__ = [
     'Unavailable',
     'measure_comparison',
     'measure_scaling',
+    'passes',
     'ratios',
 ]
 
@@ -108,6 +109,11 @@ class Scaling:
     backbone: str
     sizes: tuple[int, ...] = (224, 384, 512, 768, 1024)
     devices: tuple[str, ...] = ('cpu', 'cuda')
+
+
+def passes(train: bool) -> str:
+    """Return what a call computes, for names: 'forward', or 'forward+backward' with ``train``."""
+    return 'forward+backward' if train else 'forward'
 
 
 def measure_comparison(comparison: Comparison, settings: Settings, clock: Clock = time.perf_counter) -> dict[str, Any]:

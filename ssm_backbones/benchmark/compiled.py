@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ssm_backbones.benchmark.backbones import backbone_call
-from ssm_backbones.benchmark.comparison import Comparison, DetailedCall, Pair
+from ssm_backbones.benchmark.comparison import Comparison, DetailedCall, Pair, passes
 from ssm_backbones.benchmark.timing import measure_interleaved, seconds
 from ssm_backbones.utils.torch_compat import set_recompile_limit
 
@@ -34,7 +34,6 @@ def compiled_comparisons(
     names = (*ours, *others)
     comparisons = []
     for train in (False, True):
-        passes = 'forward+backward' if train else 'forward'
         pairs = [
             Pair(_compiled(name), _compiled(other), OTHERS.get(other) if name == 'vmamba-tiny' and not train else None)
             for name in ours
@@ -43,8 +42,8 @@ def compiled_comparisons(
         pairs += [Pair(_compiled(name), name) for name in names]
         comparisons.append(
             Comparison(
-                f'compiled/{passes}/batch-{batch}',
-                f'{passes} at {size}x{size}, batch {batch}, torch.compile with the faster of two options',
+                f'compiled/{passes(train)}/batch-{batch}',
+                f'{passes(train)} at {size}x{size}, batch {batch}, torch.compile with the faster of two options',
                 {
                     **{_compiled(name): partial(compiled_call, name, batch, size, train) for name in names},
                     **{name: partial(backbone_call, name, batch, size, train) for name in names},

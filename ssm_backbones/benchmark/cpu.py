@@ -10,7 +10,7 @@ import cuda_ops
 from ssm_backbones.benchmark import scans
 from ssm_backbones.benchmark.backbones import backbone_call
 from ssm_backbones.benchmark.baselines import WavefrontByDiagonals, cross_scan_by_loop
-from ssm_backbones.benchmark.comparison import Comparison, Pair
+from ssm_backbones.benchmark.comparison import Comparison, Pair, passes
 from ssm_backbones.benchmark.roofline import wavefront_scan_work
 from ssm_backbones.benchmark.scans import Shape
 from ssm_backbones.benchmark.timing import Call
@@ -32,12 +32,15 @@ def backbone_comparisons(
     """
     comparisons = []
     for batch, train in ((1, False), (4, False), (4, True)):
-        passes = 'forward+backward' if train else 'forward'
         entries = {entry: partial(backbone_call, entry, batch, 224, train) for entry in (name, *against)}
         pairs = (Pair(name, against[0], training if train else forward), *(Pair(name, each) for each in against[1:]))
         comparisons.append(
             Comparison(
-                f'{name}/{passes}/batch-{batch}', f'{passes} at 224x224, batch {batch}', entries, pairs, images=batch
+                f'{name}/{passes(train)}/batch-{batch}',
+                f'{passes(train)} at 224x224, batch {batch}',
+                entries,
+                pairs,
+                images=batch,
             )
         )
     return comparisons
@@ -52,8 +55,8 @@ def bfloat16_comparison(name: str, batch: int = 4, size: int = 224) -> Compariso
         size: Side of the images.
     """
     return Comparison(
-        f'bfloat16/{name}/forward+backward/batch-{batch}',
-        f'forward+backward at {size}x{size}, batch {batch}, bfloat16 autocast and float32',
+        f'bfloat16/{name}/{passes(True)}/batch-{batch}',
+        f'{passes(True)} at {size}x{size}, batch {batch}, bfloat16 autocast and float32',
         {
             'bfloat16': partial(backbone_call, name, batch, size, True, amp=True),
             'float32': partial(backbone_call, name, batch, size, True),
@@ -75,7 +78,6 @@ def cross_scan_comparisons(states: int, shape: Shape = (1, 56, 56, 96)) -> list[
 
     comparisons = []
     for train in (False, True):
-        passes = 'forward+backward' if train else 'forward'
         entries = {
             'cuda_ops': partial(scan, cuda_ops.cross_selective_scan, train),
             'loop': partial(scan, cross_scan_by_loop, train),
@@ -83,7 +85,9 @@ def cross_scan_comparisons(states: int, shape: Shape = (1, 56, 56, 96)) -> list[
         }
         pairs = (Pair('cuda_ops', 'loop'), Pair('cuda_ops', 'copy'))
         comparisons.append(
-            Comparison(f'cross-scan/{passes}/n{states}', f'{passes} at {shape}, N={states}', entries, pairs)
+            Comparison(
+                f'cross-scan/{passes(train)}/n{states}', f'{passes(train)} at {shape}, N={states}', entries, pairs
+            )
         )
     return comparisons
 
@@ -114,7 +118,6 @@ def wavefront_comparisons(states: int, shape: Shape = (1, 56, 56, 64), target: f
 
     comparisons = []
     for train in (False, True):
-        passes = 'forward+backward' if train else 'forward'
         entries = {
             'cuda_ops': partial(scan, train),
             'exponentials': partial(exponentials, train),
@@ -128,7 +131,11 @@ def wavefront_comparisons(states: int, shape: Shape = (1, 56, 56, 64), target: f
         )
         comparisons.append(
             Comparison(
-                f'wavefront/{passes}/n{states}', f'{passes} at {shape}, N={states}', entries, pairs, devices=('cpu',)
+                f'wavefront/{passes(train)}/n{states}',
+                f'{passes(train)} at {shape}, N={states}',
+                entries,
+                pairs,
+                devices=('cpu',),
             )
         )
     return comparisons

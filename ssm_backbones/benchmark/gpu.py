@@ -23,7 +23,7 @@ from ssm_backbones.benchmark.baselines import (
     mamba_layout,
     mamba_selective_scan,
 )
-from ssm_backbones.benchmark.comparison import Comparison, LowerBound, Pair
+from ssm_backbones.benchmark.comparison import Comparison, LowerBound, Pair, passes
 from ssm_backbones.benchmark.roofline import Work, lower_bound, measure_rates, route_scan_work, wavefront_scan_work
 from ssm_backbones.benchmark.scans import Inputs, Shape
 from ssm_backbones.benchmark.timing import Call
@@ -78,8 +78,8 @@ def backbone_comparisons(name: str, against: str = 'swin-tiny', target: float = 
 
     return [
         Comparison(
-            f'gpu/{name}/{_passes(train)}',
-            f'{_passes(train)} at 224x224, batch 128, bfloat16',
+            f'gpu/{name}/{passes(train)}',
+            f'{passes(train)} at 224x224, batch 128, bfloat16',
             {each: partial(entry, each, train) for each in (name, against)},
             (Pair(name, against, target),),
             devices=('cuda',),
@@ -116,18 +116,14 @@ def scan_comparisons(job: ScanJob, image: str, stage: str) -> list[Comparison]:
             pairs.append(Pair('cuda_ops', 'diagonals', 1 / 5, memory_target=1 / 8 if train else None))
         comparisons.append(
             Comparison(
-                f'gpu/{job.op}/{job.model}/{stage}/{image}/{_passes(train)}',
-                f'{_passes(train)} at {shape}, N={job.states}, bfloat16',
+                f'gpu/{job.op}/{job.model}/{stage}/{image}/{passes(train)}',
+                f'{passes(train)} at {shape}, N={job.states}, bfloat16',
                 entries,
                 tuple(pairs),
                 devices=('cuda',),
             )
         )
     return comparisons
-
-
-def _passes(train: bool) -> str:
-    return 'forward+backward' if train else 'forward'
 
 
 def _rows(x: Tensor, delta: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -181,8 +177,8 @@ def low_rank_delta_comparisons(shape: Shape, rank: int) -> list[Comparison]:
     """
     return [
         Comparison(
-            f'gpu/cross-scan-low-rank/{"x".join(map(str, shape))}/rank-{rank}/{_passes(train)}',
-            f'{_passes(train)} at {shape}, N=1, dt of rank {rank}, bfloat16',
+            f'gpu/cross-scan-low-rank/{"x".join(map(str, shape))}/rank-{rank}/{passes(train)}',
+            f'{passes(train)} at {shape}, N=1, dt of rank {rank}, bfloat16',
             {
                 'in the scan': partial(_low_rank_call, _scan_of_dt, shape, rank, train),
                 'before': partial(_low_rank_call, _scan_after_product, shape, rank, train),

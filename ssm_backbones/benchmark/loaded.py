@@ -14,9 +14,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssm_backbones.benchmark.backbones import backbone_call
-from ssm_backbones.benchmark.comparison import Comparison, DetailedCall, Pair
+from ssm_backbones.benchmark.comparison import Comparison, DetailedCall, Pair, passes
 from ssm_backbones.benchmark.timing import Call
-from ssm_backbones.benchmark.unavailable import Unavailable
 
 # To the other backbone's time.
 TARGET = 1.1
@@ -32,8 +31,8 @@ def loaded_comparison(name: str, against: str = 'swin-tiny', batch: int = 4, siz
         size: Side of the images.
     """
     return Comparison(
-        f'loaded/{name}/forward+backward/batch-{batch}',
-        f'forward+backward at {size}x{size}, batch {batch}, while another process keeps one core busy',
+        f'loaded/{name}/{passes(True)}/batch-{batch}',
+        f'{passes(True)} at {size}x{size}, batch {batch}, while another process keeps one core busy',
         {
             name: partial(_with_count, name, batch, size),
             against: partial(backbone_call, against, batch, size, True),
@@ -51,12 +50,7 @@ def busy_core() -> Iterator[int]:
 
     Yields:
         The other process's id, once it is at work.
-
-    Raises:
-        Unavailable: If processes cannot be bound to a core here.
     """
-    if not hasattr(os, 'sched_setaffinity'):
-        raise Unavailable('processes are bound to a core on Linux alone')
     core = max(os.sched_getaffinity(0))
     lines = (
         'import os',

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,16 @@ import torch
 
 import cuda_ops
 
+# Cap the instruction sets of oneDNN and of MKL, on which times depend.
+_CAPS = ('ONEDNN_MAX_CPU_ISA', 'MKL_ENABLE_INSTRUCTIONS')
+
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """Processor, cores, threads, versions, the instruction set of the compiled scans, and the GPU and its driver."""
+    """Processor, cores, threads, versions, the instruction sets in use, and the GPU and its driver."""
     status = cuda_ops.backend_status()
     machine: dict[str, Any] = {
         'CPU': _cpu_model(),
+        'bfloat16': ' '.join(sorted(set(re.findall(r'\b\w+_bf16\b', _cpuinfo())))) or 'emulated',
         'cores': len(os.sched_getaffinity(0)),
         'threads': torch.get_num_threads(),
     }
@@ -28,22 +33,26 @@ def describe_machine(device: str) -> dict[str, Any]:
         machine['driver'] = _driver()
         machine['CUDA scans'] = str(status.devices['cuda'])
     machine['scans'] = status.devices['cpu'].instruction_set or 'PyTorch reference'
+    machine['ATen'] = torch.backends.cpu.get_cpu_capability()
+    machine |= {name: os.environ[name] for name in _CAPS if name in os.environ}
     machine['commit'] = _commit()
     machine['Python'] = platform.python_version()
-    for package in ('torch', 'mmengine', 'mmpretrain'):
-        try:
+    for package in ('torch', 'mmengine', 'mmpretrain', 'timm', 'transformers', 'mambapy'):
+        with suppress(PackageNotFoundError):
             machine[package] = version(package)
-        except PackageNotFoundError:
-            machine[package] = 'missing'
     return machine
 
 
 def _cpu_model() -> str:
-    try:
-        match = re.search(r'^model name\s*:\s*(.+)$', Path('/proc/cpuinfo').read_text(), re.MULTILINE)
-    except OSError:
-        match = None
+    match = re.search(r'^model name\s*:\s*(.+)$', _cpuinfo(), re.MULTILINE)
     return match.group(1) if match else platform.processor() or platform.machine()
+
+
+def _cpuinfo() -> str:
+    try:
+        return Path('/proc/cpuinfo').read_text()
+    except OSError:
+        return ''
 
 
 def _driver() -> str:

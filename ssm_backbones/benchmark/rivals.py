@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 import cuda_ops
 from ssm_backbones.benchmark import scans
-from ssm_backbones.benchmark.comparison import Comparison, Pair
+from ssm_backbones.benchmark.comparison import Comparison, Pair, passes
 from ssm_backbones.benchmark.native import native_function
 from ssm_backbones.benchmark.timing import Call
 from ssm_backbones.benchmark.unavailable import Unavailable
@@ -158,12 +158,11 @@ def sequence_scan_comparisons(states: int, shape: tuple[int, int, int] = (1, 313
     ours, *others = RIVALS
     comparisons = []
     for train in (False, True):
-        passes = 'forward+backward' if train else 'forward'
         chosen = [label for label in others if RIVALS[label].trains or not train]
         comparisons.append(
             Comparison(
-                f'sequence-scan/{passes}/n{states}',
-                f'{passes} of (batch, length, channels) {shape}, N={states}',
+                f'sequence-scan/{passes(train)}/n{states}',
+                f'{passes(train)} of (batch, length, channels) {shape}, N={states}',
                 {label: partial(_checked_call, RIVALS[label], shape, states, train) for label in (ours, *chosen)},
                 tuple(Pair(ours, label) for label in chosen),
                 devices=('cpu',),
@@ -180,7 +179,8 @@ def _checked_call(rival: Rival, shape: tuple[int, int, int], states: int, train:
     """
     inputs = scans.sequence_scan_inputs(shape, states, device, channels_last=rival.channels_last)
     call, ours = (scans.scan_call(load(), inputs, train) for load in (rival.load, _cuda_ops))
-    found, expected = call(), ours()
+    found: Any = call()
+    expected: Any = ours()
     if not train:
         found, expected = [found], [expected]
     for name, value, want in zip(INPUTS, found, expected, strict=False):
