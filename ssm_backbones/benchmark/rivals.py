@@ -46,7 +46,7 @@ class Rival:
     trains: bool = True
 
 
-def _with_options_of_mamba(function: Callable[..., Tensor]) -> Scan:
+def _with_options_of_mamba(function: Callable[..., Any]) -> Scan:
     """Let a function with the interface of mamba-ssm's ``selective_scan_fn`` take the arguments alone."""
 
     def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor) -> Tensor:
