@@ -1,5 +1,7 @@
 """What older versions of torch cannot do, whoever asks; the tests of it are skipped there."""
 
+import sys
+
 import pytest
 import torch
 
@@ -7,6 +9,10 @@ from cuda_ops._torch_compat import RELEASE
 
 since_torch_2_4 = pytest.mark.skipif(
     RELEASE < (2, 4), reason='torch.compile, torch.func and custom operators need torch 2.4'
+)
+# findings/onnxruntime-amx-products.sh
+since_python_3_11 = pytest.mark.skipif(
+    sys.version_info < (3, 11), reason='the last onnxruntime for Python 3.10 multiplies 8-bit integers wrongly'
 )
 
 

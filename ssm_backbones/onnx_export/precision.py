@@ -120,11 +120,15 @@ def quantize(
         CommandError: If a pattern matches no layer, or onnxruntime is too old.
     """
     import onnx
+    import onnxruntime
     from onnxruntime import quantization
     from onnxruntime.quantization import calibrate
 
     if 'calibration_cache_path' not in inspect.signature(quantization.quantize_static).parameters:
-        raise CommandError('8-bit integers need a newer onnxruntime; pip install --upgrade onnxruntime')
+        raise CommandError(
+            f'8-bit integers need a newer onnxruntime than {onnxruntime.__version__}, of which Python 3.10 has none; '
+            'pip install --upgrade onnxruntime with Python 3.11 or newer'
+        )
     model = onnx.load(source)
     names = _layers(model.graph)
     # Images have a wider range than maps do, and few channels: their convolution takes little time.

@@ -15,6 +15,7 @@ from ssm_backbones import V2M, Mamba2D, VMamba
 from ssm_backbones.apis.config import load_config
 from ssm_backbones.apis.model import build_model
 from ssm_backbones.onnx_export import export as exporting
+from tests.versions import since_python_3_11
 
 TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'export_onnx.py'
 
@@ -114,6 +115,7 @@ def test_without_loops(tmp_path) -> None:
     check_openvino(Scans(), path, shape)
 
 
+@since_python_3_11
 def test_dynamic_quantisation(backbone, tmp_path) -> None:
     """With unsigned weights, since onnxruntime's kernels for signed ones saturate on processors without VNNI."""
     model, path, shape = backbone

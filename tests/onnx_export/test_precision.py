@@ -13,6 +13,7 @@ from cuda_ops import runtimes
 from ssm_backbones.apis.config import load_config
 from ssm_backbones.onnx_export import evaluate, precision
 from ssm_backbones.onnx_export import export as exporting
+from tests.versions import since_python_3_11
 
 TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'export_onnx.py'
 SHAPE = (1, 3, 8, 12)
@@ -79,6 +80,7 @@ def test_bfloat16(small, tmp_path) -> None:
     assert 10 * difference(rounded, tmp_path / 'model.onnx') < difference(module, tmp_path / 'model.onnx') < 1e-2
 
 
+@since_python_3_11
 @pytest.mark.parametrize('calibrated', [True, False])
 def test_int8(calibrated, small, tmp_path) -> None:
     module, path = small
@@ -100,6 +102,7 @@ def test_int8(calibrated, small, tmp_path) -> None:
     assert np.abs(run - expected).max() < 0.05 * np.abs(expected).max()
 
 
+@since_python_3_11
 def test_layers_can_be_kept(small, tmp_path) -> None:
     _, path = small
     images = [torch.randn(SHAPE)]
@@ -109,6 +112,7 @@ def test_layers_can_be_kept(small, tmp_path) -> None:
         precision.quantize(path, tmp_path / 'x.onnx', images, exporting.open_session, ['nothing'])
 
 
+@since_python_3_11
 def test_custom_operators(small, tmp_path) -> None:
     runtimes.build(['onnxruntime'])
     module, _ = small
@@ -149,6 +153,7 @@ def test_bad_options_are_told_first(write_config, tool, tmp_path, capsys, monkey
 
 
 @pytest.mark.slow
+@since_python_3_11
 @pytest.mark.parametrize('numbers', ['float16', 'bfloat16', 'int8', 'int8-dynamic'])
 def test_tool(numbers, tool, write_config, tmp_path, capsys) -> None:
     config, path = str(write_config('mmpretrain')), tmp_path / 'x.onnx'
