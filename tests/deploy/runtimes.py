@@ -179,7 +179,10 @@ def run_ncnn(module: nn.Module, images: Tensor, folder: Path) -> Outputs:
     import ncnn
     import pnnx
 
-    pnnx.export(Portable(module), str(folder / 'model.pt'), (images,), fp16=False)
+    traced = torch.jit.trace(Portable(module), images, check_trace=False).eval()
+    # pnnx 20261020 crashes at modules whose weights are used without a call of their own; freezing leaves no modules.
+    torch.jit.freeze(traced).save(str(folder / 'model.pt'))
+    pnnx.convert(str(folder / 'model.pt'), images, fp16=False)
     net = ncnn.Net()
     net.load_param(str(folder / 'model.ncnn.param'))
     net.load_model(str(folder / 'model.ncnn.bin'))
