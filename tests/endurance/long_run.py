@@ -43,14 +43,18 @@ class Sample:
 
 
 def take_sample(pid: int, started: float) -> Sample:
-    """Add up the training's process and its data loaders' (memory: proportional set size, in which pages that several
-    share count once)."""
+    """Add up the training's process and its data loaders'.
+
+    Memory is resident memory, in which pages that several share count for each of them. Proportional set sizes would
+    grow for an hour in a training that takes nothing more: a page that the loaders have from the main process counts
+    once until one of them writes to it, and then for each.
+    """
     pids = [pid, *map(int, Path(f'/proc/{pid}/task/{pid}/children').read_text().split())]
     memory = handles = 0
     for each in pids:
         try:
             lines = Path(f'/proc/{each}/smaps_rollup').read_text().splitlines()
-            memory += next(int(line.split()[1]) for line in lines if line.startswith('Pss:'))
+            memory += next(int(line.split()[1]) for line in lines if line.startswith('Rss:'))
             handles += len(os.listdir(f'/proc/{each}/fd'))
         except (FileNotFoundError, ProcessLookupError):  # a worker that ended meanwhile
             continue
