@@ -75,13 +75,29 @@ class AtomicCheckpointHook(CheckpointHook):
         mmengine's digits are of other bytes, so that ``check_hash`` of ``torch.hub`` refuses its files
         (findings/mmengine-published-digest.sh).
         """
+        if not ckpt_path:  # a metric of save_best that was never measured
+            return
         checkpoint = CheckpointLoader.load_checkpoint(ckpt_path, map_location='cpu')
+        published = {key: checkpoint[key] for key in self.published_keys or () if key in checkpoint}
+        missing = [key for key in self.published_keys or () if key not in checkpoint]
+        if missing:
+            runner.logger.warning(
+                f'published_keys {missing}: {ckpt_path} has no such keys, it has {list(checkpoint)}'
+                + ('.' if published else '; nothing is published.')
+            )
+        if not published:
+            return
         buffer = io.BytesIO()
-        torch.save({key: checkpoint[key] for key in self.published_keys or () if key in checkpoint}, buffer)
+        torch.save(published, buffer)
         digits = hashlib.sha256(buffer.getvalue()).hexdigest()[:8]
         path = f'{os.path.splitext(ckpt_path)[0]}-{digits}.pth'
-        with self._removing_last():
+        try:
             self.file_backend.put(buffer.getvalue(), path)
+        except OSError as error:
+            raise CommandError(
+                f'the published checkpoint {error.filename or path} cannot be written: {error.strerror or error}. '
+                f'{ckpt_path} is whole: make room, load it, and save the published_keys of it with torch.save.'
+            ) from error
         runner.logger.info(f'The checkpoint {ckpt_path} is published as {path}')
 
     @contextlib.contextmanager

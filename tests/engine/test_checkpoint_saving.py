@@ -67,14 +67,46 @@ def test_a_best_checkpoint_that_cannot_be_written_leaves_the_former(hook, tmp_pa
     assert names(tmp_path) == {'best_acc_epoch_1.pth'}
 
 
-def test_a_published_checkpoint_is_named_with_its_own_digest(tmp_path) -> None:
-    hook = AtomicCheckpointHook(out_dir=str(tmp_path), published_keys=['state_dict', 'meta'])
-    hook.before_train(make_runner(tmp_path))
-    weights = {'layer.weight': torch.arange(3.0)}
-    torch.save({'state_dict': weights, 'optimizer': {'lr': 1}}, tmp_path / 'epoch_1.pth')
-    hook.last_ckpt = str(tmp_path / 'epoch_1.pth')
-    hook.after_train(make_runner(tmp_path))
+@pytest.fixture
+def publish(tmp_path):
+    """Publish keys of a checkpoint at the end of a training."""
+    torch.save({'state_dict': {'layer.weight': torch.arange(3.0)}, 'optimizer': {'lr': 1}}, tmp_path / 'epoch_1.pth')
+
+    def call(*keys: str, save_best=None) -> AtomicCheckpointHook:
+        hook = AtomicCheckpointHook(out_dir=str(tmp_path), published_keys=keys, save_best=save_best, rule='greater')
+        hook.before_train(make_runner(tmp_path))
+        hook.last_ckpt = str(tmp_path / 'epoch_1.pth')
+        hook.after_train(make_runner(tmp_path))
+        return hook
+
+    return call
+
+
+def test_a_published_checkpoint_is_named_with_its_own_digest(publish, tmp_path) -> None:
+    publish('state_dict')
     (published,) = tmp_path.glob('epoch_1-*.pth')
     folder = str(tmp_path / 'downloads')
     loaded = torch.hub.load_state_dict_from_url(published.as_uri(), folder, check_hash=True, progress=False)
     assert loaded.keys() == {'state_dict'} and torch.equal(loaded['state_dict']['layer.weight'], torch.arange(3.0))
+
+
+def test_published_keys_that_a_checkpoint_lacks_are_named(publish, tmp_path, caplog) -> None:
+    publish('state_dcit')
+    assert names(tmp_path) == {'epoch_1.pth'} and "['state_dcit']" in caplog.text and 'nothing' in caplog.text
+    publish('state_dict', 'meta')
+    assert len(names(tmp_path)) == 2 and "['meta']" in caplog.text
+
+
+def test_a_metric_that_was_never_measured_has_nothing_to_publish(publish, tmp_path) -> None:
+    publish('state_dict', save_best=['acc', 'mIoU'])
+    assert len(names(tmp_path)) == 2
+
+
+def test_no_room_to_publish_leaves_the_checkpoint(publish, tmp_path, monkeypatch) -> None:
+    def put(self, obj: bytes, path: str) -> None:
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr('mmengine.fileio.LocalBackend.put', put)
+    with pytest.raises(CommandError, match=r'epoch_1-\w{8}\.pth cannot be written: No space.*epoch_1\.pth is whole'):
+        publish('state_dict')
+    assert names(tmp_path) == {'epoch_1.pth'}
