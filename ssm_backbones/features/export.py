@@ -303,7 +303,7 @@ def _compute(
     # Work for a GPU is queued without synchronisation: pixels are copied as uint8, maps are copied back afterwards.
     inputs = [each['inputs'].to(device, non_blocking=True) for each in data]
     height, width = inputs[0].shape[1:]
-    what = f'a batch of {len(batch)} images of {width}x{height} pixels'
+    what = f'a batch of {len(data)} images of {width}x{height} pixels'
     with explain_lack_of_memory(what, 'lower batch_size, or max_pixels to leave the largest images out'):
         images = extractor.preprocess(dict(inputs=inputs, data_samples=[each['data_samples'] for each in data]))
         maps = extractor(images)
