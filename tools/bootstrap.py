@@ -21,7 +21,7 @@ import sysconfig
 import time
 
 from mmcv_setup import install_mmcv
-from setup_commands import StepFailed, diagnose, run_logged, running, say
+from setup_commands import StepFailed, diagnose, run_logged, running, say, wait
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MINIMUM_PYTHON = (3, 10)
@@ -187,7 +187,7 @@ class Setup:
         """
         with running([self.python, '-I', 'cuda_ops/_build.py'], self.environ) as kernels:
             self.pip('--no-build-isolation', *wanted)
-            kernels.wait()
+            wait(kernels, lambda: 'compiling the kernels for CPUs')
 
     def _check_machine(self, new):
         """Refuse what would fail later, before anything is downloaded."""

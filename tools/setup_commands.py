@@ -58,6 +58,16 @@ def start(argv, **options):
     return subprocess.Popen(argv, cwd=ROOT, stdin=subprocess.DEVNULL, start_new_session=True, **options)
 
 
+def wait(process, progress):
+    """Wait for a command, and say from time to time how far it is, by a function that returns a text."""
+    began = time.monotonic()
+    while process.poll() is None:
+        try:
+            process.wait(HEARTBEAT_SECONDS)
+        except subprocess.TimeoutExpired:
+            say(f'      {time.monotonic() - began:.0f} s so far: {progress()[:90]}')
+
+
 def stop(process):
     """End a command that was started by ``start``, including its child processes.
 
@@ -65,7 +75,8 @@ def stop(process):
     even where the process that started it is gone.
     """
     for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
+        # macOS answers PermissionError where all that is left waits for its parent to ask.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, number)
             deadline = time.monotonic() + GRACE_SECONDS
             while time.monotonic() < deadline:
@@ -98,16 +109,13 @@ def run_logged(argv, log, environ):
             stream.seek(began_at)
             return stream.read().decode(errors='replace')
 
-    began = time.monotonic()
+    def progress():
+        tail = output()[-4096:]
+        # A compiler's count if there is one, else the last line.
+        return (re.findall(r'\[\d+/\d+\]', tail) or [tail.strip().rpartition('\n')[2]])[-1]
+
     try:
-        while process.poll() is None:
-            try:
-                process.wait(HEARTBEAT_SECONDS)
-            except subprocess.TimeoutExpired:
-                tail = output()[-4096:]
-                # A compiler's count if there is one, else the last line.
-                progress = (re.findall(r'\[\d+/\d+\]', tail) or [tail.strip().rpartition('\n')[2]])[-1]
-                say(f'      {time.monotonic() - began:.0f} s so far: {progress[:90]}')
+        wait(process, progress)
     except BaseException:
         stop(process)
         raise

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 import venv
 from pathlib import Path
 
@@ -225,6 +224,13 @@ def test_ninja_gets_the_time_to_end_its_compilers(commands, tmp_path):
     assert (tmp_path / 'ended').exists()
 
 
+def test_waiting_for_the_background_says_so(commands, capsys, monkeypatch):
+    monkeypatch.setattr(commands, 'HEARTBEAT_SECONDS', 0.1)
+    with commands.running(['sleep', '0.3'], os.environ) as process:
+        commands.wait(process, lambda: 'compiling')
+    assert process.returncode == 0 and '0 s so far: compiling\n' in capsys.readouterr().out
+
+
 def test_a_failure_ends_what_runs_in_the_background(commands, tmp_path):
     with commands.running(['sh', '-c', 'exit 3'], os.environ) as finished:
         assert finished.wait() == 3
@@ -314,9 +320,10 @@ def run(bootstrap, build, monkeypatch):
     @contextlib.contextmanager
     def running(argv, environ):
         pretender(argv, None, environ)
-        yield types.SimpleNamespace(wait=lambda: pretender(['wait', *argv], None, environ))
+        yield argv, environ
 
     monkeypatch.setattr(bootstrap, 'running', running)
+    monkeypatch.setattr(bootstrap, 'wait', lambda process, progress: pretender(['wait', *process[0]], None, process[1]))
     return pretender
 
 
