@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 from collections import OrderedDict
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ssm_backbones.layers.common import pad_to_multiple
+from ssm_backbones.layers.common import ConvStem, pad_to_multiple
+from ssm_backbones.layers.simple_pyramid import SimplePyramid
 from ssm_backbones.utils import torch_compat
 from ssm_backbones.utils.torch_compat import allow_in_checkpoints, load_weights
 from tests.versions import RELEASE, since_torch_2_4
@@ -159,3 +161,18 @@ def test_newer_functions_are_used_here_alone() -> None:
     assert len(files) > 100
     found = {path.name for path in files if newer.search(path.read_text(encoding='utf-8'))}
     assert found == {'torch_compat.py', '_torch_compat.py'}
+
+
+@pytest.mark.parametrize('needed', [None, True])
+def test_gradients_through_gelu_are_right_before_convolutions(monkeypatch, needed) -> None:
+    """Torch 2.1 reads the gradient that a convolution gives in the order of another layout."""
+    if needed is not None:
+        monkeypatch.setattr(torch_compat, '_GELU_NEEDS_CONTIGUOUS', needed)
+    for module in (ConvStem(3, 16), SimplePyramid(16).levels[0]):
+        inputs = torch.randn(1, 3, 5, 7) if isinstance(module, ConvStem) else torch.randn(1, 1, 2, 16)
+        grads = []
+        for dtype in (torch.float32, torch.float64):
+            copy = deepcopy(module).to(dtype)
+            copy(inputs.to(dtype)).square().sum().backward()
+            grads.append([each.grad.float() for each in copy.parameters()])
+        torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3)

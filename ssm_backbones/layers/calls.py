@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssm_backbones.utils.processor import is_intel_processor
-from ssm_backbones.utils.torch_compat import has_any_global_hook, is_compiling, is_exporting
+from ssm_backbones.utils.torch_compat import (
+    has_any_global_hook,
+    is_compiling,
+    is_exporting,
+    keep_gradient_contiguous,
+)
 
 # Evaluated once, because torch.compile cannot trace these calls.
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
@@ -87,6 +92,7 @@ def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Intel. On Intel's own, ``F.linear`` is the faster one: oneDNN reorders the weight at each call, which on small maps
     takes as long as the product.
     """
+    keep_gradient_contiguous(x)
     return F.conv2d(x.permute(0, 3, 1, 2), weight[:, :, None, None], bias).permute(0, 2, 3, 1).contiguous()
 
 
@@ -112,6 +118,7 @@ def apply_conv(layer: Any, x: Tensor) -> Tensor:
     reordered to match it: the map is copied to the weight's layout.
     """
     images = x.permute(0, 3, 1, 2)
+    keep_gradient_contiguous(x)
     if type(layer) is nn.Conv2d and isinstance(x, Tensor) and not is_compiling():
         if x.device.type == 'cpu' and layer.weight.is_contiguous() and layer.weight.numel() >= 8 * x.numel():
             images = images.contiguous()

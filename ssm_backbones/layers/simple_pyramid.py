@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssm_backbones.layers.common import FeatureMap
+from ssm_backbones.utils.torch_compat import keep_gradient_contiguous
 
 STRIDES = (4, 8, 16, 32)
 
@@ -61,6 +62,7 @@ class Deconv(nn.Module):
         self.conv = nn.ConvTranspose2d(in_channels, out_channels, kernel_size=2, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        keep_gradient_contiguous(x)
         return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
 
 

@@ -23,6 +23,8 @@ __all__ = ['OutOfMemoryError', 'RMSNorm', 'is_compiling', 'release']
 _LISTS_GLOBALS = hasattr(torch.serialization, 'add_safe_globals')
 # What allow_in_checkpoints allowed; torch keeps no list of its own before 2.4.
 _ALLOWED: dict[str, Any] = {}
+# oneDNN's derivative of GELU, as torch 2.1 calls it, takes a gradient for contiguous, whatever its strides.
+_GELU_NEEDS_CONTIGUOUS = RELEASE < (2, 2)
 _is_exporting: Callable[[], bool] | None = getattr(torch.compiler, 'is_exporting', None)
 _has_any_global_hook: Callable[[], bool] | None = getattr(torch_module, '_has_any_global_hook', None)
 
@@ -206,3 +208,13 @@ def _wrapper(function: Callable[..., Any], module: str, short: str) -> Callable[
     renamed.__module__ = module
     renamed.__name__ = renamed.__qualname__ = short
     return renamed
+
+
+def keep_gradient_contiguous(x: Tensor) -> None:
+    """Have the gradient of a map, which a convolution gives in another layout, copied for the function that made it.
+
+    Torch 2.1 computes the gradient of GELU wrongly on CPUs without that; since 2.2 this does nothing.
+    """
+    # A proxy of torch.fx is no tensor.
+    if _GELU_NEEDS_CONTIGUOUS and isinstance(x, Tensor) and x.requires_grad and x.device.type == 'cpu':
+        x.register_hook(Tensor.contiguous)
