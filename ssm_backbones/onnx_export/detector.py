@@ -100,6 +100,12 @@ class Detector(nn.Module):
         return F.pad(images, (0, missing[0], 0, missing[1]), value=self.pad_value)
 
 
+def pixels(image: Tensor) -> Tensor:
+    """Turn what mmcv loads, BGR (3, H, W) or more bands, into the input of a detector, float32 (1, 3, H, W)."""
+    # Bands that are no colours stay in their order.
+    return (image.flip(0) if len(image) == 3 else image).float()[None]
+
+
 def check_supported(model: Any) -> None:
     """Refuse detectors that :class:`Detector` does not compute.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from cuda_ops.runtimes import BuildError, library
 from ssm_backbones.apis.config import load_config
 from ssm_backbones.apis.model import build_model
 from ssm_backbones.onnx_export.custom_ops import DOMAIN
+from ssm_backbones.onnx_export.detector import pixels
 from ssm_backbones.onnx_export.export import PARTS, open_session
+from ssm_backbones.prediction.predictor import number_of_classes
 from ssm_backbones.utils.errors import CommandError
 
 RUNTIMES = ('onnxruntime', 'openvino')
@@ -64,8 +67,9 @@ class ExportedModel:
             raise CommandError(str(error)) from error
         except Exception as error:
             # The runtimes' errors have no other common base class.
-            raise CommandError(f'model {path} cannot be read: {str(error).strip().splitlines()[0]}') from error
-        sizes = model.graph.input[0].type.tensor_type.shape.dim
+            raise CommandError(f'model {path} cannot be read: {_first_line(error)}') from error
+        # Graphs of other tools may have no input.
+        sizes = [size for each in model.graph.input[:1] for size in each.type.tensor_type.shape.dim]
         notes = {each.key: each.value for each in model.metadata_props}
         return cls(run, notes, [each.dim_param or each.dim_value for each in sizes])
 
@@ -73,14 +77,19 @@ class ExportedModel:
         """Run on images (B, C, H, W), and return every output.
 
         Raises:
-            CommandError: If the file takes other sizes.
+            CommandError: If the file takes other sizes, or the runtime fails.
         """
         self.check_size(images)
         given, batch = images, self.shape[0]
         if isinstance(batch, int):
             # The last group is filled up with copies, whose outputs are dropped.
             given = torch.cat([images, images[:1].expand(-len(images) % batch, -1, -1, -1)])
-        found = [self.run(group.numpy()) for group in given.split(batch if isinstance(batch, int) else len(given))]
+        groups = given.split(batch if isinstance(batch, int) else len(given))
+        try:
+            found = [self.run(group.numpy()) for group in groups]
+        except Exception as error:
+            # The runtimes' errors have no other common base class.
+            raise CommandError(f'the file fails for images {tuple(images.shape)}: {_first_line(error)}') from error
         return [torch.from_numpy(np.concatenate(each)[: len(images)]) for each in zip(*found, strict=True)]
 
     def check_size(self, images: Tensor) -> None:
@@ -96,6 +105,10 @@ class ExportedModel:
                     f'an image is {images.shape[2]}x{images.shape[3]}, and the file takes {sizes}; export it for that '
                     'shape or with open sizes (dynamic).'
                 )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _in_onnxruntime(path: str | os.PathLike[str], custom_ops: bool) -> Callable[[np.ndarray], Sequence[np.ndarray]]:
@@ -167,7 +180,8 @@ def with_outputs_of(exported: ExportedModel, cfg: Config) -> Callable[[Mapping[s
     """Return a function from a loader's batch to data samples with a file's predictions, by the model's own means.
 
     Raises:
-        CommandError: If the file is of another kind of model than the config.
+        CommandError: If the file is of another kind of model than the config, or of other classes, of which the
+            function tells.
     """
     part = exported.notes.get('part')
     if part not in PARTS or PARTS[part] != cfg.default_scope:
@@ -176,28 +190,37 @@ def with_outputs_of(exported: ExportedModel, cfg: Config) -> Callable[[Mapping[s
         )
     model: Any = build_model(cfg)
     if part == 'detector':
+        if 'classes' in exported.notes:
+            _check_classes(len(json.loads(exported.notes['classes'])), number_of_classes(model))
         return lambda data: [
             _detected(exported, model, *each) for each in zip(data['inputs'], data['data_samples'], strict=True)
         ]
+    count = number_of_classes(model) if part == 'classifier' else model.decode_head.out_channels
+
+    def scores(images: Tensor, _: Any = None) -> Tensor:
+        found = exported(images)[0]
+        _check_classes(found.shape[1], count)
+        return found
+
     if part == 'classifier':
         model.extract_feat = lambda images: images
-        model.head.forward = lambda images: exported(images)[0]
+        model.head.forward = scores
     else:
         # A file takes each image as a whole.
         model.test_cfg = ConfigDict(mode='whole')
-        model.encode_decode = lambda images, metas: exported(images)[0]
+        model.encode_decode = scores
     return model.test_step
 
 
-def _pixels(image: Tensor) -> Tensor:
-    """Turn what mmcv loads, BGR (3, H, W), into an image of a detector's file."""
-    return image.flip(0).float()[None]
+def _check_classes(found: int, wanted: int | None) -> None:
+    if wanted is not None and found != wanted:
+        raise CommandError(f"the file has {found} classes, and the config's model {wanted}; export that model.")
 
 
 def _detected(exported: ExportedModel, model: Any, image: Tensor, sample: Any) -> Any:
     from mmengine.structures import InstanceData
 
-    boxes, scores, labels, *masks = (each[0] for each in exported(_pixels(image)))
+    boxes, scores, labels, *masks = (each[0] for each in exported(pixels(image)))
     real = scores > 0
     found: Any = InstanceData(bboxes=boxes[real], scores=scores[real], labels=labels[real])
     if masks:

@@ -1,9 +1,11 @@
 """Metrics of exported files: the predictions that they are of are the model's own."""
 
+import json
 import sys
 from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -13,6 +15,7 @@ from ssm_backbones.apis.model import build_model
 from ssm_backbones.onnx_export import evaluate
 from ssm_backbones.onnx_export.detector import Detector
 from ssm_backbones.onnx_export.export import Classifier, Segmentor
+from ssm_backbones.prediction.predictor import number_of_classes
 from ssm_backbones.utils.errors import CommandError
 
 TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'test_onnx.py'
@@ -125,3 +128,36 @@ def test_what_does_not_fit_is_told(write_config, tmp_path) -> None:
         evaluate.ExportedModel.open(tmp_path / 'text.onnx')
     with pytest.raises(ValueError, match="got 'tflite'"):
         evaluate.ExportedModel.open(tmp_path / 'text.onnx', 'tflite')
+
+
+def test_a_file_of_other_classes_is_told(write_config) -> None:
+    for host, (part, _) in PARTS.items():
+        cfg = load_config(write_config(host))
+        wanted = number_of_classes(build_model(cfg, device='meta'))
+        notes = {'part': part, 'classes': json.dumps(['a'] * (wanted + 1))}
+
+        def run(images, count=wanted + 1, flat=host == 'mmpretrain'):
+            return [np.zeros((len(images), count, *(() if flat else images.shape[2:])), np.float32)]
+
+        with pytest.raises(CommandError, match=f"the file has {wanted + 1} classes, and the config's model {wanted};"):
+            model = evaluate.with_outputs_of(evaluate.ExportedModel(run, notes, ('b', 3, 'h', 'w')), cfg)
+            model(next(iter(evaluate.test_loader(cfg))))
+
+
+@pytest.mark.parametrize('runtime', evaluate.RUNTIMES)
+def test_images_that_the_runtime_rejects_are_named(runtime, means) -> None:
+    model = evaluate.ExportedModel.open(means, runtime)
+    with pytest.raises(CommandError, match=r'^the file fails for images \(2, 5, 4, 5\): .'):
+        model(torch.zeros(2, 5, 4, 5))
+
+
+def test_a_file_without_inputs_is_of_another_tool(write_config, tmp_path) -> None:
+    value = onnx.helper.make_tensor_value_info('output', onnx.TensorProto.FLOAT, [1])
+    node = onnx.helper.make_node('Constant', [], ['output'], value_floats=[1.0])
+    graph = onnx.helper.make_graph([node], 'graph', [], [value])
+    model = onnx.helper.make_model(graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid('', 18)])
+    onnx.save(model, tmp_path / 'x.onnx')
+    with pytest.raises(CommandError, match='the file is a graph of another tool'):
+        evaluate.with_outputs_of(
+            evaluate.ExportedModel.open(tmp_path / 'x.onnx'), load_config(write_config('mmpretrain'))
+        )
