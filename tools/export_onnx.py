@@ -65,13 +65,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             images = 'training images' if args.precision == 'int8' else 'coloured squares'
             print(f'onnxruntime against PyTorch, {result.objects} objects in {images}:')
-            if not result.objects:
+            if not result.objects and not any(max(each.values()) for each in result.differences.values()):
                 print('  neither finds an object in them: nothing was compared. Try images of your own.')
         for shape, outputs in result.differences.items():
             figures = ', '.join(f'{name} {value:.1e}' for name, value in outputs.items())
             print(f'  images {"x".join(map(str, shape))}: {figures}')
         if result.layers is not None:
-            print(f'layers in 8-bit integers: {len(result.layers.integer)}; in float: {", ".join(result.layers.kept)}')
+            for kind, names in (('8-bit integers', result.layers.integer), ('float', result.layers.kept)):
+                print(f'{len(names)} layers in {kind}: {", ".join(names)}')
         if args.precision != 'float32':
             print('tools/test_onnx.py measures what it costs in accuracy.')
         figures = ', '.join(f'{name} {1e3 * value:.1f} ms' for name, value in result.seconds.items())

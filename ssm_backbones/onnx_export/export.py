@@ -175,6 +175,8 @@ def export_onnx(options: OnnxOptions) -> OnnxResult:
     if options.precision == 'int8':
         # Before the export, which takes longer than to find that there are none.
         next(iter(calibration))
+    if options.precision.startswith('int8'):
+        precision.require_quantization()
     with (
         interrupt_on_sigterm(),
         writing(path),

@@ -23,9 +23,10 @@ from mmengine.config import Config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssm_backbones.apis.images import find_images, test_pipeline
+from ssm_backbones.apis.images import UnreadableImage, find_images
 from ssm_backbones.apis.model import preprocessor_config
-from ssm_backbones.onnx_export.detector import Detector
+from ssm_backbones.onnx_export.detector import Detector, pixels
+from ssm_backbones.prediction.predictor import Pipeline
 from ssm_backbones.utils.errors import CommandError
 
 PRECISIONS = {
@@ -81,7 +82,8 @@ def store_bfloat16(source: Path, target: Path) -> None:
     from onnx import TensorProto, helper
 
     model = onnx.load(source)
-    layers = {node.input[1] for node in model.graph.node if node.op_type in _LAYERS}
+    names = _layers(model.graph)
+    layers = {node.input[1] for node in model.graph.node if node.name in names}
     casts = []
     for tensor in model.graph.initializer:
         if tensor.name in layers and tensor.data_type == TensorProto.FLOAT:
@@ -94,6 +96,22 @@ def store_bfloat16(source: Path, target: Path) -> None:
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     onnx.save(model, target)
+
+
+def require_quantization() -> None:
+    """Refuse an onnxruntime that is too old to quantise.
+
+    Raises:
+        CommandError: If it is. The message names the version.
+    """
+    import onnxruntime
+    from onnxruntime import quantization
+
+    if 'calibration_cache_path' not in inspect.signature(quantization.quantize_static).parameters:
+        raise CommandError(
+            f'8-bit integers need a newer onnxruntime than {onnxruntime.__version__}, of which Python 3.10 has none; '
+            'pip install --upgrade onnxruntime with Python 3.11 or newer'
+        )
 
 
 def quantize(
@@ -117,18 +135,14 @@ def quantize(
             their inputs.
 
     Raises:
-        CommandError: If a pattern matches no layer, or onnxruntime is too old.
+        CommandError: If a pattern matches no layer, no layer is left to quantise, or onnxruntime is too old or does not
+            take an image.
     """
     import onnx
-    import onnxruntime
     from onnxruntime import quantization
     from onnxruntime.quantization import calibrate
 
-    if 'calibration_cache_path' not in inspect.signature(quantization.quantize_static).parameters:
-        raise CommandError(
-            f'8-bit integers need a newer onnxruntime than {onnxruntime.__version__}, of which Python 3.10 has none; '
-            'pip install --upgrade onnxruntime with Python 3.11 or newer'
-        )
+    require_quantization()
     model = onnx.load(source)
     names = _layers(model.graph)
     # Images have a wider range than maps do, and few channels: their convolution takes little time.
@@ -143,6 +157,12 @@ def quantize(
             raise CommandError(f'keep_float: no layer is named {pattern!r}; the first ones are {some}.')
         kept |= matches
     chosen = [node for node in names if node not in kept]
+    if not chosen:
+        # To onnxruntime no names are all layers.
+        raise CommandError(
+            f'none of {len(names)} layers is left for 8-bit integers: the first one, those from which scans have their '
+            'inputs, those of keep_float and, without calibration, convolutions stay in float; take another precision.'
+        )
     settings: dict[str, Any] = dict(
         op_types_to_quantize=list(_LAYERS),
         nodes_to_quantize=chosen,
@@ -198,20 +218,24 @@ class Calibration:
         """Yield images (B, C, H, W), float32.
 
         Raises:
-            CommandError: If the config has no such data.
+            CommandError: If the config has no such data, or an image cannot be read.
         """
-        from mmengine.dataset import Compose, pseudo_collate
+        from mmengine.dataset import pseudo_collate
         from mmengine.registry import MODELS, DefaultScope
 
         found = find_images('train', self.cfg)
         with DefaultScope.overwrite_default_scope(self.cfg.default_scope):
             importlib.import_module(f'{self.cfg.default_scope}.models')
-            pipeline = Compose(test_pipeline(self.cfg))
+            pipeline = Pipeline(self.cfg)
             preprocessor: Any = MODELS.build(preprocessor_config(self.cfg))
         for place in np.unique(np.linspace(0, len(found) - 1, self.count).round().astype(int)):
-            data: Any = pipeline(dict(img_path=found[place].path, img_id=place, sample_idx=place, seg_fields=[]))
+            path = found[place].path
+            try:
+                data: Any = pipeline.prepare(pipeline.load(path))
+            except UnreadableImage as error:
+                raise CommandError(f'the training image {path} cannot be read: {error}') from error
             if self.part == 'detector':
-                image = data['inputs'].flip(0).float()[None]
+                image = pixels(data['inputs'])
             else:
                 image = preprocessor(pseudo_collate([data]), False)['inputs']
             if self.shape is not None:
@@ -237,7 +261,12 @@ def _ranges(
     session = open_session(path)
     ranges: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for image in images:
-        for name, values in zip(names, session.run(names, {'images': image.numpy()}), strict=True):
+        try:
+            found = session.run(names, {'images': image.numpy()})
+        except Exception as error:
+            # onnxruntime's errors have no other common base class.
+            raise CommandError(f'onnxruntime fails for images {tuple(image.shape)}: {str(error).strip()}') from error
+        for name, values in zip(names, found, strict=True):
             lowest, highest = ranges.get(name, (values.min(), values.max()))
             ranges[name] = np.minimum(lowest, values.min()), np.maximum(highest, values.max())
     return ranges

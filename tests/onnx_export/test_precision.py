@@ -1,5 +1,6 @@
 """Exports in smaller numbers: what is in them, and how far they are from PyTorch."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ from torch import nn
 import cuda_ops
 from cuda_ops import runtimes
 from ssm_backbones.apis.config import load_config
+from ssm_backbones.apis.images import find_images
 from ssm_backbones.onnx_export import evaluate, precision
 from ssm_backbones.onnx_export import export as exporting
+from ssm_backbones.onnx_export.detector import pixels
 from tests.versions import since_python_3_11
 
 TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'export_onnx.py'
@@ -110,6 +113,33 @@ def test_layers_can_be_kept(small, tmp_path) -> None:
     assert 'conv' in kept
     with pytest.raises(exporting.CommandError, match=r"no layer is named 'nothing'; the first ones are stem"):
         precision.quantize(path, tmp_path / 'x.onnx', images, exporting.open_session, ['nothing'])
+    for given in (images, None):
+        with pytest.raises(exporting.CommandError, match='none of 5 layers is left for 8-bit integers'):
+            precision.quantize(path, tmp_path / 'none.onnx', given, exporting.open_session, ['*'])
+    with pytest.raises(exporting.CommandError, match=r'onnxruntime fails for images \(1, 2, 8, 12\)'):
+        precision.quantize(path, tmp_path / 'none.onnx', [torch.randn(1, 2, 8, 12)], exporting.open_session)
+    assert not (tmp_path / 'none.onnx').exists()
+
+
+def test_averages_stay_in_float32(tmp_path) -> None:
+    """Those that pooling is exported as: a rounding of theirs would scale the map."""
+    path = tmp_path / 'model.onnx'
+    tensor = onnx.helper.make_tensor_value_info
+    ends = [tensor('images', onnx.TensorProto.FLOAT, [1, 1, 9, 9]), tensor('output', onnx.TensorProto.FLOAT, None)]
+    weight = onnx.numpy_helper.from_array(np.full((1, 1, 3, 3), 1 / 9, np.float32), 'weight')
+    node = onnx.helper.make_node('Conv', ['images', 'weight'], ['output'], 'pool')
+    graph = onnx.helper.make_graph([node], 'graph', ends[:1], ends[1:], [weight])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid('', 18)]), path)
+    precision.store_bfloat16(path, path)
+    assert weights(path)['weight'].dtype == np.float32
+
+
+def test_an_old_onnxruntime_is_told_before_the_export(write_config, tool, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(exporting, '_module', lambda *args: pytest.fail('work was done in vain'))
+    monkeypatch.setattr('onnxruntime.quantization.quantize_static', lambda: None)
+    config = str(write_config('mmpretrain'))
+    assert tool.main([config, '--precision', 'int8-dynamic', '--out', str(tmp_path / 'x.onnx')]) == 2
+    assert '8-bit integers need a newer onnxruntime' in capsys.readouterr().err
 
 
 @since_python_3_11
@@ -139,6 +169,21 @@ def test_calibration_takes_training_images(host, write_config) -> None:
     assert image.dtype == torch.float32 and bounds[0] <= image.min() < image.max() <= bounds[1]
 
 
+def test_a_damaged_training_image_is_named(write_config, tmp_path) -> None:
+    cfg = load_config(write_config('mmpretrain'))
+    shutil.copytree(cfg.train_dataloader.dataset.data_root, tmp_path / 'data')
+    cfg.train_dataloader.dataset.data_root = str(tmp_path / 'data')
+    path = find_images('train', cfg)[0].path
+    Path(path).write_bytes(b'text')
+    with pytest.raises(exporting.CommandError, match=f'the training image {path} cannot be read: '):
+        list(precision.Calibration(cfg, 'classifier', 1))
+
+
+def test_bands_that_are_no_colours_are_not_exchanged() -> None:
+    for bands, order in ((3, [2, 1, 0]), (5, [0, 1, 2, 3, 4])):
+        assert pixels(torch.arange(bands)[:, None, None]).flatten().tolist() == order
+
+
 def test_bad_options_are_told_first(write_config, tool, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(exporting, '_module', lambda *args: pytest.fail('work was done in vain'))
     config = str(write_config('mmpretrain'))
@@ -159,5 +204,5 @@ def test_tool(numbers, tool, write_config, tmp_path, capsys) -> None:
     config, path = str(write_config('mmpretrain')), tmp_path / 'x.onnx'
     assert tool.main([config, '--shape', '64', '64', '--precision', numbers, '--out', str(path)]) == 0
     text = capsys.readouterr().out
-    assert ('layers in 8-bit integers: ' in text) == numbers.startswith('int8')
+    assert (' layers in 8-bit integers: ' in text) == numbers.startswith('int8')
     assert evaluate.evaluate_onnx(config, str(path))['accuracy/top1'] >= 0
