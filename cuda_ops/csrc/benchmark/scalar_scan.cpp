@@ -1,6 +1,6 @@
 // The selective scan of a sequence in the way of llama.cpp's Mamba-1 kernel, as a baseline: threads over channels, each
-// walks along the sequence, the states innermost, one exponential of the C library at a time. Compiled by the benchmark,
-// not part of the library.
+// walks along the sequence, the states innermost, one exponential of the C library at a time. Compiled by the
+// benchmark, not part of the library.
 #include <cmath>
 #include <cstdint>
 
@@ -36,8 +36,8 @@ struct Scan {
 
 }  // namespace
 
-// Computes y (batch, length, channels) from x and delta (batch, length, channels), A (channels, states), B and C (batch,
-// length, states), D and bias (channels), and moves state (batch, channels, states) on. Contiguous.
+// Computes y (batch, length, channels) from x and delta (batch, length, channels), A (channels, states), B and C
+// (batch, length, states), D and bias (channels), and moves state (batch, channels, states) on. Contiguous.
 extern "C" __attribute__((visibility("default"))) void scalar_scan(const float* x, const float* delta, const float* A,
                                                                    const float* B, const float* C, const float* D,
                                                                    const float* bias, float* state, float* y,
