@@ -29,12 +29,13 @@ class Small(nn.Module):
         super().__init__()
         self.stem, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
         self.in_proj, self.x_proj, self.out_proj = nn.Linear(8, 8), nn.Linear(8, 12), nn.Linear(8, 8)
+        self.A_log, self.D = nn.Parameter(torch.zeros(8, 2)), nn.Parameter(torch.ones(8))
 
     def forward(self, images):
         x = self.conv(self.stem(images).relu()).relu().permute(0, 2, 3, 1)
         x = self.in_proj(x)
         delta, B, C = nn.functional.silu(self.x_proj(x)).split([8, 2, 2], 3)
-        return self.out_proj(cuda_ops.line_scan(x, delta, -torch.ones(8, 2), B, C, axis='row'))
+        return self.out_proj(cuda_ops.line_scan(x, delta, -self.A_log.float().exp(), B, C, self.D, axis='row'))
 
 
 @pytest.fixture(scope='module')
