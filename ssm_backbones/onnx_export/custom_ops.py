@@ -71,11 +71,11 @@ def _route_scan(
     chunk: int,
     delta_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    A, B, C = A.float(), of_one_group(B), of_one_group(C)
+    B, C = of_one_group(B), of_one_group(C)
     if delta_weight is not None:
         delta = low_rank_delta(delta, delta_weight)
     B, C = (A.new_ones(1, 1, 1, A.shape[0], A.shape[2]) if value is None else value.float() for value in (B, C))
-    D, delta_bias = (A.new_zeros(A.shape[:2]) if value is None else value.float() for value in (D, delta_bias))
+    D, delta_bias = (A.new_zeros(A.shape[:2]) if value is None else value for value in (D, delta_bias))
     routes_first = delta.permute(3, 0, 1, 2, 4).float()
     y = torch.ops.ssm_export.route_scan(
         x.float(), routes_first, A, B, C, D, delta_bias, routes, per_line, delta_softplus
