@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from mmengine.config import Config
 
 from ssm_backbones.apis.config import load_config
@@ -24,6 +25,7 @@ from ssm_backbones.shapes.generate import MANIFEST, make_shapes
 from ssm_backbones.utils.errors import CommandError
 from ssm_backbones.utils.files import write_atomic
 from ssm_backbones.utils.signals import interrupt_on_sigterm
+from ssm_backbones.utils.torch_compat import HAS_FUSED_ADAMW
 from ssm_backbones.visualization import draw_erf_before_and_after
 from ssm_backbones.visualization.curves import read_history, save_curves
 
@@ -105,25 +107,50 @@ def _train(config: str, cfg: Config, work_dir: Path) -> None:
     if _last_checkpoint(work_dir).name == last:
         _say('Training: finished before')
         return
-    command = [sys.executable, os.path.join('tools', 'train.py'), config, '--work-dir', str(work_dir), '--resume']
+    processes = _processes()
+    command = _training_command(config, cfg, work_dir, processes)
     _say('Training: ' + ' '.join(['python', *command[1:]]))
-    status = _run(command)
+    status = _run(command, torch.get_num_threads() // processes)
     if status != 0:
         raise CommandError(
             f'training stopped with exit status {status}; the same command carries on from the last checkpoint'
         )
 
 
-def _run(command: Sequence[str]) -> int:
-    """Run a command, which is terminated on SIGTERM with this process; return the exit status."""
+def _processes() -> int:
+    """Return how many processes train: two on a CPU, where much of a small model's step is not parallel."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_gloo_available()
+    return 2 if distributed and not torch.cuda.is_available() and torch.get_num_threads() > 1 else 1
+
+
+def _training_command(config: str, cfg: Config, work_dir: Path, processes: int) -> list[str]:
+    """Return the command that trains by so many processes, which share a batch of the config's size."""
+    start = [sys.executable]
+    command = [os.path.join('tools', 'train.py'), config, '--work-dir', str(work_dir), '--resume']
+    changes = ['optim_wrapper.optimizer.fused=True'] if HAS_FUSED_ADAMW else []
+    batch_size = cfg.train_dataloader.batch_size
+    if processes > 1 and batch_size % processes == 0:
+        start += ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)]
+        command += ['--launcher', 'pytorch']
+        changes += [f'train_dataloader.batch_size={batch_size // processes}']
+    return [*start, *command, *(['--cfg-options', *changes] if changes else [])]
+
+
+def _run(command: Sequence[str], threads: int = 1) -> int:
+    """Run a command, which is terminated on SIGTERM with this process; return the exit status.
+
+    Args:
+        command: The command.
+        threads: Threads of each process that it starts.
+    """
     with interrupt_on_sigterm():
-        process = subprocess.Popen(command)
+        process = subprocess.Popen(command, env={**os.environ, 'OMP_NUM_THREADS': str(threads)})
         try:
             return process.wait()
         except BaseException:
             process.terminate()
             try:
-                process.wait(10)
+                process.wait(45)  # a launcher gives its processes 30 seconds
             except subprocess.TimeoutExpired:
                 process.kill()
             raise

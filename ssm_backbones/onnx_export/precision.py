@@ -302,10 +302,8 @@ def _module_name(node: Any) -> str:
 def _inputs_of_scans(graph: Any) -> set[str]:
     """Name the nodes of the layers from which scans have their inputs, by way of other operators than layers."""
     makers = {output: node for node in graph.node for output in node.output}
-    # Without loops, softplus makes the steps of a scan.
     scans = [node for node in graph.node if node.op_type in _SCANS]
-    scans = scans or [node for node in graph.node if node.op_type == 'Softplus']
-    waiting = [name for node in scans for name in node.input]
+    waiting = [name for node in scans or _unrolled_scans(graph) for name in node.input]
     seen: set[str] = set()
     found = set()
     while waiting:
@@ -319,3 +317,21 @@ def _inputs_of_scans(graph: Any) -> set[str]:
         else:
             waiting += node.input
     return found
+
+
+def _unrolled_scans(graph: Any) -> list[Any]:
+    """Return the nodes of scans without loops: from softplus, which makes their steps, to the next layer or norm."""
+    ends = set(_layers(graph))
+    users: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+    waiting = [node for node in graph.node if node.op_type == 'Softplus']
+    found: dict[str, Any] = {}
+    while waiting:
+        node = waiting.pop()
+        if node.name in found or node.name in ends or node.op_type == 'LayerNormalization':
+            continue
+        found[node.name] = node
+        waiting += [user for name in node.output for user in users.get(name, ())]
+    return list(found.values())

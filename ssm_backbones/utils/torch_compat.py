@@ -19,10 +19,12 @@ from torch.nn.modules import module as torch_module
 
 from cuda_ops._torch_compat import RELEASE, OutOfMemoryError, is_compiling
 
-__all__ = ['OutOfMemoryError', 'RMSNorm', 'is_compiling', 'release']
+__all__ = ['HAS_FUSED_ADAMW', 'OutOfMemoryError', 'RMSNorm', 'is_compiling', 'release']
 _LISTS_GLOBALS = hasattr(torch.serialization, 'add_safe_globals')
 # What allow_in_checkpoints allowed; torch keeps no list of its own before 2.4.
 _ALLOWED: dict[str, Any] = {}
+HAS_FUSED_ADAMW = RELEASE >= (2, 4)
+"""Whether AdamW's ``fused=True`` works on CPUs: one pass over a parameter in place of eight."""
 # oneDNN's derivative of GELU, as torch 2.1 calls it, takes a gradient for contiguous, whatever its strides.
 _GELU_NEEDS_CONTIGUOUS = RELEASE < (2, 2)
 _is_exporting: Callable[[], bool] | None = getattr(torch.compiler, 'is_exporting', None)

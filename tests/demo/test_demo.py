@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from mmengine.config import Config
 from PIL import Image
 
 from ssm_backbones import demo
@@ -15,6 +17,7 @@ from ssm_backbones.demo import images as demo_images
 from ssm_backbones.demo import run as demo_run
 from ssm_backbones.shapes.classes import CLASSES, SEG_CLASSES
 from ssm_backbones.shapes.options import ShapesOptions
+from ssm_backbones.utils import torch_compat
 from ssm_backbones.utils.errors import CommandError
 from ssm_backbones.visualization.curves import read_history
 from ssm_backbones.visualization.sheets import save_contact_sheet
@@ -39,7 +42,8 @@ SHORT = {
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch, write_config, environment) -> Path:
-    """A folder like a checkout's root, whose demos of VMamba are tiny."""
+    """A folder like a checkout's root, whose demos of VMamba are tiny, and trained by one process."""
+    monkeypatch.setattr(demo_run, '_processes', lambda: 1)
     for name in ('tools', 'configs', 'ssm_backbones', 'cuda_ops'):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
@@ -54,7 +58,7 @@ def checkout(tmp_path, monkeypatch, write_config, environment) -> Path:
     return tmp_path
 
 
-def killed_after_the_first_epoch(command) -> int:
+def killed_after_the_first_epoch(command, threads) -> int:
     process = subprocess.Popen(command)
     work_dir = Path(command[command.index('--work-dir') + 1])
     while not (work_dir / 'last_checkpoint').exists():
@@ -178,6 +182,28 @@ def test_other_tasks(checkout, capfd, monkeypatch, task, last, shown) -> None:
     assert len(history.metrics) >= len(shown)
     with Image.open(out / 'curves.png') as curves:
         assert len(curves.convert('RGB').getcolors(1 << 24)) > len(history.losses)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason='on GPUs one process trains')
+def test_two_processes_share_the_batch(checkout, monkeypatch, capfd) -> None:
+    monkeypatch.setattr(demo_run, '_processes', lambda: 2)
+    figures = demo.run_demo('vmamba', 'cls')
+    assert 0 <= figures['accuracy/top1'] <= 1
+    assert '--nproc-per-node 2 tools/train.py' in capfd.readouterr().out
+    (log,) = (checkout / 'demo' / 'vmamba-cls' / 'train').glob('*/vis_data/config.py')
+    written, shared = Config.fromfile(demo.DEMOS['vmamba', 'cls'].config), Config.fromfile(log)
+    assert 2 * shared.train_dataloader.batch_size == written.train_dataloader.batch_size
+
+
+@pytest.mark.parametrize(('processes', 'batch_size', 'shared'), [(1, 8, False), (2, 8, True), (2, 3, False)])
+def test_the_training_command(processes, batch_size, shared) -> None:
+    cfg = Config(dict(train_dataloader=dict(batch_size=batch_size)))
+    command = demo_run._training_command('a.py', cfg, Path('out'), processes)
+    assert ('torch.distributed.run' in command) == shared
+    assert (f'train_dataloader.batch_size={batch_size // 2}' in command) == shared
+    assert ('optim_wrapper.optimizer.fused=True' in command) == torch_compat.HAS_FUSED_ADAMW
+    assert command[command.index('--work-dir') + 1] == 'out' and '--resume' in command
 
 
 def test_unknown_demo(checkout) -> None:

@@ -85,6 +85,18 @@ def test_bfloat16(small, tmp_path) -> None:
 
 
 @since_python_3_11
+def test_without_loops_the_same_layers_stay_in_float(small, tmp_path) -> None:
+    module, path = small
+    unrolled, images = tmp_path / 'unrolled.onnx', [torch.randn(SHAPE)]
+    exporting.write_onnx(module, torch.randn(SHAPE), unrolled, loops=False)
+    layers = [
+        precision.quantize(each, tmp_path / 'int8.onnx', images, exporting.open_session) for each in (path, unrolled)
+    ]
+    assert [len(each.kept) for each in layers] == [3, 3]
+    assert layers[0].kept == layers[1].kept
+
+
+@since_python_3_11
 @pytest.mark.parametrize('calibrated', [True, False])
 def test_int8(calibrated, small, tmp_path) -> None:
     module, path = small
