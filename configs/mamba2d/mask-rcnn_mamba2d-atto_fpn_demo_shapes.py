@@ -3,6 +3,5 @@ _base_ = '../_base_/demos/mask-rcnn_shapes.py'
 model = dict(
     backbone=dict(
         type='Mamba2D',
-        arch=dict(embed_dims=[32, 64, 128, 256], depths=[1, 1, 2, 1], d_state=4)),
-    neck=dict(norm_cfg=dict(type='GN', num_groups=32)))
+        arch=dict(embed_dims=[32, 64, 128, 256], depths=[1, 1, 2, 1], d_state=4)))
 optim_wrapper = dict(paramwise_cfg=dict(flat_decay_mult=0.0))

@@ -44,12 +44,17 @@ def test_entry_names_the_config(name) -> None:
     assert (ROOT / entries()[name]['Config']).is_file()
 
 
+@pytest.mark.parametrize('name', NAMES)
+def test_entry_tells_how_long_the_config_trains(name) -> None:
+    told, cfg = entries()[name]['Metadata'], config(name)
+    assert told.get('Epochs') == cfg.train_cfg.get('max_epochs')
+    assert told.get('Iterations') == cfg.train_cfg.get('max_iters')
+
+
 @pytest.mark.parametrize('name', ZOO)
 def test_entry_tells_what_the_config_does(name) -> None:
     entry, cfg = entries()[name], config(name)
     told = entry['Metadata']
-    assert told.get('Epochs') == cfg.train_cfg.get('max_epochs')
-    assert told.get('Iterations') == cfg.train_cfg.get('max_iters')
     assert told['Batch Size'] == cfg.auto_scale_lr.base_batch_size
     assert told['Training Data'] == {'mmpretrain': 'ImageNet-1k', 'mmdet': 'COCO', 'mmseg': 'ADE20K'}[cfg.default_scope]
     assert cfg.optim_wrapper.optimizer.type in told['Training Techniques']
