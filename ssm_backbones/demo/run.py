@@ -130,7 +130,9 @@ def _training_command(config: str, cfg: Config, work_dir: Path, processes: int) 
     changes = ['optim_wrapper.optimizer.fused=True'] if HAS_FUSED_ADAMW else []
     batch_size = cfg.train_dataloader.batch_size
     if processes > 1 and batch_size % processes == 0:
-        start += ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)]
+        # Where the host's own name cannot be resolved, the processes would not find each other by it.
+        start += ['-m', 'ssm_backbones.utils.launch', '--standalone', '--local-addr', '127.0.0.1']
+        start += ['--nproc-per-node', str(processes)]
         command += ['--launcher', 'pytorch']
         changes += [f'train_dataloader.batch_size={batch_size // processes}']
     return [*start, *command, *(['--cfg-options', *changes] if changes else [])]

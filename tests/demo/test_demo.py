@@ -200,7 +200,7 @@ def test_two_processes_share_the_batch(checkout, monkeypatch, capfd) -> None:
 def test_the_training_command(processes, batch_size, shared) -> None:
     cfg = Config(dict(train_dataloader=dict(batch_size=batch_size)))
     command = demo_run._training_command('a.py', cfg, Path('out'), processes)
-    assert ('torch.distributed.run' in command) == shared
+    assert ('ssm_backbones.utils.launch' in command) == shared
     assert (f'train_dataloader.batch_size={batch_size // 2}' in command) == shared
     assert ('optim_wrapper.optimizer.fused=True' in command) == torch_compat.HAS_FUSED_ADAMW
     assert command[command.index('--work-dir') + 1] == 'out' and '--resume' in command
