@@ -107,8 +107,9 @@ def _train(config: str, cfg: Config, work_dir: Path) -> None:
     if _last_checkpoint(work_dir).name == last:
         _say('Training: finished before')
         return
-    processes = _processes()
-    command = _training_command(config, cfg, work_dir, processes)
+    batch_size = cfg.train_dataloader.batch_size
+    processes = _processes(batch_size)
+    command = _training_command(config, work_dir, processes, batch_size)
     _say('Training: ' + ' '.join(['python', *command[1:]]))
     status = _run(command, torch.get_num_threads() // processes)
     if status != 0:
@@ -117,19 +118,19 @@ def _train(config: str, cfg: Config, work_dir: Path) -> None:
         )
 
 
-def _processes() -> int:
+def _processes(batch_size: int) -> int:
     """Return how many processes train: two on a CPU, where much of a small model's step is not parallel."""
     distributed = torch.distributed.is_available() and torch.distributed.is_gloo_available()
-    return 2 if distributed and not torch.cuda.is_available() and torch.get_num_threads() > 1 else 1
+    cores = 1 if torch.cuda.is_available() else torch.get_num_threads()
+    return 2 if distributed and cores > 1 and batch_size % 2 == 0 else 1
 
 
-def _training_command(config: str, cfg: Config, work_dir: Path, processes: int) -> list[str]:
-    """Return the command that trains by so many processes, which share a batch of the config's size."""
+def _training_command(config: str, work_dir: Path, processes: int, batch_size: int) -> list[str]:
+    """Return the command that trains by so many processes, which share a batch."""
     start = [sys.executable]
     command = [os.path.join('tools', 'train.py'), config, '--work-dir', str(work_dir), '--resume']
     changes = ['optim_wrapper.optimizer.fused=True'] if HAS_FUSED_ADAMW else []
-    batch_size = cfg.train_dataloader.batch_size
-    if processes > 1 and batch_size % processes == 0:
+    if processes > 1:
         # Where the host's own name cannot be resolved, the processes would not find each other by it.
         start += ['-m', 'ssm_backbones.utils.launch', '--standalone', '--local-addr', '127.0.0.1']
         start += ['--nproc-per-node', str(processes)]
@@ -138,7 +139,7 @@ def _training_command(config: str, cfg: Config, work_dir: Path, processes: int) 
     return [*start, *command, *(['--cfg-options', *changes] if changes else [])]
 
 
-def _run(command: Sequence[str], threads: int = 1) -> int:
+def _run(command: Sequence[str], threads: int) -> int:
     """Run a command, which is terminated on SIGTERM with this process; return the exit status.
 
     Args:

@@ -42,7 +42,7 @@ Those of smaller numbers find files that are of no use; how accurate one is, is 
 """
 
 _LAYERS = ('Conv', 'Gemm', 'MatMul')
-_SCANS = ('Scan', 'RouteScan', 'WavefrontScan')
+_CUSTOM_SCANS = ('RouteScan', 'WavefrontScan')
 
 
 @dataclass(frozen=True)
@@ -302,8 +302,7 @@ def _module_name(node: Any) -> str:
 def _inputs_of_scans(graph: Any) -> set[str]:
     """Name the nodes of the layers from which scans have their inputs, by way of other operators than layers."""
     makers = {output: node for node in graph.node for output in node.output}
-    scans = [node for node in graph.node if node.op_type in _SCANS]
-    waiting = [name for node in scans or _unrolled_scans(graph) for name in node.input]
+    waiting = [name for node in _scans(graph) for name in node.input]
     seen: set[str] = set()
     found = set()
     while waiting:
@@ -319,19 +318,25 @@ def _inputs_of_scans(graph: Any) -> set[str]:
     return found
 
 
-def _unrolled_scans(graph: Any) -> list[Any]:
-    """Return the nodes of scans without loops: from softplus, which makes their steps, to the next layer or norm."""
+def _scans(graph: Any) -> list[Any]:
+    """Return the nodes of scans: custom operators, or what is from a loop to the sum over its states.
+
+    Without loops a scan begins with softplus, which makes its steps. A sum over one state may have been left out; then
+    the next layer or norm ends the scan.
+    """
     ends = set(_layers(graph))
     users: dict[str, list[Any]] = {}
     for node in graph.node:
         for name in node.input:
             users.setdefault(name, []).append(node)
-    waiting = [node for node in graph.node if node.op_type == 'Softplus']
+    custom = [node for node in graph.node if node.op_type in _CUSTOM_SCANS]
+    loops = [node for node in graph.node if node.op_type == 'Scan']
+    waiting = loops or ([] if custom else [node for node in graph.node if node.op_type == 'Softplus'])
     found: dict[str, Any] = {}
     while waiting:
         node = waiting.pop()
-        if node.name in found or node.name in ends or node.op_type == 'LayerNormalization':
+        if node.name in found or node.name in ends or node.op_type in ('ReduceSum', 'LayerNormalization'):
             continue
         found[node.name] = node
         waiting += [user for name in node.output for user in users.get(name, ())]
-    return list(found.values())
+    return [*custom, *found.values()]

@@ -43,7 +43,7 @@ SHORT = {
 @pytest.fixture
 def checkout(tmp_path, monkeypatch, write_config, environment) -> Path:
     """A folder like a checkout's root, whose demos of VMamba are tiny, and trained by one process."""
-    monkeypatch.setattr(demo_run, '_processes', lambda: 1)
+    monkeypatch.setattr(demo_run, '_processes', lambda batch_size: 1)
     for name in ('tools', 'configs', 'ssm_backbones', 'cuda_ops'):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
@@ -129,7 +129,7 @@ from ssm_backbones.cli import run_command
 from ssm_backbones.demo import run
 wait = subprocess.Popen.wait
 subprocess.Popen.wait = lambda self, timeout=None: wait(self, timeout and 1)
-sys.exit(run_command(lambda: run._run([sys.executable, '-c', {child!r}])))
+sys.exit(run_command(lambda: run._run([sys.executable, '-c', {child!r}], 1)))
 """
     process = subprocess.Popen([sys.executable, '-c', parent], env=environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -187,7 +187,7 @@ def test_other_tasks(checkout, capfd, monkeypatch, task, last, shown) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason='on GPUs one process trains')
 def test_two_processes_share_the_batch(checkout, monkeypatch, capfd) -> None:
-    monkeypatch.setattr(demo_run, '_processes', lambda: 2)
+    monkeypatch.setattr(demo_run, '_processes', lambda batch_size: 2)
     figures = demo.run_demo('vmamba', 'cls')
     assert 0 <= figures['accuracy/top1'] <= 1
     assert '--nproc-per-node 2 tools/train.py' in capfd.readouterr().out
@@ -196,12 +196,21 @@ def test_two_processes_share_the_batch(checkout, monkeypatch, capfd) -> None:
     assert 2 * shared.train_dataloader.batch_size == written.train_dataloader.batch_size
 
 
-@pytest.mark.parametrize(('processes', 'batch_size', 'shared'), [(1, 8, False), (2, 8, True), (2, 3, False)])
-def test_the_training_command(processes, batch_size, shared) -> None:
-    cfg = Config(dict(train_dataloader=dict(batch_size=batch_size)))
-    command = demo_run._training_command('a.py', cfg, Path('out'), processes)
-    assert ('ssm_backbones.utils.launch' in command) == shared
-    assert (f'train_dataloader.batch_size={batch_size // 2}' in command) == shared
+@pytest.mark.parametrize(
+    ('gpu', 'threads', 'batch_size', 'processes'),
+    [(False, 2, 8, 2), (False, 16, 8, 2), (False, 1, 8, 1), (False, 2, 3, 1), (True, 2, 8, 1)],
+)
+def test_how_many_processes_train(gpu, threads, batch_size, processes, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: gpu)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
+    assert demo_run._processes(batch_size) == processes
+
+
+@pytest.mark.parametrize('processes', [1, 2])
+def test_the_training_command(processes) -> None:
+    command = demo_run._training_command('a.py', Path('out'), processes, 8)
+    assert ('ssm_backbones.utils.launch' in command) == (processes == 2)
+    assert ('train_dataloader.batch_size=4' in command) == (processes == 2)
     assert ('optim_wrapper.optimizer.fused=True' in command) == torch_compat.HAS_FUSED_ADAMW
     assert command[command.index('--work-dir') + 1] == 'out' and '--resume' in command
 

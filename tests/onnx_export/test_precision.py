@@ -84,16 +84,35 @@ def test_bfloat16(small, tmp_path) -> None:
     assert 10 * difference(rounded, tmp_path / 'model.onnx') < difference(module, tmp_path / 'model.onnx') < 1e-2
 
 
-@since_python_3_11
-def test_without_loops_the_same_layers_stay_in_float(small, tmp_path) -> None:
-    module, path = small
-    unrolled, images = tmp_path / 'unrolled.onnx', [torch.randn(SHAPE)]
-    exporting.write_onnx(module, torch.randn(SHAPE), unrolled, loops=False)
-    layers = [
-        precision.quantize(each, tmp_path / 'int8.onnx', images, exporting.open_session) for each in (path, unrolled)
-    ]
-    assert [len(each.kept) for each in layers] == [3, 3]
-    assert layers[0].kept == layers[1].kept
+class Gated(nn.Module):
+    """A scan with a layer for each of its inputs, and a gate behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x, self.delta, self.gate, self.last = (nn.Linear(3, 3) for _ in range(4))
+        self.B, self.C = nn.Linear(3, 2), nn.Linear(3, 2)
+        self.A_log = nn.Parameter(torch.zeros(3, 2))
+
+    def forward(self, images):
+        x = images.permute(0, 2, 3, 1)
+        given = (torch.tanh(layer(x)) for layer in (self.x, self.delta, self.B, self.C))
+        u, delta, B, C = given
+        y = cuda_ops.line_scan(u, delta, -self.A_log.float().exp(), B, C, axis='row', delta_softplus=True)
+        return self.last(y * self.gate(x).sigmoid())
+
+
+@pytest.mark.parametrize('form', [{}, {'loops': False}, {'custom_ops': True}], ids=str)
+def test_the_inputs_of_scans_are_found_in_every_form(form, tmp_path) -> None:
+    exporting.write_onnx(Gated().eval(), torch.randn(SHAPE), tmp_path / 'model.onnx', **form)
+    graph = onnx.load(tmp_path / 'model.onnx').graph
+    names = precision._layers(graph)
+    assert len(names) == 6
+    shapes = {each.name: tuple(each.dims) for each in graph.initializer}
+    found = precision._inputs_of_scans(graph)
+    assert len(found) == 4
+    assert sorted(shapes[node.input[1]] for node in graph.node if node.name in found) == [(3, 2)] * 2 + [(3, 3)] * 2
+    last = [node.name for node in graph.node if node.name in names][-1]
+    assert last not in found
 
 
 @since_python_3_11
