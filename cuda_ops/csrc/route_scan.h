@@ -35,7 +35,7 @@ struct RouteScanParams {
   const void* A;           // (K, E, N) state
   const void* D;           // (K, E) state, or null
   const void* delta_bias;  // (K, E) state, or null
-  const void* dt_weight;   // (K, E, dt_rank) state, delta = dt @ dt_weight^T; CUDA only
+  const void* dt_weight;   // (K, E, dt_rank) state, delta = dt @ dt_weight^T
   int64_t dt_rank;         // 0 if delta itself is given
   void* last_state;        // (B, K, E, N) state, null with per_line
   void* saved_states;      // (B, K, lines, saved, N, E) state

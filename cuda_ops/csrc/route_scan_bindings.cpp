@@ -173,7 +173,6 @@ std::tuple<Tensor, Tensor, Tensor> route_scan(const Tensor& x, const Tensor& del
     if (x.numel()) cuda.check(cuda->route_scan_forward(p, scratch.plan, cuda.stream()), "cuda_ops::route_scan");
     return {scratch.result, last, saved};
   }
-  inputs.project_dt();
   Tensor y = ops::empty(x, x.sizes(), state);
   p.y = y.data_ptr();
   route_scan_forward_cpu(p, parallel_for);
@@ -217,7 +216,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route_scan_ba
     scratch.emplace(cuda, inputs, true);
     split = {scratch->plan.tiles, shape.lines * scratch->plan.segments};
   } else {
-    inputs.project_dt();
     split = route_scan_split(p);
   }
 

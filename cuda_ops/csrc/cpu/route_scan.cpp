@@ -82,6 +82,7 @@ class ScanTile {
         states_(int(p.states)),
         any_vectors_(int(ceil_div(item.channels, kLanes))),
         A_log2e_(p.states * vectors()),
+        dt_weight_(p.dt_rank * vectors()),
         state_(p.states * vectors()) {}
 
  protected:
@@ -110,6 +111,32 @@ class ScanTile {
       D_[v] = p_.D ? load(parameter(p_.D, k) + v * kLanes, lanes(v)) : V{};
       bias_[v] = p_.delta_bias ? load(parameter(p_.delta_bias, k) + v * kLanes, lanes(v)) : V{};
     }
+    if (!p_.dt_rank) return;
+    const S* weight = static_cast<const S*>(p_.dt_weight) + (k * p_.channels + item_.channel) * p_.dt_rank;
+    for (int v = 0; v < vectors(); ++v) {
+      for (int lane = 0; lane < kLanes; ++lane)
+        for (int64_t r = 0; r < p_.dt_rank; ++r)
+          dt_weight_.data()[r * vectors() + v][lane] =
+              lane < lanes(v) ? weight[(v * kLanes + lane) * p_.dt_rank + r] : S(0);
+    }
+  }
+
+  // Delta of a position and its bias: as it is given, or the product of the low-rank dt.
+  void load_delta(int64_t k, Pixel pixel, V* biased) const {
+    const T* source = pixel_pointer<T>(p_.delta, item_.batch, pixel, k, 0);
+    if (!p_.dt_rank) {
+      for (int v = 0; v < vectors(); ++v)
+        biased[v] = load(source + item_.channel + v * kLanes, lanes(v)) + bias_[v];
+      return;
+    }
+    V sums[kMaxVectors];
+    for (int v = 0; v < vectors(); ++v) sums[v] = bias_[v];
+    const V* weight = dt_weight_.data();
+    for (int64_t r = 0; r < p_.dt_rank; ++r, weight += vectors()) {
+      const S dt = scalar(source + r);
+      for (int v = 0; v < vectors(); ++v) sums[v] += dt * weight[v];
+    }
+    for (int v = 0; v < vectors(); ++v) biased[v] = sums[v];
   }
 
   void clear_state() {
@@ -156,8 +183,9 @@ class ScanTile {
   const RouteScanParams& p_;
   const WorkItem& item_;
   const int states_, any_vectors_;
-  Scratch<S> A_log2e_;  // A * log2(e), [n][v]
-  Scratch<S> state_;    // [n][v]
+  Scratch<S> A_log2e_;    // A * log2(e), [n][v]
+  Scratch<S> dt_weight_;  // [r][v], with a low-rank dt
+  Scratch<S> state_;      // [n][v]
   V D_[kMaxVectors], bias_[kMaxVectors];
 };
 
@@ -206,15 +234,14 @@ class ForwardTile : ScanTile<T, S, Units> {
   void scan_position(int64_t k, Pixel pixel) {
     const int states = States ? States : states_, vectors = this->vectors();
     const T* x = pixel_pointer<T>(p_.x, item_.batch, pixel, 0, 0) + item_.channel;
-    const T* delta_in = pixel_pointer<T>(p_.delta, item_.batch, pixel, k, 0) + item_.channel;
     const T* B = p_.B.data ? pixel_pointer<T>(p_.B, item_.batch, pixel, k, item_.group) : nullptr;
     const T* C = p_.C.data ? pixel_pointer<T>(p_.C, item_.batch, pixel, k, item_.group) : nullptr;
     S* y = this->per_map(p_.y, pixel);
     V delta[kMaxVectors], inflow[kMaxVectors], output[kMaxVectors];
+    this->load_delta(k, pixel, delta);
     for (int v = 0; v < vectors; ++v) {
-      const V biased = load(delta_in + v * kLanes, lanes(v)) + bias_[v];
       const V u = load(x + v * kLanes, lanes(v));
-      delta[v] = p_.delta_softplus ? softplus(biased).value : biased;
+      if (p_.delta_softplus) delta[v] = softplus(delta[v]).value;
       inflow[v] = delta[v] * u;
       output[v] = D_[v] * u;
     }
@@ -360,19 +387,17 @@ class BackwardTile : ScanTile<T, S, Units> {
     const int states = States ? States : states_, vectors = this->vectors();
     const Pixel pixel = pixels_[i];
     const T* x = pixel_pointer<T>(p_.x, item_.batch, pixel, 0, 0) + item_.channel;
-    const T* delta_in = pixel_pointer<T>(p_.delta, item_.batch, pixel, k, 0) + item_.channel;
     const T* B = p_.B.data ? pixel_pointer<T>(p_.B, item_.batch, pixel, k, item_.group) : nullptr;
     V inflow[kMaxVectors];
     V* delta = delta_.data() + i * vectors;
     V* delta_slope = delta_slope_.data() + i * vectors;
+    this->load_delta(k, pixel, delta);
     for (int v = 0; v < vectors; ++v) {
-      const V biased = load(delta_in + v * kLanes, lanes(v)) + bias_[v];
       if (p_.delta_softplus) {
-        const Softplus<S> result = softplus(biased);
+        const Softplus<S> result = softplus(delta[v]);
         delta[v] = result.value;
         delta_slope[v] = result.derivative;
       } else {
-        delta[v] = biased;
         delta_slope[v] = splat(S(1));
       }
       inflow[v] = delta[v] * load(x + v * kLanes, lanes(v));
