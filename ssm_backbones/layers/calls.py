@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssm_backbones.utils.processor import is_intel_processor
+from ssm_backbones.utils.processor import is_mkl_tuned
 from ssm_backbones.utils.torch_compat import (
     has_any_global_hook,
     is_compiling,
@@ -23,7 +23,7 @@ from ssm_backbones.utils.torch_compat import (
 
 # Evaluated once, because torch.compile cannot trace these calls.
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
-_IS_BLAS_TUNED = torch.backends.mkl.is_available() and is_intel_processor()
+_IS_BLAS_TUNED = torch.backends.mkl.is_available() and is_mkl_tuned()
 _PLAIN = (nn.Parameter, Tensor)
 _PLAIN_OR_NONE = (*_PLAIN, type(None))
 _ORIGINALS = (nn.Module.__call__, nn.Linear.forward, nn.Conv1d.forward, F.linear, F.conv1d)
@@ -88,9 +88,9 @@ def _suits_onednn(x: Tensor) -> bool:
 def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute ``F.linear`` by oneDNN, as a 1x1 convolution of the channels-last view.
 
-    In float32 that is two to five times as fast as the BLAS of ``F.linear``, MKL, on a processor of another maker than
-    Intel. On Intel's own, ``F.linear`` is the faster one: oneDNN reorders the weight at each call, which on small maps
-    takes as long as the product.
+    In float32 that is two to five times as fast as the BLAS of ``F.linear``, MKL, on a processor with AVX-512 of another
+    maker than Intel. Elsewhere ``F.linear`` is the faster one, most of all in training: oneDNN reorders the weight at
+    each call, which on small maps takes as long as the product.
     """
     keep_gradient_contiguous(x)
     return F.conv2d(x.permute(0, 3, 1, 2), weight[:, :, None, None], bias).permute(0, 2, 3, 1).contiguous()

@@ -18,3 +18,13 @@ def test_other_systems_than_linux(name, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(processor, '_CPUINFO', tmp_path / 'missing')
     monkeypatch.setattr(processor.platform, 'processor', lambda: name)
     assert not processor.is_intel_processor()
+
+
+@pytest.mark.parametrize(
+    ('intel', 'capability', 'expected'),
+    [(True, 'AVX512', True), (True, 'AVX2', True), (False, 'AVX2', True), (False, 'AVX512', False)],
+)
+def test_mkl_suits_all_but_avx512_of_other_makers(intel, capability, expected, monkeypatch) -> None:
+    monkeypatch.setattr(processor, 'is_intel_processor', lambda: intel)
+    monkeypatch.setattr(processor.torch.backends.cpu, 'get_cpu_capability', lambda: capability)
+    assert processor.is_mkl_tuned() == expected
