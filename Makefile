@@ -20,7 +20,7 @@ help:
 	@echo 'make tools     test timm, transformers, peft, torchao and other libraries around the backbones, in an environment of its own (.venv-tools)'
 	@echo 'make kernels   compile every CUDA kernel for every architecture by nvcc alone, and print what each takes (ARCHS="8.0 9.0")'
 	@echo 'make runtimes  compile the scans as operators of onnxruntime and OpenVINO, into build/runtimes'
-	@echo 'make deploy    run every family and task in seven runtimes, and write what agrees to build/deploy.md; in .venv-deploy'
+	@echo 'make deploy    run every family and task in eight runtimes, and write what agrees to build/deploy.md; in .venv-deploy and .venv-litert'
 	@echo 'make prove     prove by a verifier that the threads of the CUDA kernels are ordered in every schedule; needs nvcc, takes half an hour of one core or more, in .venv-prove'
 	@echo 'make fuzz      fuzz the readers of checkpoints and exported features for ten minutes (FUZZ_SECONDS=600)'
 	@echo 'make sanitize  run the CPU kernels under the address, undefined-behaviour and thread sanitizers; needs g++'
@@ -53,12 +53,13 @@ format: setup
 	@$(IN_VENV) -m ruff format --quiet .
 	@$(SOURCES) | xargs "$(VENV)/bin/clang-format" -i
 
-# $(call on-top,FOLDER,REQUIREMENTS) makes an environment on top of the project's, so that neither torch nor the host
-# libraries are installed twice, and the project's stays as its own requirements say.
+# $(call on-top,FOLDER,REQUIREMENTS[,own]) makes an environment on top of the project's, so that neither torch nor the host
+# libraries are installed twice, and the project's stays as its own requirements say. With "own" the packages' dependencies
+# may be others than those that the project's constraints pin.
 define on-top
 	@test -x $(1)/bin/python || $(IN_VENV) -m venv $(1)
 	@{ $(call site-packages,$(IN_VENV)); pwd; } > "$$($(call site-packages,$(1)/bin/python))/project.pth"
-	@$(1)/bin/python -m pip install --quiet -c requirements/constraints.txt -r $(2)
+	@$(1)/bin/python -m pip install --quiet $(if $(3),,-c requirements/constraints.txt) -r $(2)
 endef
 
 PYTEST = CI_PINS=1 $(IN_VENV) -m pytest --numprocesses auto --maxprocesses 8
@@ -98,6 +99,7 @@ runtimes: setup
 
 deploy: setup
 	$(call on-top,.venv-deploy,requirements/deploy.txt)
+	$(call on-top,.venv-litert,requirements/litert.txt,own)
 	@.venv-deploy/bin/python tests/deploy/runtimes.py $(DEPLOY_ARGS)
 
 prove: setup

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import cuda_ops
+from ssm_backbones.utils.processor import bfloat16_instructions, cpuinfo
 
 # Cap the instruction sets of oneDNN and of MKL, on which times depend.
 _CAPS = ('ONEDNN_MAX_CPU_ISA', 'MKL_ENABLE_INSTRUCTIONS')
@@ -24,7 +25,7 @@ def describe_machine(device: str) -> dict[str, Any]:
     status = cuda_ops.backend_status()
     machine: dict[str, Any] = {
         'CPU': _cpu_model(),
-        'bfloat16': ' '.join(sorted(set(re.findall(r'\b\w+_bf16\b', _cpuinfo())))) or 'emulated',
+        'bfloat16': ' '.join(bfloat16_instructions()) or 'emulated',
         'cores': len(os.sched_getaffinity(0)),
         'threads': torch.get_num_threads(),
     }
@@ -44,15 +45,8 @@ def describe_machine(device: str) -> dict[str, Any]:
 
 
 def _cpu_model() -> str:
-    match = re.search(r'^model name\s*:\s*(.+)$', _cpuinfo(), re.MULTILINE)
+    match = re.search(r'^model name\s*:\s*(.+)$', cpuinfo(), re.MULTILINE)
     return match.group(1) if match else platform.processor() or platform.machine()
-
-
-def _cpuinfo() -> str:
-    try:
-        return Path('/proc/cpuinfo').read_text()
-    except OSError:
-        return ''
 
 
 def _driver() -> str:

@@ -38,6 +38,7 @@ from ssm_backbones.engine.randomness import ResumableRandomnessHook
 from ssm_backbones.engine.resuming import CheckResumedHook
 from ssm_backbones.utils.errors import CommandError
 from ssm_backbones.utils.files import locked
+from ssm_backbones.utils.processor import bfloat16_instructions, cpuinfo
 
 logger = logging.getLogger(__name__)
 
@@ -276,6 +277,11 @@ def _replace_what_needs_a_gpu(cfg: Config) -> None:
         cfg.optim_wrapper.type = 'BFloat16OptimWrapper'
         for name in ('loss_scale', 'dtype', 'use_fsdp'):
             cfg.optim_wrapper.pop(name, None)
+    if cfg.optim_wrapper.get('type') == 'BFloat16OptimWrapper' and cpuinfo() and not bfloat16_instructions():
+        logger.warning(
+            'bfloat16: this processor has no instructions for it (AVX512-BF16, AMX); a step takes some 2.5 times the time '
+            'of float32. Leave out --amp, or set optim_wrapper.type to OptimWrapper.'
+        )
 
 
 def _enable_auto_scale_lr(cfg: Config) -> None:

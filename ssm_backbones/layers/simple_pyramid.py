@@ -70,4 +70,5 @@ class HalvingMaxPool(nn.Module):
     """The largest value of each 2x2 square, (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), C)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.max_pool2d(x.permute(0, 3, 1, 2), 2, ceil_mode=True).permute(0, 2, 3, 1)
+        # The stride is spelled out: TVM 0.27.0 takes none by default.
+        return F.max_pool2d(x.permute(0, 3, 1, 2), 2, 2, ceil_mode=True).permute(0, 2, 3, 1)

@@ -199,7 +199,16 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         program = torch.export.export(model, (images,))
         program = program.run_decompositions({**torch.export.default_decompositions(), **decompositions()})
     """
-    return {operator.default: function for operator, function in replacements(loops=False).items()}
+    scans: dict[Any, Callable[..., Any]] = {
+        operator.default: function for operator, function in replacements(loops=False).items()
+    }
+    # What coremltools 9.0 has no conversion of: V2M's mean of two directions, which PyTorch would decompose into two
+    # formulas and a choice between them by a scalar, and views of a whole tensor.
+    return {**scans, torch.ops.aten.lerp.Scalar: _lerp, torch.ops.aten.alias.default: lambda x: x}
+
+
+def _lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
+    return start + weight * (end - start)
 
 
 def _along(grid: Tensor, route: int, per_line: bool) -> Tensor:

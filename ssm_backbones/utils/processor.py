@@ -1,6 +1,7 @@
 """What is known of the processor."""
 
 import platform
+import re
 from pathlib import Path
 
 import torch
@@ -8,13 +9,22 @@ import torch
 _CPUINFO = Path('/proc/cpuinfo')
 
 
+def cpuinfo() -> str:
+    """Return what Linux says of the processor, or '' on other systems."""
+    try:
+        return _CPUINFO.read_text(encoding='utf-8', errors='replace')
+    except OSError:
+        return ''
+
+
 def is_intel_processor() -> bool:
     """Return whether the processor is made by Intel."""
-    try:
-        return 'GenuineIntel' in _CPUINFO.read_text(encoding='utf-8', errors='replace')
-    except OSError:
-        # Other systems than Linux.
-        return 'GenuineIntel' in platform.processor()
+    return 'GenuineIntel' in (cpuinfo() or platform.processor())
+
+
+def bfloat16_instructions() -> list[str]:
+    """Return the processor's instruction sets for bfloat16 as Linux names them, such as ``amx_bf16``."""
+    return sorted(set(re.findall(r'\b(?:\w+_)?bf16\b', cpuinfo())))
 
 
 def is_mkl_tuned() -> bool:

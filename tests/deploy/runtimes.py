@@ -9,7 +9,6 @@ what stops is told by its own error.
 import argparse
 import contextlib
 import importlib
-import importlib.metadata
 import io
 import json
 import os
@@ -28,6 +27,8 @@ import torch
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
+# Its converter needs another typing-extensions than the other packages' pins.
+PYTHONS = {'LiteRT': ROOT / '.venv-litert' / 'bin' / 'python'}
 SIZE = (48, 64)
 TOLERANCE = 1e-4
 TIMEOUT = 1200
@@ -77,24 +78,27 @@ def build(family: str, task: str) -> nn.Module:
 
     settings = dict(FAMILIES[family])
     widths = settings.pop('widths')
+    # A plain backbone has one map, of which its pyramid makes those of the other strides.
+    is_plain = settings['arch'].get('layout') == 'plain'
+    places: dict[str, Any] = dict(pyramid='single') if is_plain else dict(out_indices=list(range(len(widths))))
     torch.manual_seed(0)
     if task == 'detection':
         from mmdet.models.necks import FPN
         from mmengine.registry import MODELS
 
-        backbone = MODELS.build(dict(out_indices=range(len(widths)), **settings))
+        backbone = MODELS.build({**settings, **places})
         return Pyramid(backbone, FPN(widths, out_channels=8, num_outs=len(widths) + 1)).eval()
     if task == 'classification':
-        last = 16 if 'plain' in family else widths[-1]
-        places = dict(pyramid='single') if 'plain' in family else dict(out_indices=(len(widths) - 1,))
-        head = dict(type='LinearClsHead', num_classes=5, in_channels=last)
+        if not is_plain:
+            places = dict(out_indices=(len(widths) - 1,))
+        head = dict(type='LinearClsHead', num_classes=5, in_channels=widths[-1])
         model = dict(type='ImageClassifier', backbone={**settings, **places}, neck=dict(type='GlobalAveragePooling'))
         return Classifier(build_model(Config(dict(default_scope='mmpretrain', model=dict(**model, head=head))))).eval()
     head = dict(
         type='UPerHead', in_channels=widths, in_index=list(range(len(widths))), pool_scales=(1, 2, 3, 6), channels=8,
         num_classes=5, norm_cfg=dict(type='BN'), align_corners=False,
     )  # fmt: skip
-    backbone = dict(out_indices=range(len(widths)), **settings)
+    backbone = {**settings, **places}
     model = dict(type='EncoderDecoder', backbone=backbone, decode_head=head, train_cfg={}, test_cfg=dict(mode='whole'))
     return Segmentor(build_model(Config(dict(default_scope='mmseg', model=model)))).eval()
 
@@ -112,15 +116,6 @@ def to_program(module: nn.Module, images: Tensor) -> Any:
 
     program = torch.export.export(module, (images,), strict=False)
     return program.run_decompositions({**torch.export.default_decompositions(), **decompositions()})
-
-
-def without_aliases(program: Any) -> Any:
-    """Take ``aten.alias`` out of a program, which returns what it is given and has no conversion in coremltools."""
-    graph = program.graph_module.graph
-    for node in graph.find_nodes(op='call_function', target=torch.ops.aten.alias.default):
-        node.replace_all_uses_with(node.args[0])
-        graph.erase_node(node)
-    return program
 
 
 class Portable(nn.Module):
@@ -167,11 +162,17 @@ def run_executorch(module: nn.Module, images: Tensor, folder: Path) -> Outputs:
     return [output.numpy() for output in method.execute([images])]
 
 
+def run_litert(module: nn.Module, images: Tensor, folder: Path) -> Outputs:
+    import litert_torch
+
+    outputs = litert_torch.convert(Portable(module), (images,))(images)
+    return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
+
+
 def run_coremltools(module: nn.Module, images: Tensor, folder: Path) -> None:
     import coremltools
 
-    program = without_aliases(to_program(module, images))
-    model = coremltools.convert(program, minimum_deployment_target=coremltools.target.iOS17)
+    model = coremltools.convert(to_program(module, images), minimum_deployment_target=coremltools.target.iOS17)
     model.save(str(folder / 'model.mlpackage'))
 
 
@@ -225,6 +226,7 @@ RUNTIMES: dict[str, Callable[[nn.Module, Tensor, Path], Outputs | None]] = {
     'OpenVINO, ONNX without loops': lambda *given: run_openvino(*given, source='ONNX without loops'),
     'OpenVINO, torch.export': lambda *given: run_openvino(*given, source='torch.export'),
     'ExecuTorch, XNNPACK': run_executorch,
+    'LiteRT, litert-torch': run_litert,
     'Core ML, coremltools': run_coremltools,
     'ncnn, pnnx': run_ncnn,
     'MNN, ONNX without loops': run_mnn,
@@ -233,17 +235,15 @@ RUNTIMES: dict[str, Callable[[nn.Module, Tensor, Path], Outputs | None]] = {
 
 
 # Whose release the table names, where it is not the runtime's name in small letters.
-PACKAGES = {'Core ML': 'coremltools', 'TVM': 'apache-tvm'}
+PACKAGES = {'Core ML': 'coremltools', 'TVM': 'apache-tvm', 'LiteRT': 'litert-torch'}
 
 
 def with_version(runtime: str) -> str:
     """Name a runtime with its release."""
     name, _, way = runtime.partition(', ')
-    try:
-        release = importlib.metadata.version(PACKAGES.get(name, name.lower()))
-    except importlib.metadata.PackageNotFoundError:
-        return runtime
-    return f'{name} {release}, {way}'
+    code = f"import importlib.metadata as m; print(m.version('{PACKAGES.get(name, name.lower())}'))"
+    found = subprocess.run([python_of(runtime), '-c', code], capture_output=True, text=True, check=False)
+    return f'{name} {found.stdout.strip()}, {way}' if found.returncode == 0 else runtime
 
 
 def check(runtime: str, family: str, task: str) -> dict[str, Any]:
@@ -281,12 +281,17 @@ def child(runtime: str, places: Sequence[tuple[str, str]]) -> None:
             print('RESULT', json.dumps([family, task, check(runtime, family, task)]), file=out, flush=True)
 
 
+def python_of(runtime: str) -> str:
+    """Return the Python whose environment has a runtime."""
+    return str(PYTHONS.get(runtime.partition(', ')[0], sys.executable))
+
+
 def results(runtime: str, places: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Check families and tasks in a process of their own, and the rest in another one where it crashes or hangs."""
     environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))}
     waiting = list(places)
     while waiting:
-        command = [sys.executable, __file__, '--runtimes', runtime, '--child', json.dumps(waiting)]
+        command = [python_of(runtime), __file__, '--runtimes', runtime, '--child', json.dumps(waiting)]
         with tempfile.TemporaryFile('w+', errors='replace') as errors:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
             assert process.stdout is not None
@@ -355,6 +360,9 @@ def main() -> int:
     if args.child:
         child(args.runtimes[0], args.child)
         return 0
+    missing = [python for name in args.runtimes if not Path(python := python_of(name)).exists()]
+    if missing:
+        parser.error(f'{missing[0]} is missing; make deploy makes it')
     lines = [f'| runtime | family | {" | ".join(args.tasks)} |', '| --- ' * (2 + len(args.tasks)) + '|']
     wrong = False
     args.out.parent.mkdir(parents=True, exist_ok=True)

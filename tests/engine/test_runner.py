@@ -151,7 +151,12 @@ def test_amp_computes_in_bfloat16_on_cpus(host, train, write_config, tmp_path) -
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='on a GPU AmpOptimWrapper stays')
-def test_a_config_s_float16_becomes_bfloat16_on_cpus(train, write_config, tmp_path, caplog) -> None:
+@pytest.mark.parametrize(('instructions', 'slow'), [([], True), (['avx512_bf16'], False)])
+def test_a_config_s_float16_becomes_bfloat16_on_cpus(
+    instructions, slow, train, write_config, tmp_path, caplog, monkeypatch
+) -> None:
+    monkeypatch.setattr('ssm_backbones.engine.runner.cpuinfo', lambda: 'known')
+    monkeypatch.setattr('ssm_backbones.engine.runner.bfloat16_instructions', lambda: instructions)
     changes = """
     train_cfg = dict(max_epochs=1)
     val_cfg = val_dataloader = val_evaluator = None
@@ -160,6 +165,7 @@ def test_a_config_s_float16_becomes_bfloat16_on_cpus(train, write_config, tmp_pa
     runner = train(write_config('mmpretrain', changes), tmp_path)
     assert type(runner.optim_wrapper).__name__ == 'BFloat16OptimWrapper'
     assert 'AmpOptimWrapper needs a GPU' in caplog.text
+    assert ('this processor has no instructions for it' in caplog.text) == slow
 
 
 def test_auto_scale_lr_follows_the_batch(train, write_config, tmp_path) -> None:

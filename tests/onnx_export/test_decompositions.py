@@ -125,6 +125,24 @@ def test_programs_have_no_operator_of_ours(dtype) -> None:
     torch.testing.assert_close(program.module()(x), Scans()(x), **close)
 
 
+class Mean(torch.nn.Module):
+    """The mean of two directions as V2M has it, and a view of a whole tensor."""
+
+    def forward(self, x):
+        return torch.lerp(x[0:], x.flip(0), 0.25)
+
+
+def test_programs_choose_no_formula_by_a_scalar() -> None:
+    """Core ML's converter has no conversion of that, nor of aten.alias."""
+    x = torch.randn(3, 4)
+    program = torch.export.export(Mean(), (x,)).run_decompositions(
+        {**torch.export.default_decompositions(), **decompositions()}
+    )
+    targets = {str(node.target) for node in program.graph.nodes}
+    assert not targets & {'aten.where.self', 'aten.lerp.Scalar', 'aten.alias.default'}, targets
+    torch.testing.assert_close(program.module()(x), Mean()(x))
+
+
 class Line(torch.nn.Module):
     def forward(self, x):
         return cuda_ops.line_scan(x, x, -torch.ones(3, 2), None, x[..., :2], axis='column', reverse=True)

@@ -21,6 +21,21 @@ def test_other_systems_than_linux(name, tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
+    ('flags', 'expected'),
+    [
+        ('flags : fpu avx2 amx_bf16 avx512_bf16', ['amx_bf16', 'avx512_bf16']),
+        ('Features : fp asimd i8mm bf16', ['bf16']),
+        ('flags : fpu avx2 avx512f', []),
+    ],
+)
+def test_instructions_for_bfloat16(flags, expected, tmp_path, monkeypatch) -> None:
+    info = tmp_path / 'cpuinfo'
+    info.write_text(f'{flags}\n{flags}\n')
+    monkeypatch.setattr(processor, '_CPUINFO', info)
+    assert processor.bfloat16_instructions() == expected
+
+
+@pytest.mark.parametrize(
     ('intel', 'capability', 'expected'),
     [(True, 'AVX512', True), (True, 'AVX2', True), (False, 'AVX2', True), (False, 'AVX512', False)],
 )
