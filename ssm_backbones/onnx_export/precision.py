@@ -179,14 +179,16 @@ def quantize(
         with tempfile.TemporaryDirectory() as folder:
             plain, cache = Path(folder) / 'plain.onnx', Path(folder) / 'ranges.json'
             onnx.save(model, plain)
+            # Of what comes out of the scans' own operators onnxruntime infers no type.
+            options: dict[str, Any] = {'DefaultTensorType': onnx.TensorProto.FLOAT}
             if images is None:
-                quantization.quantize_dynamic(plain, target, **settings)
+                quantization.quantize_dynamic(plain, target, extra_options=options, **settings)
             else:
                 ranges = _ranges(model, chosen, images, open_session, Path(folder) / 'observed.onnx')
                 data = {name: calibrate.TensorData(lowest=low, highest=high) for name, (low, high) in ranges.items()}
                 calibrate.save_tensors_data(calibrate.TensorsData(quantization.CalibrationMethod.MinMax, data), cache)
                 # Outputs stay in float: the operators between layers are computed so in any case.
-                options = {'OpTypesToExcludeOutputQuantization': ['MatMul', 'Gemm'], 'MatMulConstBOnly': True}
+                options |= {'OpTypesToExcludeOutputQuantization': ['MatMul', 'Gemm'], 'MatMulConstBOnly': True}
                 quantization.quantize_static(
                     plain, target, None, calibration_cache_path=cache, extra_options=options, **settings
                 )

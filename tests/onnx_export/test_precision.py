@@ -178,12 +178,13 @@ def test_an_old_onnxruntime_is_told_before_the_export(write_config, tool, tmp_pa
 def test_custom_operators(small, tmp_path) -> None:
     runtimes.build(['onnxruntime'])
     module, _ = small
-    files = {name: tmp_path / f'{name}.onnx' for name in ('float16', 'float32', 'int8')}
+    files = {name: tmp_path / f'{name}.onnx' for name in ('float16', 'float32', 'int8', 'int8-dynamic')}
     for name, written in (('float16', precision.in_float16(module)), ('float32', module)):
         exporting.write_onnx(written, torch.randn(SHAPE), files[name], custom_ops=True)
     image = torch.randn(SHAPE)
-    precision.quantize(files['float32'], files['int8'], [image], lambda path: exporting.open_session(path, True))
-    for name, bound in (('float16', 1e-2), ('int8', 0.05)):
+    for name, images in (('int8', [image]), ('int8-dynamic', None)):
+        precision.quantize(files['float32'], files[name], images, lambda path: exporting.open_session(path, True))
+    for name, bound in (('float16', 1e-2), ('int8', 0.05), ('int8-dynamic', 0.05)):
         session = exporting.open_session(files[name], custom_ops=True)
         assert 1e-5 < exporting.compare(session, module, image)['output'] < bound
 
