@@ -67,7 +67,9 @@ def _takes_low_rank(x: Tensor, states: int, rank: int) -> bool:
     """
     if _on_gpu(x):
         return states == 1 and x.shape[3] % 2 == 0 and rank % 2 == 0 and 2 <= rank <= _MAX_DT_RANK_GPU
-    return x.device.type == 'cpu' and 'cpu' in _library.STATUS.devices and rank <= _MAX_DT_RANK_CPU
+    served = x.device.type == 'cpu' and 'cpu' in _library.STATUS.devices
+    # In half precision a product may use the processor's instructions for it, which the scan does not.
+    return served and x.dtype in (torch.float32, torch.float64) and rank <= _MAX_DT_RANK_CPU
 
 
 def _chunk_length(states: int, device_type: str) -> int:
@@ -379,8 +381,8 @@ def cross_selective_scan(
         delta_bias: (4, E), or None.
         delta_softplus: whether delta + delta_bias passes a softplus.
         delta_weight: (4, E, R), or None. With it the scan's delta is ``delta_weight[k] @ delta[..., k, :]``. Where that
-            gains, on CPUs for a dt_rank of up to 32 and on GPUs with one state and a small dt_rank, the scan computes
-            it itself, in the state's dtype, and never stores it; elsewhere a matrix product in x's dtype does.
+            gains, on CPUs in float32 for a dt_rank of up to 32 and on GPUs with one state and a small dt_rank, the scan
+            computes it itself, in the state's dtype, and never stores it; elsewhere a matrix product in x's dtype does.
 
     Returns:
         (B, H, W, E) in x's dtype. Differentiable once, in every floating input, in all the ways that the module's

@@ -23,7 +23,7 @@ print("the host's full name" if address == socket.getfqdn(socket.gethostname()) 
 EOF
 run() {
     OMP_NUM_THREADS=1 "$dir/venv/bin/python" -m torch.distributed.run --standalone "$@" "$dir/worker.py" 2> "$dir/log" ||
-        { cat "$dir/log"; exit 1; }
+        { cat "$dir/log" >&2; exit 1; }
 }
 plain=$(run)
 named=$(run --local-addr 127.0.0.1)

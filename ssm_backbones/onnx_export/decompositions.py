@@ -189,6 +189,8 @@ def replacements(loops: bool = True) -> dict[Any, Callable[..., Any]]:
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Return the scans' decompositions without loops, for ``torch.export.ExportedProgram.run_decompositions``.
 
+    With them come those of ``aten.lerp`` and ``aten.alias``, whose usual forms some converters do not take.
+
     The programs hold PyTorch's own operators alone afterwards, which any backend takes, on tensors of at most five
     dimensions. Scans compute in float32, whatever a program's dtype. The batch may be open, and height and width with
     an upper bound, ``torch.export.Dim('height', max=512)``; without one NotImplementedError is raised. A scan along
@@ -202,23 +204,31 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     scans: dict[Any, Callable[..., Any]] = {
         operator.default: function for operator, function in replacements(loops=False).items()
     }
-    # What coremltools 9.0 has no conversion of: V2M's mean of two directions, which PyTorch would decompose into two
-    # formulas and a choice between them by a scalar, and views of a whole tensor.
+    # PyTorch would decompose V2M's mean of two directions into two formulas and a choice between them by a scalar. Core
+    # ML's converter (coremltools 9.0) has no conversion of that, nor of views of a whole tensor.
     return {**scans, torch.ops.aten.lerp.Scalar: _lerp, torch.ops.aten.alias.default: lambda x: x}
 
 
 def _lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
-    return start + weight * (end - start)
+    """Compute ``aten.lerp.Scalar`` by the formula that it takes for the weight, half precision in float32."""
+    dtype = start.dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        start, end = start.float(), end.float()
+    step = end - start
+    return (start + weight * step if abs(weight) < 0.5 else end - step * (1 - weight)).to(dtype)
 
 
 def _along(grid: Tensor, route: int, per_line: bool) -> Tensor:
-    """Reorder (B, H, W, ...) along a route: (positions, B, ...), or (positions, B, lines, ...)."""
-    column = route in (COLUMN, COLUMN_REVERSED)
+    """Reorder (B, H, W, ...) along a route: (positions, B, ...), or (positions, B, lines, ...).
+
+    Positions are reversed while they are no first dimension: MNN 3.6.1 reverses that wrongly after a transposition.
+    """
+    column, reverse = route in (COLUMN, COLUMN_REVERSED), route in (ROW_REVERSED, COLUMN_REVERSED)
     if per_line:
-        sequence = grid.movedim(1 if column else 2, 0)
-    else:
-        sequence = (grid.transpose(1, 2) if column else grid).flatten(1, 2).transpose(0, 1)
-    return sequence.flip(0) if route in (ROW_REVERSED, COLUMN_REVERSED) else sequence
+        axis = 1 if column else 2
+        return (grid.flip(axis) if reverse else grid).movedim(axis, 0)
+    sequence = (grid.transpose(1, 2) if column else grid).flatten(1, 2)
+    return (sequence.flip(1) if reverse else sequence).transpose(0, 1)
 
 
 def _back(sequence: Tensor, route: int, per_line: bool, height: int, width: int) -> Tensor:
@@ -226,12 +236,13 @@ def _back(sequence: Tensor, route: int, per_line: bool, height: int, width: int)
 
     It is copied, since a program of open sizes would otherwise hold which strides of the example were the larger ones.
     """
-    column = route in (COLUMN, COLUMN_REVERSED)
-    if route in (ROW_REVERSED, COLUMN_REVERSED):
-        sequence = sequence.flip(0)
+    column, reverse = route in (COLUMN, COLUMN_REVERSED), route in (ROW_REVERSED, COLUMN_REVERSED)
     if per_line:
-        return sequence.movedim(0, 1 if column else 2).contiguous()
-    grid = sequence.transpose(0, 1).unflatten(1, (width, height) if column else (height, width))
+        axis = 1 if column else 2
+        grid = sequence.movedim(0, axis)
+        return (grid.flip(axis) if reverse else grid).contiguous()
+    grid = sequence.transpose(0, 1)
+    grid = (grid.flip(1) if reverse else grid).unflatten(1, (width, height) if column else (height, width))
     return (grid.transpose(1, 2) if column else grid).contiguous()
 
 

@@ -30,6 +30,8 @@ def bfloat16_instructions() -> list[str]:
 def is_mkl_tuned() -> bool:
     """Return whether MKL, the BLAS of PyTorch's wheels, has kernels that suit the processor.
 
-    It has for Intel's own, and for AMD's with AVX2. With AVX-512 it leaves those of another maker to slower ones.
+    It has for Intel's own, and for AMD's without AVX-512. With AVX-512 it leaves those of another maker to slower ones.
     """
-    return is_intel_processor() or torch.backends.cpu.get_cpu_capability() != 'AVX512'
+    found = cpuinfo()
+    has_avx512 = 'avx512f' in found if found else torch.backends.cpu.get_cpu_capability() == 'AVX512'
+    return is_intel_processor() or not has_avx512

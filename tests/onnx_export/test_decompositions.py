@@ -126,21 +126,27 @@ def test_programs_have_no_operator_of_ours(dtype) -> None:
 
 
 class Mean(torch.nn.Module):
-    """The mean of two directions as V2M has it, and a view of a whole tensor."""
+    """A mean of two directions, and a view of a whole tensor."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
 
     def forward(self, x):
-        return torch.lerp(x[0:], x.flip(0), 0.25)
+        return torch.lerp(x[0:], x.flip(0), self.weight)
 
 
-def test_programs_choose_no_formula_by_a_scalar() -> None:
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('weight', [0.25, 0.5, 1.0])
+def test_programs_choose_no_formula_by_a_scalar(weight, dtype) -> None:
     """Core ML's converter has no conversion of that, nor of aten.alias."""
-    x = torch.randn(3, 4)
-    program = torch.export.export(Mean(), (x,)).run_decompositions(
+    x = torch.tensor([[1e4, 6e4, -3.0], [2.0, 1.0, 0.1], [1.0, -6e4, 5.0]]).to(dtype)
+    program = torch.export.export(Mean(weight), (x,)).run_decompositions(
         {**torch.export.default_decompositions(), **decompositions()}
     )
     targets = {str(node.target) for node in program.graph.nodes}
     assert not targets & {'aten.where.self', 'aten.lerp.Scalar', 'aten.alias.default'}, targets
-    torch.testing.assert_close(program.module()(x), Mean()(x))
+    torch.testing.assert_close(program.module()(x), Mean(weight)(x))
 
 
 class Line(torch.nn.Module):

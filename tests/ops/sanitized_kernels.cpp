@@ -191,7 +191,14 @@ void route_case() {
   const Sizes projection{p.batch, p.height, p.width, p.routes, p.groups, p.states};
   const bool has_B = one_of(0, 1, 1), has_C = has_B || p.groups > 1 || one_of(0, 1);
   p.x = input(memory, p.dtype, map);
-  p.delta = input(memory, p.dtype, per_route, 1);
+  // The low-rank dt in the place of delta, or delta itself.
+  p.dt_rank = one_of(0, 0, 1, 2, 7, 32);
+  if (p.dt_rank) {
+    p.delta = input(memory, p.dtype, {p.batch, p.height, p.width, p.routes, 1, p.dt_rank}, 1);
+    p.dt_weight = memory.values(state, p.routes * p.channels * p.dt_rank);
+  } else {
+    p.delta = input(memory, p.dtype, per_route, 1);
+  }
   if (has_B) p.B = input(memory, p.dtype, projection);
   if (has_C) p.C = input(memory, p.dtype, projection);
   p.A = memory.values(state, p.routes * p.channels * p.states, -1);

@@ -35,11 +35,16 @@ def test_instructions_for_bfloat16(flags, expected, tmp_path, monkeypatch) -> No
     assert processor.bfloat16_instructions() == expected
 
 
-@pytest.mark.parametrize(
-    ('intel', 'capability', 'expected'),
-    [(True, 'AVX512', True), (True, 'AVX2', True), (False, 'AVX2', True), (False, 'AVX512', False)],
-)
-def test_mkl_suits_all_but_avx512_of_other_makers(intel, capability, expected, monkeypatch) -> None:
-    monkeypatch.setattr(processor, 'is_intel_processor', lambda: intel)
-    monkeypatch.setattr(processor.torch.backends.cpu, 'get_cpu_capability', lambda: capability)
+@pytest.mark.parametrize('vendor', ['GenuineIntel', 'AuthenticAMD'])
+@pytest.mark.parametrize('avx512', [True, False])
+def test_mkl_suits_all_but_avx512_of_other_makers(avx512, vendor, tmp_path, monkeypatch) -> None:
+    info = tmp_path / 'cpuinfo'
+    info.write_text(f'vendor_id : {vendor}\nflags : fpu avx2 {"avx512f" if avx512 else ""}\n')
+    expected = vendor == 'GenuineIntel' or not avx512
+    monkeypatch.setattr(processor, '_CPUINFO', info)
+    assert processor.is_mkl_tuned() == expected
+    # Elsewhere than on Linux PyTorch's word is taken.
+    monkeypatch.setattr(processor, '_CPUINFO', tmp_path / 'missing')
+    monkeypatch.setattr(processor.platform, 'processor', lambda: vendor)
+    monkeypatch.setattr(processor.torch.backends.cpu, 'get_cpu_capability', lambda: 'AVX512' if avx512 else 'AVX2')
     assert processor.is_mkl_tuned() == expected
