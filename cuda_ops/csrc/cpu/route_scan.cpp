@@ -125,8 +125,7 @@ class ScanTile {
   void load_delta(int64_t k, Pixel pixel, V* biased) const {
     const T* source = pixel_pointer<T>(p_.delta, item_.batch, pixel, k, 0);
     if (!p_.dt_rank) {
-      for (int v = 0; v < vectors(); ++v)
-        biased[v] = load(source + item_.channel + v * kLanes, lanes(v)) + bias_[v];
+      for (int v = 0; v < vectors(); ++v) biased[v] = load(source + item_.channel + v * kLanes, lanes(v)) + bias_[v];
       return;
     }
     V sums[kMaxVectors];
