@@ -70,7 +70,8 @@ def test_static_quantisation_of_the_traced_model(name):
 
     model = build(name).eval()
     with torch.no_grad():
-        prepared = prepare_fx(build(name).eval(), get_default_qconfig_mapping('onednn'), (images(),))
+        # Not 'onednn', whose numbers of 8 bits overflow on processors without VNNI: 0.11 to 0.17 off there.
+        prepared = prepare_fx(build(name).eval(), get_default_qconfig_mapping('x86'), (images(),))
         prepared(images())
         quantised = convert_fx(prepared)
         assert not any(type(module) is nn.Linear for module in quantised.modules())
