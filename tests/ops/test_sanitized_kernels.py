@@ -87,11 +87,11 @@ def build(kind: str, capability: str, folder: Path, csrc: Path = CSRC) -> Path:
     return program
 
 
-def run(kind: str, program: Path, capability: str, cases: int) -> subprocess.CompletedProcess[str]:
+def run(kind: str, program: Path, capability: str, cases: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     # The thread sanitizer needs its own addresses, which a layout drawn at random may take.
     fixed = ['setarch', platform.machine(), '-R'] if kind == 'thread' and shutil.which('setarch') else []
     return subprocess.run(
-        [*fixed, str(program), str(cases)],
+        [*fixed, str(program), str(cases), *arguments],
         env=os.environ | {'SSM_OPS_CPU_CAPABILITY': capability},
         capture_output=True,
         text=True,
@@ -128,5 +128,5 @@ def test_sanitizers_find(fault: str, tmp_path: Path) -> None:
     source = (csrc / file).read_text(encoding='utf-8')
     assert source.count(right) == 1
     (csrc / file).write_text(source.replace(right, wrong), encoding='utf-8')
-    result = run(kind, build(kind, 'baseline', tmp_path / 'build', csrc), 'baseline', 200)
+    result = run(kind, build(kind, 'baseline', tmp_path / 'build', csrc), 'baseline', 200, 'unchecked')
     assert result.returncode != 0 and message in result.stderr, result.stdout + result.stderr[-5000:]
