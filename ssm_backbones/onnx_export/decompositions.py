@@ -221,7 +221,7 @@ def _lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
 def _along(grid: Tensor, route: int, per_line: bool) -> Tensor:
     """Reorder (B, H, W, ...) along a route: (positions, B, ...), or (positions, B, lines, ...).
 
-    Positions are reversed while they are no first dimension: MNN 3.6.1 reverses that wrongly after a transposition.
+    Positions are reversed where they are no first dimension, here and in :func:`_back`: MNN 3.6.1 fails otherwise.
     """
     column, reverse = route in (COLUMN, COLUMN_REVERSED), route in (ROW_REVERSED, COLUMN_REVERSED)
     if per_line:

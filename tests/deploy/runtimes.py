@@ -347,8 +347,8 @@ def words(result: dict[str, Any]) -> str:
 def main() -> int:
     """Check what is asked for, write the table, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--runtimes', nargs='+', default=list(RUNTIMES), metavar='NAME', help=', '.join(RUNTIMES))
-    parser.add_argument('--families', nargs='+', default=list(FAMILIES), metavar='NAME', help=', '.join(FAMILIES))
+    parser.add_argument('--runtimes', nargs='+', default=list(RUNTIMES), metavar='NAME', help=', '.join(map(repr, RUNTIMES)))
+    parser.add_argument('--families', nargs='+', default=list(FAMILIES), metavar='NAME', help=', '.join(map(repr, FAMILIES)))
     parser.add_argument('--tasks', nargs='+', default=list(TASKS), choices=TASKS)
     parser.add_argument('--out', type=Path, default=ROOT / 'build' / 'deploy.md')
     parser.add_argument('--child', type=json.loads, help=argparse.SUPPRESS)
@@ -356,7 +356,7 @@ def main() -> int:
     for option, known in (('runtimes', RUNTIMES), ('families', FAMILIES)):
         unknown = [name for name in getattr(args, option) if name not in known]
         if unknown:
-            parser.error(f'--{option}: {", ".join(unknown)} is none of {", ".join(known)}')
+            parser.error(f'--{option}: {", ".join(map(repr, unknown))} is none of {", ".join(map(repr, known))}')
     if args.child:
         child(args.runtimes[0], args.child)
         return 0
