@@ -279,7 +279,7 @@ def _replace_what_needs_a_gpu(cfg: Config) -> None:
             cfg.optim_wrapper.pop(name, None)
     if cfg.optim_wrapper.get('type') == 'BFloat16OptimWrapper' and cpuinfo() and not bfloat16_instructions():
         logger.warning(
-            'bfloat16: this processor has no instructions for it; a step may take from 2 to 16 times the time of float32. '
+            'bfloat16: this processor has no instructions for it; a step may take 2 to 16 times the time of float32. '
             'Leave out --amp, or set optim_wrapper.type to OptimWrapper.'
         )
 

@@ -347,8 +347,9 @@ def words(result: dict[str, Any]) -> str:
 def main() -> int:
     """Check what is asked for, write the table, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--runtimes', nargs='+', default=list(RUNTIMES), metavar='NAME', help=', '.join(map(repr, RUNTIMES)))
-    parser.add_argument('--families', nargs='+', default=list(FAMILIES), metavar='NAME', help=', '.join(map(repr, FAMILIES)))
+    for option, known in (('--runtimes', RUNTIMES), ('--families', FAMILIES)):
+        names = ', '.join(map(repr, known))
+        parser.add_argument(option, nargs='+', default=list(known), metavar='NAME', help=names)
     parser.add_argument('--tasks', nargs='+', default=list(TASKS), choices=TASKS)
     parser.add_argument('--out', type=Path, default=ROOT / 'build' / 'deploy.md')
     parser.add_argument('--child', type=json.loads, help=argparse.SUPPRESS)
