@@ -65,6 +65,18 @@ def apply_linear(layer: Any, x: Tensor) -> Tensor:
     return layer(x)
 
 
+def apply_linear_gelu(layer: Any, x: Tensor) -> Tensor:
+    """Apply a linear layer and the exact GELU to the channels of a map, (B, H, W, C_in) -> (B, H, W, C_out).
+
+    While no gradients are recorded, and nothing observes the layer, GELU overwrites the layer's output: filling new
+    memory takes as long as the function on a CPU, where the system has to provide the pages first.
+    """
+    y = apply_linear(layer, x)
+    if isinstance(y, Tensor) and not torch.is_grad_enabled() and not is_compiling() and is_unobserved(layer, nn.Linear):
+        return torch.ops.aten.gelu_(y)
+    return F.gelu(y)
+
+
 def apply_linear_halves(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Apply a linear layer without bias to a map, and split its output: (B, H, W, C_in) -> two (B, H, W, C_out / 2).
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import get_decompositions
 from torch.nn import functional as F
 
 from cuda_ops.route_reference import COLUMN, COLUMN_REVERSED, ROW_REVERSED, low_rank_delta
@@ -189,7 +190,8 @@ def replacements(loops: bool = True) -> dict[Any, Callable[..., Any]]:
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Return the scans' decompositions without loops, for ``torch.export.ExportedProgram.run_decompositions``.
 
-    With them come those of ``aten.lerp`` and ``aten.alias``, whose usual forms some converters do not take.
+    With them come those of ``aten.lerp`` and ``aten.alias``, whose usual forms some converters do not take, and of
+    ``aten.upsample_nearest2d`` by no whole factor, which LiteRT's converter misreads.
 
     The programs hold PyTorch's own operators alone afterwards, which any backend takes, on tensors of at most five
     dimensions. Scans compute in float32, whatever a program's dtype. The batch may be open, and height and width with
@@ -206,7 +208,29 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     }
     # PyTorch would decompose V2M's mean of two directions into two formulas and a choice between them by a scalar. Core
     # ML's converter (coremltools 9.0) has no conversion of that, nor of views of a whole tensor.
-    return {**scans, torch.ops.aten.lerp.Scalar: _lerp, torch.ops.aten.alias.default: lambda x: x}
+    aten = torch.ops.aten
+    return {
+        **scans,
+        aten.lerp.Scalar: _lerp,
+        aten.alias.default: lambda x: x,
+        aten.upsample_nearest2d.vec: _upsample_nearest,
+    }
+
+
+def _upsample_nearest(x: Tensor, output_size: list[int] | None, scale_factors: list[float] | None) -> Tensor:
+    """Compute ``aten.upsample_nearest2d.vec`` by indices where a factor is not whole, or open.
+
+    An FPN has such factors where an image's sides are no multiples of its largest stride. LiteRT's converter
+    (litert-torch 0.10.0) would take other pixels than PyTorch there.
+    """
+    factors = scale_factors
+    if output_size is not None:
+        sides = (*x.shape[2:], *output_size)
+        factors = [sides[2] / sides[0], sides[3] / sides[1]] if all(type(side) is int for side in sides) else None
+    if factors is not None and all(float(factor).is_integer() for factor in factors):
+        return NotImplemented  # the operator stays
+    operator = torch.ops.aten.upsample_nearest2d.vec
+    return get_decompositions([operator])[operator](x, output_size, scale_factors)
 
 
 def _lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:

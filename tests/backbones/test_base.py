@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssm_backbones import VMamba
 from ssm_backbones.backbones.base import drop_path_schedule, resolve_arch, resolve_out_indices
 from ssm_backbones.layers import calls
-from ssm_backbones.layers.calls import apply_conv, apply_linear, conv2d
+from ssm_backbones.layers.calls import apply_conv, apply_linear, apply_linear_gelu, conv2d
 from ssm_backbones.layers.common import PatchEmbed, PatchMerging, Residual
 
 
@@ -127,6 +128,41 @@ def test_pointwise_layers_are_linear_layers(is_blas_tuned, dtype, size, monkeypa
         results.append([y, leaf.grad, layer.weight.grad, layer.bias.grad])
     for mine, reference in zip(*results, strict=True):
         torch.testing.assert_close(mine, reference)
+
+
+class Written(TorchDispatchMode):
+    """Counts GELUs that overwrite their input."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.gelu_.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('is_blas_tuned', [True, False])
+def test_gelu_overwrites_what_nobody_else_reads(is_blas_tuned, monkeypatch):
+    monkeypatch.setattr(calls, '_IS_BLAS_TUNED', is_blas_tuned)
+    layer, x = nn.Linear(6, 5), torch.randn(2, 3, 4, 6)
+    expected = F.gelu(F.linear(x, layer.weight, layer.bias))
+
+    def check(overwrites):
+        before = x.clone()
+        with Written() as written:
+            y = apply_linear_gelu(layer, x)
+        assert bool(written.count) == overwrites
+        torch.testing.assert_close(y, expected)
+        assert torch.equal(x, before)
+
+    check(overwrites=False)  # gradients are recorded
+    with torch.no_grad():
+        check(overwrites=True)
+    with torch.inference_mode():
+        check(overwrites=True)
+    seen = []
+    with torch.no_grad(), layer.register_forward_hook(lambda _layer, _given, output: seen.append(output)):
+        check(overwrites=False)
+    torch.testing.assert_close(seen[0], F.linear(x, layer.weight, layer.bias))
 
 
 @pytest.mark.parametrize('size', [(6, 7), (1, 1), (1, 5)])

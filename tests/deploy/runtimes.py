@@ -165,7 +165,7 @@ def run_executorch(module: nn.Module, images: Tensor, folder: Path) -> Outputs:
 def run_litert(module: nn.Module, images: Tensor, folder: Path) -> Outputs:
     import litert_torch
 
-    outputs = litert_torch.convert(Portable(module), (images,))(images)
+    outputs = litert_torch.convert(to_program(module, images).module(), (images,))(images)
     return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
 
 

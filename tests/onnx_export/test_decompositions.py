@@ -151,6 +151,56 @@ def test_programs_choose_no_formula_by_a_scalar(weight, dtype) -> None:
     torch.testing.assert_close(program.module()(x), Mean(weight)(x))
 
 
+class Enlarge(torch.nn.Module):
+    """A nearest-neighbour resize to a size, or by factors."""
+
+    def __init__(self, size=None, factors=None):
+        super().__init__()
+        self.size, self.factors = size, factors
+
+    def forward(self, x):
+        return torch.nn.functional.interpolate(x, self.size, self.factors)
+
+
+@pytest.mark.parametrize(
+    'given, stays',
+    [
+        (dict(size=(8, 14)), True),
+        (dict(size=(7, 14)), False),
+        (dict(factors=(2.0, 3.0)), True),
+        (dict(factors=(1.75, 2.0)), False),
+        (dict(size=(2, 3)), False),
+    ],
+    ids=str,
+)
+def test_nearest_neighbours_by_no_whole_factor(given, stays) -> None:
+    """LiteRT's converter takes other pixels there."""
+    x = torch.arange(2 * 3 * 4 * 7.0).view(2, 3, 4, 7)
+    program = torch.export.export(Enlarge(**given), (x,)).run_decompositions(
+        {**torch.export.default_decompositions(), **decompositions()}
+    )
+    assert any('upsample' in str(node.target) for node in program.graph.nodes) == stays
+    assert torch.equal(program.module()(x), Enlarge(**given)(x))
+
+
+class EnlargeTo(torch.nn.Module):
+    """A nearest-neighbour resize of one map to another one's size, as in an FPN."""
+
+    def forward(self, x, finer):
+        return torch.nn.functional.interpolate(x, finer.shape[2:])
+
+
+def test_nearest_neighbours_of_open_sizes() -> None:
+    x, finer = torch.randn(1, 2, 4, 5), torch.randn(1, 2, 7, 9)
+    sides = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(EnlargeTo(), (x, finer), dynamic_shapes=(sides, sides))
+    program = program.run_decompositions({**torch.export.default_decompositions(), **decompositions()})
+    assert not any('upsample' in str(node.target) for node in program.graph.nodes)
+    for size in ((7, 9), (8, 10), (13, 6)):
+        finer = torch.randn(1, 2, *size)
+        assert torch.equal(program.module()(x, finer), EnlargeTo()(x, finer))
+
+
 def test_no_first_dimension_is_reversed() -> None:
     """MNN 3.6.1 fails there."""
     x = torch.randn(2, 6, 7, 3)
