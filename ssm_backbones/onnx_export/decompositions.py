@@ -7,7 +7,8 @@ arithmetic and two recurrences over a leading dimension. Either they are custom 
     ssm_export::line    h_l = decay_l * h_{l-1} + inflow_l
     ssm_export::front   h_l[i] = left_l[i] * h_{l-1}[i] + top_l[i] * h_{l-1}[i-1] + inflow_l[i]
 
-The second one iterates over the anti-diagonals of a map; i is the row. All lengths may be dynamic.
+The first one may start at the end instead, of ``h_{l+1}``. The second one iterates over the anti-diagonals of a map; i
+is the row. All lengths may be dynamic.
 Decay, inflow and states of all positions are materialised, (positions, channels, states) for each route.
 """
 
@@ -22,20 +23,24 @@ from torch import Tensor
 from torch._decomp import get_decompositions
 from torch.nn import functional as F
 
-from cuda_ops.route_reference import COLUMN, COLUMN_REVERSED, ROW_REVERSED, low_rank_delta
+from cuda_ops.route_reference import COLUMN, COLUMN_REVERSED, ROW, ROW_REVERSED, low_rank_delta
 from ssm_backbones.onnx_export import loop_free
 
+# The routes that go the other way.
+_FORWARD = {ROW_REVERSED: ROW, COLUMN_REVERSED: COLUMN}
+
 _LIBRARY = torch.library.Library('ssm_export', 'DEF')
-_LIBRARY.define('line(Tensor decay, Tensor inflow) -> Tensor')
+_LIBRARY.define('line(Tensor decay, Tensor inflow, bool reverse=False) -> Tensor')
 _LIBRARY.define('front(Tensor left, Tensor top, Tensor inflow) -> Tensor')
 
 
 @torch.library.impl('ssm_export::line', 'CompositeExplicitAutograd', lib=_LIBRARY)
-def line(decay: Tensor, inflow: Tensor) -> Tensor:
-    """Compute ``h_l = decay_l * h_{l-1} + inflow_l`` along dim 0 from zero; all (L, ...)."""
+def line(decay: Tensor, inflow: Tensor, reverse: bool = False) -> Tensor:
+    """Compute ``h_l = decay_l * h_{l-1} + inflow_l`` along dim 0 from zero, or from its end; all (L, ...)."""
     states = torch.empty_like(inflow)
     state = torch.zeros_like(inflow[0])
-    for position in range(inflow.shape[0]):
+    positions = range(inflow.shape[0])
+    for position in reversed(positions) if reverse else positions:
         state = decay[position] * state + inflow[position]
         states[position] = state
     return states
@@ -54,7 +59,7 @@ def front(left: Tensor, top: Tensor, inflow: Tensor) -> Tensor:
 
 
 @torch.library.register_fake('ssm_export::line', lib=_LIBRARY)
-def _(decay: Tensor, inflow: Tensor) -> Tensor:
+def _(decay: Tensor, inflow: Tensor, reverse: bool = False) -> Tensor:
     return torch.empty_like(inflow, memory_format=torch.contiguous_format)
 
 
@@ -77,11 +82,11 @@ def route_scan(
     chunk: int,
     delta_weight: Tensor | None = None,
     *,
-    line: Callable[[Tensor, Tensor], Tensor],
+    line: Callable[[Tensor, Tensor, bool], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Decompose ``cuda_ops::route_scan`` for inference in float32; same arguments and results, but no saved states.
 
-    ``line`` computes the recurrence of (L, K, M) along L.
+    ``line`` computes the recurrence of (L, K, M) along L, or from its end.
 
     Raises:
         NotImplementedError: If there are groups of channels, which no backbone uses.
@@ -93,6 +98,11 @@ def route_scan(
     d = delta.float() if delta_bias is None else delta.float() + delta_bias
     d = F.softplus(d) if delta_softplus else d
     u = x.float()
+    # Where all routes are reversed, as a line's, the recurrence starts at their end in place of a reversal of its input
+    # and output, at which MNN 3.6.1 fails.
+    reverse = all(route in _FORWARD for route in routes)
+    if reverse:
+        routes = [_FORWARD[route] for route in routes]
     # By route, so that nothing has more than five dimensions; one recurrence serves all of them, (positions, routes,
     # elements).
     decays, inflows = [], []
@@ -104,7 +114,7 @@ def route_scan(
         inflows.append(_along(inflow, route, per_line))
     shape = inflows[0].shape
     decay, inflow = (torch.stack([value.flatten(1) for value in values], 1) for values in (decays, inflows))
-    sequences = line(decay, inflow)
+    sequences = line(decay, inflow, reverse)
     output = u * D.sum(0) if D is not None else torch.zeros_like(u)
     lasts = []
     for k, route in enumerate(routes):
@@ -112,7 +122,7 @@ def route_scan(
         on_grid = _back(states, route, per_line, height, width)
         weighted = on_grid if C is None else on_grid * C[:, :, :, k].float().unsqueeze(3)
         output = output + weighted.sum(-1)
-        lasts.append(states[-1])
+        lasts.append(states[0 if reverse else -1])
     nothing = x.new_empty((0,), dtype=torch.float32)
     return output.to(x.dtype), nothing if per_line else torch.stack(lasts, 1), nothing
 

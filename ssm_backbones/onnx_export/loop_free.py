@@ -22,37 +22,40 @@ _CHUNK, _UNROLLED = 8, 32
 _NO_BOUND = 2**31
 
 
-def line(decay: Tensor, inflow: Tensor) -> Tensor:
+def line(decay: Tensor, inflow: Tensor, reverse: bool = False) -> Tensor:
     """Compute ``h_l = decay_l * h_{l-1} + inflow_l`` along dim 0 from zero; both are (L, ...).
+
+    With ``reverse`` it starts at the end, of ``h_{l+1}``, and nothing is reversed in memory.
 
     Raises:
         NotImplementedError: If L is dynamic and has no upper bound.
     """
     shape = inflow.shape
-    return _line(decay.flatten(1), inflow.flatten(1), _bound(_length(inflow))).reshape(shape)
+    return _line(decay.flatten(1), inflow.flatten(1), _bound(_length(inflow)), reverse).reshape(shape)
 
 
-def _line(decay: Tensor, inflow: Tensor, bound: int) -> Tensor:
+def _line(decay: Tensor, inflow: Tensor, bound: int, reverse: bool) -> Tensor:
     """Compute :func:`line` of (L, M), where L is at most ``bound``."""
     length = _length(inflow)
+    order = slice(None, None, -1 if reverse else 1)
     if bound <= _UNROLLED:
-        decay, inflow = _extended(decay, bound), _extended(inflow, bound)
-        return _cut(torch.stack(_unroll(decay.unbind(0), inflow.unbind(0), torch.zeros_like(inflow[0]))), length)
+        decays, inflows = (_extended(value, bound).unbind(0)[order] for value in (decay, inflow))
+        return _cut(torch.stack(_unroll(decays, inflows, torch.zeros_like(inflow[0]))[order]), length)
     if isinstance(length, int):
         chunks, most = -(-length // _CHUNK), -(-bound // _CHUNK)
     else:
         # Never a single one, which PyTorch would take for a special case that a program of other lengths does not fit.
         chunks, most = length // _CHUNK + 2, bound // _CHUNK + 2
     decays, inflows = (
-        _extended(value, chunks * _CHUNK, 2 * _CHUNK).reshape(chunks, _CHUNK, value.shape[1]).unbind(1)
+        _extended(value, chunks * _CHUNK, 2 * _CHUNK).reshape(chunks, _CHUNK, value.shape[1]).unbind(1)[order]
         for value in (decay, inflow)
     )
     whole = decays[0]
     for each in decays[1:]:
         whole = whole * each
-    ends = _line(whole, _unroll(decays, inflows, torch.zeros_like(whole))[-1], most)
-    before = F.pad(ends, (0, 0, 1, 0))[:-1]
-    return _cut(torch.stack(_unroll(decays, inflows, before), dim=1).flatten(0, 1), length)
+    ends = _line(whole, _unroll(decays, inflows, torch.zeros_like(whole))[-1], most, reverse)
+    before = F.pad(ends, (0, 0, 0, 1))[1:] if reverse else F.pad(ends, (0, 0, 1, 0))[:-1]
+    return _cut(torch.stack(_unroll(decays, inflows, before)[order], dim=1).flatten(0, 1), length)
 
 
 def front(left: Tensor, top: Tensor, inflow: Tensor) -> Tensor:

@@ -20,15 +20,19 @@ _DOMAIN = 'ssm_export'
 
 def translations() -> dict[Any, Callable[..., Any]]:
     """Return the placeholders, for ``torch.onnx.export(custom_translation_table=...)``."""
-    line = _placeholder('line', ['decay', 'inflow'])
+    line = _placeholder('line', ['decay', 'inflow'], 'reverse')
     front = _placeholder('front', ['left', 'top', 'inflow'])
+
+    def along(decay, inflow, reverse=False):
+        return line(decay, inflow, reverse=int(reverse))
+
     return {
-        torch.ops.ssm_export.line.default: lambda decay, inflow: line(decay, inflow),
+        torch.ops.ssm_export.line.default: along,
         torch.ops.ssm_export.front.default: lambda left, top, inflow: front(left, top, inflow),
     }
 
 
-def _placeholder(name: str, inputs: Sequence[str]) -> values.Op:
+def _placeholder(name: str, inputs: Sequence[str], *attributes: str) -> values.Op:
     schema = onnx.defs.OpSchema(
         name,
         _DOMAIN,
@@ -36,6 +40,9 @@ def _placeholder(name: str, inputs: Sequence[str]) -> values.Op:
         inputs=[onnx.defs.OpSchema.FormalParameter(each, 'T') for each in inputs],
         outputs=[onnx.defs.OpSchema.FormalParameter('states', 'T')],
         type_constraints=[('T', ['tensor(float)'], 'float32')],
+        attributes=[
+            onnx.defs.OpSchema.Attribute(each, onnx.defs.OpSchema.AttrType.INT, required=False) for each in attributes
+        ],
     )
     return values.Op(values.Opset(_DOMAIN, 1), name, schema)
 
@@ -49,7 +56,9 @@ def replace_placeholders(model: ir.Model) -> int:
     placeholders = [node for node in model.graph if node.domain == _DOMAIN and node.op_type in _BODIES]
     for number, node in enumerate(placeholders):
         body = _BODIES[node.op_type](f'{node.op_type}{number}')
-        nodes, states = _scan(body, [value for value in node.inputs if value is not None], node.outputs[0])
+        sequences = [value for value in node.inputs if value is not None]
+        reverse = 'reverse' in node.attributes and bool(node.attributes['reverse'].as_int())
+        nodes, states = _scan(body, sequences, node.outputs[0], reverse)
         ir.convenience.replace_nodes_and_values(model.graph, node, [node], nodes, [node.outputs[0]], [states])
     if not any(node.domain == _DOMAIN for node in model.graph):
         model.graph.opset_imports.pop(_DOMAIN, None)
@@ -108,15 +117,19 @@ class _Body:
         self.graph = ir.Graph(self.inputs, [state, copy], nodes=self.nodes, opset_imports={'': OPSET}, name=self.name)
 
 
-def _scan(body: _Body, sequences: Sequence[ir.Value], output: ir.Value) -> tuple[list[ir.Node], ir.Value]:
-    """Build the nodes that scan over the first axis from a zero state; return them and the states of all steps."""
+def _scan(
+    body: _Body, sequences: Sequence[ir.Value], output: ir.Value, reverse: bool
+) -> tuple[list[ir.Node], ir.Value]:
+    """Build the nodes that scan over the first axis, or from its end, from a zero state; return them and all states."""
     outer = _Body(f'{body.name}_start', [])
     start, one = outer.constant(0), outer.constant(1)
     first = outer.add('Squeeze', outer.add('Slice', sequences[-1], start, one, start), start)
     zeros = outer.add('Sub', first, first)
     last = ir.Value(name=f'{body.name}_last', type=output.type)
     states = ir.Value(name=f'{body.name}_states', type=output.type, shape=output.shape)
-    attributes = dict(body=body.graph, num_scan_inputs=len(sequences))
+    attributes: dict[str, Any] = dict(body=body.graph, num_scan_inputs=len(sequences))
+    if reverse:
+        attributes.update(scan_input_directions=[1] * len(sequences), scan_output_directions=[1])
     scan = ir.node('Scan', [zeros, *sequences], attributes, outputs=[last, states], name=f'{body.name}_scan')
     return [*outer.nodes, scan], states
 

@@ -81,15 +81,16 @@ def test_selective_scan_with_its_last_state() -> None:
     agree(lambda: cuda_ops.selective_scan(u, delta, A, B, C, return_last_state=True, delta_softplus=True))
 
 
+@pytest.mark.parametrize('reverse', [False, True])
 @pytest.mark.parametrize('length', [1, 32, 33, 64, 1000])
-def test_recurrence_without_a_loop(length) -> None:
+def test_recurrence_without_a_loop(length, reverse) -> None:
     """With decays of every size, among them those that underflow."""
     decay = torch.exp(-(10 ** torch.empty(length, 3).uniform_(-6, 3)))
     decay[::7] = 0
     decay[1::5] = 1
     inflow = torch.randn(length, 3)
-    exact = torch.ops.ssm_export.line(decay.double(), inflow.double())
-    found = loop_free.line(decay, inflow)
+    exact = torch.ops.ssm_export.line(decay.double(), inflow.double(), reverse)
+    found = loop_free.line(decay, inflow, reverse)
     # Both round in the same places but for products of decays.
     assert (found - exact).abs().max() <= 1e-6 * exact.abs().max() * max(1, length / 100)
 
@@ -209,8 +210,22 @@ def test_no_first_dimension_is_reversed() -> None:
 
 
 class Line(torch.nn.Module):
+    def __init__(self, axis='column'):
+        super().__init__()
+        self.axis = axis
+
     def forward(self, x):
-        return cuda_ops.line_scan(x, x, -torch.ones(3, 2), None, x[..., :2], axis='column', reverse=True)
+        return cuda_ops.line_scan(x, x, -torch.ones(3, 2), None, x[..., :2], axis=self.axis, reverse=True)
+
+
+@pytest.mark.parametrize('length', [7, 40])
+@pytest.mark.parametrize('axis', ['row', 'column'])
+def test_no_line_is_reversed(axis, length) -> None:
+    """MNN 3.6.1 fails there."""
+    x = torch.randn(2, length, length, 3)
+    program = decomposed(Line(axis), x)
+    assert torch.ops.aten.flip.default not in {node.target for node in program.graph.nodes}
+    torch.testing.assert_close(program.module()(x), Line(axis)(x), rtol=1e-5, atol=1e-6)
 
 
 # More positions than are unrolled: two levels of chunks.
