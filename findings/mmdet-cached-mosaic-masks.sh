@@ -2,10 +2,11 @@
 # mmdet 3.3.0, mmcv 2.1.0, mmengine 0.10.7, torch 2.13.0 (CPU), numpy 2.4.6, Python 3.11, x86-64
 # Compiling mmcv takes about 20 minutes of a core the first time; pip keeps the result.
 #
-# CachedMosaic, the mosaic of RTMDet-Ins, takes img_scale as (width, height), and gives its image that shape. Its masks
-# have height and width exchanged. In a scale that is not square the masks of the right half are empty, beside boxes
-# and labels that are right; nothing is said. And a cache of 4 images, the least that max_cached_images allows, never
-# makes a mosaic: more than four have to be in it, and the fifth is thrown out before that is looked at.
+# CachedMosaic, the mosaic of RTMDet-Ins, takes img_scale as (width, height), and gives its image twice that size. Its
+# masks have height and width exchanged, so that they end at column 2 * height in a wide scale, and at row 2 * width in
+# a tall one: masks of objects behind it are empty, beside boxes and labels that are right, and nothing is said. Square
+# scales are right. And a cache of 4 images, the least that max_cached_images allows, never makes a mosaic: more than
+# four have to be in it, and the fifth is thrown out before that is looked at. Take 5 or more.
 #
 # Seen, four images of 60x100 pixels, in each an object of 10x10:
 #   scale (100, 100), cache 5: image (200, 200), masks (200, 200), pixels of each 100 100 100 100
@@ -51,7 +52,8 @@ for scale, cache in (((100, 100), 5), ((100, 60), 5), ((100, 100), 4)):
     masks = result['gt_masks'].masks
     assert len(masks) == len(result['gt_bboxes'])
     pixels = ' '.join(str(count) for count in masks.sum((1, 2)))
-    print(f'scale {scale}, cache {cache}: image {result["img"].shape[:2]}, masks {masks.shape[1:]}, pixels of each {pixels}')
+    image = result['img'].shape[:2]
+    print(f'scale {scale}, cache {cache}: image {image}, masks {masks.shape[1:]}, pixels of each {pixels}')
 EOF
 venv/bin/python -W ignore mosaic.py 2>log | grep '^scale' > out || { cat log; exit 1; }
 cat out

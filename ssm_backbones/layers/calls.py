@@ -27,6 +27,7 @@ _IS_BLAS_TUNED = torch.backends.mkl.is_available() and is_mkl_tuned()
 _PLAIN = (nn.Parameter, Tensor)
 _PLAIN_OR_NONE = (*_PLAIN, type(None))
 _ORIGINALS = (nn.Module.__call__, nn.Linear.forward, nn.Conv1d.forward, F.linear, F.conv1d)
+_GELU, _GELU_IN_PLACE = F.gelu, torch.ops.aten.gelu_
 
 
 def is_unobserved(layer: Any, kind: type[nn.Module]) -> bool:
@@ -71,10 +72,20 @@ def apply_linear_gelu(layer: Any, x: Tensor) -> Tensor:
     While no gradients are recorded, and nothing observes the layer, GELU overwrites the layer's output: filling new
     memory takes as long as the function on a CPU, where the system has to provide the pages first.
     """
+    # Asked before the call, since a hook may remove itself.
+    overwrites = not torch.is_grad_enabled() and F.gelu is _GELU and _runs_plainly() and is_unobserved(layer, nn.Linear)
     y = apply_linear(layer, x)
-    if isinstance(y, Tensor) and not torch.is_grad_enabled() and not is_compiling() and is_unobserved(layer, nn.Linear):
-        return torch.ops.aten.gelu_(y)
-    return F.gelu(y)
+    return _GELU_IN_PLACE(y) if overwrites and type(y) is Tensor else F.gelu(y)
+
+
+def _runs_plainly() -> bool:
+    """Return whether operators run at once, and no mode of PyTorch's sees or changes them."""
+    return not (
+        is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+    )
 
 
 def apply_linear_halves(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,14 +7,14 @@ arithmetic and two recurrences over a leading dimension. Either they are custom 
     ssm_export::line    h_l = decay_l * h_{l-1} + inflow_l
     ssm_export::front   h_l[i] = left_l[i] * h_{l-1}[i] + top_l[i] * h_{l-1}[i-1] + inflow_l[i]
 
-The first one may start at the end instead, of ``h_{l+1}``. The second one iterates over the anti-diagonals of a map; i
-is the row. All lengths may be dynamic.
+The first one may also go from the end, ``h_l = decay_l * h_{l+1} + inflow_l``. The second one iterates over the
+anti-diagonals of a map; i is the row. All lengths may be dynamic.
 Decay, inflow and states of all positions are materialised, (positions, channels, states) for each route.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -36,7 +36,7 @@ _LIBRARY.define('front(Tensor left, Tensor top, Tensor inflow) -> Tensor')
 
 @torch.library.impl('ssm_export::line', 'CompositeExplicitAutograd', lib=_LIBRARY)
 def line(decay: Tensor, inflow: Tensor, reverse: bool = False) -> Tensor:
-    """Compute ``h_l = decay_l * h_{l-1} + inflow_l`` along dim 0 from zero, or from its end; all (L, ...)."""
+    """Compute ``h_l = decay_l * h_{l-1} + inflow_l`` along dim 0 from zero, or of ``h_{l+1}``; all (L, ...)."""
     states = torch.empty_like(inflow)
     state = torch.zeros_like(inflow[0])
     positions = range(inflow.shape[0])
@@ -201,7 +201,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """Return the scans' decompositions without loops, for ``torch.export.ExportedProgram.run_decompositions``.
 
     With them come those of ``aten.lerp`` and ``aten.alias``, whose usual forms some converters do not take, and of
-    ``aten.upsample_nearest2d`` by no whole factor, which LiteRT's converter misreads.
+    ``aten.upsample_nearest2d`` by no whole factor, which LiteRT's converter misreads, and ``aten.conv1d``, of which
+    ExecuTorch's XNNPACK takes no weight twice.
 
     The programs hold PyTorch's own operators alone afterwards, which any backend takes, on tensors of at most five
     dimensions. Scans compute in float32, whatever a program's dtype. The batch may be open, and height and width with
@@ -224,23 +225,45 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         aten.lerp.Scalar: _lerp,
         aten.alias.default: lambda x: x,
         aten.upsample_nearest2d.vec: _upsample_nearest,
+        aten.conv1d.default: _conv1d,
     }
 
 
 def _upsample_nearest(x: Tensor, output_size: list[int] | None, scale_factors: list[float] | None) -> Tensor:
-    """Compute ``aten.upsample_nearest2d.vec`` by indices where a factor is not whole, or open.
+    """Compute ``aten.upsample_nearest2d.vec`` of fixed sizes by indices where a factor is not whole.
 
     An FPN has such factors where an image's sides are no multiples of its largest stride. LiteRT's converter
     (litert-torch 0.10.0) would take other pixels than PyTorch there.
     """
-    factors = scale_factors
-    if output_size is not None:
-        sides = (*x.shape[2:], *output_size)
-        factors = [sides[2] / sides[0], sides[3] / sides[1]] if all(type(side) is int for side in sides) else None
-    if factors is not None and all(float(factor).is_integer() for factor in factors):
+    sides, scales = x.shape[2:], scale_factors or (None, None)
+    if not all(type(side) is int for side in (*sides, *(output_size or ()))):
         return NotImplemented  # the operator stays
-    operator = torch.ops.aten.upsample_nearest2d.vec
-    return get_decompositions([operator])[operator](x, output_size, scale_factors)
+    size = output_size or [int(side * scale) for side, scale in zip(sides, scales, strict=True)]
+    factors = scale_factors or [new / side for side, new in zip(sides, size, strict=True)]
+    if all(float(factor).is_integer() for factor in factors):
+        return NotImplemented
+    # PyTorch's kernel takes no notice of a factor by which a side stays or doubles.
+    scales = [None if new in (side, 2 * side) else scale for side, new, scale in zip(sides, size, scales, strict=True)]
+    operator = torch.ops.aten.upsample_nearest2d.default
+    return get_decompositions([operator])[operator](x, size, *scales)
+
+
+def _conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1,),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
+    groups: int = 1,
+) -> Tensor:
+    """Compute ``aten.conv1d.default`` as a convolution in two dimensions.
+
+    The plain V2M's directions share their weights. ExecuTorch's XNNPACK (1.5.1) fails where two convolutions in one
+    dimension do.
+    """
+    sides = [(1, *stride), (0, *padding), (1, *dilation)]
+    return F.conv2d(x.unsqueeze(-2), weight.unsqueeze(-2), bias, *sides, groups).squeeze(-2)
 
 
 def _lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
@@ -253,14 +276,13 @@ def _lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
 
 
 def _along(grid: Tensor, route: int, per_line: bool) -> Tensor:
-    """Reorder (B, H, W, ...) along a route: (positions, B, ...), or (positions, B, lines, ...).
+    """Reorder (B, H, W, ...) along a route: (positions, B, ...), or, not reversed, (positions, B, lines, ...).
 
     Positions are reversed where they are no first dimension, here and in :func:`_back`: MNN 3.6.1 fails otherwise.
     """
     column, reverse = route in (COLUMN, COLUMN_REVERSED), route in (ROW_REVERSED, COLUMN_REVERSED)
     if per_line:
-        axis = 1 if column else 2
-        return (grid.flip(axis) if reverse else grid).movedim(axis, 0)
+        return grid.movedim(1 if column else 2, 0)
     sequence = (grid.transpose(1, 2) if column else grid).flatten(1, 2)
     return (sequence.flip(1) if reverse else sequence).transpose(0, 1)
 
@@ -272,9 +294,7 @@ def _back(sequence: Tensor, route: int, per_line: bool, height: int, width: int)
     """
     column, reverse = route in (COLUMN, COLUMN_REVERSED), route in (ROW_REVERSED, COLUMN_REVERSED)
     if per_line:
-        axis = 1 if column else 2
-        grid = sequence.movedim(0, axis)
-        return (grid.flip(axis) if reverse else grid).contiguous()
+        return sequence.movedim(0, 1 if column else 2).contiguous()
     grid = sequence.transpose(0, 1)
     grid = (grid.flip(1) if reverse else grid).unflatten(1, (width, height) if column else (height, width))
     return (grid.transpose(1, 2) if column else grid).contiguous()

@@ -25,7 +25,7 @@ _NO_BOUND = 2**31
 def line(decay: Tensor, inflow: Tensor, reverse: bool = False) -> Tensor:
     """Compute ``h_l = decay_l * h_{l-1} + inflow_l`` along dim 0 from zero; both are (L, ...).
 
-    With ``reverse`` it starts at the end, of ``h_{l+1}``, and nothing is reversed in memory.
+    With ``reverse`` it goes from the end, ``h_l = decay_l * h_{l+1} + inflow_l``, and nothing is reversed in memory.
 
     Raises:
         NotImplementedError: If L is dynamic and has no upper bound.

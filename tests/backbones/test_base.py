@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from ssm_backbones import VMamba
 from ssm_backbones.backbones.base import drop_path_schedule, resolve_arch, resolve_out_indices
@@ -130,39 +131,45 @@ def test_pointwise_layers_are_linear_layers(is_blas_tuned, dtype, size, monkeypa
         torch.testing.assert_close(mine, reference)
 
 
-class Written(TorchDispatchMode):
-    """Counts GELUs that overwrite their input."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.aten.gelu_.default
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize('is_blas_tuned', [True, False])
 def test_gelu_overwrites_what_nobody_else_reads(is_blas_tuned, monkeypatch):
     monkeypatch.setattr(calls, '_IS_BLAS_TUNED', is_blas_tuned)
+    count = []
+    in_place = calls._GELU_IN_PLACE
+    monkeypatch.setattr(calls, '_GELU_IN_PLACE', lambda y: count.append(1) or in_place(y))
     layer, x = nn.Linear(6, 5), torch.randn(2, 3, 4, 6)
-    expected = F.gelu(F.linear(x, layer.weight, layer.bias))
+    linear = F.linear(x, layer.weight, layer.bias).detach()
+    expected = F.gelu(linear)
 
     def check(overwrites):
+        count.clear()
         before = x.clone()
-        with Written() as written:
-            y = apply_linear_gelu(layer, x)
-        assert bool(written.count) == overwrites
-        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(apply_linear_gelu(layer, x), expected)
+        assert bool(count) == overwrites
         assert torch.equal(x, before)
 
     check(overwrites=False)  # gradients are recorded
-    with torch.no_grad():
-        check(overwrites=True)
     with torch.inference_mode():
         check(overwrites=True)
-    seen = []
-    with torch.no_grad(), layer.register_forward_hook(lambda _layer, _given, output: seen.append(output)):
+    with torch.no_grad():
+        check(overwrites=True)
+        seen = []
+        with layer.register_forward_hook(lambda _layer, _given, output: seen.append(output)):
+            check(overwrites=False)
+        # A hook that is gone once it was called.
+        once = layer.register_forward_hook(lambda _layer, _given, output: (seen.append(output), once.remove()) and None)
         check(overwrites=False)
-    torch.testing.assert_close(seen[0], F.linear(x, layer.weight, layer.bias))
+        assert len(seen) == 2
+        for output in seen:
+            torch.testing.assert_close(output, linear)
+        for mode in (FlopCounterMode(display=False), BaseTorchFunctionMode()):
+            with mode:
+                check(overwrites=False)
+        mapped = torch.func.vmap(lambda each: apply_linear_gelu(layer, each))
+        torch.testing.assert_close(mapped(x[None])[0], expected)
+        monkeypatch.setattr(F, 'gelu', lambda y: y)
+        expected = linear
+        check(overwrites=False)
 
 
 @pytest.mark.parametrize('size', [(6, 7), (1, 1), (1, 5)])

@@ -170,6 +170,7 @@ class Enlarge(torch.nn.Module):
         (dict(size=(7, 14)), False),
         (dict(factors=(2.0, 3.0)), True),
         (dict(factors=(1.75, 2.0)), False),
+        (dict(factors=(2.1, 1.1)), False),
         (dict(size=(2, 3)), False),
     ],
     ids=str,
@@ -191,15 +192,42 @@ class EnlargeTo(torch.nn.Module):
         return torch.nn.functional.interpolate(x, finer.shape[2:])
 
 
-def test_nearest_neighbours_of_open_sizes() -> None:
+def test_nearest_neighbours_of_open_sizes_stay() -> None:
+    """Indices of open sizes would be computed by Python's division, which OpenVINO does not take."""
     x, finer = torch.randn(1, 2, 4, 5), torch.randn(1, 2, 7, 9)
     sides = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     program = torch.export.export(EnlargeTo(), (x, finer), dynamic_shapes=(sides, sides))
     program = program.run_decompositions({**torch.export.default_decompositions(), **decompositions()})
-    assert not any('upsample' in str(node.target) for node in program.graph.nodes)
+    assert torch.ops.aten.upsample_nearest2d.vec in {node.target for node in program.graph.nodes}
     for size in ((7, 9), (8, 10), (13, 6)):
         finer = torch.randn(1, 2, *size)
         assert torch.equal(program.module()(x, finer), EnlargeTo()(x, finer))
+
+
+@pytest.mark.parametrize('batch', [True, False])
+def test_no_convolution_has_one_dimension(batch) -> None:
+    """ExecuTorch's XNNPACK takes no weight of such twice."""
+    conv = torch.nn.Conv1d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2)
+    x = torch.randn(2, 4, 9) if batch else torch.randn(4, 9)
+    program = torch.export.export(conv, (x,)).run_decompositions(
+        {**torch.export.default_decompositions(), **decompositions()}
+    )
+    convolutions = [node for node in program.graph.nodes if 'conv' in str(node.target)]
+    assert len(convolutions) == 1 and convolutions[0].args[1].meta['val'].ndim == 4
+    torch.testing.assert_close(program.module()(x), conv(x))
+
+
+@pytest.mark.parametrize('routes', [[1], [3], [1, 3], [0, 3]], ids=str)
+def test_last_states_of_reversed_routes(routes) -> None:
+    count = len(routes)
+    x, delta, A = torch.randn(2, 4, 5, 6), torch.rand(2, 4, 5, count, 6), -torch.rand(count, 6, 3)
+    B, C = torch.randn(2, 2, 4, 5, count, 1, 3)
+    given = (x, delta, A, B, C, torch.randn(count, 6), torch.randn(count, 6), routes, False, True, 0)
+    y, last = torch.ops.cuda_ops.route_scan(*given)[:2]
+    for line in (torch.ops.ssm_export.line, loop_free.line):
+        found = scans.route_scan(*given, line=line)
+        torch.testing.assert_close(found[0], y, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found[1], last, rtol=1e-5, atol=1e-5)
 
 
 def test_no_first_dimension_is_reversed() -> None:
