@@ -235,15 +235,18 @@ def _upsample_nearest(x: Tensor, output_size: list[int] | None, scale_factors: l
     An FPN has such factors where an image's sides are no multiples of its largest stride. LiteRT's converter
     (litert-torch 0.10.0) would take other pixels than PyTorch there.
     """
-    sides, scales = x.shape[2:], scale_factors or (None, None)
+    sides = x.shape[2:]
     if not all(type(side) is int for side in (*sides, *(output_size or ()))):
         return NotImplemented  # the operator stays
-    size = output_size or [int(side * scale) for side, scale in zip(sides, scales, strict=True)]
+    size = output_size or [int(side * factor) for side, factor in zip(sides, scale_factors or (), strict=True)]
     factors = scale_factors or [new / side for side, new in zip(sides, size, strict=True)]
     if all(float(factor).is_integer() for factor in factors):
         return NotImplemented
     # PyTorch's kernel takes no notice of a factor by which a side stays or doubles.
-    scales = [None if new in (side, 2 * side) else scale for side, new, scale in zip(sides, size, scales, strict=True)]
+    scales = [
+        None if scale_factors is None or new in (side, 2 * side) else factor
+        for side, new, factor in zip(sides, size, factors, strict=True)
+    ]
     operator = torch.ops.aten.upsample_nearest2d.default
     return get_decompositions([operator])[operator](x, size, *scales)
 
@@ -262,8 +265,8 @@ def _conv1d(
     The plain V2M's directions share their weights. ExecuTorch's XNNPACK (1.5.1) fails where two convolutions in one
     dimension do.
     """
-    sides = [(1, *stride), (0, *padding), (1, *dilation)]
-    return F.conv2d(x.unsqueeze(-2), weight.unsqueeze(-2), bias, *sides, groups).squeeze(-2)
+    sides = dict(stride=(1, *stride), padding=(0, *padding), dilation=(1, *dilation))
+    return F.conv2d(x.unsqueeze(-2), weight.unsqueeze(-2), bias, **sides, groups=groups).squeeze(-2)
 
 
 def _lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
