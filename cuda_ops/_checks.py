@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cuda_ops._torch_compat import autocast_dtype, is_compiling
+from cuda_ops._torch_compat import autocast_dtype, is_compiling, is_intercepted
 
 _CAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = (*_CAST_DTYPES, torch.float64)
@@ -102,9 +102,7 @@ def decay_rates(A: Tensor, name: str = 'A') -> None:
 
     Where values may not be known, while something traces operations or maps over them, nothing is checked.
     """
-    if A.device.type != 'cpu' or not A.numel() or is_compiling():
-        return
-    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+    if A.device.type != 'cpu' or not A.numel() or is_compiling() or is_intercepted():
         return
     wrong = ~(torch.isfinite(A) & (A <= 0))
     if wrong.any():

@@ -29,6 +29,11 @@ is_exporting: Callable[[], bool] = getattr(torch.compiler, 'is_exporting', lambd
 _ASKS_FOR_AUTOCAST_BY_DEVICE = hasattr(torch, 'get_autocast_dtype')
 
 
+def is_intercepted() -> bool:
+    """Return whether a transformation of ``torch.func`` or a ``TorchDispatchMode`` gets the operators."""
+    return bool(torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
+
+
 def register_fake(library: torch.library.Library, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a decorator that registers what gives the operator's shapes, as ``torch.library.register_fake`` of 2.4."""
     if hasattr(torch.library, 'register_fake'):

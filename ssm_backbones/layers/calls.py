@@ -18,6 +18,7 @@ from ssm_backbones.utils.torch_compat import (
     has_any_global_hook,
     is_compiling,
     is_exporting,
+    is_intercepted,
     keep_gradient_contiguous,
 )
 
@@ -80,12 +81,7 @@ def apply_linear_gelu(layer: Any, x: Tensor) -> Tensor:
 
 def _runs_plainly() -> bool:
     """Return whether operators run at once, and no mode of PyTorch's sees or changes them."""
-    return not (
-        is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-    )
+    return not (is_compiling() or is_intercepted() or torch._C._len_torch_function_stack())
 
 
 def apply_linear_halves(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -200,9 +200,8 @@ def replacements(loops: bool = True) -> dict[Any, Callable[..., Any]]:
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Return the scans' decompositions without loops, for ``torch.export.ExportedProgram.run_decompositions``.
 
-    With them come those of ``aten.lerp`` and ``aten.alias``, whose usual forms some converters do not take, and of
-    ``aten.upsample_nearest2d`` by no whole factor, which LiteRT's converter misreads, and ``aten.conv1d``, of which
-    ExecuTorch's XNNPACK takes no weight twice.
+    With them come those of operators that some converters do not take, or misread: ``aten.lerp``, ``aten.alias``,
+    ``aten.upsample_nearest2d`` of fixed sizes by no whole factor, and ``aten.convolution`` of one dimension.
 
     The programs hold PyTorch's own operators alone afterwards, which any backend takes, on tensors of at most five
     dimensions. Scans compute in float32, whatever a program's dtype. The batch may be open, and height and width with
@@ -217,15 +216,15 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     scans: dict[Any, Callable[..., Any]] = {
         operator.default: function for operator, function in replacements(loops=False).items()
     }
-    # PyTorch would decompose V2M's mean of two directions into two formulas and a choice between them by a scalar. Core
-    # ML's converter (coremltools 9.0) has no conversion of that, nor of views of a whole tensor.
     aten = torch.ops.aten
     return {
         **scans,
+        # PyTorch would decompose V2M's mean of two directions into two formulas and a choice between them by a scalar.
+        # Core ML's converter (coremltools 9.0) has no conversion of that, nor of views of a whole tensor.
         aten.lerp.Scalar: _lerp,
         aten.alias.default: lambda x: x,
         aten.upsample_nearest2d.vec: _upsample_nearest,
-        aten.conv1d.default: _conv1d,
+        aten.convolution.default: _convolution,
     }
 
 
@@ -251,22 +250,36 @@ def _upsample_nearest(x: Tensor, output_size: list[int] | None, scale_factors: l
     return get_decompositions([operator])[operator](x, size, *scales)
 
 
-def _conv1d(
+def _convolution(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Sequence[int] = (1,),
-    padding: Sequence[int] = (0,),
-    dilation: Sequence[int] = (1,),
-    groups: int = 1,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
 ) -> Tensor:
-    """Compute ``aten.conv1d.default`` as a convolution in two dimensions.
+    """Compute ``aten.convolution`` of one dimension in two.
 
     The plain V2M's directions share their weights. ExecuTorch's XNNPACK (1.5.1) fails where two convolutions in one
     dimension do.
     """
-    sides = dict(stride=(1, *stride), padding=(0, *padding), dilation=(1, *dilation))
-    return F.conv2d(x.unsqueeze(-2), weight.unsqueeze(-2), bias, **sides, groups=groups).squeeze(-2)
+    if x.ndim != 3:
+        return NotImplemented  # the operator stays
+    y = torch.ops.aten.convolution.default(
+        x.unsqueeze(-2),
+        weight.unsqueeze(-2),
+        bias,
+        [1, *stride],
+        [0, *padding],
+        [1, *dilation],
+        transposed,
+        [0, *output_padding],
+        groups,
+    )
+    return y.squeeze(-2)
 
 
 def _lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from cuda_ops._torch_compat import RELEASE, OutOfMemoryError, is_compiling
+from cuda_ops._torch_compat import RELEASE, OutOfMemoryError, is_compiling, is_intercepted
 
-__all__ = ['HAS_FUSED_ADAMW', 'OutOfMemoryError', 'RMSNorm', 'is_compiling', 'release']
+__all__ = ['HAS_FUSED_ADAMW', 'OutOfMemoryError', 'RMSNorm', 'is_compiling', 'is_intercepted', 'release']
 _LISTS_GLOBALS = hasattr(torch.serialization, 'add_safe_globals')
 # What allow_in_checkpoints allowed; torch keeps no list of its own before 2.4.
 _ALLOWED: dict[str, Any] = {}

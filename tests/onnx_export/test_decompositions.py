@@ -204,11 +204,21 @@ def test_nearest_neighbours_of_open_sizes_stay() -> None:
         assert torch.equal(program.module()(x, finer), EnlargeTo()(x, finer))
 
 
+@pytest.mark.parametrize(
+    'conv',
+    [
+        torch.nn.Conv1d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2),
+        torch.nn.Conv1d(4, 6, 3, padding='same', bias=False),
+        torch.nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1, output_padding=1),
+        torch.nn.Conv2d(4, 6, 3, stride=2),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize('batch', [True, False])
-def test_no_convolution_has_one_dimension(batch) -> None:
+def test_no_convolution_has_one_dimension(conv, batch) -> None:
     """ExecuTorch's XNNPACK takes no weight of such twice."""
-    conv = torch.nn.Conv1d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2)
-    x = torch.randn(2, 4, 9) if batch else torch.randn(4, 9)
+    shape = (2, 4, 9) if conv.weight.ndim == 3 else (2, 4, 9, 7)
+    x = torch.randn(shape if batch else shape[1:])
     program = torch.export.export(conv, (x,)).run_decompositions(
         {**torch.export.default_decompositions(), **decompositions()}
     )
