@@ -33,4 +33,5 @@ param_scheduler = [
         convert_to_iter_based=True)
 ]
 default_hooks = dict(logger=dict(interval=10), checkpoint=dict(max_keep_ckpts=2))
+auto_scale_lr = dict(base_batch_size=batch_size)
 randomness = dict(seed=0)

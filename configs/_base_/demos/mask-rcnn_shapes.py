@@ -1,4 +1,5 @@
-# The COCO configs' recipe on small images: smaller parts and a shorter schedule. A family adds its backbone.
+# The COCO configs' recipe on small images: smaller parts, convolutions in the box head and a shorter schedule. A family
+# adds its backbone.
 _base_ = [
     'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
     '../datasets/shapes_instance.py',
@@ -11,7 +12,7 @@ head_channels = 64
 num_classes = 6
 norm_cfg = dict(type='GN', num_groups=8)
 model = dict(
-    # Any size works; padding to multiples of 32 would add a quarter to images of 104x128.
+    # Images are 102x128: multiples of 32 would add a quarter to them, multiples of 8 next to nothing.
     data_preprocessor=dict(pad_size_divisor=8),
     backbone=dict(_delete_=True, out_indices=(0, 1, 2, 3)),
     neck=dict(in_channels=[32, 64, 128, 256], out_channels=channels, num_outs=4, norm_cfg=norm_cfg),
@@ -19,8 +20,9 @@ model = dict(
         in_channels=channels,
         feat_channels=channels,
         anchor_generator=dict(scales=[4], strides=[4, 8, 16, 32])),
-    # Few images are seen in minutes: boxes and masks are learnt from all classes together, and objects of up to 80
-    # pixels are told apart by their outlines, on the finest map, by convolutions, which see a corner wherever it is.
+    # Few images are seen in minutes, so boxes and masks are learnt from all classes together. Objects of up to 80
+    # pixels are read from the finest map, where their outlines show, and classified by convolutions, which know a
+    # corner wherever it is.
     roi_head=dict(
         bbox_roi_extractor=dict(
             roi_layer=dict(sampling_ratio=1), out_channels=channels, finest_scale=40),
@@ -66,4 +68,5 @@ param_scheduler = [
         convert_to_iter_based=True)
 ]
 default_hooks = dict(logger=dict(interval=20), checkpoint=dict(max_keep_ckpts=2))
+auto_scale_lr = dict(base_batch_size=batch_size)
 randomness = dict(seed=0)
