@@ -50,7 +50,7 @@ def states(A: Tensor, name: str = 'A') -> None:
 
 
 def rank(delta_weight: Tensor) -> None:
-    """Raise ValueError unless delta_weight (K, E, R) has a dt_rank R of at least 1."""
+    """Raise ValueError unless delta_weight (..., E, R) has a dt_rank R of at least 1."""
     if delta_weight.shape[-1] < 1:
         raise ValueError(f'delta_weight must have a dt_rank of at least 1, got shape {tuple(delta_weight.shape)}')
 

@@ -434,6 +434,7 @@ def line_scan(
     D: Tensor | None = None,
     delta_bias: Tensor | None = None,
     delta_softplus: bool = True,
+    delta_weight: Tensor | None = None,
     *,
     axis: str,
     reverse: bool = False,
@@ -444,13 +445,15 @@ def line_scan(
 
     Args:
         x: (B, H, W, E) map; float32, bfloat16 or float16 (float64 on CPU). H and W are at least 1.
-        delta: (B, H, W, E), before bias and softplus, in x's dtype.
+        delta: (B, H, W, E), before bias and softplus, in x's dtype; with ``delta_weight`` the low-rank dt, (B, H, W, R)
+            with dt_rank R of at least 1.
         A: (E, N) decay rates, finite and not positive (checked on CPU).
         B: (B, H, W, N) input projections in x's dtype, or None, meaning ones.
         C: (B, H, W, N) output projections in x's dtype, or None, meaning ones: the states are summed.
         D: (E) skip weights, or None for no skip.
         delta_bias: (E), or None.
         delta_softplus: whether delta + delta_bias passes a softplus.
+        delta_weight: (E, R), or None. See :func:`cross_selective_scan`.
         axis: 'row' scans along W within each row, 'column' along H within each column.
         reverse: start from the right (or the bottom) end.
 
@@ -464,12 +467,19 @@ def line_scan(
     if axis not in _AXES:
         raise ValueError(f"axis must be 'row' (along W) or 'column' (along H), got {axis!r}")
     _checks.tensors(x=x, delta=delta, A=A)
-    _checks.tensors_or_none(B=B, C=C, D=D, delta_bias=delta_bias)
+    _checks.tensors_or_none(B=B, C=C, D=D, delta_bias=delta_bias, delta_weight=delta_weight)
     _checks.ndim('x', x, 4, '(batch, height, width, channels)')
     batch, height, width, channels = x.shape
     _checks.ndim('A', A, 2, '(channels, states)')
     states = A.shape[1]
-    _checks.shape('delta', delta, (batch, height, width, channels), '(batch, height, width, channels)')
+    if delta_weight is None:
+        _checks.shape('delta', delta, (batch, height, width, channels), '(batch, height, width, channels)')
+    else:
+        _checks.ndim('delta_weight', delta_weight, 2, '(channels, rank)')
+        rank = delta_weight.shape[1]
+        _checks.shape('delta_weight', delta_weight, (channels, rank), '(channels, rank)')
+        _checks.rank(delta_weight)
+        _checks.shape('delta', delta, (batch, height, width, rank), '(batch, height, width, rank)')
     _checks.shape('A', A, (channels, states), '(channels, states)')
     for name, value in (('B', B), ('C', C)):
         _checks.shape(name, value, (batch, height, width, states), '(batch, height, width, states)')
@@ -479,8 +489,13 @@ def line_scan(
     _checks.states(A)
     x, delta, B, C = _checks.autocast(x, delta, B, C)
     _checks.same_dtype_and_device(x=x, delta=delta, B=B, C=C)
-    _checks.same_device(x, A=A, D=D, delta_bias=delta_bias)
+    _checks.same_device(x, A=A, D=D, delta_bias=delta_bias, delta_weight=delta_weight)
+    delta, A = delta.unsqueeze(3), A.unsqueeze(0)
     B, C = grouped(*(None if value is None else value.unsqueeze(3) for value in (B, C)))
-    D, delta_bias = (None if value is None else value.unsqueeze(0) for value in (D, delta_bias))
+    D, delta_bias, delta_weight = (
+        None if value is None else value.unsqueeze(0) for value in (D, delta_bias, delta_weight)
+    )
+    if delta_weight is not None and not _takes_low_rank(x, states, delta_weight.shape[2]):
+        delta, delta_weight = route_reference.low_rank_delta(delta, delta_weight), None
     route = _AXES[axis] | (ROW_REVERSED if reverse else ROW)
-    return scan_routes(x, delta.unsqueeze(3), A.unsqueeze(0), B, C, D, delta_bias, [route], True, delta_softplus)[0]
+    return scan_routes(x, delta, A, B, C, D, delta_bias, [route], True, delta_softplus, delta_weight)[0]

@@ -179,9 +179,15 @@ def _cross_scan_flops(x: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> int:
     return route_scan_flops(x.shape, dt.shape, A.shape) + 4 * x.numel() * dt.shape[-1]
 
 
+def _line_scan_flops(x: Tensor, delta: Tensor, A: Tensor, *rest: Any) -> int:
+    # The seventh of the inputs is delta's weight, where delta is a low-rank dt.
+    projection = x.numel() * delta.shape[-1] if len(rest) > 4 and rest[4] is not None else 0
+    return route_scan_flops(x.shape, delta.shape, (1, *A.shape)) + projection
+
+
 _MODULES: dict[type[nn.Module], Callable[..., int]] = {
     CrossScan: _cross_scan_flops,
-    LineScan: lambda x, delta, A, *rest: route_scan_flops(x.shape, delta.shape, (1, *A.shape)),
+    LineScan: _line_scan_flops,
     WavefrontScan: lambda x, top, left, A, *rest: wavefront_scan_flops(x.shape, top.shape, left.shape, A.shape),
     DeltaProjection: lambda dt, weight: dt[..., 0].numel() * weight.shape[-1] * weight.shape[-2],
     DotProductAttention: lambda query, key, value: _attention_flops(query.shape, key.shape, value.shape),

@@ -38,7 +38,7 @@ class CrossScan(nn.Module):
 
 
 class LineScan(nn.Module):
-    """A scan along every row or every column, :func:`cuda_ops.line_scan`.
+    """A scan along every row or every column, :func:`cuda_ops.line_scan`; of a low-rank delta if its weight is given.
 
     Args:
         axis: 'row' or 'column'.
@@ -57,9 +57,10 @@ class LineScan(nn.Module):
         C: Tensor | None,
         D: Tensor,
         dt_bias: Tensor,
+        dt_weight: Tensor | None = None,
         reverse: bool = False,
     ) -> Tensor:
-        return line_scan(x, delta, A, B, C, D, dt_bias, axis=self.axis, reverse=reverse)
+        return line_scan(x, delta, A, B, C, D, dt_bias, delta_weight=dt_weight, axis=self.axis, reverse=reverse)
 
     def extra_repr(self) -> str:
         return self.axis
@@ -95,19 +96,11 @@ class WavefrontScan(nn.Module):
 
 
 class DeltaProjection(nn.Module):
-    """Delta of its low-rank dt, by the mixer's weight: (..., R) and (E, R) -> (..., E).
-
-    Args:
-        passes: Take several at once: dt (K, L, R) and weight (K, E, R), giving (K, L, E).
-    """
-
-    def __init__(self, passes: bool = False) -> None:
-        super().__init__()
-        self.passes = passes
+    """Delta of K scans' low-rank dt, by the mixer's weight: (K, L, R) and (K, E, R) -> (K, L, E)."""
 
     def forward(self, dt: Tensor, weight: Tensor) -> Tensor:
         # dt is a strided slice: matrix products read it in place, a convolution would copy it.
-        return torch.bmm(dt, weight.transpose(1, 2)) if self.passes else F.linear(dt, weight)
+        return torch.bmm(dt, weight.transpose(1, 2))
 
 
 class DotProductAttention(nn.Module):

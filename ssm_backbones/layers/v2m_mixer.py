@@ -66,15 +66,26 @@ class V2MMixer(nn.Module):
         x, z = apply_linear_halves(self.in_proj, x)
         return x, F.silu(z)
 
-    def scan_rows(self, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, from_right: bool) -> Tensor:
-        """Compute s of the module's equations, along W from the left or right edge; A is that of both passes."""
-        return self.row_scan(x, delta, A[ROW], B, None, *module_inputs(self.D[ROW], self.dt_bias[ROW]), from_right)
+    def scan_rows(
+        self, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, from_right: bool, low_rank: bool = False
+    ) -> Tensor:
+        """Compute s of the module's equations, along W from the left or right edge.
 
-    def scan_columns(self, x: Tensor, delta: Tensor, A: Tensor, C: Tensor, from_bottom: bool) -> Tensor:
-        """Compute y of the module's equations, along H from the top or bottom edge; A is that of both passes."""
-        return self.column_scan(
-            x, delta, A[COLUMN], None, C, *module_inputs(self.D[COLUMN], self.dt_bias[COLUMN]), from_bottom
-        )
+        A is that of both passes, and delta (B, H, W, E), or with ``low_rank`` dt (B, H, W, R).
+        """
+        return self.row_scan(x, delta, A[ROW], B, None, *self.scan_parameters(ROW, low_rank), reverse=from_right)
+
+    def scan_columns(
+        self, x: Tensor, delta: Tensor, A: Tensor, C: Tensor, from_bottom: bool, low_rank: bool = False
+    ) -> Tensor:
+        """Compute y of the module's equations, along H from the top or bottom edge, as :meth:`scan_rows` does s."""
+        parameters = self.scan_parameters(COLUMN, low_rank)
+        return self.column_scan(x, delta, A[COLUMN], None, C, *parameters, reverse=from_bottom)
+
+    def scan_parameters(self, which: int, low_rank: bool) -> tuple[Tensor, ...]:
+        """Return a pass's D, bias of delta and, with ``low_rank``, delta's weight, as a scan takes them."""
+        parameters = (self.D[which], self.dt_bias[which])
+        return module_inputs(*parameters, self.dt_weight[which]) if low_rank else module_inputs(*parameters)
 
 
 class PlainV2MMixer(V2MMixer):
@@ -95,7 +106,6 @@ class PlainV2MMixer(V2MMixer):
         super().__init__(channels, inner_channels, d_state, dt_rank, depth)
         self.row_conv = nn.Conv1d(inner_channels, inner_channels, d_conv, padding=d_conv - 1, groups=inner_channels)
         self.column_conv = nn.Conv1d(inner_channels, inner_channels, d_conv, padding=d_conv - 1, groups=inner_channels)
-        self.to_delta = DeltaProjection()
         self.x_proj = nn.ModuleList(nn.Linear(inner_channels, dt_rank + d_state, bias=False) for _ in range(PASSES))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,19 +126,19 @@ class PlainV2MMixer(V2MMixer):
     def first_pass(self, x: Tensor, gate: Tensor, A: Tensor, from_right: bool) -> Tensor:
         """Compute s', the gated scan along W from one side."""
         x = F.silu(apply_causal_conv(self.row_conv, x, 'row', from_right))
-        delta, B = self.project(ROW, x)
-        return gate * self.scan_rows(x, delta, A, B, from_right)
+        dt, B = self.project(ROW, x)
+        return gate * self.scan_rows(x, dt, A, B, from_right, low_rank=True)
 
     def second_pass(self, s: Tensor, A: Tensor, from_bottom: bool) -> Tensor:
         """Compute y, the scan of s' along H from the top or bottom."""
         s = F.silu(apply_causal_conv(self.column_conv, s, 'column', from_bottom))
-        delta, C = self.project(COLUMN, s)
-        return self.scan_columns(s, delta, A, C, from_bottom)
+        dt, C = self.project(COLUMN, s)
+        return self.scan_columns(s, dt, A, C, from_bottom, low_rank=True)
 
     def project(self, which: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a pass's delta (B, H, W, E), and its B or C (B, H, W, N)."""
+        """Return a pass's dt (B, H, W, R), and its B or C (B, H, W, N)."""
         dt, projection = apply_linear(self.x_proj[which], x).split((self.dt_rank, self.d_state), dim=-1)
-        return self.to_delta(dt, *module_inputs(self.dt_weight[which])), projection
+        return dt, projection
 
 
 class HierarchicalV2MMixer(V2MMixer):
@@ -146,7 +156,7 @@ class HierarchicalV2MMixer(V2MMixer):
     def __init__(self, channels: int, inner_channels: int, d_state: int, dt_rank: int, depth: int = 1) -> None:
         super().__init__(channels, inner_channels, d_state, dt_rank, depth)
         self.conv = conv2d(inner_channels, inner_channels, 3, padding=1, groups=inner_channels, bias=False)
-        self.to_delta = DeltaProjection(passes=True)
+        self.to_delta = DeltaProjection()
         self.x_proj = nn.Linear(inner_channels, PASSES * (dt_rank + d_state), bias=False)
         self.norm = nn.LayerNorm(inner_channels)
 

@@ -36,6 +36,7 @@ class Scans(torch.nn.Module):
             cuda_ops.cross_selective_scan(x, delta.abs(), A, B, C, delta_softplus=False),
             cuda_ops.line_scan(x, x, A[0], x[..., :2], None, D[0], bias[0], axis='row'),
             cuda_ops.line_scan(x, x, A[0], None, x[..., :2], axis='column', reverse=True),
+            cuda_ops.line_scan(x, x[..., :2], A[0], None, x[..., :2], delta_weight=weight[0], axis='column'),
         ]
         for reverse, skip in ((False, D[1]), (True, None)):
             projections = (x[..., :2], x[..., 1:3], x[..., 3:5])
@@ -70,7 +71,7 @@ def test_a_scan_is_one_node(scans) -> None:
     model = onnx.load(scans)
     assert {each.domain: each.version for each in model.opset_import} == {'': 18, 'ssm_backbones': 1}
     kinds = [node.op_type for node in model.graph.node if node.domain]
-    assert sorted(kinds) == ['RouteScan'] * 4 + ['WavefrontScan'] * 2
+    assert sorted(kinds) == ['RouteScan'] * 5 + ['WavefrontScan'] * 2
 
 
 @pytest.mark.parametrize('runtime', RUNTIMES)

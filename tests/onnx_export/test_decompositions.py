@@ -61,6 +61,8 @@ def test_line_scan(size, axis, reverse) -> None:
     A, D, bias = -torch.rand(5, 3), torch.randn(5), torch.randn(5)
     agree(lambda: cuda_ops.line_scan(x, delta, A, B, None, D, bias, axis=axis, reverse=reverse))
     agree(lambda: cuda_ops.line_scan(x, delta, A, None, C, axis=axis, reverse=reverse))
+    weight = torch.randn(5, 3)
+    agree(lambda: cuda_ops.line_scan(x, C, A, B, None, delta_weight=weight, axis=axis, reverse=reverse))
 
 
 @pytest.mark.parametrize('reverse', [False, True])

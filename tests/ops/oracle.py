@@ -90,8 +90,12 @@ def scan_along(visits: Tensor, x, delta, A, B, C, D, delta_bias, delta_softplus)
     return y.flatten(1, 2)[:, where].view(x.shape)
 
 
-def line_scan(x, delta, A, B, C, D=None, delta_bias=None, delta_softplus=True, *, axis, reverse=False):
-    """``cuda_ops.line_scan``: x, delta (B, H, W, E)."""
+def line_scan(
+    x, delta, A, B, C, D=None, delta_bias=None, delta_softplus=True, delta_weight=None, *, axis, reverse=False
+):
+    """``cuda_ops.line_scan``: x, delta (B, H, W, E), or delta (B, H, W, R) with delta_weight (E, R)."""
+    if delta_weight is not None:
+        delta = torch.einsum('bhwr,er->bhwe', delta, delta_weight)
     return scan_along(lines_of(*x.shape[1:3], axis, reverse), x, delta, A, B, C, D, delta_bias, delta_softplus)
 
 

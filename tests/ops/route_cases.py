@@ -117,6 +117,14 @@ class Cross:
         return {'delta_softplus': self.softplus}
 
 
+def factor_weight(rows: tuple[int, ...], case: 'Factors | LineFactors') -> Tensor:
+    """Weights (*rows, R) that make step sizes of a case's factors."""
+    if case.softplus:
+        return normal(*rows, case.rank) / case.rank**0.5
+    # Means of the factors, more or less: not negative either.
+    return (1 + torch.rand(*rows, case.rank, dtype=torch.float64)) / case.rank
+
+
 @dataclass(frozen=True)
 class Factors(Cross):
     """A case of ``cross_selective_scan`` whose step sizes come as factors."""
@@ -128,11 +136,7 @@ class Factors(Cross):
 
     def inputs(self) -> dict[str, Tensor | None]:
         delta = steps(self.batch, self.height, self.width, 4, self.rank, softplus=self.softplus)
-        weight = normal(4, self.channels, self.rank) / self.rank**0.5
-        if not self.softplus:
-            # Means of the factors, more or less: not negative either.
-            weight = (1 + torch.rand(weight.shape, dtype=torch.float64)) / self.rank
-        return super().inputs() | {'delta': delta, 'delta_weight': weight}
+        return super().inputs() | {'delta': delta, 'delta_weight': factor_weight((4, self.channels), self)}
 
 
 def scan_of_low_rank_dt(
@@ -214,6 +218,20 @@ class Lines:
         return {'delta_softplus': self.softplus, 'axis': self.axis, 'reverse': self.reverse}
 
 
+@dataclass(frozen=True)
+class LineFactors(Lines):
+    """A case of ``line_scan`` whose step sizes come as factors."""
+
+    rank: int = 6
+
+    def __str__(self) -> str:
+        return f'{super().__str__()}-R{self.rank}'
+
+    def inputs(self) -> dict[str, Tensor | None]:
+        delta = steps(self.batch, self.height, self.width, self.rank, softplus=self.softplus)
+        return super().inputs() | {'delta': delta, 'delta_weight': factor_weight((self.channels,), self)}
+
+
 Case = Sequence | Cross | Lines
 
 SEQUENCES = (
@@ -286,7 +304,16 @@ FACTORS = (
         )
     ),
 )
-CASES: tuple[Case, ...] = (*SEQUENCES, *CROSSES, *LINES, *FACTORS)
+LINE_FACTORS = (
+    LineFactors(1, 1, 1, 2, 1, 'row', rank=1),
+    LineFactors(2, 9, 13, 34, 1, 'column', reverse=True, C=False, rank=6),
+    LineFactors(1, 14, 5, 48, 16, 'row', C=False, rank=12),
+    LineFactors(1, 5, 14, 17, 16, 'column', B=False, bias=False, rank=12),
+    LineFactors(1, 25, 3, 16, 2, 'row', reverse=True, softplus=False, rank=24),
+    LineFactors(1, 4, 6, 18, 1, 'column', D=False, rank=33),
+    LineFactors(0, 4, 5, 8, 1, 'row', rank=2),
+)
+CASES: tuple[Case, ...] = (*SEQUENCES, *CROSSES, *LINES, *FACTORS, *LINE_FACTORS)
 
 
 def check(case: Case, dtype: torch.dtype, cuda: bool = False) -> None:

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 import cuda_ops
-from tests.ops.route_cases import Cross, Factors, Lines, Sequence
+from tests.ops.route_cases import Cross, Factors, LineFactors, Lines, Sequence
 
 BASES = {
     'selective': Sequence(2, 6, 9, 3, B=2, z=True),
     'cross': Cross(2, 3, 5, 6, 3),
     'factors': Factors(2, 3, 5, 6, 3, rank=4),
     'line': Lines(2, 3, 5, 6, 3, 'row'),
+    'line-factors': LineFactors(2, 3, 5, 6, 3, 'row', rank=4),
 }
-MAPS = {'selective': 'u', 'cross': 'x', 'factors': 'x', 'line': 'x'}
+MAPS = {'selective': 'u', 'cross': 'x', 'factors': 'x', 'line': 'x', 'line-factors': 'x'}
 
 
 def arguments(function: str) -> dict[str, Any]:
@@ -78,6 +79,11 @@ SHAPES = [
     ('line', 'C', lambda v: v[..., 0], r'C must have shape \(2, 3, 5, 3\).*got \(2, 3, 5\)'),
     ('line', 'D', lambda v: v[:1], r'D must have shape \(6,\).*got \(1,\)'),
     ('line', 'delta_bias', lambda v: v[:1], r'delta_bias must have shape \(6,\).*got \(1,\)'),
+    ('line-factors', 'delta', lambda v: v[..., :3], r'delta must have shape \(2, 3, 5, 4\).*got \(2, 3, 5, 3\)'),
+    ('line-factors', 'delta_weight', lambda v: None, r'delta must have shape \(2, 3, 5, 6\).*got \(2, 3, 5, 4\)'),
+    ('line-factors', 'delta_weight', lambda v: v[None], r'delta_weight must have 2 dimensions .*got shape \(1, 6, 4\)'),
+    ('line-factors', 'delta_weight', lambda v: v.mT, r'delta_weight must have shape \(6, 6\).*got \(4, 6\)'),
+    ('line-factors', 'delta_weight', lambda v: v[:, :0], r'delta_weight must have a dt_rank of at least 1.*\(6, 0\)'),
 ]
 
 

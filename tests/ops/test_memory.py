@@ -9,7 +9,7 @@ from torch import Tensor
 import cuda_ops
 from cuda_ops import _library
 from tests.ops.helpers import DTYPES, differentiate, dtype_name, rounded, run_python
-from tests.ops.route_cases import CASES, Case, Cross, Factors, Lines, Sequence, case_id, decay_rates
+from tests.ops.route_cases import CASES, Case, Cross, Factors, LineFactors, Lines, Sequence, case_id, decay_rates
 
 LAYOUT_CASES = (
     Sequence(2, 6, 35, 3, B=2, C=3),
@@ -174,15 +174,17 @@ def test_threads_and_runs_change_no_bit(case: Case) -> None:
 
 @pytest.mark.skipif(not _library.STATUS.compiled, reason='the ops are not compiled')
 @pytest.mark.parametrize(('rank', 'stored'), ((6, False), (32, False), (33, True)))
-def test_the_cpu_kernel_does_not_store_the_delta_of_a_low_rank(rank: int, stored: bool) -> None:
-    case = Factors(1, 9, 8, 48, 1, rank=rank)
+@pytest.mark.parametrize('kind', (Factors, LineFactors))
+def test_the_cpu_kernel_does_not_store_the_delta_of_a_low_rank(kind: type, rank: int, stored: bool) -> None:
+    case = Factors(1, 9, 8, 48, 1, rank=rank) if kind is Factors else LineFactors(1, 9, 32, 48, 2, 'row', rank=rank)
     inputs = {name: value.float().requires_grad_() for name, value in case.inputs().items() if value is not None}
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(
-        lambda value: kept.append(value.numel()) or value, lambda value: value
+        lambda value: kept.append(tuple(value.shape)) or value, lambda value: value
     ):
-        cuda_ops.cross_selective_scan(**inputs)
-    assert (9 * 8 * 4 * 48 in kept) == stored, kept
+        case.function(**inputs, **case.options())
+    delta = (1, 9, 8, 4, 48) if kind is Factors else (1, 9, 32, 1, 48)
+    assert (delta in kept) == stored, kept
 
 
 PEAK = """

@@ -59,6 +59,13 @@ class WorkItems {
   int64_t lines_per_part_;
 };
 
+// Where a scan is: a position of a line, and its pixel.
+struct Place {
+  int64_t line;
+  int64_t position;
+  Pixel pixel;
+};
+
 template <class T>
 T* pixel_pointer(const GridTensor& tensor, int64_t batch, Pixel pixel, int64_t route, int64_t group) {
   return static_cast<T*>(tensor.data) + batch * tensor.batch + pixel.row * tensor.row + pixel.column * tensor.column +
@@ -73,6 +80,7 @@ class ScanTile {
  public:
   static constexpr int kLanes = Vector<S>::kLanes;
   static constexpr int kVectors = Units * int(kCpuChannelUnit) / kLanes;
+  static constexpr int kCacheLine = 64, kAhead = 8;  // positions from a prefetch to the use
   static constexpr int kMaxVectors = kVectors ? kVectors : (int(kMaxCpuTileChannels) + kLanes - 1) / kLanes;
   using V = Vec<S>;
 
@@ -163,6 +171,26 @@ class ScanTile {
     }
   }
 
+  // Moves to the next position, or to the next line's first.
+  void advance(int64_t k, RouteShape shape, Place& place) const {
+    this->advance(k, place.pixel);
+    if (++place.position < shape.length) return;
+    place = {place.line + 1, 0, this->pixel(k, place.line + 1, 0)};
+  }
+
+  // Asks for a tile's values before they are needed: processors do not foresee where the next pixel's begins, which is
+  // far from this one's.
+  template <class E>
+  void prefetch(const E* values) const {
+    const char* bytes = reinterpret_cast<const char*>(values);
+    const int count = vectors() * kLanes * int(sizeof(E));
+    for (int offset = 0; offset < count; offset += kCacheLine) __builtin_prefetch(bytes + offset);
+  }
+  void prefetch_inputs(int64_t k, Pixel pixel) const {
+    prefetch(pixel_pointer<T>(p_.x, item_.batch, pixel, 0, 0) + item_.channel);
+    if (!p_.dt_rank) prefetch(pixel_pointer<T>(p_.delta, item_.batch, pixel, k, 0) + item_.channel);
+  }
+
   S* saved(int64_t k, RouteShape shape, int64_t line, int64_t chunk) const {
     const int64_t count = saved_state_count(shape.length, p_.chunk);
     const int64_t index = ((item_.batch * p_.routes + k) * shape.lines + line) * count + chunk;
@@ -191,8 +219,8 @@ class ScanTile {
 template <class T, class S, int Units>
 class ForwardTile : ScanTile<T, S, Units> {
   using Base = ScanTile<T, S, Units>;
-  using Base::bias_, Base::D_, Base::kLanes, Base::kMaxVectors, Base::lanes, Base::p_, Base::item_, Base::A_log2e_,
-      Base::state_, Base::states_, Base::vectors;
+  using Base::bias_, Base::D_, Base::kAhead, Base::kLanes, Base::kMaxVectors, Base::lanes, Base::p_, Base::item_,
+      Base::A_log2e_, Base::state_, Base::states_, Base::vectors;
   using typename Base::V;
 
  public:
@@ -202,18 +230,25 @@ class ForwardTile : ScanTile<T, S, Units> {
     for (int64_t k = 0; k < p_.routes; ++k) {
       this->load_parameters(k);
       const RouteShape shape = route_shape(p_.route[k], p_.per_line, p_.height, p_.width);
-      for (int64_t line = item_.first_line; line < item_.end_line; ++line) run_line(k, shape, line);
+      Place ahead{item_.first_line, 0, this->pixel(k, item_.first_line, 0)};
+      for (int i = 0; i < kAhead; ++i) this->advance(k, shape, ahead);
+      for (int64_t line = item_.first_line; line < item_.end_line; ++line) run_line(k, shape, line, ahead);
       if (p_.last_state) store_last_state(k);
     }
   }
 
  private:
-  void run_line(int64_t k, RouteShape shape, int64_t line) {
+  void run_line(int64_t k, RouteShape shape, int64_t line, Place& ahead) {
     this->clear_state();
     Pixel pixel = this->pixel(k, line, 0);
     int64_t until_saved = p_.chunk ? p_.chunk : shape.length;
     int64_t chunk = 0;
     for (int64_t position = 0; position < shape.length; ++position, this->advance(k, pixel)) {
+      if (ahead.line < item_.end_line) {
+        this->prefetch_inputs(k, ahead.pixel);
+        this->prefetch(this->per_map(p_.y, ahead.pixel));
+        this->advance(k, shape, ahead);
+      }
       if (states_ == 1) {
         scan_position<1>(k, pixel);
       } else {
@@ -267,8 +302,8 @@ class ForwardTile : ScanTile<T, S, Units> {
 template <class T, class S, int Units>
 class BackwardTile : ScanTile<T, S, Units> {
   using Base = ScanTile<T, S, Units>;
-  using Base::bias_, Base::D_, Base::kLanes, Base::kMaxVectors, Base::lanes, Base::p_, Base::item_, Base::A_log2e_,
-      Base::state_, Base::states_, Base::vectors;
+  using Base::bias_, Base::D_, Base::kAhead, Base::kLanes, Base::kMaxVectors, Base::lanes, Base::p_, Base::item_,
+      Base::A_log2e_, Base::state_, Base::states_, Base::vectors;
   using typename Base::V;
 
  public:
@@ -321,8 +356,12 @@ class BackwardTile : ScanTile<T, S, Units> {
       V* decay_after = decay_.data() + int64_t(count) * states_ * vectors();
       for (int s = 0; s < states_ * vectors(); ++s) decay_after[s] = chunk == last ? splat(S(1)) : decay_.data()[s];
       Pixel pixel = this->pixel(k, line, begin);
-      for (int i = 0; i < count; ++i, this->advance(k, pixel)) {
-        pixels_[i] = pixel;
+      for (int i = 0; i < count; ++i, this->advance(k, pixel)) pixels_[i] = pixel;
+      for (int i = 0; i < count; ++i) {
+        if (i + kAhead < count) this->prefetch_inputs(k, pixels_[i + kAhead]);
+        this->prefetch(pixel_pointer<T>(p_.grad_y, item_.batch, pixels_[i], 0, 0) + item_.channel);
+        this->prefetch(this->per_map(p_.grad_x, pixels_[i]));
+        this->prefetch(pixel_pointer<T>(p_.grad_delta, item_.batch, pixels_[i], k, 0) + item_.channel);
         if (states_ == 1) {
           recompute<1>(k, i);
         } else {
@@ -430,30 +469,40 @@ class BackwardTile : ScanTile<T, S, Units> {
       u[v] = load(x + v * kLanes, lanes(v));
       dy[v] = load(grad_y + v * kLanes, lanes(v));
       inflow[v] = delta[v] * u[v];
-      through_inflow[v] = grad_exponent[v] = V{};
     }
     const V* decay = decay_.data() + int64_t(i) * states * vectors;
     const V* decay_after = decay_.data() + int64_t(i + 1) * states * vectors;
     const V* before = chunk_states_.data() + int64_t(i) * states * vectors;
     const V* after = chunk_states_.data() + int64_t(i + 1) * states * vectors;
-    for (int n = 0; n < states; ++n) {
+    const V* A = A_log2e_.data();
+    V* grad_A = grad_A_.data();
+    V* grad_after = grad_state_.data();
+    // The first state stores what the others add to: zeros stored before the loop cost more than a state's products.
+    const auto differentiate_state = [&](int n, auto is_first) {
       const S B_n = B ? scalar(B + n) : S(1), C_n = C ? scalar(C + n) : S(1);
       V sum_B{}, sum_C{};
       for (int v = 0; v < vectors; ++v) {
         const int s = n * vectors + v;
         // In this order compilers fuse the first product, so that the recurrence rounds once a position.
-        const V grad_state = decay_after[s] * grad_state_.data()[s] + C_n * dy[v];
+        const V grad_state = decay_after[s] * grad_after[s] + C_n * dy[v];
         const V through_decay = grad_state * decay[s] * before[s];
-        grad_state_.data()[s] = grad_state;
-        grad_exponent[v] += through_decay * A_log2e_.data()[s];
-        grad_A_.data()[s] += through_decay * delta[v];
-        through_inflow[v] += B_n * grad_state;
+        grad_after[s] = grad_state;
+        grad_A[s] += through_decay * delta[v];
+        if constexpr (decltype(is_first)::value) {
+          grad_exponent[v] = through_decay * A[s];
+          through_inflow[v] = B_n * grad_state;
+        } else {
+          grad_exponent[v] += through_decay * A[s];
+          through_inflow[v] += B_n * grad_state;
+        }
         sum_B += grad_state * inflow[v];
         sum_C += dy[v] * after[s];
       }
       if (grad_B) grad_B[n] = sum_lanes<S>(sum_B);
       if (grad_C) grad_C[n] = sum_lanes<S>(sum_C);
-    }
+    };
+    differentiate_state(0, std::true_type());
+    for (int n = 1; n < states; ++n) differentiate_state(n, std::false_type());
     S* grad_x = this->per_map(p_.grad_x, pixel);
     T* grad_delta = pixel_pointer<T>(p_.grad_delta, item_.batch, pixel, k, 0) + item_.channel;
     const V* delta_slope = delta_slope_.data() + i * vectors;

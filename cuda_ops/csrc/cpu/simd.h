@@ -8,7 +8,7 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -209,6 +209,13 @@ static inline Vec<float> exp2(Vec<float> x) {
   const Vec<float> clamped = _mm512_maskz_max_ps(all, low, x);  // the second operand if one is NaN
   const Vec<float> rounded = _mm512_maskz_roundscale_ps(all, clamped, _MM_FROUND_TO_NEAREST_INT);
   return _mm512_maskz_scalef_ps(all, exp2_fraction(clamped - rounded), rounded);
+#elif defined(__AVX2__)
+  // Both bounds return the second operand if one is NaN, whose integer is 2^31: shifted out, it leaves NaN as it is.
+  // The exponent of 128, whose fraction is 0, is that of infinity.
+  const Vec<float> clamped = _mm256_max_ps(low, _mm256_min_ps(splat(128.f), x));
+  const __m256i rounded = _mm256_cvtps_epi32(clamped);
+  const Vec<float> p = exp2_fraction(clamped - Vec<float>(_mm256_cvtepi32_ps(rounded)));
+  return bit_cast<Vec<float>>(bit_cast<UIntVec>(p) + (bit_cast<UIntVec>(rounded) << 23));
 #else
   const Vec<float> clamped = (x < low) ? low : x;
   const Vec<float> magic = splat(0x1.8p23f);  // adding it rounds to an integer in the low bits
@@ -234,9 +241,11 @@ struct Softplus {
 constexpr double kLog2E = 1.4426950408889634;
 
 static inline Softplus<float> softplus(Vec<float> v) {
-  const Vec<float> zero{};
-  const auto positive = v > zero;
-  const Vec<float> t = exp2((positive ? -v : v) * float(kLog2E));
+  const auto positive = v > Vec<float>{};
+  // With its sign bit set v is -|v|, and without its bits where it is negative, max(v, 0).
+  const Vec<float> negative = bit_cast<Vec<float>>(bit_cast<UIntVec>(v) | 0x80000000u);
+  const Vec<float> above = bit_cast<Vec<float>>(bit_cast<UIntVec>(v) & bit_cast<UIntVec>(positive));
+  const Vec<float> t = exp2(negative * float(kLog2E));
   // log(1 + t) = 2 atanh(t / (2 + t)), by a minimax polynomial for t in [0, 1].
   const Vec<float> s = t / (t + 2.f);
   const Vec<float> z = s * s;
@@ -245,7 +254,7 @@ static inline Softplus<float> softplus(Vec<float> v) {
   q = q * z + 4.0001240873e-1f;
   q = q * z + 6.6666665228e-1f;
   q = q * z + 2.0f;
-  const Vec<float> value = q * s + (positive ? v : zero);
+  const Vec<float> value = q * s + above;
   const Vec<float> reciprocal = 1.f / (t + 1.f);
   return {value, positive ? reciprocal : t * reciprocal};
 }
