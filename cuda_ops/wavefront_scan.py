@@ -42,7 +42,7 @@ _NAMES = ('x', 'delta_top', 'delta_left', 'A_top', 'A_left', 'B_top', 'B_left', 
 
 # Recomputed states of 16 channels that about fill a core's own cache, and the fewest lines between two saved ones. A
 # sixteenth of all states is the most that is saved then.
-_CACHED_STATES, _MIN_CHUNK = 16384, 16
+_CACHED_STATES, _MIN_CHUNK = 4096, 16
 
 
 def _chunk_lines(height: int, width: int, states: int, device_type: str) -> int:

@@ -200,8 +200,9 @@ static inline Vec<float> exp2_fraction(Vec<float> f) {
   return p * f + 1.0f;
 }
 
-// 2^x. Relative error below 2e-7 where the result is a normal number; below 2^-126 the result is 2^-126.
-static inline Vec<float> exp2(Vec<float> x) {
+// 2^x. Relative error below 2e-7 where the result is a normal number; below 2^-126 the result is 2^-126. Compilers must
+// be told to inline what a loop calls more than once: around a call all vectors would go through memory.
+__attribute__((always_inline)) static inline Vec<float> exp2(Vec<float> x) {
   const Vec<float> low = splat(-126.f);
 #if defined(__AVX512F__)
   // These instructions round, and scale by a power of two with correct overflow.
