@@ -31,7 +31,9 @@ def low_rank_delta(dt: Tensor, weight: Tensor) -> Tensor:
     """
     batch, height, width, routes, rank = dt.shape
     # By reshape: flatten has no rule for the vmap of torch.autograd.grad(is_grads_batched=True).
-    products = torch.bmm(dt.reshape(-1, routes, rank).transpose(0, 1), weight.to(dt.dtype).transpose(1, 2))
+    factors = dt.reshape(-1, routes, rank).transpose(0, 1)
+    # As an operator: counters that replace torch.bmm count the scans' projections by the scans' own formulas.
+    products = torch.ops.aten.bmm(factors, weight.to(dt.dtype).transpose(1, 2))
     return products.view(routes, batch, height, width, weight.shape[1]).permute(1, 2, 3, 0, 4)
 
 

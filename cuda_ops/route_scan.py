@@ -60,13 +60,13 @@ def _on_gpu(x: Tensor) -> bool:
     return x.device.type == 'cuda' and 'cuda' in _library.STATUS.devices
 
 
-def _takes_low_rank(x: Tensor, states: int, rank: int) -> bool:
+def _takes_low_rank(x: Tensor, states: int, rank: int, per_line: bool = False) -> bool:
     """Whether a scan of (B, H, W, E) with N states projects dt of this rank to delta itself, and gains by it.
 
     Where it does not, a matrix product before the scan is the better way; the results are the same but for rounding.
     """
     if _on_gpu(x):
-        return states == 1 and x.shape[3] % 2 == 0 and rank % 2 == 0 and 2 <= rank <= _MAX_DT_RANK_GPU
+        return not per_line and states == 1 and x.shape[3] % 2 == 0 and rank % 2 == 0 and 2 <= rank <= _MAX_DT_RANK_GPU
     served = x.device.type == 'cpu' and 'cpu' in _library.STATUS.devices
     # In half precision a product may use the processor's instructions for it, which the scan does not.
     return served and x.dtype in (torch.float32, torch.float64) and rank <= _MAX_DT_RANK_CPU
@@ -453,7 +453,8 @@ def line_scan(
         D: (E) skip weights, or None for no skip.
         delta_bias: (E), or None.
         delta_softplus: whether delta + delta_bias passes a softplus.
-        delta_weight: (E, R), or None. See :func:`cross_selective_scan`.
+        delta_weight: (E, R), or None. With it the scan's delta is ``delta_weight @ delta``, which the scan computes
+            itself on CPUs in float32 for a dt_rank of up to 32; elsewhere a matrix product does.
         axis: 'row' scans along W within each row, 'column' along H within each column.
         reverse: start from the right (or the bottom) end.
 
@@ -495,7 +496,7 @@ def line_scan(
     D, delta_bias, delta_weight = (
         None if value is None else value.unsqueeze(0) for value in (D, delta_bias, delta_weight)
     )
-    if delta_weight is not None and not _takes_low_rank(x, states, delta_weight.shape[2]):
+    if delta_weight is not None and not _takes_low_rank(x, states, delta_weight.shape[2], per_line=True):
         delta, delta_weight = route_reference.low_rank_delta(delta, delta_weight), None
     route = _AXES[axis] | (ROW_REVERSED if reverse else ROW)
     return scan_routes(x, delta, A, B, C, D, delta_bias, [route], True, delta_softplus, delta_weight)[0]

@@ -40,8 +40,8 @@ _library.define(
 )
 _NAMES = ('x', 'delta_top', 'delta_left', 'A_top', 'A_left', 'B_top', 'B_left', 'C', 'D')
 
-# Recomputed states of 16 channels that about fill a core's own cache, and the fewest lines between two saved ones. A
-# sixteenth of all states is the most that is saved then.
+# Recomputed states of a channel, so that those of 16 fill half of a core's own cache of 512 KiB, and the fewest lines
+# between two saved ones. A sixteenth of all states is the most that is saved then.
 _CACHED_STATES, _MIN_CHUNK = 4096, 16
 
 

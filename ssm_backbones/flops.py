@@ -179,9 +179,10 @@ def _cross_scan_flops(x: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> int:
     return route_scan_flops(x.shape, dt.shape, A.shape) + 4 * x.numel() * dt.shape[-1]
 
 
-def _line_scan_flops(x: Tensor, delta: Tensor, A: Tensor, *rest: Any) -> int:
-    # The seventh of the inputs is delta's weight, where delta is a low-rank dt.
-    projection = x.numel() * delta.shape[-1] if len(rest) > 4 and rest[4] is not None else 0
+def _line_scan_flops(
+    x: Tensor, delta: Tensor, A: Tensor, B: Any, C: Any, D: Any, bias: Any, weight: Tensor | None = None
+) -> int:
+    projection = 0 if weight is None else x.numel() * delta.shape[-1]
     return route_scan_flops(x.shape, delta.shape, (1, *A.shape)) + projection
 
 

@@ -52,6 +52,7 @@ struct Inputs {
     SSM_CHECK(chunk >= 0, "chunk must not be negative, got ", chunk);
     p.routes = count;
     p.states = A_.size(2);
+    SSM_CHECK(p.states >= 1, "A must hold at least one state for each channel, got ", A_.sizes());
     p.chunk = chunk;
     p.per_line = per_line;
     p.delta_softplus = delta_softplus;

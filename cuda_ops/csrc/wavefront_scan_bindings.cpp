@@ -77,6 +77,7 @@ struct Inputs {
     const int64_t channels = x_.size(3);
     const int64_t states = A_top_.size(1);
     SSM_CHECK(height >= 1 && width >= 1, "x must have height and width of at least 1, got ", x_.sizes());
+    SSM_CHECK(states >= 1, "A_top must hold at least one state for each channel, got ", A_top_.sizes());
     const auto type = x_.scalar_type();
     const auto state = state_type(x_);
     WavefrontScanParams& p = params;

@@ -291,7 +291,7 @@ class _Segmentation(_Check):
         self.try_pipeline(key, dataset, built)
 
     def finish(self) -> None:
-        segmentation.check_class_weights(self.cfg, self.ignored, self.findings)
+        segmentation.check_losses(self.cfg, self.ignored, self.findings)
 
 
 class _Classification(_Check):

@@ -191,8 +191,8 @@ def _check_spread(
         )
 
 
-def check_class_weights(cfg: Any, ignored: bool, findings: Findings) -> None:
-    """Check that weights of classes do not meet ignored pixels, with which mmseg's cross entropy does not go together.
+def check_losses(cfg: Any, ignored: bool, findings: Findings) -> None:
+    """Check that no loss meets ignored pixels with which it does not go together (mmseg 1.2.2).
 
     Args:
         cfg: The config.
@@ -211,7 +211,14 @@ def check_class_weights(cfg: Any, ignored: bool, findings: Findings) -> None:
                         ERROR,
                         f'model.{name}.loss_decode.class_weight',
                         'is set, and label maps have ignored pixels (255): the loss finds no weight for them and stops',
-                        'Take class_weight out; OHEMPixelSampler, or a loss such as DiceLoss, serve rare classes, too.',
+                        'Take class_weight out; OHEMPixelSampler serves rare classes, too.',
+                    )
+                elif loss.get('type') == 'DiceLoss':
+                    findings.add(
+                        WARNING,
+                        f'model.{name}.loss_decode',
+                        'is a DiceLoss, and label maps have ignored pixels (255): it counts them as wrong',
+                        'Take TverskyLoss with alpha and beta of 0.5: the Dice loss of each class, which ignores them.',
                     )
 
 

@@ -58,6 +58,7 @@ class LineScan(nn.Module):
         D: Tensor,
         dt_bias: Tensor,
         dt_weight: Tensor | None = None,
+        *,
         reverse: bool = False,
     ) -> Tensor:
         return line_scan(x, delta, A, B, C, D, dt_bias, delta_weight=dt_weight, axis=self.axis, reverse=reverse)

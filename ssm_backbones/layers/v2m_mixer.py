@@ -137,8 +137,7 @@ class PlainV2MMixer(V2MMixer):
 
     def project(self, which: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return a pass's dt (B, H, W, R), and its B or C (B, H, W, N)."""
-        dt, projection = apply_linear(self.x_proj[which], x).split((self.dt_rank, self.d_state), dim=-1)
-        return dt, projection
+        return apply_linear(self.x_proj[which], x).split((self.dt_rank, self.d_state), dim=-1)
 
 
 class HierarchicalV2MMixer(V2MMixer):

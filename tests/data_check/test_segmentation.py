@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ssm_backbones.data_check import WARNING, check_data
@@ -112,6 +113,28 @@ def test_class_weights_do_not_go_with_ignored_pixels(check, loaded):
     cfg = loaded('mmseg')
     cfg.model.decode_head.loss_decode = dict(loss, class_weight=[1.0] * 3)
     assert any('has 3 weights' in error for error in errors(check_data(cfg)))
+
+
+def test_the_dice_loss_counts_ignored_pixels(check):
+    dice = dict(type='DiceLoss', use_sigmoid=False)
+    found = check('mmseg', None, {'model.auxiliary_head.loss_decode': [dict(type='CrossEntropyLoss'), dice]})
+    assert not errors(found)
+    (warning,) = (f for f in found if f.severity == WARNING and 'DiceLoss' in f.value)
+    assert warning.file == 'model.auxiliary_head.loss_decode' and 'TverskyLoss' in warning.remedy
+
+
+@pytest.mark.parametrize('ignored', [False, True])
+def test_the_losses_that_are_named_ignore_pixels(ignored):
+    from mmseg.models.losses import DiceLoss, TverskyLoss
+
+    labels = torch.randint(3, (1, 6, 6))
+    scores = torch.randn(1, 3, 6, 6)
+    found = scores.masked_fill(torch.nn.functional.one_hot(labels, 3).permute(0, 3, 1, 2) > 0, 60.0)
+    if ignored:
+        labels[:, :2] = 255
+        found[:, :, :2] = scores[:, :, :2]
+    assert (DiceLoss(use_sigmoid=False)(found, labels, ignore_index=255) > 1e-2) == ignored
+    assert TverskyLoss(alpha=0.5, beta=0.5)(found, labels, ignore_index=255) < 1e-3
 
 
 def test_heads_have_the_number_of_classes(check):

