@@ -54,7 +54,7 @@ def test_ptflops(name, in_scan, monkeypatch):
         backend='pytorch',
         custom_modules_hooks=ptflops_handles(),
     )
-    # It counts the padding of causal convolutions, which is much of a small map.
+    # It counts biases and the padding of causal convolutions, which is much of a small map.
     assert flops == pytest.approx(expected.flops, rel=0.04 if name == 'v2m-plain' else 0.02)
 
 
