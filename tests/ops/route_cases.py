@@ -305,13 +305,11 @@ FACTORS = (
     ),
 )
 LINE_FACTORS = (
-    LineFactors(1, 1, 1, 2, 1, 'row', rank=1),
     LineFactors(2, 9, 13, 34, 1, 'column', reverse=True, C=False, rank=6),
     LineFactors(1, 14, 5, 48, 16, 'row', C=False, rank=12),
     LineFactors(1, 5, 14, 17, 16, 'column', B=False, bias=False, rank=12),
     LineFactors(1, 25, 3, 16, 2, 'row', reverse=True, softplus=False, rank=24),
     LineFactors(1, 4, 6, 18, 1, 'column', D=False, rank=33),
-    LineFactors(0, 4, 5, 8, 1, 'row', rank=2),
 )
 CASES: tuple[Case, ...] = (*SEQUENCES, *CROSSES, *LINES, *FACTORS, *LINE_FACTORS)
 
