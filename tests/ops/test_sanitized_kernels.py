@@ -41,7 +41,7 @@ CAPABILITIES = {
 FAULTS = {
     'an access out of bounds': (
         'address',
-        'cpu/route_scan.cpp',
+        'cpu/route_tile.h',
         'min_of(units * (item.tile + 1) / split_.tiles * kCpuChannelUnit, group_channels)',
         'units * (item.tile + 1) / split_.tiles * kCpuChannelUnit',
         'AddressSanitizer: heap-buffer-overflow',
