@@ -207,6 +207,12 @@ def test_saved_states_change_nothing(size: tuple[int, int], chunk: int) -> None:
         torch.testing.assert_close(value, expected[name], **EXACT)
 
 
+def test_the_operator_refuses_maps_without_states() -> None:
+    x, A, none = torch.randn(1, 4, 5, 6), -torch.ones(6, 0), torch.zeros(1, 4, 5, 0)
+    with pytest.raises(ValueError, match=r'A_top must hold at least one state for each channel, got \[6, 0\]'):
+        SCAN(x, x, x, A, A, none, none, none, None, False, 0)
+
+
 def test_the_operator_chooses_what_to_save_for_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     # Larger maps would be saved anyway; the public function hides the module of its name.
     monkeypatch.setattr(importlib.import_module('cuda_ops.wavefront_scan'), '_CACHED_STATES', 1)
