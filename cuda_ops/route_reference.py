@@ -129,6 +129,12 @@ class _Route:
         return gradient.unflatten(2, (-1, self.channels_per_group)).sum(3)
 
 
+def _numbered(routes: list[int], A: Tensor) -> list[tuple[int, int]]:
+    """Each route with the place of its inputs, which is the first for all of them where only one's are given."""
+    shared = A.shape[0] == 1
+    return [(0 if shared else k, route) for k, route in enumerate(routes)]
+
+
 def route_scan(
     x: Tensor,
     delta: Tensor,
@@ -148,7 +154,8 @@ def route_scan(
         delta: (B, H, W, K, E), before bias and softplus.
         A: (K, E, N), B and C: (B, H, W, K, N), (B, H, W, K, G, N) with G dividing E, or None for ones; D and
             delta_bias: (K, E) or None.
-        routes: K route codes, :data:`ROW` to :data:`COLUMN_REVERSED`.
+        routes: K route codes, :data:`ROW` to :data:`COLUMN_REVERSED`; with ``per_line`` two may share what is given
+            for one.
         per_line: start from a zero state at every row (or column) instead of once an image.
         delta_softplus: whether delta + delta_bias passes a softplus.
 
@@ -156,20 +163,20 @@ def route_scan(
         The output (B, H, W, E) in x's dtype, and the state after the last position of each route (B, K, E, N) in the
         state dtype, empty with ``per_line``.
     """
-    _, height, width, channels = x.shape
+    height, width = x.shape[1:3]
     dtype = state_dtype(x.dtype)
     # Converted once, so that the routes' gradients are added up in the state dtype.
     wide, delta = x.to(dtype), delta.to(dtype)
     B, C = (None if value is None else value.to(dtype) for value in (B, C))
     outputs, lasts = [], []
-    for k, route in enumerate(routes):
+    for k, route in _numbered(routes, A):
         r = _Route(k, wide, delta, A, B, C, delta_bias, route, per_line, delta_softplus)
         y = (r.states * r.C).sum(-1)
         if D is not None:
             y = y + D[k] * r.u
         outputs.append(onto_grid(y, route, height, width))
         lasts.append(r.states[:, -1])
-    last = x.new_zeros((0, len(routes), channels, A.shape[2]), dtype=dtype) if per_line else torch.stack(lasts, dim=1)
+    last = x.new_zeros((0, *A.shape), dtype=dtype) if per_line else torch.stack(lasts, dim=1)
     return sum(outputs[1:], outputs[0]).to(x.dtype), last
 
 
@@ -207,7 +214,7 @@ def route_scan_backward(
         )
         if value is not None
     }
-    for k, route in enumerate(routes):
+    for k, route in _numbered(routes, A):
         r = _Route(k, x, delta, A, B, C, delta_bias, route, per_line, delta_softplus)
         dy = along_route(grad_output, route, per_line).to(dtype)
         source = dy.unsqueeze(-1) * r.C
@@ -226,15 +233,15 @@ def route_scan_backward(
         du = through_input * r.d
         if D is not None:
             du = du + D[k] * dy
-            grads['D'][k] = (dy * r.u).sum((0, 1))
+            grads['D'][k] += (dy * r.u).sum((0, 1))
         grads['x'] += onto_grid(du, route, height, width)
-        grads['delta'][:, :, :, k] = onto_grid(d_delta, route, height, width)
-        grads['A'][k] = (through_decay * r.d.unsqueeze(-1)).sum((0, 1))
+        grads['delta'][:, :, :, k] += onto_grid(d_delta, route, height, width)
+        grads['A'][k] += (through_decay * r.d.unsqueeze(-1)).sum((0, 1))
         if delta_bias is not None:
-            grads['delta_bias'][k] = d_delta.sum((0, 1))
+            grads['delta_bias'][k] += d_delta.sum((0, 1))
         if B is not None:
             per_group = r.per_group(g * (r.d * r.u).unsqueeze(-1))
-            grads['B'][:, :, :, k] = onto_grid(per_group, route, height, width)
+            grads['B'][:, :, :, k] += onto_grid(per_group, route, height, width)
         if C is not None:
-            grads['C'][:, :, :, k] = onto_grid(r.per_group(dy.unsqueeze(-1) * r.states), route, height, width)
+            grads['C'][:, :, :, k] += onto_grid(r.per_group(dy.unsqueeze(-1) * r.states), route, height, width)
     return grads

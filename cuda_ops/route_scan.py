@@ -37,6 +37,7 @@ _library.define(
     'Tensor? delta_weight=None) -> (Tensor, Tensor, Tensor)',
 )
 # B and C are (B, H, W, K, N), or (B, H, W, K, G, N) with G groups of channels that have their own.
+# With per_line there is one route, or a route and its reverse, which share what is given for one, K = 1.
 # With delta_weight, the argument delta is the low-rank dt, and the backward operator returns the gradient of the full
 # delta: those of dt and weight are matrix products of it.
 _library.define(
@@ -53,6 +54,9 @@ _AXES = {'row': ROW, 'column': COLUMN}
 # kernels take up to 16.
 _MAX_DT_RANK_CPU = 32
 _MAX_DT_RANK_GPU = 8
+# The positions of a line times the states up to which the CPU scans lines both ways at once: it keeps the decays of a
+# line of 64 channels, 2 MB then, in the processor's caches.
+_MAX_BOTH_WAYS = 8192
 
 
 def _on_gpu(x: Tensor) -> bool:
@@ -70,6 +74,18 @@ def _takes_low_rank(x: Tensor, states: int, rank: int, per_line: bool = False) -
     served = x.device.type == 'cpu' and 'cpu' in _library.STATUS.devices
     # In half precision a product may use the processor's instructions for it, which the scan does not.
     return served and x.dtype in (torch.float32, torch.float64) and rank <= _MAX_DT_RANK_CPU
+
+
+def _takes_both_ways(x: Tensor, states: int, axis: str) -> bool:
+    """Whether the operator scans the lines of a map (B, H, W, E) both ways at once; if not, two scans do.
+
+    Not in programs of ``torch.export``, whose sizes may be open, and not in a trace: either may go to other devices.
+    """
+    if _on_gpu(x) or x.device.type != 'cpu' or 'cpu' not in _library.STATUS.devices:
+        return False
+    if _torch_compat.is_exporting() or torch.jit.is_tracing():
+        return False
+    return x.shape[2 if axis == 'row' else 1] * states <= _MAX_BOTH_WAYS
 
 
 def _chunk_length(states: int, device_type: str) -> int:
@@ -95,12 +111,12 @@ def _empty_outputs(
     x: Tensor, A: Tensor, routes: Sequence[int], per_line: bool, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate the output, the last states and the saved states (none where ``chunk`` is 0)."""
-    batch, channels, states = x.shape[0], x.shape[3], A.shape[2]
+    batch, (given, channels, states) = x.shape[0], A.shape
     dtype = state_dtype(x.dtype)
     output = torch.empty_like(x, memory_format=torch.contiguous_format)
-    last = x.new_empty((0 if per_line else batch, len(routes), channels, states), dtype=dtype)
+    last = x.new_empty((0 if per_line else batch, given, channels, states), dtype=dtype)
     lines, saved = _saved_chunks(x, routes, per_line, chunk) if chunk else (1, 0)
-    return output, last, x.new_empty((batch, len(routes), lines, saved, states, channels), dtype=dtype)
+    return output, last, x.new_empty((batch, given, lines, saved, states, channels), dtype=dtype)
 
 
 def _empty_gradients(
@@ -218,7 +234,9 @@ def _checked_reference(x, delta, A, *arguments):
 
 def _with_chunk(arguments: Sequence[Any]) -> Sequence[Any]:
     """Have states saved for a backward pass, at a distance that suits the device unless one was asked for."""
-    x, A, chunk = arguments[0], arguments[2], arguments[10]
+    x, A, routes, per_line, chunk = arguments[0], arguments[2], *arguments[7:9], arguments[10]
+    if not chunk and per_line and len(routes) == 2:
+        chunk = x.shape[1 if routes[0] == COLUMN else 2]  # both ways nothing is saved along a line
     return (*arguments[:10], chunk or _chunk_length(A.shape[2], x.device.type), *arguments[11:])
 
 
@@ -303,7 +321,7 @@ _reference_mode.serve('route_scan', _checked_reference)
 
 
 def route_scan_flops(
-    x_shape: Sequence[int], delta_shape: Sequence[int], A_shape: Sequence[int], *args: object, **kwargs: object
+    x_shape: Sequence[int], delta_shape: Sequence[int], A_shape: Sequence[int], *args: Any, **kwargs: Any
 ) -> int:
     """Count the operator's FLOPs from its arguments' shapes as the field does: a multiply-add counts once.
 
@@ -311,11 +329,12 @@ def route_scan_flops(
     ``torch.utils.flop_counter`` counts a multiply-add twice, and gets twice this.
     """
     batch, height, width, channels = x_shape
-    routes, _, states = A_shape
-    # By position: the weight is the operator's twelfth argument.
+    given, _, states = A_shape
+    # By position: the routes are the operator's eighth argument, and the weight is its twelfth.
+    routes = len(args[4]) if len(args) > 4 and args[4] is not None else given
     weight_shape = args[8] if len(args) > 8 else None
     rank = delta_shape[4] if weight_shape is not None else 0
-    return batch * height * width * routes * channels * (9 * states + rank)
+    return batch * height * width * channels * (9 * states * routes + rank * given)
 
 
 _library.count_flops('route_scan', route_scan_flops)
@@ -438,6 +457,7 @@ def line_scan(
     *,
     axis: str,
     reverse: bool = False,
+    both_ways: bool = False,
 ) -> Tensor:
     """A selective scan along every row or every column, each from a zero state.
 
@@ -457,14 +477,20 @@ def line_scan(
             itself on CPUs in float32 for a dt_rank of up to 32; elsewhere a matrix product does.
         axis: 'row' scans along W within each row, 'column' along H within each column.
         reverse: start from the right (or the bottom) end.
+        both_ways: return the sum of both directions' scans, D's share twice. On CPUs, for lines of up to 8192 / N
+            pixels, one pass computes what depends on the pixel alone, exponentials above all, once for both; elsewhere
+            it takes two scans.
 
     Returns:
         (B, H, W, E) in x's dtype. Differentiable once, in every floating input.
 
     Raises:
-        ValueError: a shape or the axis does not fit, or A is positive or not finite.
+        ValueError: a shape or the axis does not fit, ``reverse`` is set with ``both_ways``, or A is positive or not
+            finite.
         TypeError: dtypes are mixed or not supported.
     """
+    if reverse and both_ways:
+        raise ValueError('reverse=True chooses one direction and both_ways=True asks for both: set one of them')
     if axis not in _AXES:
         raise ValueError(f"axis must be 'row' (along W) or 'column' (along H), got {axis!r}")
     _checks.tensors(x=x, delta=delta, A=A)
@@ -496,7 +522,17 @@ def line_scan(
     D, delta_bias, delta_weight = (
         None if value is None else value.unsqueeze(0) for value in (D, delta_bias, delta_weight)
     )
-    if delta_weight is not None and not _takes_low_rank(x, states, delta_weight.shape[2], per_line=True):
-        delta, delta_weight = route_reference.low_rank_delta(delta, delta_weight), None
     route = _AXES[axis] | (ROW_REVERSED if reverse else ROW)
-    return scan_routes(x, delta, A, B, C, D, delta_bias, [route], True, delta_softplus, delta_weight)[0]
+    back = route | ROW_REVERSED
+    at_once = both_ways and _takes_both_ways(x, states, axis)
+    in_scan = delta_weight is not None and _takes_low_rank(x, states, delta_weight.shape[2], per_line=True)
+    # Two scans that project dt each would do so twice.
+    if delta_weight is not None and (not in_scan or (both_ways and not at_once)):
+        delta, delta_weight = route_reference.low_rank_delta(delta, delta_weight), None
+
+    def scan(*routes: int) -> Tensor:
+        return scan_routes(x, delta, A, B, C, D, delta_bias, list(routes), True, delta_softplus, delta_weight)[0]
+
+    if at_once:
+        return scan(route, back)
+    return scan(route) + scan(back) if both_ways else scan(route)

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import flop_registry
 from cuda_ops.route_scan import route_scan_flops
 from cuda_ops.wavefront_scan import wavefront_scan_flops
 from ssm_backbones.layers.mamba2d_mixer import Neighbour
-from ssm_backbones.layers.scans import CrossScan, DeltaProjection, DotProductAttention, LineScan, WavefrontScan
+from ssm_backbones.layers.scans import CrossScan, DotProductAttention, LineScan, WavefrontScan
 from ssm_backbones.utils.errors import CommandError
 
 if TYPE_CHECKING:
@@ -179,18 +179,15 @@ def _cross_scan_flops(x: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> int:
     return route_scan_flops(x.shape, dt.shape, A.shape) + 4 * x.numel() * dt.shape[-1]
 
 
-def _line_scan_flops(
-    x: Tensor, delta: Tensor, A: Tensor, B: Any, C: Any, D: Any, bias: Any, weight: Tensor | None = None
-) -> int:
-    projection = 0 if weight is None else x.numel() * delta.shape[-1]
-    return route_scan_flops(x.shape, delta.shape, (1, *A.shape)) + projection
+def _line_scan_flops(x: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> int:
+    both_ways = rest[-1]
+    return route_scan_flops(x.shape, dt.shape, (1 + both_ways, *A.shape)) + x.numel() * dt.shape[-1]
 
 
 _MODULES: dict[type[nn.Module], Callable[..., int]] = {
     CrossScan: _cross_scan_flops,
     LineScan: _line_scan_flops,
     WavefrontScan: lambda x, top, left, A, *rest: wavefront_scan_flops(x.shape, top.shape, left.shape, A.shape),
-    DeltaProjection: lambda dt, weight: dt[..., 0].numel() * weight.shape[-1] * weight.shape[-2],
     DotProductAttention: lambda query, key, value: _attention_flops(query.shape, key.shape, value.shape),
 }
 

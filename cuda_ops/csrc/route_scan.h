@@ -26,6 +26,8 @@ struct RouteScanParams {
   int64_t chunk;  // positions between saved states, 0 to save none
   int32_t route[kMaxRoutes];
   bool per_line;
+  bool both_ways;  // with per_line: also in the route's reverse, with the same inputs. On CPUs alone, and without saved
+                   // states
   bool delta_softplus;
 
   GridTensor x;            // (B, H, W, E) data

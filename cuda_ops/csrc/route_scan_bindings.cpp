@@ -36,12 +36,14 @@ struct Inputs {
 
   Inputs(const Tensor& x_, const Tensor& delta_, const Tensor& A_, const OptionalTensor& B_, const OptionalTensor& C_,
          const OptionalTensor& D_, const OptionalTensor& delta_bias_, IntList routes, bool per_line,
-         bool delta_softplus, int64_t chunk, const OptionalTensor& delta_weight_) {
+         bool delta_softplus, int64_t chunk, const OptionalTensor& delta_weight_, const Cuda& cuda) {
     SSM_CHECK(x_.dim() == 4, "x must be (batch, height, width, channels), got ", x_.sizes());
     SSM_CHECK(A_.dim() == 3, "A must be (routes, channels, states), got ", A_.sizes());
-    const int64_t count = int64_t(routes.size());
+    // Lines scanned both ways have one set of inputs.
+    params.both_ways = per_line && routes.size() == 2 && routes[1] == (routes[0] ^ 2);
+    const int64_t count = params.both_ways ? 1 : int64_t(routes.size());
     SSM_CHECK(count >= 1 && count <= kMaxRoutes && (!per_line || count == 1), "1 to ", kMaxRoutes,
-              " routes are served, or one with per_line, got ", routes);
+              " routes are served, or with per_line one, or one and its reverse, got ", routes);
     RouteScanParams& p = params;
     p.dtype = data_type(x_);
     p.batch = x_.size(0);
@@ -60,6 +62,10 @@ struct Inputs {
       SSM_CHECK(routes[k] >= kRow && routes[k] <= kColumnReversed, "routes are 0 to 3, got ", routes);
       p.route[k] = int32_t(routes[k]);
     }
+    const int64_t length = route_shape(p.route[0], per_line, p.height, p.width).length;
+    SSM_CHECK(!p.both_ways || !cuda, "lines are scanned both ways at once on CPUs alone, got x on ", device_name(x_));
+    SSM_CHECK(!p.both_ways || chunk == 0 || chunk >= length, "both ways need a chunk of a whole line, ", length,
+              " positions, got ", chunk);
     const OptionalTensor& projection = B_ ? B_ : C_;
     SSM_CHECK(!projection || projection->dim() == 5 || projection->dim() == 6,
               "B and C must be (batch, height, width, routes, states), or with groups before the states, got ",
@@ -158,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor> route_scan(const Tensor& x, const Tensor& del
                                               const OptionalTensor& delta_bias, IntList routes, bool per_line,
                                               bool delta_softplus, int64_t chunk, const OptionalTensor& delta_weight) {
   const Cuda cuda(x);
-  Inputs inputs(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus, chunk, delta_weight);
+  Inputs inputs(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus, chunk, delta_weight, cuda);
   RouteScanParams& p = inputs.params;
   const auto state = state_type(x);
   const RouteShape shape = route_shape(p.route[0], per_line, p.height, p.width);
@@ -187,7 +193,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route_scan_ba
     const OptionalTensor& delta_weight) {
   SSM_CHECK(chunk >= 1, "the backward pass needs the states saved with a chunk of at least 1, got ", chunk);
   const Cuda cuda(x);
-  Inputs inputs(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus, chunk, delta_weight);
+  Inputs inputs(x, delta, A, B, C, D, delta_bias, routes, per_line, delta_softplus, chunk, delta_weight, cuda);
   RouteScanParams& p = inputs.params;
   const auto type = x.scalar_type();
   const auto state = state_type(x);

@@ -38,7 +38,7 @@ class CrossScan(nn.Module):
 
 
 class LineScan(nn.Module):
-    """A scan along every row or every column, :func:`cuda_ops.line_scan`; of a low-rank delta if its weight is given.
+    """A scan along every row or every column, :func:`cuda_ops.line_scan` of a low-rank delta.
 
     Args:
         axis: 'row' or 'column'.
@@ -51,17 +51,19 @@ class LineScan(nn.Module):
     def forward(
         self,
         x: Tensor,
-        delta: Tensor,
+        dt: Tensor,
         A: Tensor,
         B: Tensor | None,
         C: Tensor | None,
         D: Tensor,
         dt_bias: Tensor,
-        dt_weight: Tensor | None = None,
-        *,
+        dt_weight: Tensor,
         reverse: bool = False,
+        both_ways: bool = False,
     ) -> Tensor:
-        return line_scan(x, delta, A, B, C, D, dt_bias, delta_weight=dt_weight, axis=self.axis, reverse=reverse)
+        return line_scan(
+            x, dt, A, B, C, D, dt_bias, True, dt_weight, axis=self.axis, reverse=reverse, both_ways=both_ways
+        )
 
     def extra_repr(self) -> str:
         return self.axis
@@ -94,14 +96,6 @@ class WavefrontScan(nn.Module):
 
     def extra_repr(self) -> str:
         return f'reverse={self.reverse}'
-
-
-class DeltaProjection(nn.Module):
-    """Delta of K scans' low-rank dt, by the mixer's weight: (K, L, R) and (K, E, R) -> (K, L, E)."""
-
-    def forward(self, dt: Tensor, weight: Tensor) -> Tensor:
-        # dt is a strided slice: matrix products read it in place, a convolution would copy it.
-        return torch.bmm(dt, weight.transpose(1, 2))
 
 
 class DotProductAttention(nn.Module):

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ssm_backbones.layers.calls import apply_causal_conv, apply_conv, apply_linear, apply_linear_halves, conv2d
 from ssm_backbones.layers.common import init_scan_parameters, negative_exp
-from ssm_backbones.layers.scans import DeltaProjection, LineScan, module_inputs
+from ssm_backbones.layers.scans import LineScan, module_inputs
 
 PASSES = 2
 ROW, COLUMN = range(PASSES)
@@ -66,26 +66,29 @@ class V2MMixer(nn.Module):
         x, z = apply_linear_halves(self.in_proj, x)
         return x, F.silu(z)
 
-    def scan_rows(
-        self, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, from_right: bool, low_rank: bool = False
-    ) -> Tensor:
-        """Compute s of the module's equations, along W from the left or right edge.
+    def scan_rows(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, from_right: bool | None) -> Tensor:
+        """Compute s of the module's equations, along W from the left or right edge, or (None) the sum of both.
 
-        A is that of both passes, and delta (B, H, W, E), or with ``low_rank`` dt (B, H, W, R).
+        A is that of both passes, and dt (B, H, W, R).
         """
-        return self.row_scan(x, delta, A[ROW], B, None, *self.scan_parameters(ROW, low_rank), reverse=from_right)
+        return self.row_scan(x, dt, A[ROW], B, None, *self.scan_parameters(ROW), *directions(from_right))
 
-    def scan_columns(
-        self, x: Tensor, delta: Tensor, A: Tensor, C: Tensor, from_bottom: bool, low_rank: bool = False
-    ) -> Tensor:
-        """Compute y of the module's equations, along H from the top or bottom edge, as :meth:`scan_rows` does s."""
-        parameters = self.scan_parameters(COLUMN, low_rank)
-        return self.column_scan(x, delta, A[COLUMN], None, C, *parameters, reverse=from_bottom)
+    def scan_columns(self, x: Tensor, dt: Tensor, A: Tensor, C: Tensor, from_bottom: bool | None) -> Tensor:
+        """Compute y of the module's equations, along H from the top or bottom edge, or (None) the mean of both."""
+        D, *delta_parameters = self.scan_parameters(COLUMN)
+        if from_bottom is None:
+            # The scan is linear in both, and both are smaller than the map.
+            C, D = 0.5 * C, 0.5 * D
+        return self.column_scan(x, dt, A[COLUMN], None, C, D, *delta_parameters, *directions(from_bottom))
 
-    def scan_parameters(self, which: int, low_rank: bool) -> tuple[Tensor, ...]:
-        """Return a pass's D, bias of delta and, with ``low_rank``, delta's weight, as a scan takes them."""
-        parameters = (self.D[which], self.dt_bias[which])
-        return module_inputs(*parameters, self.dt_weight[which]) if low_rank else module_inputs(*parameters)
+    def scan_parameters(self, which: int) -> tuple[Tensor, ...]:
+        """Return a pass's D, bias of delta and weight of delta, as a scan takes them."""
+        return module_inputs(self.D[which], self.dt_bias[which], self.dt_weight[which])
+
+
+def directions(from_end: bool | None) -> tuple[bool, bool]:
+    """Return a line scan's ``reverse`` and ``both_ways``. By position, since hooks of counters see no keywords."""
+    return bool(from_end), from_end is None
 
 
 class PlainV2MMixer(V2MMixer):
@@ -127,13 +130,13 @@ class PlainV2MMixer(V2MMixer):
         """Compute s', the gated scan along W from one side."""
         x = F.silu(apply_causal_conv(self.row_conv, x, 'row', from_right))
         dt, B = self.project(ROW, x)
-        return gate * self.scan_rows(x, dt, A, B, from_right, low_rank=True)
+        return gate * self.scan_rows(x, dt, A, B, from_right)
 
     def second_pass(self, s: Tensor, A: Tensor, from_bottom: bool) -> Tensor:
         """Compute y, the scan of s' along H from the top or bottom."""
         s = F.silu(apply_causal_conv(self.column_conv, s, 'column', from_bottom))
         dt, C = self.project(COLUMN, s)
-        return self.scan_columns(s, dt, A, C, from_bottom, low_rank=True)
+        return self.scan_columns(s, dt, A, C, from_bottom)
 
     def project(self, which: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return a pass's dt (B, H, W, R), and its B or C (B, H, W, N)."""
@@ -146,7 +149,7 @@ class HierarchicalV2MMixer(V2MMixer):
     ``in_proj`` to (x, z) -> depthwise 3x3 convolution of x -> SiLU -> scans along W, times SiLU(z), scans along H
     -> LayerNorm -> times SiLU(z) -> ``out_proj``. Delta, B and C of both passes depend on x at the pixel. They are
     then the same for all corners, the second scan is linear in the first one's result, and the sum of the four corners
-    is two scans along W, added, and two along H.
+    is a scan along W from both sides and one along H from both ends.
 
     Args:
         channels, inner_channels, d_state, dt_rank, depth: See :class:`V2MMixer`.
@@ -155,7 +158,6 @@ class HierarchicalV2MMixer(V2MMixer):
     def __init__(self, channels: int, inner_channels: int, d_state: int, dt_rank: int, depth: int = 1) -> None:
         super().__init__(channels, inner_channels, d_state, dt_rank, depth)
         self.conv = conv2d(inner_channels, inner_channels, 3, padding=1, groups=inner_channels, bias=False)
-        self.to_delta = DeltaProjection()
         self.x_proj = nn.Linear(inner_channels, PASSES * (dt_rank + d_state), bias=False)
         self.norm = nn.LayerNorm(inner_channels)
 
@@ -164,23 +166,19 @@ class HierarchicalV2MMixer(V2MMixer):
         x, gate = self.project_in(x)
         x = F.silu(apply_conv(self.conv, x))
         A = self.A
-        delta, B, C = self.project(x)
-        s = gate * (self.scan_rows(x, delta[ROW], A, B, False) + self.scan_rows(x, delta[ROW], A, B, True))
-        down = self.scan_columns(s, delta[COLUMN], A, C, False)
-        up = self.scan_columns(s, delta[COLUMN], A, C, True)
-        return apply_linear(self.out_proj, self.norm(torch.lerp(down, up, 0.5)) * gate)
+        dt, B, C = self.project(x)
+        s = gate * self.scan_rows(x, dt[ROW], A, B, None)
+        y = self.scan_columns(s, dt[COLUMN], A, C, None)
+        return apply_linear(self.out_proj, self.norm(y) * gate)
 
     def corner(self, x: Tensor, gate: Tensor, from_right: bool, from_bottom: bool) -> Tensor:
         """Compute one corner's y from x after the convolution and SiLU, and the gate; all maps are (B, H, W, E)."""
         A = self.A
-        delta, B, C = self.project(x)
-        s = gate * self.scan_rows(x, delta[ROW], A, B, from_right)
-        return self.scan_columns(s, delta[COLUMN], A, C, from_bottom)
+        dt, B, C = self.project(x)
+        s = gate * self.scan_rows(x, dt[ROW], A, B, from_right)
+        return self.scan_columns(s, dt[COLUMN], A, C, from_bottom)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return delta of both passes (2, B, H, W, E), B of the first and C of the second (B, H, W, N)."""
-        dt, projections = apply_linear(self.x_proj, x).split((PASSES * self.dt_rank, PASSES * self.d_state), dim=-1)
-        dt = dt.unflatten(-1, (PASSES, self.dt_rank)).flatten(0, 2).transpose(0, 1)
-        delta = self.to_delta(dt, *module_inputs(self.dt_weight)).unflatten(1, x.shape[:3])
-        B, C = projections.chunk(PASSES, dim=-1)
-        return delta, B, C
+    def project(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """Return dt of both passes, each (B, H, W, R), B of the first and C of the second (B, H, W, N)."""
+        *dt, B, C = apply_linear(self.x_proj, x).split([self.dt_rank] * PASSES + [self.d_state] * PASSES, dim=-1)
+        return tuple(dt), B, C

@@ -91,12 +91,26 @@ def scan_along(visits: Tensor, x, delta, A, B, C, D, delta_bias, delta_softplus)
 
 
 def line_scan(
-    x, delta, A, B, C, D=None, delta_bias=None, delta_softplus=True, delta_weight=None, *, axis, reverse=False
+    x,
+    delta,
+    A,
+    B,
+    C,
+    D=None,
+    delta_bias=None,
+    delta_softplus=True,
+    delta_weight=None,
+    *,
+    axis,
+    reverse=False,
+    both_ways=False,
 ):
     """``cuda_ops.line_scan``: x, delta (B, H, W, E), or delta (B, H, W, R) with delta_weight (E, R)."""
     if delta_weight is not None:
         delta = torch.einsum('bhwr,er->bhwe', delta, delta_weight)
-    return scan_along(lines_of(*x.shape[1:3], axis, reverse), x, delta, A, B, C, D, delta_bias, delta_softplus)
+    directions = (False, True) if both_ways else (reverse,)
+    lines = (lines_of(*x.shape[1:3], axis, direction) for direction in directions)
+    return sum(scan_along(each, x, delta, A, B, C, D, delta_bias, delta_softplus) for each in lines)
 
 
 def cross_selective_scan(x, delta, A, B, C, D=None, delta_bias=None, delta_softplus=True, delta_weight=None):

@@ -190,13 +190,14 @@ class Lines:
     D: bool = True
     bias: bool = True
     softplus: bool = True
+    both_ways: bool = False
 
     function: Callable[..., Any] = cuda_ops.line_scan
     loop: Callable[..., Any] = oracle.line_scan
 
     def __str__(self) -> str:
         extras = ''.join(name[0] for name in ('B', 'C', 'D', 'bias', 'softplus') if getattr(self, name))
-        route = f'{self.axis}{"-reversed" if self.reverse else ""}'
+        route = f'{self.axis}{"-reversed" if self.reverse else "-both-ways" if self.both_ways else ""}'
         return f'{self.batch}x{self.height}x{self.width}x{self.channels}-N{self.states}-{route}-{extras}'
 
     def parameters(self) -> set[str]:
@@ -215,7 +216,8 @@ class Lines:
         }
 
     def options(self) -> dict[str, Any]:
-        return {'delta_softplus': self.softplus, 'axis': self.axis, 'reverse': self.reverse}
+        direction = {'both_ways': True} if self.both_ways else {'reverse': self.reverse}
+        return {'delta_softplus': self.softplus, 'axis': self.axis, **direction}
 
 
 @dataclass(frozen=True)
@@ -288,6 +290,23 @@ LINES = (
     Lines(1, 1000, 1, 1, 1, 'row'),
     Lines(0, 3, 5, 16, 2, 'row'),
 )
+BOTH_WAYS = (
+    Lines(1, 1, 1, 1, 1, 'row', both_ways=True),
+    Lines(2, 1, 2, 17, 2, 'column', both_ways=True, D=False),
+    Lines(3, 2, 5, 3, 2, 'row', both_ways=True, B=False, bias=False),
+    Lines(1, 31, 3, 16, 16, 'column', both_ways=True, B=False),
+    Lines(2, 3, 32, 48, 5, 'row', both_ways=True, C=False),
+    Lines(1, 33, 2, 65, 3, 'column', both_ways=True, softplus=False),
+    Lines(1, 2, 64, 100, 1, 'row', both_ways=True, B=False, C=False),
+    Lines(1, 65, 7, 15, 4, 'column', both_ways=True, C=False, D=False, bias=False),
+    Lines(1, 1, 500, 2, 16, 'row', both_ways=True, C=False),
+    Lines(1, 1, 520, 2, 16, 'row', both_ways=True, C=False),  # too long for one pass
+    Lines(0, 3, 5, 16, 2, 'row', both_ways=True),
+    LineFactors(2, 9, 13, 34, 16, 'column', both_ways=True, B=False, rank=6),
+    LineFactors(1, 3, 14, 48, 1, 'row', both_ways=True, C=False, bias=False, rank=12),
+    LineFactors(1, 4, 6, 18, 2, 'row', both_ways=True, C=False, rank=33),
+    LineFactors(1, 1, 520, 3, 16, 'row', both_ways=True, C=False, rank=3),
+)
 FACTORS = (
     *(
         kind(*sizes, **options)
@@ -311,7 +330,7 @@ LINE_FACTORS = (
     LineFactors(1, 25, 3, 16, 2, 'row', reverse=True, softplus=False, rank=24),
     LineFactors(1, 4, 6, 18, 1, 'column', D=False, rank=33),
 )
-CASES: tuple[Case, ...] = (*SEQUENCES, *CROSSES, *LINES, *FACTORS, *LINE_FACTORS)
+CASES: tuple[Case, ...] = (*SEQUENCES, *CROSSES, *LINES, *BOTH_WAYS, *FACTORS, *LINE_FACTORS)
 
 
 def check(case: Case, dtype: torch.dtype, cuda: bool = False) -> None:

@@ -188,7 +188,8 @@ void route_case() {
   p.groups = one_of(1, 1, 2, 3);
   p.channels = p.groups * one_of(1, 5, 16, 17, 48, 65, 130);
   p.states = one_of(1, 1, 2, 5, 16, 17);
-  p.chunk = one_of(1, 2, 7, 64);
+  p.both_ways = p.per_line && one_of(0, 1);
+  p.chunk = p.both_ways ? 64 : one_of(1, 2, 7, 64);
   p.delta_softplus = one_of(0, 1);
   const Sizes map{p.batch, p.height, p.width, 1, 1, p.channels};
   const Sizes per_route{p.batch, p.height, p.width, p.routes, 1, p.channels};

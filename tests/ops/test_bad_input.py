@@ -197,6 +197,11 @@ def test_unknown_axes(axis: object) -> None:
         call('line', axis=axis)
 
 
+def test_one_direction_and_both_are_not_asked_for_at_once() -> None:
+    with pytest.raises(ValueError, match='reverse=True chooses one direction and both_ways=True asks for both'):
+        call('line', reverse=True, both_ways=True)
+
+
 def test_axis_is_not_guessed() -> None:
     given = arguments('line')
     del given['axis']
@@ -209,6 +214,9 @@ OPERATOR = [
     (dict(routes=[0] * 5), 'routes'),
     (dict(routes=[4]), 'routes are 0 to 3'),
     (dict(routes=[-1]), 'routes are 0 to 3'),
+    (dict(routes=[0, 1], per_line=True), 'with per_line one, or one and its reverse'),
+    (dict(routes=[1, 1], per_line=True), 'with per_line one, or one and its reverse'),
+    (dict(routes=[1, 3], per_line=True, chunk=2), 'both ways need a chunk of a whole line, 3 positions, got 2'),
     (dict(chunk=-1), 'chunk must not be negative, got -1'),
     (dict(delta=lambda v: v[..., 0, :]), 'delta must have shape'),
     (dict(delta=lambda v: v.double()), 'delta must be'),

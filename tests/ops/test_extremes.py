@@ -22,6 +22,7 @@ CASES = (
     Sequence(2, 17, 70, 3, bias=False),
     Cross(1, 9, 8, 17, 2, bias=False),
     Lines(1, 9, 8, 16, 1, 'column', bias=False),
+    Lines(1, 9, 8, 16, 2, 'row', both_ways=True, bias=False),
     Wavefront(1, 9, 8, 17, 3),
 )
 STEPS = (-1e4, -200.0, -90.0, -20.0, -1e-6, 0.0, 1e-6, 15.0, 19.9, 20.1, 30.0, 88.0, 100.0, 1e4)

@@ -59,6 +59,7 @@ CASES = (
     Sequence(1, 3, 9, 2, B=0, C=0),
     Cross(2, 5, 7, 6, 1),
     Lines(2, 5, 7, 6, 2, 'column', reverse=True, C=False),
+    Lines(2, 5, 7, 6, 2, 'row', both_ways=True, C=False),
 )
 
 # Uses a package at the current folder: strictly, then for every case, and saves what comes of it.

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import cuda_ops
 from cuda_ops.route_scan import route_scan_flops
 from cuda_ops.wavefront_scan import wavefront_scan_flops
 from tests.ops.helpers import DTYPES, TOLERANCES, dtype_name
-from tests.ops.route_cases import Case, Cross, Factors, Lines, OperatorFactors, Sequence, case_id
+from tests.ops.route_cases import Case, Cross, Factors, LineFactors, Lines, OperatorFactors, Sequence, case_id
 from tests.versions import needs_float16, since_torch_2_4
 
 CASES = (
@@ -24,6 +25,7 @@ CASES = (
     Cross(2, 3, 5, 8, 1),
     Factors(2, 3, 5, 8, 1),
     Lines(2, 3, 5, 8, 2, 'row', B=False),
+    LineFactors(2, 3, 5, 8, 2, 'column', both_ways=True),
 )
 
 
@@ -166,6 +168,38 @@ def test_floating_point_operations_are_counted(case: Case, routes: int) -> None:
     with FlopCounterMode(display=False) as counter:
         y = outputs_of(case, inputs)[0]
     assert counter.get_total_flops() == 2 * 9 * y.numel() * case.states * routes
+
+
+def traced(module: torch.nn.Module, x: Tensor) -> tuple[Any, str]:
+    program = torch.jit.trace(module, x)
+    return program, str(program.inlined_graph)
+
+
+def exported(module: torch.nn.Module, x: Tensor) -> tuple[Any, str]:
+    program = torch.export.export(module, (x,))
+    return program.module(), str(program.graph)
+
+
+@pytest.mark.parametrize('record', (traced, exported))
+def test_programs_for_other_devices_scan_each_way_by_itself(record: Any) -> None:
+    class BothWays(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            A, weight = -torch.ones(8, 2), torch.linspace(-1, 1, 16).view(8, 2)
+            dt, B = x[..., :2], x[..., 2:4]
+            return cuda_ops.line_scan(x, dt, A, B, None, delta_weight=weight, axis='row', both_ways=True)
+
+    module, x = BothWays(), torch.randn(2, 3, 5, 8)
+    program, graph = record(module, x)
+    assert graph.count('cuda_ops::route_scan') + graph.count('cuda_ops.route_scan.default') == 2
+    torch.testing.assert_close(program(x), module(x))
+
+
+@pytest.mark.parametrize('side', (7, 600))
+def test_both_ways_count_as_two_scans_and_one_projection(side: int) -> None:
+    case = LineFactors(2, 5, side, 6, 16, 'row', both_ways=True, rank=4)
+    with FlopCounterMode(display=False) as counter:
+        y = case.function(**case.inputs(), **case.options())
+    assert counter.get_total_flops() == 2 * y.numel() * (2 * 9 * 16 + 4)
 
 
 @pytest.mark.parametrize('kind', (Factors, OperatorFactors))

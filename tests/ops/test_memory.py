@@ -20,6 +20,7 @@ LAYOUT_CASES = (
     Factors(2, 3, 4, 17, 2, rank=5),
     Lines(2, 5, 7, 17, 3, 'row', reverse=True),
     Lines(2, 5, 7, 16, 1, 'column'),
+    Lines(2, 5, 7, 17, 3, 'column', both_ways=True),
 )
 
 
@@ -158,6 +159,7 @@ def test_gradients_of_parameters_of_an_empty_batch_are_zero() -> None:
         Factors(1, 24, 24, 96, 1),
         Lines(2, 37, 41, 72, 3, 'column'),
         Lines(1, 37, 41, 16, 1, 'row', C=False),
+        Lines(2, 37, 41, 72, 3, 'column', both_ways=True),
     ),
     ids=case_id,
 )

@@ -42,6 +42,18 @@ CASES = st.one_of(
     crosses(Factors, rank=st.integers(1, 7)),
     crosses(OperatorFactors, rank=st.integers(1, 7)),
     st.builds(Lines, batches, sides, sides, channels, states, st.sampled_from(['row', 'column']), *[flags] * 6),
+    st.builds(
+        Lines,
+        batches,
+        sides,
+        sides,
+        channels,
+        states,
+        st.sampled_from(['row', 'column']),
+        st.just(False),
+        *[flags] * 5,
+        both_ways=st.just(True),
+    ),
     st.builds(wavefront_cases.Wavefront, batches, sides, sides, channels, states, flags, flags),
 )
 

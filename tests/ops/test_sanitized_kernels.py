@@ -55,7 +55,7 @@ FAULTS = {
     ),
     'a data race': (
         'thread',
-        'cpu/route_scan.cpp',
+        'cpu/route_gradients.h',
         '((item_.part * p_.batch + item_.batch)',
         '((0 * p_.batch + item_.batch)',
         'ThreadSanitizer: data race',

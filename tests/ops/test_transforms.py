@@ -24,6 +24,7 @@ CASES = (
     Factors(2, 5, 2, 3, 2, rank=2),
     Lines(2, 2, 5, 3, 2, 'row', reverse=True, C=False),
     Lines(2, 5, 3, 2, 1, 'column', B=False, D=False),
+    Lines(2, 2, 5, 3, 2, 'row', both_ways=True, C=False),
     Sequence(2, 4, 7, 2, B=2, C=4, z=True),
     Sequence(2, 3, 5, 2, B=0, C=0, softplus=False),
     Wavefront(2, 2, 4, 3, 2),

@@ -89,7 +89,13 @@ def test_not_a_number_stays_one_when_it_is_rounded(dtype: torch.dtype, bits: int
     assert delta.grad.isnan().all()
 
 
-CASES = (Sequence(3, 17, 70, 2), Cross(3, 6, 7, 33, 1), Cross(3, 4, 5, 16, 3), Lines(3, 5, 6, 20, 2, 'column'))
+CASES = (
+    Sequence(3, 17, 70, 2),
+    Cross(3, 6, 7, 33, 1),
+    Cross(3, 4, 5, 16, 3),
+    Lines(3, 5, 6, 20, 2, 'column'),
+    Lines(3, 5, 6, 20, 2, 'row', both_ways=True),
+)
 PER_IMAGE = ('u', 'x', 'delta', 'B', 'C', 'z')
 
 

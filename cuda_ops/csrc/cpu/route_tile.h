@@ -131,7 +131,7 @@ class ScanTile {
   }
 
   // Delta of a position and its bias: as it is given, or the product of the low-rank dt.
-  void load_delta(int64_t k, Pixel pixel, V* biased) const {
+  SSM_ALWAYS_INLINE void load_delta(int64_t k, Pixel pixel, V* biased) const {
     const T* source = pixel_pointer<T>(p_.delta, item_.batch, pixel, k, 0);
     if (!p_.dt_rank) {
       for (int v = 0; v < vectors(); ++v) biased[v] = load(source + item_.channel + v * kLanes, lanes(v)) + bias_[v];
@@ -189,6 +189,13 @@ class ScanTile {
   void prefetch_inputs(int64_t k, Pixel pixel) const {
     prefetch(pixel_pointer<T>(p_.x, item_.batch, pixel, 0, 0) + item_.channel);
     if (!p_.dt_rank) prefetch(pixel_pointer<T>(p_.delta, item_.batch, pixel, k, 0) + item_.channel);
+  }
+
+  // What the way back needs, while the way there is computed.
+  void prefetch_gradients(int64_t k, Pixel pixel) const {
+    prefetch(pixel_pointer<T>(p_.grad_y, item_.batch, pixel, 0, 0) + item_.channel);
+    prefetch(per_map(p_.grad_x, pixel));
+    prefetch(pixel_pointer<T>(p_.grad_delta, item_.batch, pixel, k, 0) + item_.channel);
   }
 
   S* saved(int64_t k, RouteShape shape, int64_t line, int64_t chunk) const {

@@ -23,6 +23,9 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
+// For what a loop over positions calls with vectors at hand: around a call all of them would go through memory.
+#define SSM_ALWAYS_INLINE __attribute__((always_inline)) inline
+
 template <class S>
 struct Vector {
   static constexpr int kLanes = kVectorBytes / int(sizeof(S));
