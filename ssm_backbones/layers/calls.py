@@ -28,6 +28,8 @@ _IS_BLAS_TUNED = torch.backends.mkl.is_available() and is_mkl_tuned()
 _PLAIN = (nn.Parameter, Tensor)
 _PLAIN_OR_NONE = (*_PLAIN, type(None))
 _ORIGINALS = (nn.Module.__call__, nn.Linear.forward, nn.Conv1d.forward, F.linear, F.conv1d)
+# A hidden map of an MLP up to this size is made whole, a larger one in parts of about the other, which caches hold.
+_WHOLE_BYTES, _PART_BYTES = 32 * 2**20, 8 * 2**20
 _GELU, _GELU_IN_PLACE = F.gelu, torch.ops.aten.gelu_
 
 
@@ -74,14 +76,37 @@ def apply_linear_gelu(layer: Any, x: Tensor) -> Tensor:
     memory takes as long as the function on a CPU, where the system has to provide the pages first.
     """
     # Asked before the call, since a hook may remove itself.
-    overwrites = not torch.is_grad_enabled() and F.gelu is _GELU and _runs_plainly() and is_unobserved(layer, nn.Linear)
+    overwrites = _runs_unseen() and is_unobserved(layer, nn.Linear)
     y = apply_linear(layer, x)
     return _GELU_IN_PLACE(y) if overwrites and type(y) is Tensor else F.gelu(y)
 
 
-def _runs_plainly() -> bool:
-    """Return whether operators run at once, and no mode of PyTorch's sees or changes them."""
-    return not (is_compiling() or is_intercepted() or torch._C._len_torch_function_stack())
+def apply_mlp(first: Any, second: Any, x: Tensor) -> Tensor:
+    """Apply a linear layer, the exact GELU and another linear layer to a map, (B, H, W, C_in) -> (B, H, W, C_out).
+
+    While no gradients are recorded, and nothing observes the layers, a large hidden map is never made whole on a CPU:
+    that of some pixels at a time stays in the processor's caches.
+    """
+    if not _suits_parts(first, second, x):
+        return apply_linear(second, apply_linear_gelu(first, x))
+    pixels = max(1, _PART_BYTES // (first.weight.shape[0] * x.element_size()))
+    parts = x.reshape(1, 1, -1, x.shape[3]).split(pixels, dim=2)
+    outputs = [apply_linear(second, apply_linear_gelu(first, part)) for part in parts]
+    return torch.cat(outputs, dim=2).view(*x.shape[:3], -1)
+
+
+def _suits_parts(first: Any, second: Any, x: Tensor) -> bool:
+    if not isinstance(x, Tensor) or x.device.type != 'cpu' or not _runs_unseen():
+        return False
+    if not (is_unobserved(first, nn.Linear) and is_unobserved(second, nn.Linear)):
+        return False
+    return x[..., 0].numel() * first.weight.shape[0] * x.element_size() > _WHOLE_BYTES
+
+
+def _runs_unseen() -> bool:
+    """Return whether operators run at once, without gradients, and nobody's mode or function sees or changes them."""
+    seen = is_compiling() or is_intercepted() or torch._C._len_torch_function_stack() or F.gelu is not _GELU
+    return not (torch.is_grad_enabled() or seen)
 
 
 def apply_linear_halves(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssm_backbones.layers.calls import apply_conv, apply_linear, apply_linear_gelu, conv2d
+from ssm_backbones.layers.calls import apply_conv, apply_linear, apply_mlp, conv2d
 from ssm_backbones.utils.torch_compat import is_exporting
 from ssm_backbones.utils.tracing import as_one_node
 
@@ -89,7 +89,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden_channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return apply_linear(self.fc2, apply_linear_gelu(self.fc1, x))
+        return apply_mlp(self.fc1, self.fc2, x)
 
 
 class Residual(nn.Module):

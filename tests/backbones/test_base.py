@@ -15,7 +15,7 @@ from ssm_backbones import VMamba
 from ssm_backbones.backbones.base import drop_path_schedule, resolve_arch, resolve_out_indices
 from ssm_backbones.layers import calls
 from ssm_backbones.layers.calls import apply_conv, apply_linear, apply_linear_gelu, conv2d
-from ssm_backbones.layers.common import PatchEmbed, PatchMerging, Residual
+from ssm_backbones.layers.common import MLP, PatchEmbed, PatchMerging, Residual
 
 
 @pytest.mark.parametrize(
@@ -170,6 +170,42 @@ def test_gelu_overwrites_what_nobody_else_reads(is_blas_tuned, monkeypatch):
         monkeypatch.setattr(F, 'gelu', lambda y: y)
         expected = linear
         check(overwrites=False)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('is_blas_tuned', [True, False])
+def test_large_hidden_maps_are_made_in_parts_where_nobody_sees_them(is_blas_tuned, dtype, monkeypatch):
+    monkeypatch.setattr(calls, '_IS_BLAS_TUNED', is_blas_tuned)
+    layer, x = MLP(6, 16).to(dtype), torch.randn(2, 3, 7, 6).to(dtype)
+    row = 16 * dtype.itemsize
+    expected = layer(x).detach()
+    hidden = []
+    gelu = calls.apply_linear_gelu
+    monkeypatch.setattr(calls, 'apply_linear_gelu', lambda *given: hidden.append(gelu(*given)) or hidden[-1])
+
+    def pixels():
+        hidden.clear()
+        y = layer(x)
+        assert y.is_contiguous()
+        torch.testing.assert_close(y, expected)
+        return [each[..., 0].numel() for each in hidden]
+
+    with torch.no_grad():
+        monkeypatch.setattr(calls, '_WHOLE_BYTES', 42 * row)
+        monkeypatch.setattr(calls, '_PART_BYTES', 12 * row)
+        assert pixels() == [42]
+        monkeypatch.setattr(calls, '_WHOLE_BYTES', 42 * row - 1)
+        assert pixels() == [12, 12, 12, 6]
+        monkeypatch.setattr(calls, '_PART_BYTES', 1)
+        assert pixels() == [1] * 42
+        for linear in (layer.fc1, layer.fc2):
+            with linear.register_forward_hook(lambda *_: None):
+                assert pixels() == [42]
+        with FlopCounterMode(display=False):
+            assert pixels() == [42]
+        for empty in (x[:0], x.mT.contiguous().mT):
+            assert layer(empty).shape == empty.shape
+    assert pixels() == [42]
 
 
 @pytest.mark.parametrize('size', [(6, 7), (1, 1), (1, 5)])
