@@ -25,7 +25,8 @@ is_compiling: Callable[[], bool] = (
     torch.compiler.is_compiling if hasattr(torch.compiler, 'is_compiling') else torch._utils.is_compiling
 )
 # Before torch 2.7 a program of torch.export is traced as anything else.
-is_exporting: Callable[[], bool] = getattr(torch.compiler, 'is_exporting', lambda: False)
+TELLS_EXPORTING = hasattr(torch.compiler, 'is_exporting')
+is_exporting: Callable[[], bool] = torch.compiler.is_exporting if TELLS_EXPORTING else lambda: False
 _ASKS_FOR_AUTOCAST_BY_DEVICE = hasattr(torch, 'get_autocast_dtype')
 
 

@@ -129,10 +129,17 @@ class _Route:
         return gradient.unflatten(2, (-1, self.channels_per_group)).sum(3)
 
 
-def _numbered(routes: list[int], A: Tensor) -> list[tuple[int, int]]:
-    """Each route with the place of its inputs, which is the first for all of them where only one's are given."""
-    shared = A.shape[0] == 1
-    return [(0 if shared else k, route) for k, route in enumerate(routes)]
+def _numbered(routes: list[int], A: Tensor, per_line: bool) -> list[tuple[int, int]]:
+    """Each route with the place of its inputs; lines scanned both ways have one set of inputs.
+
+    Raises:
+        ValueError: there are fewer inputs, or more, than the routes take.
+    """
+    if A.shape[0] == len(routes):
+        return list(enumerate(routes))
+    if not (per_line and A.shape[0] == 1 and len(routes) == 2 and routes[1] == routes[0] ^ ROW_REVERSED):
+        raise ValueError(f'the inputs of {A.shape[0]} routes do not serve the routes {routes} with per_line={per_line}')
+    return [(0, route) for route in routes]
 
 
 def route_scan(
@@ -169,7 +176,7 @@ def route_scan(
     wide, delta = x.to(dtype), delta.to(dtype)
     B, C = (None if value is None else value.to(dtype) for value in (B, C))
     outputs, lasts = [], []
-    for k, route in _numbered(routes, A):
+    for k, route in _numbered(routes, A, per_line):
         r = _Route(k, wide, delta, A, B, C, delta_bias, route, per_line, delta_softplus)
         y = (r.states * r.C).sum(-1)
         if D is not None:
@@ -214,7 +221,7 @@ def route_scan_backward(
         )
         if value is not None
     }
-    for k, route in _numbered(routes, A):
+    for k, route in _numbered(routes, A, per_line):
         r = _Route(k, x, delta, A, B, C, delta_bias, route, per_line, delta_softplus)
         dy = along_route(grad_output, route, per_line).to(dtype)
         source = dy.unsqueeze(-1) * r.C

@@ -57,6 +57,9 @@ _MAX_DT_RANK_GPU = 8
 # The positions of a line times the states up to which the CPU scans lines both ways at once: it keeps the decays of a
 # line of 64 channels, 2 MB then, in the processor's caches.
 _MAX_BOTH_WAYS = 8192
+# The chunk of lines scanned both ways, along which nothing is saved: a constant, since a size would make a compiled
+# program serve that size alone.
+_WHOLE_LINE = 2**31 - 1
 
 
 def _on_gpu(x: Tensor) -> bool:
@@ -85,6 +88,9 @@ def _takes_both_ways(x: Tensor, states: int, axis: str) -> bool:
         return False
     if _torch_compat.is_exporting() or torch.jit.is_tracing():
         return False
+    if _torch_compat.is_compiling():
+        # Such a program serves lines of any length. Before torch 2.7 it may be one of torch.export.
+        return _torch_compat.TELLS_EXPORTING
     return x.shape[2 if axis == 'row' else 1] * states <= _MAX_BOTH_WAYS
 
 
@@ -236,7 +242,7 @@ def _with_chunk(arguments: Sequence[Any]) -> Sequence[Any]:
     """Have states saved for a backward pass, at a distance that suits the device unless one was asked for."""
     x, A, routes, per_line, chunk = arguments[0], arguments[2], *arguments[7:9], arguments[10]
     if not chunk and per_line and len(routes) == 2:
-        chunk = x.shape[1 if routes[0] == COLUMN else 2]  # both ways nothing is saved along a line
+        chunk = _WHOLE_LINE
     return (*arguments[:10], chunk or _chunk_length(A.shape[2], x.device.type), *arguments[11:])
 
 
@@ -478,8 +484,8 @@ def line_scan(
         axis: 'row' scans along W within each row, 'column' along H within each column.
         reverse: start from the right (or the bottom) end.
         both_ways: return the sum of both directions' scans, D's share twice. On CPUs, for lines of up to 8192 / N
-            pixels, one pass computes what depends on the pixel alone, exponentials above all, once for both; elsewhere
-            it takes two scans.
+            pixels, one pass computes what depends on the pixel alone, exponentials above all, once for both; elsewhere,
+            in traces and in exported programs it takes two scans.
 
     Returns:
         (B, H, W, E) in x's dtype. Differentiable once, in every floating input.

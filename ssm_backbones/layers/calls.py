@@ -90,13 +90,13 @@ def apply_mlp(first: Any, second: Any, x: Tensor) -> Tensor:
     if not _suits_parts(first, second, x):
         return apply_linear(second, apply_linear_gelu(first, x))
     pixels = max(1, _PART_BYTES // (first.weight.shape[0] * x.element_size()))
-    parts = x.reshape(1, 1, -1, x.shape[3]).split(pixels, dim=2)
+    parts = x.reshape(1, 1, -1, x.shape[-1]).split(pixels, dim=2)
     outputs = [apply_linear(second, apply_linear_gelu(first, part)) for part in parts]
-    return torch.cat(outputs, dim=2).view(*x.shape[:3], -1)
+    return torch.cat(outputs, dim=2).view(*x.shape[:-1], -1)
 
 
 def _suits_parts(first: Any, second: Any, x: Tensor) -> bool:
-    if not isinstance(x, Tensor) or x.device.type != 'cpu' or not _runs_unseen():
+    if type(x) not in _PLAIN or x.device.type != 'cpu' or not _runs_unseen():
         return False
     if not (is_unobserved(first, nn.Linear) and is_unobserved(second, nn.Linear)):
         return False

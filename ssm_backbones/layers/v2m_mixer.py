@@ -180,5 +180,7 @@ class HierarchicalV2MMixer(V2MMixer):
 
     def project(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
         """Return dt of both passes, each (B, H, W, R), B of the first and C of the second (B, H, W, N)."""
-        *dt, B, C = apply_linear(self.x_proj, x).split([self.dt_rank] * PASSES + [self.d_state] * PASSES, dim=-1)
-        return tuple(dt), B, C
+        sizes = [self.dt_rank] * PASSES + [self.d_state] * PASSES
+        # As many names as there are parts: symbolic tracing knows no star.
+        dt_row, dt_column, B, C = apply_linear(self.x_proj, x).split(sizes, dim=-1)
+        return (dt_row, dt_column), B, C

@@ -257,6 +257,13 @@ def test_the_operator_itself_refuses_what_its_kernel_cannot_read(changes: dict[s
         torch.ops.cuda_ops.route_scan(**given)
 
 
+@pytest.mark.parametrize('routes', ([0, 1], [0, 0], [0, 2, 0]))
+def test_the_reference_refuses_routes_without_inputs_of_their_own(routes: list[int]) -> None:
+    x, delta, A = torch.randn(1, 3, 5, 6), torch.randn(1, 3, 5, 1, 6), -torch.rand(1, 6, 2)
+    with cuda_ops.use_reference(), pytest.raises(ValueError, match='inputs of 1 routes do not serve'):
+        torch.ops.cuda_ops.route_scan(x, delta, A, None, None, None, None, routes, True, True, 0)
+
+
 def test_the_backward_operator_refuses_states_of_another_chunk() -> None:
     x, delta, A = torch.randn(1, 3, 5, 6), torch.randn(1, 3, 5, 1, 6), -torch.rand(1, 6, 2)
     y, _, states = torch.ops.cuda_ops.route_scan(x, delta, A, None, None, None, None, [0], False, True, 4)

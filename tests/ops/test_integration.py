@@ -170,6 +170,37 @@ def test_floating_point_operations_are_counted(case: Case, routes: int) -> None:
     assert counter.get_total_flops() == 2 * 9 * y.numel() * case.states * routes
 
 
+@since_torch_2_4
+@pytest.mark.parametrize('dynamic', (True, None))
+def test_one_compiled_program_trains_on_lines_of_any_length(dynamic: bool | None) -> None:
+    def step(x: Tensor) -> Tensor:
+        return cuda_ops.line_scan(x, x, -torch.ones(8, 2), x[..., :2], None, axis='column', both_ways=True)
+
+    counter = CompileCounterWithBackend('aot_eager')
+    torch.compiler.reset()
+    compiled = torch.compile(step, dynamic=dynamic, fullgraph=True, backend=counter)
+    for height in range(4, 10):
+        x = torch.randn(2, height, height + 3, 8, requires_grad=True)
+        (expected,) = torch.autograd.grad(step(x).square().sum(), x)
+        (got,) = torch.autograd.grad(compiled(x).square().sum(), x)
+        torch.testing.assert_close(got, expected)
+    assert counter.frame_count == (1 if dynamic else 2)
+
+
+@pytest.mark.parametrize('routes', ([0, 2], [2, 0], [1, 3], [3, 1]))
+def test_either_direction_may_come_first(routes: list[int]) -> None:
+    inputs = {name: value.float() for name, value in Lines(1, 9, 4, 6, 2, 'row').inputs().items()}
+    x, delta, A, B, C, D, bias = (inputs[name] for name in ('x', 'delta', 'A', 'B', 'C', 'D', 'delta_bias'))
+    x.requires_grad_()
+    given = (delta[:, :, :, None], A[None], B[:, :, :, None, None], C[:, :, :, None, None], D[None], bias[None])
+    y = torch.ops.cuda_ops.route_scan(x, *given, routes, True, True, 0)[0]
+    axis = 'row' if routes[0] in (0, 2) else 'column'
+    expected = cuda_ops.line_scan(x, delta, A, B, C, D, bias, axis=axis, both_ways=True)
+    torch.testing.assert_close(y, expected)
+    grads = [torch.autograd.grad(each.square().sum(), x)[0] for each in (y, expected)]
+    torch.testing.assert_close(*grads)
+
+
 def traced(module: torch.nn.Module, x: Tensor) -> tuple[Any, str]:
     program = torch.jit.trace(module, x)
     return program, str(program.inlined_graph)

@@ -25,7 +25,7 @@ class BothWaysForward : ScanTile<T, S, Units> {
         length_(int(route_shape(p.route[0], p.per_line, p.height, p.width).length)),
         inflow_(length_ * vectors()),
         output_(length_ * vectors()),
-        decay_(length_ * vectors() * states_) {}
+        decay_(int64_t(length_) * vectors() * states_) {}
 
   void run() {
     this->load_parameters(0);
@@ -59,7 +59,8 @@ class BothWaysForward : ScanTile<T, S, Units> {
       const V u = load(x + v * kLanes, lanes(v));
       if (p_.delta_softplus) delta[v] = softplus(delta[v]).value;
       inflow[v] = delta[v] * u;
-      output[v] = D_[v] * (u + u);
+      const V skip = D_[v] * u;
+      output[v] = skip + skip;
     }
     V* decays = decay_.data() + int64_t(i) * states_ * vectors;
     for (int n = 0; n < states_; ++n) {

@@ -161,11 +161,11 @@ class GradientTile : protected ScanTile<T, S, Units> {
       // A_log2e contains log2(e), so the exponent's gradient is scaled back.
       const V grad_biased =
           (position.grad_exponent[v] * S(kLn2) + position.through_inflow[v] * position.u[v]) * slope[v];
-      const V grad_skip = Directions == 1 ? position.dy[v] : S(Directions) * position.dy[v];
+      const V grad_D = position.dy[v] * position.u[v], skip = this->D_[v] * position.dy[v];
       store(grad_delta + v * kLanes, grad_biased, lanes(v));
       grad_bias_[v] += grad_biased;
-      grad_D_[v] += grad_skip * position.u[v];
-      this->accumulate(grad_x + v * kLanes, position.through_inflow[v] * position.delta[v] + this->D_[v] * grad_skip,
+      grad_D_[v] += S(Directions) * grad_D;
+      this->accumulate(grad_x + v * kLanes, position.through_inflow[v] * position.delta[v] + S(Directions) * skip,
                        lanes(v), k == 0);
     }
   }

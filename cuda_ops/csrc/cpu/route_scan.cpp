@@ -13,8 +13,8 @@ namespace {
 template <class T, class S, int Units>
 class ForwardTile : ScanTile<T, S, Units> {
   using Base = ScanTile<T, S, Units>;
-  using Base::bias_, Base::D_, Base::kAhead, Base::kLanes, Base::kMaxVectors, Base::lanes, Base::p_, Base::item_,
-      Base::A_log2e_, Base::state_, Base::states_, Base::vectors;
+  using Base::D_, Base::kAhead, Base::kLanes, Base::kMaxVectors, Base::lanes, Base::p_, Base::item_, Base::A_log2e_,
+      Base::state_, Base::states_, Base::vectors;
   using typename Base::V;
 
  public:
