@@ -85,10 +85,12 @@ def check(data: st.DataObject) -> None:
     for name, value in exact.items():
         assert got[name].shape == value.shape, name
         assert got[name].dtype == reference[name].dtype, name
+        # The weight's gradient is a product of delta's, which is rounded to the map's dtype.
+        rounded_to = dtype if name == 'grad delta_weight' else got[name].dtype
         error, other = ((result[name].double() - value).norm().item() for result in (got, reference))
         # Values are of the order of one. A single one may be near zero, where its relative error says nothing.
         scale = value.norm().item() + value.numel() ** 0.5
-        assert error <= 2 * other + 4 * TOLERANCES[got[name].dtype].floor * scale, f'{name}: error {error:.3g}'
+        assert error <= 2 * other + 4 * TOLERANCES[rounded_to].floor * scale, f'{name}: error {error:.3g}'
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
