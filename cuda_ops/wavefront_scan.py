@@ -48,13 +48,16 @@ _CACHED_STATES, _MIN_CHUNK = 4096, 16
 def _chunk_lines(height: int, width: int, states: int, device_type: str) -> int:
     """Return the lines of a chunk, of whose last line states are saved; chunks are of about equal length.
 
-    Lines are parallel to the map's shorter side. A GPU's chunk is a strip of its kernels.
+    Lines are parallel to the map's shorter side. A GPU's chunk is a strip of its kernels. Where a size is open, the
+    chunk is a constant: a compiled program would serve the size alone that the chunk follows from.
     """
+    on_cpu = device_type == 'cpu' or not _library.KERNEL_CONSTANTS
+    most = _MIN_CHUNK if on_cpu else _library.KERNEL_CONSTANTS['wavefront_strip_rows']
+    if isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt):
+        return most
     lines, length = max(height, width), min(height, width)
-    if device_type == 'cpu' or not _library.KERNEL_CONSTANTS:
-        most = max(_MIN_CHUNK, _CACHED_STATES // (length * max(states, 1)))
-    else:
-        most = _library.KERNEL_CONSTANTS['wavefront_strip_rows']
+    if on_cpu:
+        most = max(most, _CACHED_STATES // (length * max(states, 1)))
     chunks = -(-lines // most)
     return -(-lines // chunks)
 

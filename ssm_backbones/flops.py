@@ -179,8 +179,18 @@ def _cross_scan_flops(x: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> int:
     return route_scan_flops(x.shape, dt.shape, A.shape) + 4 * x.numel() * dt.shape[-1]
 
 
-def _line_scan_flops(x: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> int:
-    both_ways = rest[-1]
+def _line_scan_flops(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Any,
+    C: Any,
+    D: Any,
+    dt_bias: Any,
+    dt_weight: Any,
+    reverse: bool = False,
+    both_ways: bool = False,
+) -> int:
     return route_scan_flops(x.shape, dt.shape, (1 + both_ways, *A.shape)) + x.numel() * dt.shape[-1]
 
 

@@ -167,8 +167,8 @@ class HierarchicalV2MMixer(V2MMixer):
         x = F.silu(apply_conv(self.conv, x))
         A = self.A
         dt, B, C = self.project(x)
-        s = gate * self.scan_rows(x, dt[ROW], A, B, None)
-        y = self.scan_columns(s, dt[COLUMN], A, C, None)
+        s = gate * self.scan_rows(x, dt[ROW], A, B, from_right=None)
+        y = self.scan_columns(s, dt[COLUMN], A, C, from_bottom=None)
         return apply_linear(self.out_proj, self.norm(y) * gate)
 
     def corner(self, x: Tensor, gate: Tensor, from_right: bool, from_bottom: bool) -> Tensor:

@@ -171,15 +171,30 @@ def test_floating_point_operations_are_counted(case: Case, routes: int) -> None:
 
 
 @since_torch_2_4
-@pytest.mark.parametrize('dynamic', (True, None))
-def test_one_compiled_program_trains_on_lines_of_any_length(dynamic: bool | None) -> None:
+@pytest.mark.parametrize('dynamic', (True, pytest.param(None, marks=pytest.mark.slow)))
+@pytest.mark.parametrize(
+    'kind',
+    ('both ways', 'wavefront', *(pytest.param(kind, marks=pytest.mark.slow) for kind in ('cross', 'line', 'sequence'))),
+)
+def test_one_compiled_program_trains_on_maps_of_any_size(kind: str, dynamic: bool | None) -> None:
+    A = -torch.ones(8, 2)
+
     def step(x: Tensor) -> Tensor:
-        return cuda_ops.line_scan(x, x, -torch.ones(8, 2), x[..., :2], None, axis='column', both_ways=True)
+        B = x[..., :2]
+        if kind == 'wavefront':
+            return cuda_ops.wavefront_scan(x, x.exp(), x.exp(), A, A, B, B, B, A[:, 0])
+        if kind == 'cross':
+            routes = x.unsqueeze(3).expand(-1, -1, -1, 4, -1)
+            return cuda_ops.cross_selective_scan(x, routes, A.expand(4, -1, -1), routes[..., :2], routes[..., :2])
+        if kind == 'sequence':
+            u = x.flatten(1, 2).mT
+            return cuda_ops.selective_scan(u, u, A, u[:, :2], u[:, :2], delta_softplus=True)
+        return cuda_ops.line_scan(x, x, A, B, None, axis='column', both_ways=kind == 'both ways')
 
     counter = CompileCounterWithBackend('aot_eager')
     torch.compiler.reset()
     compiled = torch.compile(step, dynamic=dynamic, fullgraph=True, backend=counter)
-    for height in range(4, 10):
+    for height in range(18, 22):
         x = torch.randn(2, height, height + 3, 8, requires_grad=True)
         (expected,) = torch.autograd.grad(step(x).square().sum(), x)
         (got,) = torch.autograd.grad(compiled(x).square().sum(), x)

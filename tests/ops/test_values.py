@@ -89,6 +89,15 @@ def test_not_a_number_stays_one_when_it_is_rounded(dtype: torch.dtype, bits: int
     assert delta.grad.isnan().all()
 
 
+def test_both_ways_are_finite_where_two_scans_are() -> None:
+    x, zeros = torch.full((1, 2, 3, 4), 3e38, requires_grad=True), torch.zeros(1, 2, 3, 4)
+    given = (x, zeros, -torch.ones(4, 2), zeros[..., :2], zeros[..., :2], torch.full((4,), 0.25))
+    y = cuda_ops.line_scan(*given, delta_softplus=False, axis='row', both_ways=True)
+    torch.testing.assert_close(y, torch.full_like(y, 1.5e38))
+    (grad,) = torch.autograd.grad(y, x, torch.full_like(y, 3e38))
+    torch.testing.assert_close(grad, torch.full_like(y, 1.5e38))
+
+
 CASES = (
     Sequence(3, 17, 70, 2),
     Cross(3, 6, 7, 33, 1),

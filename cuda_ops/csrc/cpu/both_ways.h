@@ -118,7 +118,6 @@ class BothWaysBackward : GradientTile<T, S, Units> {
   using typename Base::V;
 
  public:
-  // Code for each width of a tile, in the types that train: half precision on a CPU is rare.
   static constexpr bool kUnrolls = std::is_same_v<T, S>;
 
   BothWaysBackward(const RouteScanParams& p, const WorkItem& item)
