@@ -31,16 +31,26 @@ __all__ = [
     'list_backbones',
     'load_official',
 ]
+_WITH_MMENGINE = [
+    'BFloat16OptimWrapper',
+    'FSDP2Strategy',
+    'GroupedOptimWrapperConstructor',
+    'LayerDecayOptimWrapperConstructor',
+]
 
 if mm.INSTALLED:
     from ssm_backbones.engine.fsdp2 import FSDP2Strategy  # noqa: F401
-    from ssm_backbones.engine.optim import BFloat16OptimWrapper, LayerDecayOptimWrapperConstructor  # noqa: F401
+    from ssm_backbones.engine.optim import (  # noqa: F401
+        BFloat16OptimWrapper,
+        GroupedOptimWrapperConstructor,
+        LayerDecayOptimWrapperConstructor,
+    )
 
-    __all__ += ['BFloat16OptimWrapper', 'FSDP2Strategy', 'LayerDecayOptimWrapperConstructor']
+    __all__ += _WITH_MMENGINE
     allow_inheritance()
 
 
 def __getattr__(name: str) -> Any:
-    if name in ('BFloat16OptimWrapper', 'FSDP2Strategy', 'LayerDecayOptimWrapperConstructor'):
+    if name in _WITH_MMENGINE:
         raise ImportError(f'{name} needs mmengine, which is not installed; {mm.REMEDY}')
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -21,4 +21,5 @@ undecayed = [
       for part in ('norm', 'mixer.norm', 'mixer.A_log', 'mixer.D', 'mixer.dt_bias')]
 ]
 optim_wrapper = dict(
+    constructor='GroupedOptimWrapperConstructor',
     paramwise_cfg=dict(custom_keys={f'backbone.{name}': dict(lr_mult=0.1, decay_mult=0.0) for name in undecayed}))

@@ -1,4 +1,4 @@
-"""Optimizer wrappers: layer-wise learning-rate decay, and bfloat16 mixed precision."""
+"""Optimizers and their wrappers: groups of parameters, layer-wise learning rates, and bfloat16 mixed precision."""
 
 from __future__ import annotations
 
@@ -32,6 +32,35 @@ _OPTIONS = (
     'embedding_decay_mult',
     'custom_keys',
 )
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+    """mmengine's constructor, with one group for all parameters of equal options in place of one for each parameter.
+
+    An optimizer updates its groups one after the other. mmengine's own gives VMamba-T's Mask R-CNN 323 of them, for
+    which AdamW makes 3722 calls in a step; with the three that are left it makes 665. What each parameter learns at,
+    and whether it decays, stays the same. Takes ``DefaultOptimWrapperConstructor``'s arguments and options.
+    """
+
+    def add_params(
+        self, params: list[dict], module: nn.Module, prefix: str = '', is_dcn_module: int | float | None = None
+    ) -> None:
+        """Append one group to ``params`` for each set of options in the model, in the order of first parameters."""
+        if prefix:  # mmengine descends into the children by this method
+            super().add_params(params, module, prefix, is_dcn_module)
+            return
+        single: list[dict] = []
+        super().add_params(single, module, prefix, is_dcn_module)
+        groups: list[tuple[dict, dict]] = []
+        for group in single:
+            options = {name: value for name, value in group.items() if name != 'params'}
+            known = next((each for each, others in groups if others == options), None)
+            if known is None:
+                groups.append((group, options))
+            else:
+                known['params'] += group['params']
+        params.extend(group for group, _ in groups)
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()

@@ -59,11 +59,19 @@ def _check_optimizer(runner: Runner, saved: Any, source: str) -> None:
         return
     before, now = ([len(group['params']) for group in each['param_groups']] for each in (saved, state))
     if before != now:
+        if sum(before) == sum(now) == len(before):
+            remedy = (
+                'It has one for each parameter, as configs of 0.1 had: add --cfg-options '
+                'optim_wrapper.constructor=DefaultOptimWrapperConstructor to go on, or'
+            )
+        else:
+            remedy = (
+                'Other frozen_stages, another constructor, or another paramwise_cfg group them differently: go on with '
+                'the former settings, or'
+            )
         raise CheckpointError(
             f'{source} cannot be resumed from: its optimizer has {sum(before)} parameters in {len(before)} groups, '
-            f"this config's {sum(now)} in {len(now)}. Other frozen_stages under LayerDecayOptimWrapperConstructor, or "
-            'another paramwise_cfg, group them differently: go on with the former settings, or start from the weights, '
-            'by load_from, without resuming.'
+            f"this config's {sum(now)} in {len(now)}. {remedy} start from the weights, by load_from, without resuming."
         )
 
 

@@ -11,11 +11,10 @@ from typing import Any
 
 import yaml
 from mmengine.config import Config
-from mmengine.optim import DefaultOptimWrapperConstructor
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ssm_backbones import VMamba
+from ssm_backbones import GroupedOptimWrapperConstructor, VMamba
 from tests.configs.catalogue import ZOO, config, entries, model, pipeline
 
 PUBLISHED = yaml.safe_load(Path(__file__).with_name('published.yaml').read_text(encoding='utf-8'))
@@ -384,7 +383,9 @@ def _(recipe: Recipe, value: str) -> str | list[str]:
     differing += compare(
         dict(train_cfg=recipe.cfg.train_cfg), dict(train_cfg=trained.train_cfg), ('train_cfg',), but=('val_interval',)
     )
-    differing += compare(recipe.cfg, trained, ('optim_wrapper',), but=('optimizer', 'paramwise_cfg', *own))
+    # How parameters are grouped changes nothing that is trained.
+    own = ('optimizer', 'constructor', 'paramwise_cfg', *own)
+    differing += compare(recipe.cfg, trained, ('optim_wrapper',), but=own)
     if recipe.cfg.get('custom_hooks'):
         differing.append('custom_hooks')
     built = host(recipe.other_head).model if recipe.other_head else trained.model
@@ -446,9 +447,10 @@ def _(recipe: Recipe, value: str) -> str | list[str]:
 
 
 def parameter_groups(name: str) -> dict[str, dict[str, Any]]:
-    """What mmengine gives the optimizer for each parameter of a config's model; an optimizer itself takes longer."""
+    """What the optimizer is given for each parameter of a config's model; an optimizer itself takes longer."""
     wrapper = config(name).optim_wrapper.to_dict()
-    constructor = DefaultOptimWrapperConstructor(
+    assert wrapper.pop('constructor') == GroupedOptimWrapperConstructor.__name__
+    constructor = GroupedOptimWrapperConstructor(
         {key: value for key, value in wrapper.items() if key != 'paramwise_cfg'}, wrapper['paramwise_cfg']
     )
     groups: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Layer-wise learning rates: which parameter learns at which rate and decays or not, in models of all libraries."""
+"""Groups of parameters, and layer-wise learning rates: which one learns at which rate and decays or not."""
 
 from pathlib import Path
 
@@ -256,3 +256,57 @@ def test_bad_options_are_refused(options, message):
 def test_models_without_a_backbone_are_refused(model, message):
     with pytest.raises(ValueError, match=message):
         build(model())
+
+
+def groups_of(wrapper, model):
+    """The options of each parameter's group."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        names[id(parameter)]: {key: value for key, value in group.items() if key != 'params'}
+        for group in wrapper.optimizer.param_groups
+        for parameter in group['params']
+    }
+
+
+GROUPED = dict(
+    constructor='GroupedOptimWrapperConstructor',
+    layer_decay_rate=None,
+    norm_decay_mult=0.0,
+    flat_decay_mult=0.5,
+    custom_keys={'.A_log': dict(decay_mult=0.0), 'head': dict(lr_mult=2.0, betas=[0.5, 0.9])},
+)
+
+
+@pytest.mark.parametrize('family', BACKBONES)
+def test_equal_options_share_a_group_and_every_parameter_keeps_its_own(family):
+    model = Model(BACKBONES[family]())
+    model.backbone.patch_embed.requires_grad_(False)
+    each = build(model, **GROUPED | dict(constructor='DefaultOptimWrapperConstructor'))
+    few = build(model, **GROUPED)
+    assert groups_of(few, model) == groups_of(each, model)
+    options = [{key: value for key, value in group.items() if key != 'params'} for group in few.optimizer.param_groups]
+    assert all(options.count(each) == 1 for each in options)
+    assert len(options) < 7 < 20 < len(each.optimizer.param_groups)
+
+
+@pytest.mark.parametrize('optimizer', [dict(foreach=True), dict(foreach=False)])
+def test_shared_groups_learn_what_single_ones_do(optimizer):
+    results = []
+    for constructor in ('DefaultOptimWrapperConstructor', 'GroupedOptimWrapperConstructor'):
+        torch.manual_seed(0)
+        model = Model(VMamba('test'))
+        settings = dict(type='AdamW', lr=LR, weight_decay=DECAY, **optimizer)
+        wrapper = build(model, settings, **GROUPED | dict(constructor=constructor))
+        for _ in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            wrapper.step()
+        results.append(model.state_dict())
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=0, atol=0, msg=name)
+
+
+def test_without_options_all_parameters_are_one_group():
+    model = Model(VMamba('test'))
+    wrapper = build(model, constructor='GroupedOptimWrapperConstructor', layer_decay_rate=None)
+    assert [len(group['params']) for group in wrapper.optimizer.param_groups] == [len(list(model.parameters()))]

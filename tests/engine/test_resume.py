@@ -88,6 +88,18 @@ def test_groups_of_other_parameters_are_refused_in_one_line(train, write_config,
         train(short(write_config, 2, -1, constructor=LAYERWISE), tmp_path, resume='auto')
 
 
+def test_a_group_for_each_parameter_is_carried_on_by_the_constructor_that_is_named(
+    train, write_config, tmp_path
+) -> None:
+    each = dict(constructor='DefaultOptimWrapperConstructor', paramwise="dict(custom_keys={'head': dict(lr_mult=2.0)})")
+    train(short(write_config, 1, constructor=each), tmp_path)
+    few = short(write_config, 2, constructor=each | dict(constructor='GroupedOptimWrapperConstructor'))
+    with pytest.raises(CheckpointError, match='optim_wrapper.constructor=DefaultOptimWrapperConstructor to go on'):
+        train(few, tmp_path, resume='auto')
+    options = {'optim_wrapper.constructor': 'DefaultOptimWrapperConstructor'}
+    assert train(few, tmp_path, resume='auto', cfg_options=options).epoch == 2
+
+
 def test_another_batch_size_is_logged_with_what_it_means(train, write_config, tmp_path) -> None:
     train(short(write_config, 1), tmp_path)
     runner = train(short(write_config, 2, batch=2), tmp_path, resume='auto')

@@ -21,6 +21,7 @@ train_cfg = dict(max_epochs=max_epochs, val_interval=4)
 optim_wrapper = dict(
     optimizer=dict(lr=1e-3),
     clip_grad=dict(max_norm=5.0),
+    constructor='GroupedOptimWrapperConstructor',
     paramwise_cfg=dict(custom_keys=_base_.undecayed))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),

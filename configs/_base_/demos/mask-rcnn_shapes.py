@@ -55,6 +55,7 @@ max_epochs = 4
 batch_size = 4
 train_dataloader = dict(batch_size=batch_size, num_workers=1)
 val_dataloader = dict(batch_size=8, num_workers=1)
+test_dataloader = val_dataloader
 train_cfg = dict(max_epochs=max_epochs, val_interval=2)
 optim_wrapper = dict(optimizer=dict(lr=2e-3), clip_grad=dict(max_norm=10.0))
 param_scheduler = [

@@ -4,6 +4,7 @@ _base_ = ['mmpretrain::_base_/schedules/imagenet_bs1024_adamw_swin.py', './undec
 optim_wrapper = dict(
     type='AmpOptimWrapper',
     clip_grad=dict(max_norm=5.0),
+    constructor='GroupedOptimWrapperConstructor',
     # Beside norms, biases and all else of one dimension, which Swin's recipe leaves alone.
     paramwise_cfg=dict(custom_keys=_base_.undecayed))
 param_scheduler = [
