@@ -130,6 +130,9 @@ def _training_command(config: str, work_dir: Path, processes: int, batch_size: i
     start = [sys.executable]
     command = [os.path.join('tools', 'train.py'), config, '--work-dir', str(work_dir), '--resume']
     changes = ['optim_wrapper.optimizer.fused=True'] if HAS_FUSED_ADAMW else []
+    if not torch.cuda.is_available() and torch.get_num_threads() <= processes:
+        # Where every core trains, processes that read small images take more from it than reading them here.
+        changes += ['train_dataloader.num_workers=0']
     if processes > 1:
         # Where the host's own name cannot be resolved, the processes would not find each other by it.
         start += ['-m', 'ssm_backbones.utils.launch', '--standalone', '--local-addr', '127.0.0.1']

@@ -215,6 +215,17 @@ def test_the_training_command(processes) -> None:
     assert command[command.index('--work-dir') + 1] == 'out' and '--resume' in command
 
 
+@pytest.mark.parametrize(
+    ('gpu', 'threads', 'processes', 'here'),
+    [(False, 1, 1, True), (False, 2, 2, True), (False, 2, 1, False), (False, 16, 2, False), (True, 1, 1, False)],
+)
+def test_images_are_read_by_the_training_where_no_core_is_left(gpu, threads, processes, here, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: gpu)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
+    command = demo_run._training_command('a.py', Path('out'), processes, 8)
+    assert ('train_dataloader.num_workers=0' in command) == here
+
+
 def test_unknown_demo(checkout) -> None:
     with pytest.raises(
         CommandError,
