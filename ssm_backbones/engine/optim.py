@@ -41,25 +41,43 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     An optimizer updates its groups one after the other. mmengine's own gives VMamba-T's Mask R-CNN 322 of them, which
     AdamW updates by 2432 calls on a GPU (``foreach``), and the two that are left by 15. What each parameter learns at,
     and whether it decays, stays the same. Takes ``DefaultOptimWrapperConstructor``'s arguments and options.
+
+    Raises:
+        ValueError: If a parameter is in the model twice and ``paramwise_cfg`` has no ``bypass_duplicate=True``.
     """
 
     def add_params(
         self, params: list[dict], module: nn.Module, prefix: str = '', is_dcn_module: int | float | None = None
     ) -> None:
-        """Append one group to ``params`` for each set of options in the model, in the order of first parameters."""
+        """Append one group to ``params`` for each set of options in the model, in the order of first parameters.
+
+        A group's ``param_names`` tell a later resumption which parameters it had.
+        """
         if prefix:  # mmengine descends into the children by this method
             super().add_params(params, module, prefix, is_dcn_module)
             return
         single: list[dict] = []
         super().add_params(single, module, prefix, is_dcn_module)
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
         groups: list[tuple[dict, dict]] = []
         for group in single:
-            options = {name: value for name, value in group.items() if name != 'params'}
-            known = next((each for each, others in groups if others == options), None)
+            options = {'lr': self.base_lr, 'weight_decay': self.base_wd, **group}
+            options = {key: value for key, value in options.items() if key not in ('params', 'lr_mult', 'decay_mult')}
+            (parameter,) = group['params']
+            name = names.pop(id(parameter), None)
+            if name is None:
+                # Joined, it would be updated twice in a step, of which PyTorch only warns.
+                raise ValueError(
+                    f'a parameter of shape {tuple(parameter.shape)} is in the {type(module).__name__} twice; '
+                    'bypass_duplicate=True in paramwise_cfg takes it once'
+                )
+            known = next((known for known, others in groups if others == options), None)
             if known is None:
-                groups.append((group, options))
-            else:
-                known['params'] += group['params']
+                known = dict(params=[], param_names=[])
+                known.update((key, value) for key, value in options.items() if value is not None)
+                groups.append((known, options))
+            known['params'].append(parameter)
+            known['param_names'].append(name)
         params.extend(group for group, _ in groups)
 
 

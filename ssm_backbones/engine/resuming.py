@@ -10,6 +10,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from ssm_backbones.checkpoints.files import CheckpointError
+from ssm_backbones.engine.optim import GroupedOptimWrapperConstructor
 
 
 class CheckResumedHook(Hook):
@@ -57,22 +58,32 @@ def _check_optimizer(runner: Runner, saved: Any, source: str) -> None:
     state = runner.optim_wrapper.state_dict()
     if not isinstance(saved, Mapping) or 'param_groups' not in saved or 'param_groups' not in state:
         return
-    before, now = ([len(group['params']) for group in each['param_groups']] for each in (saved, state))
-    if before != now:
-        if sum(before) == sum(now) == len(before):
-            remedy = (
-                'It has one for each parameter, as configs of 0.1 had: add --cfg-options '
-                'optim_wrapper.constructor=DefaultOptimWrapperConstructor to go on, or'
-            )
-        else:
-            remedy = (
-                'Other frozen_stages, another constructor, or another paramwise_cfg group them differently: go on with '
-                'the former settings, or'
-            )
-        raise CheckpointError(
-            f'{source} cannot be resumed from: its optimizer has {sum(before)} parameters in {len(before)} groups, '
-            f"this config's {sum(now)} in {len(now)}. {remedy} start from the weights, by load_from, without resuming."
+    both = (saved['param_groups'], state['param_groups'])
+    before, now = ([len(group['params']) for group in groups] for groups in both)
+    former, current = ([group.get('param_names') for group in groups] for groups in both)
+    # Groups of equal sizes may have other members, which only their names tell, where both have them.
+    renamed = None not in former + current and former != current
+    if before == now and not renamed:
+        return
+    if sum(before) == sum(now) == len(before) and _constructor(runner) == GroupedOptimWrapperConstructor.__name__:
+        remedy = (
+            'It has one for each parameter, as configs of 0.1 had: add --cfg-options '
+            'optim_wrapper.constructor=DefaultOptimWrapperConstructor to go on, or'
         )
+    else:
+        remedy = (
+            'Other frozen_stages, another constructor, or another paramwise_cfg group them differently: go on with the '
+            'former settings, or'
+        )
+    raise CheckpointError(
+        f'{source} cannot be resumed from: its optimizer has {sum(before)} parameters in {len(before)} groups, this '
+        f"config's {sum(now)} in {len(now)}{', of other members' if before == now else ''}. {remedy} start from the "
+        'weights, by load_from, without resuming.'
+    )
+
+
+def _constructor(runner: Runner) -> str | None:
+    return (runner.cfg.get('optim_wrapper') or {}).get('constructor')
 
 
 def _schedules(runner: Runner, saved: Any) -> list[tuple[Mapping[str, Any], Any]]:

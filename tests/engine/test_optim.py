@@ -259,13 +259,17 @@ def test_models_without_a_backbone_are_refused(model, message):
 
 
 def groups_of(wrapper, model):
-    """The options of each parameter's group."""
+    """The options of each parameter's group that an optimizer reads."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
-        names[id(parameter)]: {key: value for key, value in group.items() if key != 'params'}
+        names[id(parameter)]: options(group)
         for group in wrapper.optimizer.param_groups
         for parameter in group['params']
     }
+
+
+def options(group):
+    return {key: value for key, value in group.items() if key not in ('params', 'param_names', 'lr_mult', 'decay_mult')}
 
 
 GROUPED = dict(
@@ -273,7 +277,7 @@ GROUPED = dict(
     layer_decay_rate=None,
     norm_decay_mult=0.0,
     flat_decay_mult=0.5,
-    custom_keys={'.A_log': dict(decay_mult=0.0), 'head': dict(lr_mult=2.0, betas=[0.5, 0.9])},
+    custom_keys={'.A_log': dict(decay_mult=0.0), 'norm2': {}, 'head': dict(lr_mult=2.0, betas=[0.5, 0.9])},
 )
 
 
@@ -284,9 +288,23 @@ def test_equal_options_share_a_group_and_every_parameter_keeps_its_own(family):
     each = build(model, **GROUPED | dict(constructor='DefaultOptimWrapperConstructor'))
     few = build(model, **GROUPED)
     assert groups_of(few, model) == groups_of(each, model)
-    options = [{key: value for key, value in group.items() if key != 'params'} for group in few.optimizer.param_groups]
-    assert all(options.count(each) == 1 for each in options)
-    assert len(options) < 7 < 20 < len(each.optimizer.param_groups)
+    found = [options(group) for group in few.optimizer.param_groups]
+    assert all(found.count(one) == 1 for one in found)
+    assert len(found) == 4 < 20 < len(each.optimizer.param_groups)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in few.optimizer.param_groups:
+        assert group['param_names'] == [names[id(parameter)] for parameter in group['params']]
+
+
+def test_a_parameter_that_is_there_twice_is_refused_or_taken_once():
+    model = Model(VMamba('test'))
+    model.tail = nn.Conv2d(4, 4, 3)
+    model.tail.weight = model.head.weight
+    with pytest.raises(ValueError, match=r'of shape \(4, 4, 3, 3\) is in the Model twice; bypass_duplicate=True in'):
+        build(model, **GROUPED)
+    wrapper = build(model, **GROUPED, bypass_duplicate=True)
+    members = [id(parameter) for group in wrapper.optimizer.param_groups for parameter in group['params']]
+    assert len(members) == len(set(members)) == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize('optimizer', [dict(foreach=True), dict(foreach=False)])

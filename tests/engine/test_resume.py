@@ -64,6 +64,7 @@ SHORT = """
     train_dataloader = dict(batch_size={batch}, persistent_workers=True)
 """
 LAYERWISE = dict(constructor='LayerDecayOptimWrapperConstructor', paramwise='dict(layer_decay_rate=0.9)')
+GROUPED = 'GroupedOptimWrapperConstructor'
 PLAIN = dict(constructor='DefaultOptimWrapperConstructor', paramwise='dict()')
 
 
@@ -93,11 +94,22 @@ def test_a_group_for_each_parameter_is_carried_on_by_the_constructor_that_is_nam
 ) -> None:
     each = dict(constructor='DefaultOptimWrapperConstructor', paramwise="dict(custom_keys={'head': dict(lr_mult=2.0)})")
     train(short(write_config, 1, constructor=each), tmp_path)
-    few = short(write_config, 2, constructor=each | dict(constructor='GroupedOptimWrapperConstructor'))
+    few = short(write_config, 2, constructor=each | dict(constructor=GROUPED))
     with pytest.raises(CheckpointError, match='optim_wrapper.constructor=DefaultOptimWrapperConstructor to go on'):
         train(few, tmp_path, resume='auto')
     options = {'optim_wrapper.constructor': 'DefaultOptimWrapperConstructor'}
     assert train(few, tmp_path, resume='auto', cfg_options=options).epoch == 2
+
+
+def test_other_members_of_groups_of_equal_sizes_are_refused(train, write_config, tmp_path) -> None:
+    def decaying(name, epochs):
+        keys = f"dict(custom_keys={{'{name}': dict(lr_mult=2.0)}})"
+        return short(write_config, epochs, constructor=dict(constructor=GROUPED, paramwise=keys))
+
+    train(decaying('dt_bias', 1), tmp_path)
+    assert train(decaying('dt_bias', 2), tmp_path, resume='auto').epoch == 2
+    with pytest.raises(CheckpointError, match='parameters in 2 groups, .* in 2, of other members. Other frozen_stages'):
+        train(decaying('mixer.D', 3), tmp_path, resume='auto')
 
 
 def test_another_batch_size_is_logged_with_what_it_means(train, write_config, tmp_path) -> None:
