@@ -69,7 +69,7 @@ TASKS: dict[str, Task] = {
     'cls': Task(
         summary='classification',
         data_format='imagenet',
-        options=ShapesOptions(train=2400, val=300, size=(96, 96)),
+        options=ShapesOptions(train=9600, val=300, size=(96, 96)),
         figures={'accuracy/top1': 'accuracy'},
         scale=0.01,
         samples='val/*/*_0000000[1-4].JPEG',
@@ -90,7 +90,7 @@ DEMOS: dict[tuple[str, str], Demo] = {
         'v2m': {
             'det': 'mask-rcnn_v2m-hier-nano_fpn',
             'seg': 'v2m-nano_upernet',
-            'cls': 'v2m-nano',
+            'cls': 'v2m-hier-nano',
         },
         'mamba2d': {
             'det': 'mask-rcnn_mamba2d-atto_fpn',
