@@ -3,6 +3,7 @@
 import pytest
 from torch import nn
 
+from ssm_backbones.demo.catalogue import TASKS
 from tests.configs.catalogue import DEMOS, HOSTS, NAMES, ZOO, config, entries, model, types
 from tests.configs.recipes import RECIPES, parameter_groups
 
@@ -93,6 +94,18 @@ def test_published_imagenet_weights_start_detection_and_segmentation(name) -> No
 def test_demos_scale_their_learning_rate_from_their_own_batch(name) -> None:
     cfg = config(name)
     assert cfg.auto_scale_lr.base_batch_size == cfg.train_dataloader.batch_size
+
+
+@pytest.mark.parametrize('name', [name for name in DEMOS if config(name).default_scope == 'mmpretrain'])
+def test_demo_classifiers_see_small_images_and_then_those_of_the_test(name) -> None:
+    cfg = config(name)
+    size = TASKS['cls'].options.size[0]
+    (switch,) = (step for hook in cfg.custom_hooks for step in hook.schedule)
+    small, whole = ({step.type: step for step in steps} for steps in (cfg.small_pipeline, switch.train_pipeline))
+    assert cfg.train_dataloader.dataset.pipeline == cfg.small_pipeline
+    assert small.pop('RandomResizedCrop').scale < whole.pop('RandomResizedCrop').scale == size
+    assert small == whole
+    assert 1 < switch.action_epoch <= cfg.train_cfg.max_epochs
 
 
 @pytest.mark.parametrize('name', DEMOS)

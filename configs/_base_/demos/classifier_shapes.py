@@ -1,6 +1,6 @@
-# The ImageNet configs' recipe on small images: smaller parts, a shorter schedule, and labels as they are, since a few
-# thousand steps have no use for mixed images. The first epochs see the images at two thirds of their size, where a step
-# takes half the time. A family adds its backbone.
+# The ImageNet configs' recipe on small images: smaller parts, a shorter schedule, and labels as they are, since 1500
+# steps have no use for mixed images. The first epochs see the images at two thirds of their size, where a step takes
+# half the time. A family adds its backbone.
 _base_ = [
     '../models/classifier.py',
     '../datasets/shapes_classification.py',
@@ -14,10 +14,7 @@ model = dict(
     train_cfg=dict(_delete_=True))
 
 small_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='RandomResizedCrop', scale=64, crop_ratio_range=(0.8, 1.0)),
-    dict(type='RandomFlip', prob=[0.25, 0.25, 0.25], direction=['horizontal', 'vertical', 'diagonal']),
-    dict(type='PackInputs')
+    dict(step, scale=64) if step['type'] == 'RandomResizedCrop' else step for step in _base_.train_pipeline
 ]
 
 max_epochs = 5
