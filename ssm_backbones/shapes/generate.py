@@ -124,7 +124,7 @@ def _is_complete(target: Path, options: ShapesOptions) -> bool:
         for key, value in wanted.items()
         if manifest.get(key) != value
     ]
-    remedy = 'use --overwrite (overwrite=True) or another folder, or remove this one'
+    remedy = 'remove it, replace it by tools/make_shapes.py --overwrite (overwrite=True), or use another folder'
     if differences:
         raise FileExistsError(f'{target} was made with other options: {"; ".join(differences)}; {remedy}')
     found = _count_files(target) - 1

@@ -63,7 +63,7 @@ def test_other_options_at_the_target_are_an_error_that_names_them(tmp_path: Path
     make_shapes(tmp_path, FEW, ['coco'])
     before = _files(tmp_path)
     other = ShapesOptions(seed=4, train=4, val=2, size=(64, 80))
-    with pytest.raises(FileExistsError, match=r'coco was made with other options: seed is 3, asked for 4; use --over'):
+    with pytest.raises(FileExistsError, match=r'coco was made with other options: seed is 3, asked for 4; remove it'):
         make_shapes(tmp_path, other, ['ade20k', 'coco'])
     assert _files(tmp_path) == before
     assert make_shapes(tmp_path, other, ['coco'], overwrite=True) == {'coco': True}
