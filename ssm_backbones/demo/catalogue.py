@@ -59,7 +59,7 @@ TASKS: dict[str, Task] = {
     'seg': Task(
         summary='semantic segmentation',
         data_format='ade20k',
-        options=ShapesOptions(train=2400, val=200, size=(96, 96)),
+        options=ShapesOptions(train=4800, val=200, size=(96, 96)),
         figures={'mIoU': 'mIoU', 'mAcc': 'mean class accuracy', 'aAcc': 'pixel accuracy'},
         scale=0.01,
         samples='images/validation/*_0000000[1-4].jpg',
@@ -89,7 +89,7 @@ DEMOS: dict[tuple[str, str], Demo] = {
         },
         'v2m': {
             'det': 'mask-rcnn_v2m-hier-nano_fpn',
-            'seg': 'v2m-nano_upernet',
+            'seg': 'v2m-hier-nano_upernet',
             'cls': 'v2m-hier-nano',
         },
         'mamba2d': {

@@ -252,7 +252,7 @@ def test_classifiers_start_as_the_authors_do_once_mmengine_has_initialised_them(
         'vmamba/mask-rcnn_vmamba-nano_fpn_demo_shapes',
         'mamba2d/mask-rcnn_mamba2d-atto_fpn_demo_shapes',
         'vmamba/vmamba-nano_upernet_demo_shapes',
-        'v2m/v2m-nano_upernet_demo_shapes',
+        'v2m/v2m-hier-nano_upernet_demo_shapes',
     ],
 )
 def test_detectors_and_segmentors_leave_the_backbone_as_it_was_drawn(name):

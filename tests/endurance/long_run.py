@@ -23,9 +23,23 @@ sys.path.insert(0, str(ROOT))
 from ssm_backbones.shapes.generate import make_shapes  # noqa: E402
 
 FOLDER = ROOT / 'build' / 'endurance'
-CONFIG = 'configs/vmamba/vmamba-nano_upernet_demo_shapes.py'
+DEMO = ROOT / 'configs' / 'vmamba' / 'vmamba-nano_upernet_demo_shapes.py'
 EVERY = 10  # seconds between two samples
 VALIDATION = 400  # iterations
+# The demo's model on the data's own images, without an end and at one rate.
+CONFIG = f"""
+_base_ = {str(DEMO)!r}
+train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=10_000_000, val_interval={VALIDATION})
+train_dataloader = dict(
+    sampler=dict(type='InfiniteSampler'),
+    dataset=dict(data_root={str(FOLDER / 'shapes' / 'ade20k')!r}, pipeline=_base_.train_pipeline))
+val_dataloader = dict(dataset=dict(data_root={str(FOLDER / 'shapes' / 'ade20k')!r}))
+param_scheduler = None
+custom_hooks = []
+log_processor = dict(by_epoch=False)
+default_hooks = dict(
+    logger=dict(interval=1, log_metric_by_epoch=False), checkpoint=dict(by_epoch=False, interval={VALIDATION}))
+"""
 PART = 600  # seconds that are compared
 MEMORY, SPEED = 0.02, 0.03  # how much larger the last part's may be
 
@@ -85,13 +99,8 @@ def run(minutes: float) -> list[Sample]:
     """
     remove_earlier_run()
     make_shapes(FOLDER / 'shapes', formats=['ade20k'])
-    options = [
-        'train_cfg.max_iters=10000000',
-        f'train_cfg.val_interval={VALIDATION}',
-        'default_hooks.logger.interval=1',
-    ]
-    options += [f'{name}_dataloader.dataset.data_root={FOLDER}/shapes/ade20k' for name in ('train', 'val')]
-    command = [sys.executable, 'tools/train.py', CONFIG, '--work-dir', FOLDER / 'train', '--cfg-options', *options]
+    (FOLDER / 'config.py').write_text(CONFIG)
+    command = [sys.executable, 'tools/train.py', FOLDER / 'config.py', '--work-dir', FOLDER / 'train']
     with (FOLDER / 'log.txt').open('w') as log:
         training = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
     started, samples = time.monotonic(), []

@@ -41,22 +41,24 @@ def test_upernet_trains_with_two_cpu_processes(shapes, environment, tmp_path, fr
     options = [
         'model.decode_head.channels=16',
         'model.auxiliary_head.channels=16',
-        'train_cfg.max_iters=2',
+        'model.decode_head.norm_cfg.type=SyncBN',
+        'model.auxiliary_head.norm_cfg.type=SyncBN',
+        'train_cfg.max_epochs=1',
         'train_cfg.val_interval=9',
         'train_dataloader.batch_size=2',
+        'train_dataloader.dataset.indices=8',
         'train_dataloader.num_workers=0',
         'train_dataloader.persistent_workers=False',
         f'train_dataloader.dataset.data_root={data}',
         f'val_dataloader.dataset.data_root={data}',
         'default_hooks.logger.interval=1',
-        'default_hooks.checkpoint.interval=2',
     ]
     command = [TOOLS / 'dist_train.sh', config, '2', '--work-dir', work_dir, '--cfg-options', *options]
     result = subprocess.run(
         command, env={**environment, 'PORT': str(free_port)}, timeout=300, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    saved = torch.load(work_dir / 'iter_2.pth', weights_only=False)['state_dict']
+    saved = torch.load(work_dir / 'epoch_1.pth', weights_only=False)['state_dict']
     # Every normalisation has seen both steps, and goes by the names that SyncBN has.
     counts = {int(value) for name, value in saved.items() if name.endswith('num_batches_tracked')}
     assert counts == {2}
