@@ -30,6 +30,8 @@ batch_size = 8
 train_dataloader = dict(
     batch_size=batch_size,
     num_workers=1,
+    # A last batch of one image has one value per channel where the head pools all of it: too few for a norm.
+    drop_last=True,
     sampler=dict(type='DefaultSampler'),
     dataset=dict(pipeline=small_pipeline))
 val_dataloader = dict(batch_size=8, num_workers=1)
