@@ -100,7 +100,7 @@ def test_demos_scale_their_learning_rate_from_their_own_batch(name) -> None:
 def test_demo_classifiers_and_segmentors_see_small_images_and_then_those_of_the_test(name) -> None:
     cfg = config(name)
     task = TASKS['cls' if cfg.default_scope == 'mmpretrain' else 'seg']
-    (switch,) = (step for hook in cfg.custom_hooks for step in hook.schedule)
+    (switch,) = (step for hook in cfg.custom_hooks for step in hook.get('schedule', []))
     small, whole = ({step.type: step for step in steps} for steps in (cfg.small_pipeline, switch.train_pipeline))
     assert cfg.train_dataloader.dataset.pipeline == cfg.small_pipeline
     if cfg.default_scope == 'mmpretrain':

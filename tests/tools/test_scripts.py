@@ -46,7 +46,7 @@ def test_upernet_trains_with_two_cpu_processes(shapes, environment, tmp_path, fr
         'train_cfg.max_epochs=1',
         'train_cfg.val_interval=9',
         'train_dataloader.batch_size=2',
-        'train_dataloader.dataset.indices=8',
+        'train_dataloader.dataset.indices=9',  # two steps of two images for each, and an image that is left
         'train_dataloader.num_workers=0',
         'train_dataloader.persistent_workers=False',
         f'train_dataloader.dataset.data_root={data}',

@@ -11,6 +11,7 @@ num_classes = 7
 # Each process of a CPU normalises by its own images: sharing statistics would take nearly half of a step.
 norm_cfg = dict(type='BN')
 model = dict(
+    # Batches of small images stay small.
     data_preprocessor=dict(size=None, size_divisor=32),
     backbone=dict(_delete_=True, out_indices=(0, 1, 2, 3)),
     # Most pixels are background and learnt soon; the loss is of the others.
@@ -49,6 +50,8 @@ param_scheduler = [
         convert_to_iter_based=True)
 ]
 custom_hooks = [
+    # The norms of all processes count in what is evaluated and saved.
+    dict(type='SyncBuffersHook'),
     dict(
         type='mmpretrain.SwitchRecipeHook',
         schedule=[dict(action_epoch=4, train_pipeline=_base_.train_pipeline)])
