@@ -15,11 +15,11 @@ from tests.configs.catalogue import config
 from tests.configs.small_runs import RecordSteps, shrink
 
 CONFIGS = (
-    # A detector and a classifier also in the quick tests.
+    # A detector also in the quick tests.
     pytest.param('vmamba/vmamba-tiny_8xb128_in1k', marks=pytest.mark.slow),
     pytest.param('v2m/v2m-hier-small_8xb128_in1k', marks=pytest.mark.slow),
     pytest.param('v2m/v2m-tiny_8xb64_in1k', marks=pytest.mark.slow),
-    'mamba2d/mamba2d-nano_32xb128_in1k',
+    pytest.param('mamba2d/mamba2d-nano_32xb128_in1k', marks=pytest.mark.slow),
     'vmamba/mask-rcnn_vmamba-tiny_fpn_ms-crop-3x_coco',
     pytest.param('v2m/mask-rcnn_v2m-hier-small_fpn_1x_coco', marks=pytest.mark.slow),
     pytest.param('v2m/mask-rcnn_v2m-tiny_fpn_1x_coco', marks=pytest.mark.slow),

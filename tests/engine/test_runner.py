@@ -129,7 +129,8 @@ def test_tta(trained, test, tmp_path, caplog) -> None:
         assert METRICS[trained.host] <= set(metrics)
 
 
-@pytest.mark.parametrize('host', HOSTS)
+# A detector has the most parts that see lower precision.
+@pytest.mark.parametrize('host', ['mmdet', *(pytest.param(host, marks=pytest.mark.slow) for host in HOSTS[1:])])
 def test_amp_computes_in_bfloat16_on_cpus(host, train, write_config, tmp_path) -> None:
     if torch.cuda.is_available():
         pytest.skip('on a GPU --amp means float16')

@@ -153,7 +153,7 @@ def test_a_missing_module_that_may_be_the_user_s_is_named_with_its_place(capsys)
         pytest.param(b'no image', False, id='broken', marks=pytest.mark.slow),
         pytest.param(b'', False, id='empty', marks=pytest.mark.slow),
         pytest.param(b'no image', True, id='broken, read by a worker'),
-        pytest.param(None, False, id='missing'),
+        pytest.param(None, False, id='missing', marks=pytest.mark.slow),
     ],
 )
 def test_unreadable_image(content, worker, shapes, tmp_path, work_dir, write_config, capsys) -> None:
