@@ -35,7 +35,9 @@ model = dict(
             fc_out_channels=256,
             num_classes=num_classes,
             reg_class_agnostic=True,
-            norm_cfg=norm_cfg),
+            norm_cfg=norm_cfg,
+            # Boxes are found well before classes are told apart: the loss is first of all of the latter.
+            loss_bbox=dict(loss_weight=0.4)),
         mask_roi_extractor=dict(
             roi_layer=dict(output_size=10, sampling_ratio=1), out_channels=channels, finest_scale=40),
         mask_head=dict(
@@ -44,19 +46,20 @@ model = dict(
             conv_out_channels=head_channels,
             num_classes=num_classes,
             norm_cfg=norm_cfg,
-            class_agnostic=True)),
+            class_agnostic=True,
+            loss_mask=dict(loss_weight=2.0))),
     train_cfg=dict(
         rpn=dict(sampler=dict(num=64)),
         rpn_proposal=dict(nms_pre=150, max_per_img=50),
         rcnn=dict(mask_size=20, sampler=dict(num=24, pos_fraction=0.5))),
     test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=100), rcnn=dict(max_per_img=30)))
 
-max_epochs = 4
+max_epochs = 3
 batch_size = 4
 train_dataloader = dict(batch_size=batch_size, num_workers=1)
 val_dataloader = dict(batch_size=8, num_workers=1)
 test_dataloader = val_dataloader
-train_cfg = dict(max_epochs=max_epochs, val_interval=2)
+train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
 optim_wrapper = dict(optimizer=dict(lr=2e-3), clip_grad=dict(max_norm=10.0))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
