@@ -49,7 +49,7 @@ TASKS: dict[str, Task] = {
     'det': Task(
         summary='detection with instance masks',
         data_format='coco',
-        options=ShapesOptions(train=1600, val=200),
+        options=ShapesOptions(train=1800, val=200),
         figures={'coco/bbox_mAP': 'box AP', 'coco/segm_mAP': 'mask AP'},
         scale=1.0,
         samples='val2017/*000[1-4].jpg',

@@ -22,7 +22,7 @@ batch_size = 32
 train_dataloader = dict(batch_size=batch_size, num_workers=1, dataset=dict(pipeline=small_pipeline))
 val_dataloader = dict(batch_size=batch_size, num_workers=1)
 test_dataloader = val_dataloader
-train_cfg = dict(max_epochs=max_epochs, val_interval=2)
+train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
 optim_wrapper = dict(
     optimizer=dict(lr=6e-4),
     clip_grad=dict(max_norm=5.0),
