@@ -7,6 +7,6 @@ model = dict(
 optim_wrapper = dict(paramwise_cfg=dict(flat_decay_mult=0.0))
 
 # Three epochs are too few for it.
-max_epochs = 4
+max_epochs = 5
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
 param_scheduler = [_base_.param_scheduler[0], dict(_base_.param_scheduler[1], end=max_epochs)]
