@@ -130,7 +130,9 @@ def test_tta(trained, test, tmp_path, caplog) -> None:
 
 
 # A detector has the most parts that see lower precision.
-@pytest.mark.parametrize('host', ['mmdet', *(pytest.param(host, marks=pytest.mark.slow) for host in HOSTS[1:])])
+@pytest.mark.parametrize(
+    'host', [pytest.param(host, marks=() if host == 'mmdet' else pytest.mark.slow) for host in HOSTS]
+)
 def test_amp_computes_in_bfloat16_on_cpus(host, train, write_config, tmp_path) -> None:
     if torch.cuda.is_available():
         pytest.skip('on a GPU --amp means float16')

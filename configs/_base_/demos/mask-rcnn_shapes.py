@@ -36,7 +36,7 @@ model = dict(
             num_classes=num_classes,
             reg_class_agnostic=True,
             norm_cfg=norm_cfg,
-            # Boxes are found well before classes are told apart: the loss is first of all of the latter.
+            # Boxes are found well before classes are told apart, so that classes and masks weigh more in the loss.
             loss_bbox=dict(loss_weight=0.4)),
         mask_roi_extractor=dict(
             roi_layer=dict(output_size=10, sampling_ratio=1), out_channels=channels, finest_scale=40),

@@ -37,7 +37,7 @@ train_dataloader = dict(
     dataset=dict(pipeline=small_pipeline))
 val_dataloader = dict(batch_size=8, num_workers=1)
 test_dataloader = val_dataloader
-train_cfg = dict(_delete_=True, type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=2)
+train_cfg = dict(_delete_=True, type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=max_epochs)
 optim_wrapper = dict(optimizer=dict(lr=4e-3, betas=(0.9, 0.95)), clip_grad=dict(max_norm=1.0))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
